@@ -1,0 +1,308 @@
+"""Text to tokens, once: a DataConfig in; one memory-mapped stream per split, tokenizer.json and manifest.json out.
+
+Restartable: each unit of the corpus becomes a part of its own, parts are joined in a fixed order, and every file
+appears whole or not at all. Kill it anywhere and call it again: it goes on, and the result is the same byte for byte.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from tokenizers import Tokenizer
+
+from lmu_dist.config import ConfigError, DataConfig
+from lmu_dist.data import tokenizer as vocabulary
+from lmu_dist.data.batches import Rows
+from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
+
+FORMAT = 1  # of what is written here; part of every key
+SPLITS = {"train": range(0, 96), "validation": range(96, 99), "test": range(99, 100)}
+SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
+TOKENIZER_TRAINING_BYTES = 64_000_000  # of training documents, spread over all units
+ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
+Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared corpus holds. `splits` maps a name to its tokens, bytes of text, documents and sha256."""
+
+    format: int
+    source: str
+    split_rule: str
+    vocab_tokens: int
+    end_of_text_id: int
+    dtype: str
+    tokenizer_digest: str
+    splits: dict[str, dict[str, Any]]
+    problems: dict[str, int]
+    data_digest: str
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text behind one token of a split, on average."""
+        return self.splits[split]["bytes"] / self.splits[split]["tokens"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def rows(self, split: str, sequence_tokens: int) -> Rows:
+        """A split as rows. Raises ConfigError if it has none of that length."""
+        rows = Rows(self.folder / f"{split}.bin", self.manifest.dtype, sequence_tokens)
+        if not len(rows):
+            raise ConfigError(
+                f"the {split} split has {self.manifest.splits[split]['tokens']} tokens, too few for one row of "
+                f"{sequence_tokens}; give more text, or a smaller train.sequence_tokens"
+            )
+        return rows
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
+        tokenizer = vocabulary.load(self.folder / "tokenizer.json")
+        if vocabulary.digest(tokenizer) != self.manifest.tokenizer_digest:
+            raise ConfigError(
+                f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; put it back, or "
+                f"delete {self.folder} and prepare again"
+            )
+        return tokenizer
+
+
+def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> Path:
+    """Where a corpus is (to be) prepared: a folder named by the digest of the config and of the files it names."""
+    units = list_units(data) if units is None else units
+    settings = asdict(replace(data, max_bad_share=0.0))
+    names = [data.tokenizer.path, data.tokenizer.vocab_path, data.tokenizer.merges_path]
+    digests = [hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in names if n and Path(n).is_file()]
+    content = [FORMAT, settings, digests, [asdict(u) for u in units]]
+    return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """A prepared corpus, checked for whole files. Raises ConfigError."""
+    try:
+        manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
+    except OSError as e:
+        raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{folder / 'manifest.json'} is damaged; delete {folder} and prepare again") from e
+    for split, facts in manifest.splits.items():
+        path = folder / f"{split}.bin"
+        expected = facts["tokens"] * np.dtype(manifest.dtype).itemsize
+        if not path.is_file() or path.stat().st_size != expected:
+            raise ConfigError(f"{path} is missing or not {expected} bytes long; delete {folder} and prepare again")
+    return Corpus(folder, manifest)
+
+
+def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None, n_processes: int | None = None) -> Corpus:
+    """Prepares a corpus, or finds it prepared. Raises ConfigError for bad input; nothing half-done is ever mistaken for done."""
+    units = list_units(data)
+    folder = locate(data, storage, units)
+    parts = folder / "parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "lock", timeout=0):
+            if not (folder / "manifest.json").exists():
+                _ensure_tokenizer(data, units, folder, progress)
+                facts = _tokenize(data, units, folder, progress, n_processes or len(os.sched_getaffinity(0)))
+                _check_problems(data, units, facts, folder)
+                _join(data, len(units), facts, folder)
+            shutil.rmtree(parts, ignore_errors=True)
+    except Timeout as e:
+        raise ConfigError(f"{folder} is being prepared by another process; wait for it, then start again") from e
+    return open_corpus(folder)
+
+
+def split_of(text: str) -> str:
+    """The split a document belongs to, by its content alone (SPLIT_RULE)."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % 100
+    return next(name for name, buckets in SPLITS.items() if bucket in buckets)
+
+
+def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progress: Progress) -> None:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return
+    budget = TOKENIZER_TRAINING_BYTES // len(units)
+    total = sum(u.size_bytes for u in units)
+
+    def texts() -> Iterator[str]:
+        done = 0
+        for unit in units:
+            used = 0
+            for item in read(unit, data):
+                if isinstance(item, Document) and split_of(item.text) == "train":
+                    yield item.text
+                    used += len(item.text)
+                if used > budget:
+                    break
+            done += unit.size_bytes
+            progress("training the tokenizer", done, total)
+
+    _write(path, vocabulary.make(data.tokenizer, texts).to_str().encode())
+
+
+def _tokenize(
+    data: DataConfig, units: list[Unit], folder: Path, progress: Progress, n_processes: int
+) -> list[dict[str, Any]]:
+    """Facts about every part, after making those that are missing."""
+    (folder / "parts").mkdir(exist_ok=True)
+    todo = [i for i in range(len(units)) if not _part(folder, i, "json").exists()]
+    total, done = sum(u.size_bytes for u in units), sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo)
+    n_processes = min(n_processes, len(todo))
+    if todo:
+        threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(n_processes, context, _start_process, (folder / "tokenizer.json", threads)) as pool:
+            futures = {pool.submit(_tokenize_unit, data, units[i], folder, i): i for i in todo}
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    done += units[futures[future]].size_bytes
+                    progress("tokenizing", done, total)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    return [json.loads(_part(folder, i, "json").read_text()) for i in range(len(units))]
+
+
+_tokenizer: Tokenizer  # of a pool process
+
+
+def _start_process(path: Path, threads: int) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+    _tokenizer = vocabulary.load(path)
+
+
+def _tokenize_unit(data: DataConfig, unit: Unit, folder: Path, index: int) -> None:
+    """One part: a stream per split, the list of problems, and last the facts, whose presence says the part is whole."""
+    end = vocabulary.end_of_text_id(_tokenizer)
+    dtype = token_dtype(_tokenizer.get_vocab_size())
+    facts: dict[str, Any] = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    problems: Counter[str] = Counter()
+    streams = {split: open(_part(folder, index, f"{split}.bin"), "wb") for split in SPLITS}
+    try:
+        with open(_part(folder, index, "problems"), "w", encoding="utf-8") as listing:
+            items = read(unit, data)
+            while batch := _take(items, listing, problems):
+                for text, encoding in zip(batch, _tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+                    split = split_of(text)
+                    ids = encoding.ids
+                    ids.append(end)
+                    np.asarray(ids, dtype).tofile(streams[split])
+                    facts[split]["tokens"] += len(ids)
+                    facts[split]["bytes"] += len(text.encode())
+                    facts[split]["documents"] += 1
+    finally:
+        for stream in streams.values():
+            stream.close()
+    _write(_part(folder, index, "json"), json.dumps(facts | {"problems": problems}).encode())
+
+
+def _take(items: Iterator[Document | Problem], listing: Any, problems: Counter[str]) -> list[str]:
+    """The next documents, about ENCODE_BYTES of them; problems on the way are counted and listed."""
+    batch: list[str] = []
+    size = 0
+    for item in items:
+        if isinstance(item, Problem):
+            problems[item.kind] += 1
+            listing.write(json.dumps({"place": item.place, "problem": item.kind}, ensure_ascii=False) + "\n")
+            continue
+        batch.append(item.text)
+        size += len(item.text)
+        if size >= ENCODE_BYTES:
+            break
+    return batch
+
+
+def _check_problems(data: DataConfig, units: list[Unit], facts: list[dict[str, Any]], folder: Path) -> None:
+    """Raises ConfigError when more than the allowed share of documents, or of files, could not be read."""
+    problems = sum((Counter(f["problems"]) for f in facts), Counter())
+    documents = sum(f[split]["documents"] for f in facts for split in SPLITS)
+    files = sum(len(u.paths) for u in units)
+    unreadable = sum(n for kind, n in problems.items() if kind.startswith("unreadable"))
+    bad = sum(problems.values())
+    if not documents or bad > data.max_bad_share * (bad + documents) or unreadable > data.max_bad_share * files:
+        listings = (_part(folder, i, "problems") for i in range(len(units)))
+        lines = (line for listing in listings for line in listing.read_text(encoding="utf-8").splitlines())
+        first = "; ".join(f"{row['place']} {row['problem']}" for row in map(json.loads, islice(lines, 3)))
+        raise ConfigError(
+            f"{bad} of {bad + documents} documents cannot be used ({', '.join(f'{n} {k}' for k, n in problems.most_common())}), "
+            f"more than data.max_bad_share = {data.max_bad_share}; first: {first}. Mend the corpus, set data.text_field, "
+            "or raise the share"
+        )
+    for split in ("train", "validation"):
+        if not sum(f[split]["documents"] for f in facts):
+            raise ConfigError(f"none of the {documents} documents falls into the {split} split; give a larger corpus")
+
+
+def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: Path) -> None:
+    splits: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        names = [_part(folder, i, f"{split}.bin") for i in range(n_parts)]
+        sums = {key: sum(f[split][key] for f in facts) for key in ("tokens", "bytes", "documents")}
+        splits[split] = sums | {"sha256": _concatenate(names, folder / f"{split}.bin")}
+    _concatenate([_part(folder, i, "problems") for i in range(n_parts)], folder / "problems.jsonl")
+    tokenizer = vocabulary.load(folder / "tokenizer.json")
+    content = {"tokenizer": vocabulary.digest(tokenizer), **{split: facts["sha256"] for split, facts in splits.items()}}
+    manifest = Manifest(
+        format=FORMAT,
+        source=data.source if data.source == "python-stdlib" else " ".join(data.files) or str(data.dataset),
+        split_rule=SPLIT_RULE,
+        vocab_tokens=tokenizer.get_vocab_size(),
+        end_of_text_id=vocabulary.end_of_text_id(tokenizer),
+        dtype=token_dtype(tokenizer.get_vocab_size()),
+        tokenizer_digest=content["tokenizer"],
+        splits=splits,
+        problems=dict(sum((Counter(f["problems"]) for f in facts), Counter())),
+        data_digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+    )
+    _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+
+
+def token_dtype(vocab_tokens: int) -> str:
+    """Little-endian type of one token on disk."""
+    return "<u2" if vocab_tokens <= 2**16 else "<u4"
+
+
+def _part(folder: Path, index: int, suffix: str) -> Path:
+    return folder / "parts" / f"{index:06d}.{suffix}"
+
+
+def _concatenate(paths: list[Path], to: Path) -> str:
+    """Joins files into one that appears at once, and returns its sha256."""
+    sha = hashlib.sha256()
+    partial = to.with_name(to.name + ".partial")
+    with open(partial, "wb") as out:
+        for path in paths:
+            with open(path, "rb") as part:
+                while chunk := part.read(1 << 22):
+                    sha.update(chunk)
+                    out.write(chunk)
+        os.fsync(out.fileno())
+    partial.replace(to)
+    return sha.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as out:
+        out.write(content)
+        os.fsync(out.fileno())
+    partial.replace(path)

@@ -1,0 +1,225 @@
+"""Corpora: a DataConfig in, units of work out, each a stream of documents and of problems, every one with its place.
+
+A unit is what one process reads at a time: some small files, one large file, a member of an archive, a shard of a
+Hugging Face data set. Units are listed in a fixed order and read independently of each other. Called by data/prepare.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+import sysconfig
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow
+import pyarrow.parquet
+import zstandard
+
+from lmu_dist.config import ConfigError, DataConfig
+
+FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
+UNIT_BYTES = 4_000_000  # small files are read together up to this
+TEXT_DOCUMENT_BYTES = 16_384  # a longer text file is cut into documents at the next line end
+MAX_LINE_BYTES = 256_000_000  # one JSON line; longer ones are a problem, not a reason to run out of memory
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text and where it stands."""
+
+    text: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that could not become a document: what, and where (file:line)."""
+
+    kind: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process reads: paths, or one member of a tar, or one shard of a Hugging Face data set.
+
+    `size_bytes` is that on disk and drives the progress bar; `stamp` changes when the content may have.
+    """
+
+    paths: tuple[str, ...]
+    size_bytes: int
+    stamp: str
+    member: str | None = None
+    shard: tuple[int, int] | None = None  # number, of how many
+
+
+def list_units(data: DataConfig) -> list[Unit]:
+    """All units of a corpus in a fixed order. Raises ConfigError when there is nothing to read."""
+    if data.source == "huggingface":
+        n_shards = _load_dataset(data).num_shards
+        return [Unit((str(data.dataset),), 1, "", shard=(i, n_shards)) for i in range(n_shards)]
+    units: list[Unit] = []
+    batch: list[str] = []
+    batch_bytes = 0
+    for path in _list_paths(data):
+        size = os.path.getsize(path)
+        if path.endswith(".tar"):
+            units += _tar_units(path)
+        elif size >= UNIT_BYTES:
+            units.append(_unit([path]))
+        else:
+            batch.append(path)
+            batch_bytes += size
+            if batch_bytes >= UNIT_BYTES:
+                units.append(_unit(batch))
+                batch, batch_bytes = [], 0
+    return units + ([_unit(batch)] if batch else [])
+
+
+def read(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
+    """The documents of a unit in order, with what could not be read in its place."""
+    if unit.shard is not None:
+        yield from _read_dataset(unit, data)
+        return
+    for path in unit.paths:
+        place = path if unit.member is None else f"{path}!{unit.member}"
+        try:
+            if unit.member is not None:
+                with tarfile.open(path) as tar:
+                    member = tar.extractfile(unit.member)
+                    assert member is not None
+                    yield from _read_stream(member, unit.member, place, data.text_field)
+            elif path.endswith(".parquet"):
+                yield from _read_parquet(path, data.text_field)
+            else:
+                with open(path, "rb") as file:
+                    yield from _read_stream(file, path, place, data.text_field)
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pyarrow.ArrowException) as e:
+            yield Problem(f"unreadable: {type(e).__name__}", place)
+
+
+def _list_paths(data: DataConfig) -> list[str]:
+    if data.source == "python-stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return [str(p) for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]
+    paths = sorted({os.path.abspath(p) for pattern in data.files for p in glob.glob(pattern, recursive=True)})
+    paths = [p for p in paths if os.path.isfile(p)]
+    if not paths:
+        raise ConfigError(f"data.files: no file matches {', '.join(data.files)} (from {os.getcwd()}); give other globs")
+    unknown = [p for p in paths if not p.endswith(FORMATS)]
+    if unknown:
+        raise ConfigError(f"data.files: {unknown[0]} is of no known kind; give globs of {' '.join(FORMATS)}")
+    return paths
+
+
+def _unit(paths: list[str]) -> Unit:
+    stats = [os.stat(p) for p in paths]
+    stamp = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
+    return Unit(tuple(paths), sum(s.st_size for s in stats), stamp)
+
+
+def _tar_units(path: str) -> list[Unit]:
+    """One unit per member; an archive that cannot be listed is one unit, whose reading reports the problem."""
+    stamp = _unit([path]).stamp
+    try:
+        with tarfile.open(path) as tar:
+            members = [m for m in tar.getmembers() if m.isfile()]
+    except (OSError, EOFError, tarfile.TarError):
+        return [Unit((path,), os.path.getsize(path), stamp, member="")]
+    return [Unit((path,), m.size, stamp, member=m.name) for m in sorted(members, key=lambda m: m.name)]
+
+
+def _read_stream(file: IO[bytes], name: str, place: str, text_field: str) -> Iterator[Document | Problem]:
+    if name.endswith(".jsonl.zst"):
+        with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
+            yield from _read_jsonl(io.BufferedReader(stream), place, text_field)
+    elif name.endswith(".jsonl.gz"):
+        with gzip.open(file) as stream:
+            yield from _read_jsonl(stream, place, text_field)
+    elif name.endswith(".jsonl"):
+        yield from _read_jsonl(file, place, text_field)
+    elif name.endswith((".txt", ".py")):
+        yield from _read_text(file, place)
+    else:
+        yield Problem("unknown kind of file", place)
+
+
+def _read_jsonl(lines: IO[bytes], place: str, text_field: str) -> Iterator[Document | Problem]:
+    number = 0
+    while line := lines.readline(MAX_LINE_BYTES):
+        number += 1
+        here = f"{place}:{number}"
+        if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield Problem("line too long", here)
+            continue
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            yield Problem("not UTF-8", here)
+        except ValueError:
+            yield Problem("broken JSON" if line.strip() else "empty line", here)
+        else:
+            yield _document(row.get(text_field) if isinstance(row, dict) else None, here)
+
+
+def _read_text(file: IO[bytes], place: str) -> Iterator[Document | Problem]:
+    """A text file is one document; a long one several, cut at line ends."""
+    number = 1
+    while lines := file.readlines(TEXT_DOCUMENT_BYTES):
+        here = f"{place}:{number}"
+        number += len(lines)
+        try:
+            yield _document(b"".join(lines).decode(), here)
+        except UnicodeDecodeError:
+            yield Problem("not UTF-8", here)
+    if number == 1:
+        yield Problem("empty document", place)
+
+
+def _read_parquet(path: str, text_field: str) -> Iterator[Document | Problem]:
+    with pyarrow.parquet.ParquetFile(path) as table:
+        present = text_field in table.schema_arrow.names
+        number = 0
+        for batch in table.iter_batches(256, columns=[text_field] if present else []):
+            column: list[Any] = batch.column(0).to_pylist() if present else [None] * batch.num_rows
+            for text in column:
+                number += 1
+                yield _document(text, f"{path}:{number}")
+
+
+def _read_dataset(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
+    assert unit.shard is not None
+    index, n_shards = unit.shard
+    for number, row in enumerate(_load_dataset(data).shard(n_shards, index), 1):
+        yield _document(row.get(data.text_field), f"{data.dataset}/{index}:{number}")
+
+
+def _load_dataset(data: DataConfig) -> Any:
+    """The streaming data set; ConfigError with the hub's reason when it is not to be had."""
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(str(data.dataset), data.dataset_config, split=data.dataset_split, streaming=True)
+    except (OSError, ValueError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise ConfigError(f"data.dataset: cannot load {data.dataset!r} split {data.dataset_split!r}: {reason}") from e
+
+
+def _document(text: Any, place: str) -> Document | Problem:
+    if not isinstance(text, str):
+        return Problem("no text field", place)
+    if not text.strip():
+        return Problem("empty document", place)
+    try:
+        text.encode()  # JSON can smuggle in half a surrogate pair
+    except UnicodeEncodeError:
+        return Problem("not UTF-8", place)
+    return Document(text, place)

@@ -1,0 +1,80 @@
+"""Vocabularies: a TokenizerConfig (and, to train one, texts) in, a byte-level BPE tokenizer with its digest out.
+
+Called by data/prepare, which stores the tokenizer beside the tokens, and by generation, which loads it from there.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from lmu_dist.config import ConfigError, TokenizerConfig
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
+    """The tokenizer a config asks for; `texts` is called only to train one. Raises ConfigError.
+
+    `encode_special_tokens` is set: an end-of-text token that stands in the corpus as text stays text.
+    """
+    if config.kind == "bpe":
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=config.vocab_tokens,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts(), trainer)
+    elif config.kind == "gpt2":
+        tokenizer = _byte_level(_gpt2_model(str(config.vocab_path), str(config.merges_path)))
+        tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    else:
+        tokenizer = load(Path(str(config.path)))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load(path: Path) -> Tokenizer:
+    """A tokenizer from its tokenizer.json. Raises ConfigError if it is missing, broken or has no end-of-text token."""
+    if not path.is_file():
+        raise ConfigError(f"no tokenizer at {path}; give data.tokenizer.path the path of a tokenizer.json")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f"{path} is not a tokenizer.json: {e}") from e
+    end_of_text_id(tokenizer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """Id of the token that separates documents."""
+    number = tokenizer.token_to_id(END_OF_TEXT)
+    if number is None:
+        raise ConfigError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents; add it to the tokenizer")
+    return number
+
+
+def digest(tokenizer: Tokenizer) -> str:
+    """sha256 of the tokenizer's JSON: two with the same digest give the same ids."""
+    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _byte_level(model: models.Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _gpt2_model(vocab: str, merges: str) -> models.BPE:
+    for key, path in (("vocab_path", vocab), ("merges_path", merges)):
+        if not Path(path).is_file():
+            raise ConfigError(f"data.tokenizer.{key}: no file {path}; give the path of GPT-2's file")
+    try:
+        return models.BPE.from_file(vocab, merges)
+    except Exception as e:  # the library raises bare Exception
+        raise ConfigError(f"data.tokenizer: {vocab} and {merges} are not GPT-2's encoder.json and vocab.bpe: {e}") from e

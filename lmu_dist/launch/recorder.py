@@ -1,0 +1,36 @@
+"""The one writer of a run's record: a Ray actor beside the driver that spools what rank 0 tells and delivers it.
+
+Workers need no MLflow, no credentials and no shared disk for it, and it outlives them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from lmu_dist.tracking import Courier, Spool, limit_retries
+
+
+@ray.remote(num_cpus=0)
+class Recorder:
+    """Owns the spool of one run. Calls from one caller arrive in order."""
+
+    def __init__(self, folder: str, run_id: str, uri: str, last_steps: dict[str, int]) -> None:
+        limit_retries()
+        self._spool = Spool(Path(folder), run_id, last_steps)
+        self._courier = Courier(self._spool, uri)
+        self._latest: dict[str, float] = {}
+
+    def tell(self, kind: str, *arguments: Any) -> None:
+        """Spools one thing; `kind` is a method of Spool. When this has returned, it is on disk."""
+        getattr(self._spool, kind)(*arguments)
+        if kind == "metrics":
+            self._latest |= {"step": arguments[0], **arguments[1]}
+
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric, and its step."""
+        return self._latest
+
+    def close(self, timeout_seconds: float) -> str:
+        """Delivers what is left; "" or the reason why something still waits in the spool."""
+        return self._courier.close(timeout_seconds)

@@ -1,0 +1,296 @@
+"""The driver of one run: a Config in, a trained and recorded run out. Starts Ray if there is none, and cleans up after it.
+
+`train` does what `lmu-dist train` does; progress goes to a listener, so nothing here prints.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lmu_dist import config as configuration
+from lmu_dist import records
+from lmu_dist.config import Config, ConfigError
+from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.launch.cell import Cell, make_cell, storage
+from lmu_dist.launch.recorder import Recorder
+from lmu_dist.launch.worker import Job, Outcome, train_worker
+from lmu_dist.models import accounting
+from lmu_dist.records import RunRecord
+from lmu_dist.tracking import Courier, Spool, Store, limit_retries, record_of
+from lmu_dist.train import checkpoint
+
+DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
+Listener = Callable[[dict[str, float]], None]  # newest metrics, about once a second
+
+
+class RunFailed(RuntimeError):
+    """Training did not end well; the message is one line with the cause."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended, for the summary."""
+
+    cell: Cell
+    record: RunRecord
+    run_id: str
+    tracking_uri: str
+    already_done: bool
+    undelivered: str  # "" or why part of the record still waits in the spool
+    notes: tuple[str, ...]
+
+
+def train(
+    config: Config, tracking_uri: str, progress: Progress = lambda *_: None, listener: Listener = lambda _: None
+) -> Finished:
+    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, RunFailed.
+
+    A cell that has ended is not run again: its record is delivered, if part of it still waits, and returned.
+    """
+    cell = make_cell(config, prepare(config.data, storage(config), progress))
+    cell.corpus.tokenizer()
+    store = Store(tracking_uri)
+    if (done := _find_done(cell, store)) is not None:
+        return done
+    _, _, passed_over = checkpoint.newest_intact(cell.folder)
+    with cluster(config):
+        run_id = _open_run(cell, store)
+        outcome, undelivered = _run(cell, store, run_id, listener)
+    return Finished(cell, _record(cell, outcome), run_id, store.uri, False, undelivered, tuple(passed_over))
+
+
+def _find_done(cell: Cell, store: Store) -> Finished | None:
+    """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it."""
+    path = cell.folder / "record.json"
+    if path.exists():
+        saved = json.loads(path.read_text())
+        limit_retries()
+        courier = Courier(Spool(cell.folder, saved["run_id"]), store.uri)
+        return Finished(cell, RunRecord(**saved["record"]), saved["run_id"], store.uri, True, courier.close(DELIVERY_SECONDS), ())
+    run = store.find_run(cell.key)
+    record = record_of(run) if run else None
+    if run is None or record is None or record.status not in records.ENDED:
+        return None
+    return Finished(cell, record, run.info.run_id, store.uri, True, "", ())
+
+
+def _open_run(cell: Cell, store: Store) -> str:
+    """The MLflow run of the cell: the one it has, or a new one under its experiment's study."""
+    if (run := store.find_run(cell.key)) is not None:
+        return run.info.run_id
+    experiment_id, study_id = store.open_study(cell.config.experiment, "train")
+    return store.create_run(experiment_id, study_id, cell.name, cell.key)
+
+
+def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Outcome, str]:
+    """Runs the workers to their end and tells the record. Returns how it ended and what of the record still waits."""
+    last_steps = {} if Spool.exists(cell.folder) else store.last_steps(run_id)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    recorder = Recorder.options(scheduling_strategy=here).remote(str(cell.folder), run_id, store.uri, last_steps)
+
+    def tell(kind: str, *arguments: Any) -> None:
+        ray.get(recorder.tell.remote(kind, *arguments))
+
+    config = configuration.to_dict(cell.config)
+    manifest = cell.corpus.manifest
+    constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
+    tell("params", constants | _record(cell, None).columns("params"))
+    tell("tags", {"lmu.status": records.RUNNING, "lmu.git_commit": _git_commit(), "lmu.folder": str(cell.folder)})
+    tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
+    job = Job(
+        config=config,
+        shape=asdict(cell.shape),
+        corpus=str(cell.corpus.folder),
+        folder=str(cell.folder),
+        key=cell.key,
+        code_digest=cell.code_digest,
+        recorder=recorder,
+    )
+    status = records.FAILED
+    try:
+        with _listening(recorder, listener):
+            outcome = _fit(cell, job)
+        status = outcome.status
+        _tell_end(cell, outcome, run_id, tell)
+    finally:
+        tell("tags", {"lmu.status": status})
+        tell("end", status)
+        undelivered = ray.get(recorder.close.remote(DELIVERY_SECONDS))
+    return outcome, undelivered
+
+
+def _fit(cell: Cell, job: Job) -> Outcome:
+    cluster_config = cell.config.cluster
+    resources: dict[str, float] = {"CPU": cluster_config.cpus_per_worker}
+    if cluster_config.gpus_per_worker:
+        resources["GPU"] = cluster_config.gpus_per_worker
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config=job,  # pyright: ignore[reportArgumentType] - handed to train_worker as it is
+        torch_config=TorchConfig(timeout_s=600),
+        scaling_config=ScalingConfig(
+            num_workers=cluster_config.n_workers,
+            use_gpu=bool(cluster_config.gpus_per_worker),
+            resources_per_worker=resources,
+        ),
+        run_config=RunConfig(
+            name=cell.name,
+            storage_path=str(cell.folder.parent),
+            failure_config=FailureConfig(max_failures=cluster_config.max_failures, controller_failure_limit=3),
+            checkpoint_config=CheckpointConfig(num_to_keep=cluster_config.keep_checkpoints),
+            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if cluster_config.gpus_per_worker else "cpu"}},
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except TrainingFailedError as e:
+        raise RunFailed(_cause(e)) from e
+    assert isinstance(result.return_value, Outcome)
+    return result.return_value
+
+
+def _tell_end(cell: Cell, outcome: Outcome, run_id: str, tell: Callable[..., None]) -> None:
+    """The record, in the run's folder and in MLflow."""
+    record = _record(cell, outcome)
+    tell("metrics", outcome.steps, record.columns("metrics"))
+    if outcome.evaluation:
+        curve = outcome.evaluation.position_loss_nats
+        positions = list(range(1, len(curve) + 1))
+        for position, loss in zip(positions, curve, strict=True):
+            tell("metrics", position, {records.POSITION_LOSS: loss})
+        tell("table", "position_loss", {"position": positions, "loss_nats": list(curve)})
+    tell("tags", record.columns("tags"))
+    partial = cell.folder / "record.json.partial"
+    partial.write_text(json.dumps({"run_id": run_id, "record": asdict(record)}, indent=1))
+    partial.replace(cell.folder / "record.json")
+
+
+def _record(cell: Cell, outcome: Outcome | None) -> RunRecord:
+    """The row of a run; without an outcome, that of one about to start."""
+    train, model = cell.config.train, cell.config.model
+    counts, flops = accounting.parameters(cell.shape), accounting.flops(cell.shape)
+    evaluation = outcome.evaluation if outcome else None
+    nan = float("nan")
+    return RunRecord(
+        family=model.family,
+        n_params=counts.non_embedding,
+        n_params_with_head=counts.with_head,
+        n_params_total=counts.total,
+        d_model=cell.shape.d_model,
+        n_blocks=cell.shape.n_blocks,
+        sequence_tokens=train.sequence_tokens,
+        vocab_tokens=cell.shape.vocab_tokens,
+        planned_tokens=train.n_steps * train.batch_tokens,
+        planned_steps=train.n_steps,
+        batch_tokens=train.batch_tokens,
+        learning_rate=train.learning_rate,
+        schedule=train.schedule,
+        precision=train.precision,
+        seed=cell.config.seed,
+        training_flops_per_token=flops.training,
+        training_flops_per_token_kaplan=flops.training_kaplan,
+        data_digest=cell.corpus.manifest.data_digest,
+        code_digest=cell.code_digest,
+        tokens=outcome.steps * train.batch_tokens if outcome else 0,
+        steps=outcome.steps if outcome else 0,
+        train_loss_nats=outcome.train_loss_nats if outcome else nan,
+        val_loss_nats=evaluation.loss_nats if evaluation else nan,
+        val_loss_standard_error_nats=evaluation.standard_error_nats if evaluation else nan,
+        val_bits_per_byte=evaluation.bits_per_byte if evaluation else nan,
+        training_seconds=outcome.training_seconds if outcome else 0.0,
+        key=cell.key,
+        status=outcome.status if outcome else records.RUNNING,
+        phase=outcome.phase if outcome else "undecayed",
+        stop_rule=outcome.stop_rule if outcome else "",
+    )
+
+
+@contextmanager
+def cluster(config: Config) -> Iterator[None]:
+    """A Ray cluster that can hold the run: the one at cluster.address or $RAY_ADDRESS, else a local one until the end.
+
+    Raises ConfigError when the workers can never fit.
+    """
+    wanted = config.cluster
+    address = wanted.address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        cpus = max(1, len(os.sched_getaffinity(0)))
+        if not wanted.gpus_per_worker:
+            _check_fits(config, {"CPU": cpus})
+            if shutil.which("g++") is None:
+                raise ConfigError("no g++ on PATH; DeepSpeed compiles its CPU collectives once, so install g++ (apt-get install g++)")
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+    else:
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except (ConnectionError, ValueError, RuntimeError) as e:
+            reason = " ".join(str(e).split())[:200]
+            raise ConfigError(f"no Ray cluster at {address}: {reason}; start it, or leave cluster.address out") from e
+    try:
+        _check_fits(config, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_fits(config: Config, resources: dict[str, float]) -> None:
+    wanted = config.cluster
+    for name, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
+        if wanted.n_workers * each > resources.get(name, 0):
+            raise ConfigError(
+                f"cluster.n_workers={wanted.n_workers} with {each} {name} each is more than the cluster's "
+                f"{resources.get(name, 0):g} {name}; lower cluster.n_workers or cluster.{name.lower()}s_per_worker, or use a larger cluster"
+            )
+
+
+@contextmanager
+def _listening(recorder: Any, listener: Listener) -> Iterator[None]:
+    """Tells the listener about once a second, from a thread of its own."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(1.0):
+            try:
+                listener(ray.get(recorder.latest.remote()))
+            except ray.exceptions.RayError:
+                return
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what a worker said, without Ray's frames around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _git_commit() -> str:
+    """Commit of the code that runs, with + if it was changed since; "unknown" outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if dirty.strip() else "")

@@ -1,0 +1,176 @@
+"""What runs inside a Ray Train worker: wires data, model, engine and loop together, then listens to the loop.
+
+Started by launch/trainer with a Job; tells the recorder; hands checkpoints to Ray; returns an Outcome from rank 0.
+"""
+
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from lmu_dist import config as configuration
+from lmu_dist import records
+from lmu_dist.data.batches import row_indices
+from lmu_dist.data.prepare import open_corpus
+from lmu_dist.models import accounting
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.shape import Shape
+from lmu_dist.records import EvalMetrics
+from lmu_dist.train import checkpoint
+from lmu_dist.train.loop import steps
+from lmu_dist.train.schedule import learning_rate, phase
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is given: plain values only, since it travels."""
+
+    config: dict[str, Any]
+    shape: dict[str, Any]
+    corpus: str
+    folder: str
+    key: str
+    code_digest: str
+    recorder: Any  # actor handle
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, for the RunRecord."""
+
+    status: str
+    phase: str
+    stop_rule: str
+    steps: int
+    train_loss_nats: float
+    training_seconds: float
+    evaluation: EvalMetrics | None
+
+
+def train_worker(job: Job) -> Outcome:
+    """Trains one cell to its end from the newest whole checkpoint. Runs on every worker; collective."""
+    # DeepSpeed builds its CPU collectives with the ninja that stands beside this Python.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    from lmu_dist.train.engine import Engine, matmul_peak
+    from lmu_dist.train.evaluate import evaluate
+
+    config = configuration.parse(job.config)
+    train, cluster = config.train, config.cluster
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    device = ray.train.torch.get_device()
+    torch.set_num_threads(cluster.cpus_per_worker)
+
+    corpus, shape = open_corpus(Path(job.corpus)), Shape(**job.shape)
+    rows, held_out = (corpus.rows(split, train.sequence_tokens) for split in ("train", "validation"))
+    n_eval_rows = min(len(held_out), max(1, train.eval_tokens // train.sequence_tokens))
+    bytes_per_token = corpus.manifest.bytes_per_token("validation")
+
+    engine = Engine(LanguageModel(shape, config.seed), train, cluster, device)
+    [found, attempt] = _agree(lambda: [_resume_point(Path(job.folder), world_size), f"{time.time_ns():x}"], rank)
+    meta = None
+    if found is not None:
+        folder, meta = found
+        engine.load(folder)
+
+    def tell(kind: str, *arguments: Any) -> ray.ObjectRef | None:
+        return job.recorder.tell.remote(kind, *arguments) if rank == 0 else None
+
+    tell("attempt", {"lmu.n_workers": world_size, "lmu.zero_stage": cluster.zero_stage})
+    peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, device))).item()
+    flops = accounting.flops(shape).training
+    done = meta.step if meta else 0
+    val_losses = list(meta.val_losses) if meta else []
+    train_loss, seconds = (meta.train_loss_nats, meta.training_seconds) if meta else (math.nan, 0.0)
+    evaluation = EvalMetrics(**meta.evaluation) if meta and meta.evaluation else None
+
+    stream = steps(
+        engine,
+        lambda step: rows.batch(row_indices(len(rows), config.seed, step, train.batch_rows, rank, world_size)),
+        lambda step: learning_rate(train, step, val_losses),
+        done,
+        train.n_steps,
+        train.batch_tokens,
+    )
+    for metrics in stream:
+        tell("metrics", metrics.step, metrics.values(train.batch_tokens, flops, peak))
+        train_loss, seconds = metrics.loss_nats, seconds + metrics.step_seconds
+        if not (math.isfinite(metrics.loss_nats) and math.isfinite(metrics.grad_norm)):
+            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", done, train_loss, seconds, evaluation)
+        done = metrics.step + 1
+        last = done == train.n_steps
+        if done % train.eval_every_steps == 0 or last:
+            evaluation = evaluate(engine, held_out, n_eval_rows, rank, world_size, done, bytes_per_token)
+            val_losses.append(evaluation.loss_nats)
+            memory = {records.WORKER_BYTES: engine.max_over_ranks(engine.peak_bytes())}
+            tell("metrics", metrics.step, evaluation.values() | memory)
+        if done % cluster.checkpoint_every_steps == 0 or last:
+            meta = checkpoint.Meta(
+                step=done,
+                key=job.key,
+                world_size=world_size,
+                zero_stage=cluster.zero_stage,
+                data_digest=corpus.manifest.data_digest,
+                tokenizer_digest=corpus.manifest.tokenizer_digest,
+                code_digest=job.code_digest,
+                config=job.config,
+                shape=job.shape,
+                val_losses=val_losses,
+                train_loss_nats=train_loss,
+                training_seconds=seconds,
+                evaluation=asdict(evaluation) if evaluation else None,
+            )
+            # Everything up to here is on the recorder's disk before the checkpoint that makes it history is.
+            if (told := tell("tags", {"lmu.checkpoint_step": done})) is not None:
+                ray.get(told)
+            _checkpoint(engine, meta, rank, attempt)
+    return Outcome(records.COMPLETE, phase(train, done), "", done, train_loss, seconds, evaluation)
+
+
+def _agree(make: Any, rank: int) -> Any:
+    """What rank 0 makes, on every rank; its error too, so that no rank waits for another for ever."""
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = make()
+        except configuration.ConfigError as e:
+            box[1] = str(e)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise configuration.ConfigError(box[1])
+    return box[0]
+
+
+def _resume_point(folder: Path, world_size: int) -> tuple[Path, checkpoint.Meta] | None:
+    """The checkpoint to go on from."""
+    path, meta, passed_over = checkpoint.newest_intact(folder)
+    for reason in passed_over:
+        print(f"passed over: {reason}", file=sys.stderr)
+    if path is None or meta is None:
+        return None
+    if meta.world_size != world_size:
+        raise configuration.ConfigError(
+            f"{path} was written by {meta.world_size} workers; go on with cluster.n_workers={meta.world_size}"
+        )
+    return path, meta
+
+
+def _checkpoint(engine: Any, meta: checkpoint.Meta, rank: int, attempt: str) -> None:
+    """Writes this rank's files to a folder of its own; Ray merges those of all ranks in storage."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(engine, Path(folder), meta, rank)
+        ray.train.report(
+            {"step": meta.step, "train_loss_nats": meta.train_loss_nats},
+            checkpoint=ray.train.Checkpoint.from_directory(folder),
+            checkpoint_dir_name=checkpoint.folder_name(meta.step, meta.world_size, attempt),
+        )

@@ -1,0 +1,148 @@
+"""The only counter: parameters, FLOPs and bytes of a Shape, without building it. Everything downstream reads, none recounts.
+
+Held to numel() and to torch's flop counter by tests/models/test_accounting.py. Legend: V vocabulary, n sequence length.
+"""
+
+import math
+from dataclasses import dataclass
+
+from lmu_dist.models.shape import Shape
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Trainable parameters. `non_embedding` is N as in Kaplan et al. 2020; `with_head` adds the tied V x D matrix,
+    which the head multiplies by (Porian et al. 2024); `total` adds learned positions too and equals numel()."""
+
+    non_embedding: int
+    head: int
+    position: int
+
+    @property
+    def with_head(self) -> int:
+        """N with the head."""
+        return self.non_embedding + self.head
+
+    @property
+    def total(self) -> int:
+        """All that is trained."""
+        return self.with_head + self.position
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations per token; a multiply-add is 2, elementwise work is left out, as the field does.
+
+    matmul  matrix products of the blocks, causal attention at its full n (as torch's counter has it)
+    fft     the LMU's Fourier transforms: 5/2 m log2 m per real transform of m = 2n points, 6 per complex product
+    head    the product with the vocabulary
+    kaplan  2N: the convention behind C = 6ND
+    """
+
+    matmul: float
+    fft: float
+    head: float
+    kaplan: float
+
+    @property
+    def forward(self) -> float:
+        """Everything one forward pass does for a token."""
+        return self.matmul + self.fft + self.head
+
+    @property
+    def training(self) -> float:
+        """Forward and backward, the backward at twice the forward."""
+        return 3 * self.forward
+
+    @property
+    def training_kaplan(self) -> float:
+        """6N."""
+        return 3 * self.kaplan
+
+
+@dataclass(frozen=True)
+class ZeroMemory:
+    """Bytes of model state on one worker."""
+
+    weights_bytes: float
+    gradients_bytes: float
+    optimizer_bytes: float
+
+    @property
+    def total_bytes(self) -> float:
+        """Sum of the three."""
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+
+def _sublayer_parameters(name: str, s: Shape) -> int:
+    d, r = s.d_model, s.reduced_order
+    match name:
+        case "ffn":
+            return 2 * d * s.d_ff + s.d_ff + d
+        case "attention":
+            return 4 * d * d + 4 * d
+        case "lstm":
+            return 4 * s.d_hidden * (d + s.d_hidden + 2) + s.d_hidden * d + d
+        case "lmu":
+            return 3 * r * s.order + 3 * r + r
+    raise AssertionError(name)
+
+
+def _sublayer_matmul_flops(name: str, s: Shape) -> float:
+    d, r = s.d_model, s.reduced_order
+    match name:
+        case "ffn":
+            return 4 * d * s.d_ff
+        case "attention":
+            return 8 * d * d + 4 * s.sequence_tokens * d
+        case "lstm":
+            return 8 * s.d_hidden * (d + s.d_hidden) + 2 * s.d_hidden * d
+        case "lmu":
+            # The folding L H is shared by the rows of a batch; it is charged to each, as in the paper's table.
+            return 6 * r * s.order + 2 * d * r * r + 2 * r * r + 2 * d * r
+    raise AssertionError(name)
+
+
+def _sublayer_fft_flops(name: str, s: Shape) -> float:
+    if name != "lmu":
+        return 0.0
+    k, d, m = 3 * s.reduced_order, s.d_model, 2 * s.sequence_tokens
+    transforms = d + k + k * d
+    return (transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / s.sequence_tokens
+
+
+def parameters(shape: Shape) -> Parameters:
+    """Trainable parameters of a Shape, exactly."""
+    names = shape.layout * shape.n_blocks
+    norms = 2 * shape.d_model * (len(names) + 1)
+    return Parameters(
+        non_embedding=norms + sum(_sublayer_parameters(name, shape) for name in names),
+        head=shape.vocab_tokens * shape.d_model,
+        position=shape.sequence_tokens * shape.d_model if shape.learned_positions else 0,
+    )
+
+
+def flops(shape: Shape) -> Flops:
+    """Forward FLOPs per token of a training sequence of n tokens."""
+    names = shape.layout * shape.n_blocks
+    return Flops(
+        matmul=sum(_sublayer_matmul_flops(name, shape) for name in names),
+        fft=sum(_sublayer_fft_flops(name, shape) for name in names),
+        head=2 * shape.vocab_tokens * shape.d_model,
+        kaplan=2 * parameters(shape).non_embedding,
+    )
+
+
+def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = "fp32") -> ZeroMemory:
+    """Weights, gradients and Adam's state on one of `n_workers` (Rajbhandari et al. 2020, section 3).
+
+    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too.
+    """
+    total = parameters(shape).total
+    width = 4 if precision == "fp32" else 2
+    master = 4 if precision != "fp32" or zero_stage >= 1 else 0
+    return ZeroMemory(
+        weights_bytes=width * total / (n_workers if zero_stage >= 3 else 1),
+        gradients_bytes=width * total / (n_workers if zero_stage >= 2 else 1),
+        optimizer_bytes=(master + 8) * total / (n_workers if zero_stage >= 1 else 1),
+    )

@@ -1,0 +1,48 @@
+"""The frozen Legendre memory, in float64 numpy: (order, window, length) in, Abar, Bbar and the impulse response out.
+
+Everything here is computed once on the CPU and cast last; no parameter of it is trained. Called by lmu and the tests.
+"""
+
+import numpy as np
+from jaxtyping import Float
+from scipy.linalg import expm
+
+
+def continuous(order: int, theta_tokens: float) -> tuple[Float[np.ndarray, "Q Q"], Float[np.ndarray, "Q"]]:
+    """State-space matrices A (Q, Q) and B (Q,) of the sliding window, per token of time (Voelker et al. 2019, eq. 2-3)."""
+    i = np.arange(order)
+    scale = (2.0 * i + 1.0) / theta_tokens
+    sign = np.where(i[:, None] < i[None, :], -1.0, (-1.0) ** (i[:, None] - i[None, :] + 1))
+    return scale[:, None] * sign, scale * (-1.0) ** i
+
+
+def discrete(order: int, theta_tokens: float) -> tuple[Float[np.ndarray, "Q Q"], Float[np.ndarray, "Q"]]:
+    """Zero-order hold with a step of one token: Abar = e^A (Q, Q), Bbar = A^-1 (e^A - I) B (Q,).
+
+    Both are blocks of one matrix exponential, which needs no inverse of A.
+    """
+    a, b = continuous(order, theta_tokens)
+    augmented = np.zeros((order + 1, order + 1))
+    augmented[:order, :order], augmented[:order, order] = a, b
+    e = expm(augmented)
+    return e[:order, :order], e[:order, order]
+
+
+def impulse_response(order: int, theta_tokens: float, length: int) -> Float[np.ndarray, "Q T"]:
+    """H = [Bbar, Abar Bbar, Abar^2 Bbar, ...] (Q, length), by doubling: log2(length) matrix products."""
+    a_bar, b_bar = discrete(order, theta_tokens)
+    h = b_bar[:, None]
+    power = a_bar
+    while h.shape[1] < length:
+        h = np.concatenate([h, power @ h], axis=1)
+        power = power @ power
+    return h[:, :length]
+
+
+def row_scale(order: int, theta_tokens: float) -> Float[np.ndarray, "Q"]:
+    """Standard deviation of each memory row under white noise of unit variance: sqrt((2i+1)/theta) (Q,).
+
+    Row i is the Legendre coefficient (2i+1)/theta * integral of P_i over the window, and P_i has squared norm
+    theta/(2i+1). Reading matrices are trained in rows divided by this, so that no order starts 10 times as loud.
+    """
+    return np.sqrt((2.0 * np.arange(order) + 1.0) / theta_tokens)

@@ -1,0 +1,112 @@
+"""The one LanguageModel of every family: token ids in, loss in nats per token or logits out.
+
+Legend: B batch, T time, V vocabulary. Built by train/worker from a Shape; the families differ in their sublayers only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmu_dist.models.attention import Attention
+from lmu_dist.models.lmu import LMU
+from lmu_dist.models.lstm import LSTM
+from lmu_dist.models.shape import Shape
+
+
+class FeedForward(nn.Module):
+    """gelu(x W1 + b1) W2 + b2, token by token (the paper's FFN)."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff)
+        self.out = nn.Linear(d_ff, d_model)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The same function at every token."""
+        return self.out(F.gelu(self.up(x)))
+
+    def advance(self, x: Float[Tensor, "B T D"], state: None) -> tuple[Float[Tensor, "B T D"], None]:
+        """Nothing to carry."""
+        return self(x), None
+
+
+SUBLAYERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "ffn": lambda s: FeedForward(s.d_model, s.d_ff),
+    "lmu": lambda s: LMU(s.order, s.reduced_order, s.theta_tokens),
+    "attention": lambda s: Attention(s.d_model, s.n_heads),
+    "lstm": lambda s: LSTM(s.d_model, s.d_hidden),
+}
+
+
+class LanguageModel(nn.Module):
+    """Embedding -> n_blocks x layout, each x <- x + sublayer(LayerNorm(x)) -> LayerNorm -> tied head.
+
+    The same seed gives the same weights on every machine and rank.
+    """
+
+    def __init__(self, shape: Shape, seed: int = 0) -> None:
+        super().__init__()
+        self.shape = shape
+        names = shape.layout * shape.n_blocks
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.embedding = nn.Embedding(shape.vocab_tokens, shape.d_model)
+            self.position = nn.Embedding(shape.sequence_tokens, shape.d_model) if shape.learned_positions else None
+            self.norms = nn.ModuleList(nn.LayerNorm(shape.d_model) for _ in names)
+            self.sublayers = nn.ModuleList(SUBLAYERS[name](shape) for name in names)
+            self.norm = nn.LayerNorm(shape.d_model)
+            self._initialise(len(names))
+
+    def _initialise(self, n_sublayers: int) -> None:
+        """GPT-2's: embeddings 0.02; matrices fan-in scaled; what writes to the residual stream shrunk by its depth."""
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                std = module.in_features**-0.5
+                nn.init.normal_(module.weight, std=std * (n_sublayers**-0.5 if name.endswith(".out") else 1.0))
+                nn.init.zeros_(module.bias)
+
+    def _embed(self, tokens: Int[Tensor, "B T"], start: int) -> Float[Tensor, "B T D"]:
+        x = self.embedding(tokens)
+        if self.position is None:
+            return x
+        end = start + tokens.shape[1]
+        if end > self.shape.sequence_tokens:
+            raise ValueError(
+                f"{end} tokens are more than the {self.shape.sequence_tokens} positions this transformer was trained on; "
+                "ask for a shorter text, or train with a larger train.sequence_tokens"
+            )
+        return x + self.position.weight[start:end]
+
+    def _logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Scores of the next token at every position of whole sequences."""
+        x = self._embed(tokens, 0)
+        for norm, sublayer in zip(self.norms, self.sublayers, strict=True):
+            x = x + sublayer(norm(x))
+        return self._logits(x)
+
+    def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
+        """Cross-entropy of every target in nats (float32 whatever the model's precision)."""
+        logits = self.logits(inputs).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+    def advance(self, tokens: Int[Tensor, "B T"], state: "State | None" = None) -> tuple[Float[Tensor, "B T V"], "State"]:
+        """The next chunk of a text of any length: its logits, and the state from which the text goes on."""
+        start, layers = state or (0, [None] * len(self.sublayers))
+        x, after = self._embed(tokens, start), []
+        for norm, sublayer, before in zip(self.norms, self.sublayers, layers, strict=True):
+            y, carried = sublayer.advance(norm(x), before)
+            x = x + y
+            after.append(carried)
+        return self._logits(x), (start + tokens.shape[1], after)
+
+
+State = tuple[int, list[Any]]  # tokens seen, what each sublayer carries

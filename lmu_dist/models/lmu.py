@@ -1,0 +1,142 @@
+"""The LMU mixer: one Legendre memory per channel, read by implicit self-attention (arXiv 2110.02402, eq. 1-11, A.1).
+
+(B, T, D) in, (B, T, D) out, causal. Legend: B batch, T time, D width, Q order, R reduced order q', K = 3R readings.
+`memory_readings` has the forms (fft, recurrent), `implicit_attention` is common to them, `LMU` is the sublayer lm builds.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmu_dist.models import legendre
+
+Form = Literal["fft", "recurrent"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The frozen memory on a device: a_bar (Q, Q), b_bar (Q,), impulse response h (Q, T), row scale (Q,)."""
+
+    a_bar: Tensor
+    b_bar: Tensor
+    h: Tensor
+    row_scale: Tensor
+
+
+@lru_cache(maxsize=64)
+def memory(order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device) -> Memory:
+    """Tensors of one memory, made in float64 and cast last. Not buffers: no precision setting can round them twice."""
+    arrays = (
+        *legendre.discrete(order, theta_tokens),
+        legendre.impulse_response(order, theta_tokens, length),
+        legendre.row_scale(order, theta_tokens),
+    )
+    return Memory(*(torch.from_numpy(a).to(device, dtype) for a in arrays))
+
+
+def memory_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of the memory under activations of `dtype`: float64 for float64, else float32 (bfloat16 has no FFT)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def convolve(x: Float[Tensor, "B T D"], kernels: Float[Tensor, "K T"]) -> Float[Tensor, "B T K D"]:
+    """Causal convolution of every channel with every kernel, y_t = sum_{j<=t} k_{t-j} x_j, by FFT padded to 2T (eq. 7)."""
+    length = x.shape[1]
+    n_fft = 2 * length
+    spectrum = torch.fft.rfft(x.transpose(1, 2), n_fft)  # (B, D, F)
+    response = torch.fft.rfft(kernels, n_fft)  # (K, F)
+    y = torch.fft.irfft(response[None, :, None] * spectrum[:, None], n_fft)[..., :length]  # (B, K, D, T)
+    return y.permute(0, 3, 1, 2)
+
+
+def memory_readings(
+    x: Float[Tensor, "B T D"],
+    reading: Float[Tensor, "K Q"],
+    theta_tokens: float,
+    state: Float[Tensor, "B Q D"] | None = None,
+    form: Form = "fft",
+) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"] | None]:
+    """Linear readings L M_t of the memory at every token; with a given state, also the state after the last token.
+
+    recurrent: M_t = Abar M_{t-1} + Bbar x_t, token by token (eq. 1): the reference, and the way to generate.
+    fft: (L H) * x, the reading folded into the impulse response (appendix A.1), K convolutions in place of Q.
+    Both carry a state across chunks exactly: the fft form adds L Abar^t M_0 and closes with
+    M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state (a row from its start) None comes back for it.
+    All in float32 whatever the precision of x, in float64 if x is.
+    """
+    length, order = x.shape[1], reading.shape[1]
+    dtype = memory_dtype(x.dtype)
+    x, reading = x.to(dtype), reading.to(dtype)
+    if form == "recurrent":
+        mem = memory(order, theta_tokens, 1, dtype, x.device)
+        m = x.new_zeros(x.shape[0], order, x.shape[2]) if state is None else state
+        readings = []
+        for t in range(length):
+            m = mem.a_bar @ m + mem.b_bar[:, None] * x[:, t, None]
+            readings.append(reading @ m)
+        return torch.stack(readings, dim=1), None if state is None else m
+    mem = memory(order, theta_tokens, length, dtype, x.device)
+    y = convolve(x, reading @ mem.h)
+    if state is None:
+        return y, None
+    powers, power = [], reading
+    for _ in range(length):
+        power = power @ mem.a_bar
+        powers.append(power)
+    y = y + torch.einsum("tkq,bqd->btkd", torch.stack(powers), state)
+    return y, torch.linalg.matrix_power(mem.a_bar, length) @ state + mem.h.flip(1) @ x
+
+
+def implicit_attention(
+    readings: Float[Tensor, "B T K D"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], scale: float = 1.0
+) -> Float[Tensor, "B T D"]:
+    """Attention over the rows of one token's memory, never across tokens: p softmax(scale QK^T) V (eq. 8-10).
+
+    Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3) stand one after the other in `readings`. p meets the
+    weights before V does, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
+    """
+    q, k, v = F.gelu(readings + bias[:, None]).chunk(3, dim=2)
+    weights = torch.softmax(scale * (q @ k.transpose(-1, -2)), dim=-1)
+    return ((p @ weights)[..., None, :] @ v).squeeze(-2)
+
+
+class LMU(nn.Module):
+    """Legendre memory with implicit self-attention. Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,).
+
+    `reading` is held in units of the memory's row scale, so that white noise of unit variance gives pre-activations of
+    unit variance at the start and no order is trained at another rate; the paper's L is `reading_matrix`.
+    """
+
+    def __init__(self, order: int, reduced_order: int, theta_tokens: float) -> None:
+        super().__init__()
+        self.theta_tokens = theta_tokens
+        self.reading = nn.Parameter(torch.randn(3 * reduced_order, order) / math.sqrt(order))
+        self.bias = nn.Parameter(torch.zeros(3 * reduced_order))
+        self.p = nn.Parameter(torch.randn(reduced_order) / math.sqrt(reduced_order))
+
+    @property
+    def reading_matrix(self) -> Float[Tensor, "K Q"]:
+        """L1, L2, L3 of eq. 8 stacked, in the paper's basis."""
+        dtype = memory_dtype(self.reading.dtype)
+        scale = memory(self.reading.shape[1], self.theta_tokens, 1, dtype, self.reading.device).row_scale
+        return self.reading.to(dtype) / scale
+
+    def forward(self, x: Float[Tensor, "B T D"], form: Form = "fft") -> Float[Tensor, "B T D"]:
+        """A whole sequence from an empty memory."""
+        readings, _ = memory_readings(x, self.reading_matrix, self.theta_tokens, form=form)
+        return implicit_attention(readings.to(x.dtype), self.bias, self.p)
+
+    def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
+        """The next chunk of a sequence: outputs, and the memory (B, Q, D) to hand to the chunk after it."""
+        if state is None:
+            state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=memory_dtype(x.dtype))
+        form: Form = "recurrent" if x.shape[1] == 1 else "fft"
+        readings, state = memory_readings(x, self.reading_matrix, self.theta_tokens, state, form)
+        assert state is not None
+        return implicit_attention(readings.to(x.dtype), self.bias, self.p), state

@@ -1,0 +1,130 @@
+"""What crosses between rooms about a run: StepMetrics, EvalMetrics, RunRecord, and the names and units of metrics.
+
+The loop yields the first, evaluation makes the second, launch/worker fills the third; tracking writes them, the
+analysis reads them back. A run's constants are MLflow params, its results metrics, what may change tags.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+# Metric keys of the training history, one point per step (or evaluation); MLflow's step is the optimizer step.
+TRAIN_LOSS = "train/loss_nats"
+LEARNING_RATE = "train/learning_rate"
+GRAD_NORM = "train/grad_norm"
+TOKENS = "train/tokens"
+TOKENS_PER_SECOND = "speed/tokens_per_second"
+MODEL_FLOPS = "speed/model_flops_per_second"
+PEAK_SHARE = "speed/share_of_matmul_peak"
+WORKER_BYTES = "memory/peak_worker_bytes"
+VAL_LOSS = "val/loss_nats"
+VAL_ERROR = "val/loss_standard_error_nats"
+BITS_PER_BYTE = "val/bits_per_byte"
+# Its MLflow step is the position in the row, 1 .. n: the paper's figure 4 as a curve.
+POSITION_LOSS = "position/loss_nats"
+
+# How a run ended. Only `complete` is a result; the others say why not.
+RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED, FAILED = "running", "complete", "stopped_early", "diverged", "failed"
+ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step: its number (0 is the first), tokens seen after it, mean loss of the global batch in nats."""
+
+    step: int
+    tokens: int
+    loss_nats: float
+    grad_norm: float
+    learning_rate: float
+    step_seconds: float
+
+    def values(self, step_tokens: int, training_flops_per_token: float, peak_flops_per_second: float) -> dict[str, float]:
+        """The step as metrics. Peak is that of all workers together."""
+        per_second = step_tokens / self.step_seconds
+        return {
+            TRAIN_LOSS: self.loss_nats,
+            LEARNING_RATE: self.learning_rate,
+            GRAD_NORM: self.grad_norm,
+            TOKENS: self.tokens,
+            TOKENS_PER_SECOND: per_second,
+            MODEL_FLOPS: per_second * training_flops_per_token,
+            PEAK_SHARE: per_second * training_flops_per_token / peak_flops_per_second,
+        }
+
+
+@dataclass(frozen=True)
+class EvalMetrics:
+    """Validation after `step` steps. The standard error is over rows, which are far less correlated than tokens."""
+
+    step: int
+    loss_nats: float
+    standard_error_nats: float
+    bits_per_byte: float
+    n_rows: int
+    position_loss_nats: tuple[float, ...]  # mean loss at position 1 .. n of a row
+
+    def values(self) -> dict[str, float]:
+        """The evaluation as metrics."""
+        return {VAL_LOSS: self.loss_nats, VAL_ERROR: self.standard_error_nats, BITS_PER_BYTE: self.bits_per_byte}
+
+
+def _param() -> Any:
+    return field(metadata={"kind": "params"})
+
+
+def _metric() -> Any:
+    return field(metadata={"kind": "metrics"})
+
+
+def _tag() -> Any:
+    return field(metadata={"kind": "tags"})
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One flat row per run: all that the scaling analysis needs, counted once and never recounted."""
+
+    family: str = _param()
+    n_params: int = _param()  # non-embedding N (Kaplan)
+    n_params_with_head: int = _param()  # N with the tied head (Porian)
+    n_params_total: int = _param()
+    d_model: int = _param()
+    n_blocks: int = _param()
+    sequence_tokens: int = _param()
+    vocab_tokens: int = _param()
+    planned_tokens: int = _param()
+    planned_steps: int = _param()
+    batch_tokens: int = _param()
+    learning_rate: float = _param()
+    schedule: str = _param()
+    precision: str = _param()
+    seed: int = _param()
+    training_flops_per_token: float = _param()  # every matrix product and FFT, head included
+    training_flops_per_token_kaplan: float = _param()  # 6N
+    data_digest: str = _param()
+    code_digest: str = _param()
+    tokens: int = _metric()  # trained on
+    steps: int = _metric()
+    train_loss_nats: float = _metric()  # of the last step
+    val_loss_nats: float = _metric()
+    val_loss_standard_error_nats: float = _metric()
+    val_bits_per_byte: float = _metric()
+    training_seconds: float = _metric()  # sum over steps, evaluation and checkpoints left out
+    key: str = _tag()
+    status: str = _tag()
+    phase: str = _tag()  # decayed | undecayed: where the schedule stood at the end
+    stop_rule: str = _tag()  # empty unless a rule ended the run
+
+    def columns(self, kind: str) -> dict[str, Any]:
+        """Fields of one kind, `params`, `metrics` or `tags`, by their MLflow name."""
+        return {_name(f): getattr(self, f.name) for f in fields(self) if f.metadata["kind"] == kind}
+
+    @classmethod
+    def from_columns(cls, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> "RunRecord":
+        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has no complete record."""
+        source: dict[str, dict[str, Any]] = {"params": params, "metrics": metrics, "tags": tags}
+        return cls(**{f.name: f.type(source[f.metadata["kind"]][_name(f)]) for f in fields(cls)})  # pyright: ignore
+
+
+def _name(f: Any) -> str:
+    return {"params": f.name, "metrics": f"final/{f.name}", "tags": f"lmu.{f.name}"}[f.metadata["kind"]]

@@ -1,0 +1,1 @@
+"""Training: schedule, DeepSpeed engine, the loop, evaluation, checkpoints. Knows neither Ray nor MLflow."""

@@ -1,0 +1,123 @@
+"""Checkpoints: ZeRO shards, weights and meta.json in a folder, with manifests by which any damage is noticed.
+
+Every rank writes its files into a folder of its own; they are merged into one (by Ray) and read from there. A
+checkpoint is whole when the manifest of every rank is there and every file has the digest it names.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from lmu_dist.config import ConfigError
+from lmu_dist.train.engine import Engine
+
+META, WEIGHTS = "meta.json", "model.safetensors"
+NAME = re.compile(r"^step-(\d{8})-")
+
+
+class CheckpointError(ConfigError):
+    """A checkpoint that is incomplete or damaged; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Where a run stood. With the configuration and the data this is all that is needed to go on exactly.
+
+    No random state is kept, since none is used: weights start from the seed, and the data of a step follow from its number.
+    """
+
+    step: int  # optimizer steps done
+    key: str  # of the run
+    world_size: int
+    zero_stage: int
+    data_digest: str
+    tokenizer_digest: str
+    code_digest: str
+    config: dict[str, Any]
+    shape: dict[str, Any]
+    val_losses: list[float] = field(default_factory=list)  # what the plateau rule knows
+    train_loss_nats: float = 0.0
+    training_seconds: float = 0.0
+    evaluation: dict[str, Any] | None = None  # the last EvalMetrics, so that a finished run need not evaluate again
+
+
+def folder_name(step: int, world_size: int, attempt: str) -> str:
+    """Name of a checkpoint; of its own for every attempt, so that no left-over of a killed one is merged into it."""
+    return f"step-{step:08d}-w{world_size}-{attempt}"
+
+
+def save(engine: Engine, folder: Path, meta: Meta, rank: int) -> None:
+    """Writes what this rank has to write. Collective."""
+    engine.save(folder)
+    weights = engine.weights()
+    if rank == 0:
+        safetensors.torch.save_file(weights, folder / WEIGHTS)
+        (folder / META).write_text(json.dumps(asdict(meta)))
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    listing = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in files}
+    (folder / _manifest(rank)).write_text(json.dumps({"world_size": meta.world_size, "files": listing}))
+
+
+def verify(folder: Path) -> Meta:
+    """Reads meta.json after checking every file of the checkpoint. Raises CheckpointError."""
+    rank, world_size = 0, 1
+    while rank < world_size:
+        manifest = _read_json(folder / _manifest(rank))
+        world_size = manifest["world_size"]
+        for name, (size, digest) in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                raise CheckpointError(f"checkpoint {folder} lacks {name}")
+            if path.stat().st_size != size or _digest(path) != digest:
+                raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
+        rank += 1
+    return Meta(**_read_json(folder / META))
+
+
+def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]]:
+    """The latest checkpoint of a run that is whole, its meta, and what was passed over and why.
+
+    (None, None, []) for a run that has none yet. Raises CheckpointError if there are some but all are damaged:
+    starting from nothing would throw away what a person might still rescue.
+    """
+    found = [p for p in run_folder.glob("step-*") if NAME.match(p.name)] if run_folder.is_dir() else []
+    passed_over = []
+    for folder in sorted(found, key=lambda p: (p.name[:13], p.stat().st_mtime), reverse=True):
+        try:
+            return folder, verify(folder), passed_over
+        except CheckpointError as e:
+            passed_over.append(str(e))
+    if found:
+        raise CheckpointError(
+            f"{passed_over[0]}, and no older checkpoint of the run is whole; restore it, or delete {run_folder} to start the run anew"
+        )
+    return None, None, []
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """Weights of a checkpoint by parameter name, without unpickling anything."""
+    return safetensors.torch.load_file(folder / WEIGHTS)
+
+
+def _manifest(rank: int) -> str:
+    return f"manifest-{rank:05d}.json"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except OSError as e:
+        raise CheckpointError(f"checkpoint {path.parent} lacks {path.name}") from e
+    except ValueError as e:
+        raise CheckpointError(f"checkpoint {path.parent}: {path.name} is damaged") from e
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,146 @@
+"""The only file that knows DeepSpeed: a model in, optimizer steps, losses and ZeRO-sharded state out.
+
+Needs a process group (Ray makes it for workers, tests make their own). Built by launch/worker.
+"""
+
+import math
+import resource
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.data.batches import Batch
+from lmu_dist.models.lm import LanguageModel
+
+TAG = "zero"  # DeepSpeed's folder inside a checkpoint
+
+
+class Engine:
+    """A LanguageModel under ZeRO stage 0 to 3 with Adam, on this rank's device. All methods are collective."""
+
+    def __init__(self, model: LanguageModel, train: TrainConfig, cluster: ClusterConfig, device: torch.device) -> None:
+        deepspeed.init_distributed(dist_backend=dist.get_backend())
+        self.device = device
+        self.share_rows = train.batch_rows // dist.get_world_size()
+        self.micro_rows = cluster.micro_batch_rows or self.share_rows
+        self._ds, *_ = deepspeed.initialize(
+            model=model.to(device),
+            optimizer=_adam(model, train),
+            config={
+                "train_micro_batch_size_per_gpu": self.micro_rows,
+                "gradient_accumulation_steps": self.share_rows // self.micro_rows,
+                "gradient_clipping": train.clip_norm,
+                "bf16": {"enabled": train.precision == "bf16"},
+                "zero_optimization": {
+                    "stage": cluster.zero_stage,
+                    # DeepSpeed's default of 5e8 reserves 2 GB however small the model is.
+                    "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in model.parameters())),
+                },
+                "zero_allow_untested_optimizer": True,
+                "steps_per_print": 2**31,
+            },
+        )
+
+    def step(self, batch: Batch, learning_rate: float) -> tuple[float, float]:
+        """One optimizer step on this rank's share of the global batch: (mean loss over all ranks in nats, gradient norm).
+
+        A loss that is not finite leaves the weights as they were, on every rank.
+        """
+        for group in self._ds.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._ds.train()
+        total = torch.zeros((), dtype=torch.float64)
+        micro_batches = zip(batch.inputs.split(self.micro_rows), batch.targets.split(self.micro_rows), strict=True)
+        for i, (inputs, targets) in enumerate(micro_batches):
+            if i:
+                self._ds.step()  # closes the micro-batch before; weights move after the last one only
+            loss = self._ds(inputs.to(self.device), targets.to(self.device)).mean()
+            self._ds.backward(loss)
+            total += loss.detach().double().cpu() * (len(inputs) / self.share_rows)
+        mean = self.sum_over_ranks(total) / dist.get_world_size()
+        if not torch.isfinite(mean):
+            return mean.item(), math.nan
+        unsharded_norm = self._gradient_norm()
+        self._ds.step()
+        norm = self._ds.get_global_grad_norm()
+        return mean.item(), float(unsharded_norm if norm is None else norm)
+
+    def _gradient_norm(self) -> float:
+        """Norm of the averaged gradients at stage 0, for which DeepSpeed reports none."""
+        grads = [p.grad for p in self._ds.module.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(grads)) if grads else math.nan
+
+    @torch.no_grad()
+    def losses(self, batch: Batch) -> Float[Tensor, "B T"]:
+        """Loss of every target in nats, on this rank's rows, weights untouched."""
+        self._ds.eval()
+        return self._ds(batch.inputs.to(self.device), batch.targets.to(self.device)).double().cpu()
+
+    def sum_over_ranks(self, x: Tensor) -> Tensor:
+        """Sum of a CPU tensor over all ranks."""
+        moved = x.to(self.device)
+        dist.all_reduce(moved)
+        return moved.cpu()
+
+    def max_over_ranks(self, x: float) -> float:
+        """Largest value of any rank."""
+        moved = torch.tensor(float(x), dtype=torch.float64, device=self.device)
+        dist.all_reduce(moved, dist.ReduceOp.MAX)
+        return moved.item()
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights on the CPU of rank 0 (other ranks get an empty dict), gathered one at a time under ZeRO 3."""
+        gathered = {}
+        for name, parameter in self._ds.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._ds.zero_optimization_stage() == 3):
+                if dist.get_rank() == 0:
+                    gathered[name] = parameter.detach().cpu().clone()
+        return gathered
+
+    def save(self, folder: Path) -> None:
+        """Writes this rank's shards below `folder`."""
+        self._ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Takes weights and optimizer state from a folder with the shards of all ranks."""
+        loaded, _ = self._ds.load_checkpoint(str(folder), tag=TAG)
+        if loaded is None:
+            raise ValueError(f"DeepSpeed found no checkpoint in {folder}")
+
+    def peak_bytes(self) -> int:
+        """Most memory this worker has held: of the GPU where there is one, else resident memory of the process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
+    """torch's AdamW; with weight_decay 0 it is Adam. Biases, norms and other vectors never decay."""
+    settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    if not train.weight_decay:
+        return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **settings)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, **settings)
+
+
+def matmul_peak(precision: str, device: torch.device, size: int = 1024, repeats: int = 5) -> float:
+    """Measured FLOP/s of this worker's best (size x size) matrix product: what a step's FLOP/s are a share of."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    if device.type == "cuda":
+        size *= 8
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = math.inf
+    for _ in range(repeats):
+        began = time.perf_counter()
+        b = a @ a
+        float(b[0, 0])  # waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best

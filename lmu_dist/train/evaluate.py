@@ -1,0 +1,47 @@
+"""Validation: rows of the held-out split in, EvalMetrics out (nats per token, bits per byte, loss by position).
+
+Legend: B batch, T time. Collective over all ranks; called by launch/worker.
+"""
+
+import math
+
+import numpy as np
+import torch
+
+from lmu_dist.data.batches import Rows
+from lmu_dist.records import EvalMetrics
+from lmu_dist.train.engine import Engine
+
+
+def evaluate(
+    engine: Engine, rows: Rows, n_rows: int, rank: int, world_size: int, step: int, bytes_per_token: float
+) -> EvalMetrics:
+    """Mean loss over the first `n_rows` rows, each rank taking its share; the standard error is that over rows.
+
+    bits_per_byte = nats / ln 2 / bytes_per_token, with the bytes of the split's text per token of the split.
+    """
+    per_rank = -(-n_rows // world_size)
+    mine = np.arange(rank * per_rank, (rank + 1) * per_rank)
+    chunk = engine.micro_rows
+    by_position = torch.zeros(rows.sequence_tokens, dtype=torch.float64)
+    sums = torch.zeros(2, dtype=torch.float64)  # of row means, of their squares
+    # Ranks run the same number of passes (ZeRO 3 gathers weights in each); rows past the end weigh nothing.
+    for start in range(0, per_rank, chunk):
+        indices = mine[start : start + chunk]
+        real = torch.from_numpy(indices < n_rows).double()
+        losses = engine.losses(rows.batch(np.minimum(indices, n_rows - 1)))
+        by_position += (losses * real[:, None]).sum(0)
+        means = losses.mean(1) * real
+        sums += torch.stack([means.sum(), means.square().sum()])
+    by_position = engine.sum_over_ranks(by_position) / n_rows
+    total, squares = engine.sum_over_ranks(sums).tolist()
+    mean = total / n_rows
+    variance = max(0.0, squares / n_rows - mean**2) * n_rows / max(1, n_rows - 1)
+    return EvalMetrics(
+        step=step,
+        loss_nats=mean,
+        standard_error_nats=math.sqrt(variance / n_rows),
+        bits_per_byte=mean / math.log(2) / bytes_per_token,
+        n_rows=n_rows,
+        position_loss_nats=tuple(by_position.tolist()),
+    )

@@ -1,0 +1,71 @@
+"""A trained model outside its run: safetensors, config.json and tokenizer.json in one folder, and back.
+
+Nothing is unpickled on the way. Called by the commands export and generate.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from tokenizers import Tokenizer
+
+from lmu_dist.config import ConfigError
+from lmu_dist.data import tokenizer as vocabulary
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.shape import Shape
+from lmu_dist.train import checkpoint
+
+TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model ready to use, in float32 on the CPU, with its tokenizer and what is known of its training."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    facts: dict[str, Any]
+
+
+def open_trained(folder: Path) -> Trained:
+    """A model from an exported folder, or from the newest whole checkpoint of a run's. Raises ConfigError."""
+    if (folder / CONFIG).is_file():
+        facts = json.loads((folder / CONFIG).read_text())
+        weights = safetensors.torch.load_file(folder / checkpoint.WEIGHTS)
+    else:
+        path, meta, _ = checkpoint.newest_intact(folder)
+        if path is None or meta is None:
+            raise ConfigError(f"no checkpoint in {folder}; train the run first")
+        weights = checkpoint.read_weights(path)
+        facts = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
+        facts |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
+    tokenizer = vocabulary.load(folder / TOKENIZER)
+    if vocabulary.digest(tokenizer) != facts["tokenizer_digest"]:
+        raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; put that one back")
+    model = LanguageModel(Shape(**facts["shape"]))
+    model.load_state_dict({name: w.float() for name, w in weights.items()})
+    return Trained(model.eval(), tokenizer, facts)
+
+
+def export(run_folder: Path, to: Path) -> float:
+    """Writes a run's model to a new folder, reads it back, and returns the largest difference of logits: 0.0.
+
+    Raises ConfigError if the folder exists or the model read back computes anything else.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise ConfigError(f"{to} exists and is not empty; name a new folder")
+    trained = open_trained(run_folder)
+    to.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(trained.model.state_dict(), to / checkpoint.WEIGHTS)
+    (to / TOKENIZER).write_text(trained.tokenizer.to_str())
+    (to / CONFIG).write_text(json.dumps(trained.facts | {"shape": asdict(trained.model.shape)}, indent=1))
+    shape = trained.model.shape
+    tokens = torch.arange(min(shape.sequence_tokens, 64))[None] * 7919 % shape.vocab_tokens
+    with torch.no_grad():
+        difference = float((open_trained(to).model.logits(tokens) - trained.model.logits(tokens)).abs().max())
+    if difference != 0.0:
+        raise ConfigError(f"the model read back from {to} differs by {difference:.1e} in its logits; the disk is not to be trusted")
+    return difference

@@ -1,0 +1,31 @@
+"""The training loop, the only one: a generator of StepMetrics that knows neither Ray, MLflow nor files.
+
+Whoever iterates it (launch/worker) decides when to evaluate, save and report.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from lmu_dist.data.batches import Batch
+from lmu_dist.records import StepMetrics
+from lmu_dist.train.engine import Engine
+
+
+def steps(
+    engine: Engine,
+    batch_at: Callable[[int], Batch],
+    learning_rate_at: Callable[[int], float],
+    first_step: int,
+    n_steps: int,
+    batch_tokens: int,
+) -> Iterator[StepMetrics]:
+    """Takes optimizer steps first_step .. n_steps - 1, one per item; ends after the first that is not finite."""
+    for step in range(first_step, n_steps):
+        began = time.perf_counter()
+        rate = learning_rate_at(step)
+        loss, norm = engine.step(batch_at(step), rate)
+        elapsed = time.perf_counter() - began
+        yield StepMetrics(step, (step + 1) * batch_tokens, loss, norm, rate, elapsed)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return
