@@ -37,20 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("lmu-dist", description="Train LMU language models on Ray and DeepSpeed, recorded by MLflow.")
+    parser = argparse.ArgumentParser(
+        "lmu-dist", description="Train LMU language models on Ray and DeepSpeed, recorded by MLflow."
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, function: Any, help: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=help, description=help)
+    def add(name: str, function: Any, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary)
         command.set_defaults(command=function)
         return command
 
-    for name, function, help in (
+    for name, function, summary in (
         ("prepare", prepare, "text to packed token rows; resumable; skips what is done"),
         ("train", train, "one run on the cluster (or a local one started for it); resumable; skips what is done"),
     ):
-        command = add(name, function, help)
+        command = add(name, function, summary)
         command.add_argument("config", help="a YAML file, such as jobs/train.yaml")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="such as train.learning_rate=1e-3")
         command.add_argument("--json", action="store_true", help="print the summary as one JSON object")
@@ -59,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--prompt", default="import ", help="text to go on from (default: %(default)r)")
     command.add_argument("--tokens", type=int, default=100, help="tokens to add (default: %(default)s)")
     command.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)")
-    command.add_argument("--top-k", type=int, default=50, help="sample from so many likeliest tokens; 0: all (default: %(default)s)")
+    command.add_argument(
+        "--top-k", type=int, default=50, help="sample from so many likeliest tokens; 0: all (default: %(default)s)"
+    )
     command.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     command = add("export", export, "safetensors + config + tokenizer, reloaded and compared")
     command.add_argument("run", help="folder of a run, or an MLflow run id")
@@ -89,25 +93,30 @@ def prepare(parsed: argparse.Namespace) -> int:
 def train(parsed: argparse.Namespace) -> int:
     """`lmu-dist train CONFIG`"""
     config = load(parsed.config, parsed.overrides)
-    from lmu_dist.launch.trainer import RunFailed
+    from lmu_dist.launch.trainer import RunFailedError
     from lmu_dist.launch.trainer import train as train_run
 
     try:
         with _bars() as bars:
             finished = train_run(config, _tracking_uri(), bars.show, lambda latest: bars.show_training(config, latest))
-    except RunFailed as e:
+    except RunFailedError as e:
         console.print(f"lmu-dist: training failed: {e}; the same command goes on from the last checkpoint", markup=False)
         return 1
     record, uri = finished.record, finished.tracking_uri
-    for note in (*finished.notes, f"MLflow has not all of the record yet: {finished.undelivered}" if finished.undelivered else ""):
+    for note in (
+        *finished.notes,
+        f"MLflow has not all of the record yet: {finished.undelivered}" if finished.undelivered else "",
+    ):
         if note:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
     if parsed.json:
-        print(json.dumps({"run_id": finished.run_id, "folder": str(finished.cell.folder), "tracking_uri": uri, **asdict(record)}))
+        print(
+            json.dumps({"run_id": finished.run_id, "folder": str(finished.cell.folder), "tracking_uri": uri, **asdict(record)})
+        )
     else:
         print(
             f"{'was done' if finished.already_done else record.status:<12}{finished.cell.name}\n"
-            f"model       {record.family}, N = {record.n_params:,} (with head {record.n_params_with_head:,}), d = {record.d_model}\n"
+            f"model       {record.family}, N = {record.n_params:,}, with head {record.n_params_with_head:,}\n"
             f"tokens      {record.tokens:,} in {record.steps:,} steps, {record.training_seconds:.0f} s of training\n"
             f"validation  {record.val_loss_nats:.4f} +- {record.val_loss_standard_error_nats:.4f} nats per token, "
             f"{record.val_bits_per_byte:.4f} bits per byte\n"
@@ -120,12 +129,12 @@ def train(parsed: argparse.Namespace) -> int:
 
 def generate(parsed: argparse.Namespace) -> int:
     """`lmu-dist generate RUN --prompt TEXT`"""
-    from lmu_dist.data.tokenizer import END_OF_TEXT
+    from lmu_dist.data.tokenizer import end_of_text_id
     from lmu_dist.models.generate import generate as sample
     from lmu_dist.train.export import open_trained
 
     trained = open_trained(_run_folder(parsed.run))
-    prompt = trained.tokenizer.encode(parsed.prompt).ids or [trained.tokenizer.token_to_id(END_OF_TEXT)]
+    prompt = trained.tokenizer.encode(parsed.prompt).ids or [end_of_text_id(trained.tokenizer)]
     shown, ids = "", list(prompt)
     try:
         for token in islice(sample(trained.model, prompt, parsed.temperature, parsed.top_k, parsed.seed), parsed.tokens):

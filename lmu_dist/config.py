@@ -31,10 +31,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
-_frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, validate_default=True))
+_STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True)
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class TokenizerConfig:
     """Where the vocabulary comes from: trained on the corpus (bpe), a tokenizer.json (file), or GPT-2's two files."""
 
@@ -55,7 +55,7 @@ class TokenizerConfig:
         return self
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class DataConfig:
     """What the corpus is. Everything here, and nothing else, decides what `prepare` writes."""
 
@@ -77,7 +77,7 @@ class DataConfig:
         return self
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
     """What is trained: a family and its size. None leaves a width to the rule in models/sizing."""
 
@@ -89,7 +89,7 @@ class ModelConfig:
     theta_tokens: Count | None = None
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """How it is trained. Together with the model, the seed and the data this decides every loss of the run."""
 
@@ -142,7 +142,7 @@ class TrainConfig:
         return self
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class ClusterConfig:
     """On what it runs. Changes how fast and how safely, not what is computed (to the order of float sums)."""
 
@@ -157,7 +157,7 @@ class ClusterConfig:
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
 
 
-@_frozen
+@dataclass(frozen=True, config=_STRICT)
 class Config:
     """Everything a run is made from."""
 

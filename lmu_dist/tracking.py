@@ -55,7 +55,9 @@ class Store:
             found = self.client.get_experiment_by_name(experiment)
             if found is not None and found.lifecycle_stage != "active":
                 raise ConfigError(f"experiment {experiment!r} was deleted in MLflow; restore it there or choose another name")
-            experiment_id = found.experiment_id if found else self.client.create_experiment(experiment, self._artifacts(experiment))
+            experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment, self._artifacts(experiment))
+            )
             runs = self.client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study}'", max_results=1)
             run = runs[0] if runs else self.client.create_run(experiment_id, tags={STUDY: study, RUN_NAME: study})
             return experiment_id, run.info.run_id
@@ -124,7 +126,9 @@ class _Answering:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, MlflowException):
             reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"MLflow at {self.uri} refuses or does not answer: {reason}; start it or set MLFLOW_TRACKING_URI") from error
+            raise ConfigError(
+                f"MLflow at {self.uri} refuses or does not answer: {reason}; start it or set MLFLOW_TRACKING_URI"
+            ) from error
 
 
 def record_of(run: Run) -> RunRecord | None:

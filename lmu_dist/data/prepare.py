@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -26,8 +27,9 @@ from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.batches import Rows
 from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
 
+TOKENIZER = "tokenizer.json"
 FORMAT = 1  # of what is written here; part of every key
-SPLITS = {"train": range(0, 96), "validation": range(96, 99), "test": range(99, 100)}
+SPLITS = {"train": range(96), "validation": range(96, 99), "test": range(99, 100)}
 SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
 TOKENIZER_TRAINING_BYTES = 64_000_000  # of training documents, spread over all units
 ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
@@ -73,7 +75,7 @@ class Corpus:
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
-        tokenizer = vocabulary.load(self.folder / "tokenizer.json")
+        tokenizer = vocabulary.load(self.folder / TOKENIZER)
         if vocabulary.digest(tokenizer) != self.manifest.tokenizer_digest:
             raise ConfigError(
                 f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; put it back, or "
@@ -109,7 +111,7 @@ def open_corpus(folder: Path) -> Corpus:
 
 
 def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None, n_processes: int | None = None) -> Corpus:
-    """Prepares a corpus, or finds it prepared. Raises ConfigError for bad input; nothing half-done is ever mistaken for done."""
+    """Prepares a corpus, or finds it prepared; what is half done is never mistaken for done. Raises ConfigError."""
     units = list_units(data)
     folder = locate(data, storage, units)
     parts = folder / "parts"
@@ -134,7 +136,7 @@ def split_of(text: str) -> str:
 
 
 def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progress: Progress) -> None:
-    path = folder / "tokenizer.json"
+    path = folder / TOKENIZER
     if path.exists():
         return
     budget = TOKENIZER_TRAINING_BYTES // len(units)
@@ -156,9 +158,7 @@ def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progres
     _write(path, vocabulary.make(data.tokenizer, texts).to_str().encode())
 
 
-def _tokenize(
-    data: DataConfig, units: list[Unit], folder: Path, progress: Progress, n_processes: int
-) -> list[dict[str, Any]]:
+def _tokenize(data: DataConfig, units: list[Unit], folder: Path, progress: Progress, n_processes: int) -> list[dict[str, Any]]:
     """Facts about every part, after making those that are missing."""
     (folder / "parts").mkdir(exist_ok=True)
     todo = [i for i in range(len(units)) if not _part(folder, i, "json").exists()]
@@ -167,7 +167,7 @@ def _tokenize(
     if todo:
         threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(n_processes, context, _start_process, (folder / "tokenizer.json", threads)) as pool:
+        with ProcessPoolExecutor(n_processes, context, _start_process, (folder / TOKENIZER, threads)) as pool:
             futures = {pool.submit(_tokenize_unit, data, units[i], folder, i): i for i in todo}
             try:
                 for future in as_completed(futures):
@@ -193,25 +193,22 @@ def _start_process(path: Path, threads: int) -> None:
 def _tokenize_unit(data: DataConfig, unit: Unit, folder: Path, index: int) -> None:
     """One part: a stream per split, the list of problems, and last the facts, whose presence says the part is whole."""
     end = vocabulary.end_of_text_id(_tokenizer)
-    dtype = token_dtype(_tokenizer.get_vocab_size())
+    dtype = token_dtype(vocabulary.size(_tokenizer))
     facts: dict[str, Any] = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
     problems: Counter[str] = Counter()
-    streams = {split: open(_part(folder, index, f"{split}.bin"), "wb") for split in SPLITS}
-    try:
-        with open(_part(folder, index, "problems"), "w", encoding="utf-8") as listing:
-            items = read(unit, data)
-            while batch := _take(items, listing, problems):
-                for text, encoding in zip(batch, _tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                    split = split_of(text)
-                    ids = encoding.ids
-                    ids.append(end)
-                    np.asarray(ids, dtype).tofile(streams[split])
-                    facts[split]["tokens"] += len(ids)
-                    facts[split]["bytes"] += len(text.encode())
-                    facts[split]["documents"] += 1
-    finally:
-        for stream in streams.values():
-            stream.close()
+    with ExitStack() as files:
+        listing = files.enter_context(open(_part(folder, index, "problems"), "w", encoding="utf-8"))
+        streams = {split: files.enter_context(open(_part(folder, index, f"{split}.bin"), "wb")) for split in SPLITS}
+        items = read(unit, data)
+        while batch := _take(items, listing, problems):
+            for text, encoding in zip(batch, _tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+                split = split_of(text)
+                ids = encoding.ids
+                ids.append(end)
+                np.asarray(ids, dtype).tofile(streams[split])
+                facts[split]["tokens"] += len(ids)
+                facts[split]["bytes"] += len(text.encode())
+                facts[split]["documents"] += 1
     _write(_part(folder, index, "json"), json.dumps(facts | {"problems": problems}).encode())
 
 
@@ -242,10 +239,10 @@ def _check_problems(data: DataConfig, units: list[Unit], facts: list[dict[str, A
         listings = (_part(folder, i, "problems") for i in range(len(units)))
         lines = (line for listing in listings for line in listing.read_text(encoding="utf-8").splitlines())
         first = "; ".join(f"{row['place']} {row['problem']}" for row in map(json.loads, islice(lines, 3)))
+        kinds = ", ".join(f"{n} {kind}" for kind, n in problems.most_common())
         raise ConfigError(
-            f"{bad} of {bad + documents} documents cannot be used ({', '.join(f'{n} {k}' for k, n in problems.most_common())}), "
-            f"more than data.max_bad_share = {data.max_bad_share}; first: {first}. Mend the corpus, set data.text_field, "
-            "or raise the share"
+            f"{bad} of {bad + documents} documents cannot be used ({kinds}), more than data.max_bad_share = "
+            f"{data.max_bad_share}; first: {first}. Mend the corpus, set data.text_field, or raise the share"
         )
     for split in ("train", "validation"):
         if not sum(f[split]["documents"] for f in facts):
@@ -259,15 +256,15 @@ def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: P
         sums = {key: sum(f[split][key] for f in facts) for key in ("tokens", "bytes", "documents")}
         splits[split] = sums | {"sha256": _concatenate(names, folder / f"{split}.bin")}
     _concatenate([_part(folder, i, "problems") for i in range(n_parts)], folder / "problems.jsonl")
-    tokenizer = vocabulary.load(folder / "tokenizer.json")
+    tokenizer = vocabulary.load(folder / TOKENIZER)
     content = {"tokenizer": vocabulary.digest(tokenizer), **{split: facts["sha256"] for split, facts in splits.items()}}
     manifest = Manifest(
         format=FORMAT,
         source=data.source if data.source == "python-stdlib" else " ".join(data.files) or str(data.dataset),
         split_rule=SPLIT_RULE,
-        vocab_tokens=tokenizer.get_vocab_size(),
+        vocab_tokens=vocabulary.size(tokenizer),
         end_of_text_id=vocabulary.end_of_text_id(tokenizer),
-        dtype=token_dtype(tokenizer.get_vocab_size()),
+        dtype=token_dtype(vocabulary.size(tokenizer)),
         tokenizer_digest=content["tokenizer"],
         splits=splits,
         problems=dict(sum((Counter(f["problems"]) for f in facts), Counter())),

@@ -150,7 +150,7 @@ def _read_stream(file: IO[bytes], name: str, place: str, text_field: str) -> Ite
         yield Problem("unknown kind of file", place)
 
 
-def _read_jsonl(lines: IO[bytes], place: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_jsonl(lines: io.BufferedIOBase | IO[bytes], place: str, text_field: str) -> Iterator[Document | Problem]:
     number = 0
     while line := lines.readline(MAX_LINE_BYTES):
         number += 1

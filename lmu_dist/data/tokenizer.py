@@ -58,6 +58,11 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
     return number
 
 
+def size(tokenizer: Tokenizer) -> int:
+    """One more than the largest id: what an embedding needs, also where a vocabulary has holes."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def digest(tokenizer: Tokenizer) -> str:
     """sha256 of the tokenizer's JSON: two with the same digest give the same ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

@@ -6,14 +6,11 @@ Workers need no MLflow, no credentials and no shared disk for it, and it outlive
 from pathlib import Path
 from typing import Any
 
-import ray
-
 from lmu_dist.tracking import Courier, Spool, limit_retries
 
 
-@ray.remote(num_cpus=0)
 class Recorder:
-    """Owns the spool of one run. Calls from one caller arrive in order."""
+    """Owns the spool of one run; started as an actor. Calls from one caller arrive in order."""
 
     def __init__(self, folder: str, run_id: str, uri: str, last_steps: dict[str, int]) -> None:
         limit_retries()

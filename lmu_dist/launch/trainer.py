@@ -4,18 +4,20 @@
 """
 
 import json
+import logging
 import os
 import secrets
 import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
@@ -24,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import Config, ConfigError
-from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.data.prepare import TOKENIZER, Progress, prepare
 from lmu_dist.launch.cell import Cell, make_cell, storage
 from lmu_dist.launch.recorder import Recorder
 from lmu_dist.launch.worker import Job, Outcome, train_worker
@@ -37,7 +39,7 @@ DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it 
 Listener = Callable[[dict[str, float]], None]  # newest metrics, about once a second
 
 
-class RunFailed(RuntimeError):
+class RunFailedError(RuntimeError):
     """Training did not end well; the message is one line with the cause."""
 
 
@@ -57,7 +59,7 @@ class Finished:
 def train(
     config: Config, tracking_uri: str, progress: Progress = lambda *_: None, listener: Listener = lambda _: None
 ) -> Finished:
-    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, RunFailed.
+    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, RunFailedError.
 
     A cell that has ended is not run again: its record is delivered, if part of it still waits, and returned.
     """
@@ -69,6 +71,8 @@ def train(
     _, _, passed_over = checkpoint.newest_intact(cell.folder)
     with cluster(config):
         run_id = _open_run(cell, store)
+        cell.folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
         outcome, undelivered = _run(cell, store, run_id, listener)
     return Finished(cell, _record(cell, outcome), run_id, store.uri, False, undelivered, tuple(passed_over))
 
@@ -80,7 +84,9 @@ def _find_done(cell: Cell, store: Store) -> Finished | None:
         saved = json.loads(path.read_text())
         limit_retries()
         courier = Courier(Spool(cell.folder, saved["run_id"]), store.uri)
-        return Finished(cell, RunRecord(**saved["record"]), saved["run_id"], store.uri, True, courier.close(DELIVERY_SECONDS), ())
+        return Finished(
+            cell, RunRecord(**saved["record"]), saved["run_id"], store.uri, True, courier.close(DELIVERY_SECONDS), ()
+        )
     run = store.find_run(cell.key)
     record = record_of(run) if run else None
     if run is None or record is None or record.status not in records.ENDED:
@@ -99,8 +105,10 @@ def _open_run(cell: Cell, store: Store) -> str:
 def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Outcome, str]:
     """Runs the workers to their end and tells the record. Returns how it ended and what of the record still waits."""
     last_steps = {} if Spool.exists(cell.folder) else store.last_steps(run_id)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    recorder = Recorder.options(scheduling_strategy=here).remote(str(cell.folder), run_id, store.uri, last_steps)
+    here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    recorder: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Recorder).remote(
+        str(cell.folder), run_id, store.uri, last_steps
+    )
 
     def tell(kind: str, *arguments: Any) -> None:
         ray.get(recorder.tell.remote(kind, *arguments))
@@ -129,7 +137,7 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
     finally:
         tell("tags", {"lmu.status": status})
         tell("end", status)
-        undelivered = ray.get(recorder.close.remote(DELIVERY_SECONDS))
+        undelivered: Any = ray.get(recorder.close.remote(DELIVERY_SECONDS))
     return outcome, undelivered
 
 
@@ -140,7 +148,7 @@ def _fit(cell: Cell, job: Job) -> Outcome:
         resources["GPU"] = cluster_config.gpus_per_worker
     trainer = TorchTrainer(
         train_worker,
-        train_loop_config=job,  # pyright: ignore[reportArgumentType] - handed to train_worker as it is
+        train_loop_config={"job": job},
         torch_config=TorchConfig(timeout_s=600),
         scaling_config=ScalingConfig(
             num_workers=cluster_config.n_workers,
@@ -158,7 +166,7 @@ def _fit(cell: Cell, job: Job) -> Outcome:
     try:
         result = trainer.fit()
     except TrainingFailedError as e:
-        raise RunFailed(_cause(e)) from e
+        raise RunFailedError(_cause(e)) from e
     assert isinstance(result.return_value, Outcome)
     return result.return_value
 
@@ -232,12 +240,14 @@ def cluster(config: Config) -> Iterator[None]:
         if not wanted.gpus_per_worker:
             _check_fits(config, {"CPU": cpus})
             if shutil.which("g++") is None:
-                raise ConfigError("no g++ on PATH; DeepSpeed compiles its CPU collectives once, so install g++ (apt-get install g++)")
+                raise ConfigError(
+                    "no g++ on PATH; DeepSpeed compiles its CPU collectives once, so install g++ (apt-get install g++)"
+                )
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     else:
         try:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as e:
             reason = " ".join(str(e).split())[:200]
             raise ConfigError(f"no Ray cluster at {address}: {reason}; start it, or leave cluster.address out") from e
@@ -248,13 +258,14 @@ def cluster(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_fits(config: Config, resources: dict[str, float]) -> None:
+def _check_fits(config: Config, resources: Mapping[str, float]) -> None:
     wanted = config.cluster
     for name, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
         if wanted.n_workers * each > resources.get(name, 0):
             raise ConfigError(
                 f"cluster.n_workers={wanted.n_workers} with {each} {name} each is more than the cluster's "
-                f"{resources.get(name, 0):g} {name}; lower cluster.n_workers or cluster.{name.lower()}s_per_worker, or use a larger cluster"
+                f"{resources.get(name, 0):g} {name}; lower cluster.n_workers or cluster.{name.lower()}s_per_worker, "
+                "or use a larger cluster"
             )
 
 
@@ -267,7 +278,7 @@ def _listening(recorder: Any, listener: Listener) -> Iterator[None]:
         while not stop.wait(1.0):
             try:
                 listener(ray.get(recorder.latest.remote()))
-            except ray.exceptions.RayError:
+            except RayError:
                 return
 
     thread = threading.Thread(target=poll, name="progress", daemon=True)
@@ -289,8 +300,12 @@ def _git_commit() -> str:
     """Commit of the code that runs, with + if it was changed since; "unknown" outside a checkout."""
     root = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run(["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit + ("+" if dirty.strip() else "")

@@ -27,7 +27,6 @@ from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.records import EvalMetrics
 from lmu_dist.train import checkpoint
-from lmu_dist.train.loop import steps
 from lmu_dist.train.schedule import learning_rate, phase
 
 
@@ -57,12 +56,15 @@ class Outcome:
     evaluation: EvalMetrics | None
 
 
-def train_worker(job: Job) -> Outcome:
+def train_worker(arguments: dict[str, Job]) -> Outcome:
     """Trains one cell to its end from the newest whole checkpoint. Runs on every worker; collective."""
+    job = arguments["job"]
     # DeepSpeed builds its CPU collectives with the ninja that stands beside this Python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    # Imported here since the driver, which imports this file too, has no use for DeepSpeed's four seconds.
     from lmu_dist.train.engine import Engine, matmul_peak
     from lmu_dist.train.evaluate import evaluate
+    from lmu_dist.train.loop import steps
 
     config = configuration.parse(job.config)
     train, cluster = config.train, config.cluster
@@ -168,7 +170,8 @@ def _resume_point(folder: Path, world_size: int) -> tuple[Path, checkpoint.Meta]
 def _checkpoint(engine: Any, meta: checkpoint.Meta, rank: int, attempt: str) -> None:
     """Writes this rank's files to a folder of its own; Ray merges those of all ranks in storage."""
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint.save(engine, Path(folder), meta, rank)
+        engine.save(Path(folder))
+        checkpoint.seal(Path(folder), meta, rank, engine.weights())
         ray.train.report(
             {"step": meta.step, "train_loss_nats": meta.train_loss_nats},
             checkpoint=ray.train.Checkpoint.from_directory(folder),

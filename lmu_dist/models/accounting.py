@@ -82,7 +82,7 @@ def _sublayer_parameters(name: str, s: Shape) -> int:
         case "attention":
             return 4 * d * d + 4 * d
         case "lstm":
-            return 4 * s.d_hidden * (d + s.d_hidden + 2) + s.d_hidden * d + d
+            return 4 * s.d_hidden * (d + s.d_hidden + 2 + 2 * (s.n_blocks - 1) * (s.d_hidden + 1)) + s.d_hidden * d + d
         case "lmu":
             return 3 * r * s.order + 3 * r + r
     raise AssertionError(name)
@@ -96,7 +96,7 @@ def _sublayer_matmul_flops(name: str, s: Shape) -> float:
         case "attention":
             return 8 * d * d + 4 * s.sequence_tokens * d
         case "lstm":
-            return 8 * s.d_hidden * (d + s.d_hidden) + 2 * s.d_hidden * d
+            return 8 * s.d_hidden * (d + s.d_hidden + 2 * (s.n_blocks - 1) * s.d_hidden) + 2 * s.d_hidden * d
         case "lmu":
             # The folding L H is shared by the rows of a batch; it is charged to each, as in the paper's table.
             return 6 * r * s.order + 2 * d * r * r + 2 * r * r + 2 * d * r
@@ -113,8 +113,8 @@ def _sublayer_fft_flops(name: str, s: Shape) -> float:
 
 def parameters(shape: Shape) -> Parameters:
     """Trainable parameters of a Shape, exactly."""
-    names = shape.layout * shape.n_blocks
-    norms = 2 * shape.d_model * (len(names) + 1)
+    names = shape.sublayers
+    norms = 2 * shape.d_model * (len(names) * shape.skips + 1)
     return Parameters(
         non_embedding=norms + sum(_sublayer_parameters(name, shape) for name in names),
         head=shape.vocab_tokens * shape.d_model,
@@ -124,10 +124,9 @@ def parameters(shape: Shape) -> Parameters:
 
 def flops(shape: Shape) -> Flops:
     """Forward FLOPs per token of a training sequence of n tokens."""
-    names = shape.layout * shape.n_blocks
     return Flops(
-        matmul=sum(_sublayer_matmul_flops(name, shape) for name in names),
-        fft=sum(_sublayer_fft_flops(name, shape) for name in names),
+        matmul=sum(_sublayer_matmul_flops(name, shape) for name in shape.sublayers),
+        fft=sum(_sublayer_fft_flops(name, shape) for name in shape.sublayers),
         head=2 * shape.vocab_tokens * shape.d_model,
         kaplan=2 * parameters(shape).non_embedding,
     )

@@ -5,7 +5,7 @@ Everything here is computed once on the CPU and cast last; no parameter of it is
 
 import numpy as np
 from jaxtyping import Float
-from scipy.linalg import expm
+from scipy.linalg import expm, solve_discrete_lyapunov
 
 
 def continuous(order: int, theta_tokens: float) -> tuple[Float[np.ndarray, "Q Q"], Float[np.ndarray, "Q"]]:
@@ -40,9 +40,12 @@ def impulse_response(order: int, theta_tokens: float, length: int) -> Float[np.n
 
 
 def row_scale(order: int, theta_tokens: float) -> Float[np.ndarray, "Q"]:
-    """Standard deviation of each memory row under white noise of unit variance: sqrt((2i+1)/theta) (Q,).
+    """Standard deviation of each memory row under white noise of unit variance (Q,): the root of the Gramian's diagonal.
 
-    Row i is the Legendre coefficient (2i+1)/theta * integral of P_i over the window, and P_i has squared norm
-    theta/(2i+1). Reading matrices are trained in rows divided by this, so that no order starts 10 times as loud.
+    About sqrt((2i+1)/theta) for the low orders, less for those that change sign faster than tokens come. Memory rows
+    divided by it are equally loud: it is the basis in which reading matrices are trained and recurrences run in float32.
     """
-    return np.sqrt((2.0 * np.arange(order) + 1.0) / theta_tokens)
+    a_bar, b_bar = discrete(order, theta_tokens)
+    gramian = solve_discrete_lyapunov(a_bar, np.outer(b_bar, b_bar))
+    # An order far above theta is a mixture of the others; rounding must not make its scale zero or its square negative.
+    return np.sqrt(np.maximum(np.diag(gramian), 1e-12))

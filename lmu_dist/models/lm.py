@@ -4,7 +4,7 @@ Legend: B batch, T time, V vocabulary. Built by train/worker from a Shape; the f
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,18 @@ from lmu_dist.models.attention import Attention
 from lmu_dist.models.lmu import LMU
 from lmu_dist.models.lstm import LSTM
 from lmu_dist.models.shape import Shape
+
+
+class Sublayer(Protocol):
+    """What a block is made of: a causal map of (B, T, D), whole or chunk by chunk."""
+
+    def __call__(self, x: Tensor, /) -> Tensor:
+        """A whole sequence from its start."""
+        ...
+
+    def advance(self, x: Tensor, state: Any, /) -> tuple[Tensor, Any]:
+        """The next chunk, from what the one before left behind (None at the start)."""
+        ...
 
 
 class FeedForward(nn.Module):
@@ -36,14 +48,14 @@ class FeedForward(nn.Module):
 
 SUBLAYERS: dict[str, Callable[[Shape], nn.Module]] = {
     "ffn": lambda s: FeedForward(s.d_model, s.d_ff),
-    "lmu": lambda s: LMU(s.order, s.reduced_order, s.theta_tokens),
+    "lmu": lambda s: LMU(s.order, s.reduced_order, float(s.theta_tokens)),
     "attention": lambda s: Attention(s.d_model, s.n_heads),
-    "lstm": lambda s: LSTM(s.d_model, s.d_hidden),
+    "lstm": lambda s: LSTM(s.d_model, s.d_hidden, s.n_blocks),
 }
 
 
 class LanguageModel(nn.Module):
-    """Embedding -> n_blocks x layout, each x <- x + sublayer(LayerNorm(x)) -> LayerNorm -> tied head.
+    """Embedding -> sublayers, each x <- x + sublayer(LayerNorm(x)) (the LSTM: x <- sublayer(x)) -> LayerNorm -> tied head.
 
     The same seed gives the same weights on every machine and rank.
     """
@@ -51,21 +63,23 @@ class LanguageModel(nn.Module):
     def __init__(self, shape: Shape, seed: int = 0) -> None:
         super().__init__()
         self.shape = shape
-        names = shape.layout * shape.n_blocks
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.embedding = nn.Embedding(shape.vocab_tokens, shape.d_model)
             self.position = nn.Embedding(shape.sequence_tokens, shape.d_model) if shape.learned_positions else None
-            self.norms = nn.ModuleList(nn.LayerNorm(shape.d_model) for _ in names)
-            self.sublayers = nn.ModuleList(SUBLAYERS[name](shape) for name in names)
+            self.norms = nn.ModuleList(nn.LayerNorm(shape.d_model) if shape.skips else nn.Identity() for _ in shape.sublayers)
+            self.sublayers = nn.ModuleList(SUBLAYERS[name](shape) for name in shape.sublayers)
             self.norm = nn.LayerNorm(shape.d_model)
-            self._initialise(len(names))
+            self._initialise(len(shape.sublayers))
 
     def _initialise(self, n_sublayers: int) -> None:
-        """GPT-2's: embeddings 0.02; matrices fan-in scaled; what writes to the residual stream shrunk by its depth."""
+        """Normal, matrices scaled by fan-in, what writes to the residual stream shrunk by its depth (as in GPT-2).
+
+        Embeddings have variance 1/d_model, so that logits start with variance 1 and tokens are heard beside the layers.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 nn.init.normal_(module.weight, std=std * (n_sublayers**-0.5 if name.endswith(".out") else 1.0))
@@ -90,7 +104,7 @@ class LanguageModel(nn.Module):
         """Scores of the next token at every position of whole sequences."""
         x = self._embed(tokens, 0)
         for norm, sublayer in zip(self.norms, self.sublayers, strict=True):
-            x = x + sublayer(norm(x))
+            x = (x if self.shape.skips else 0.0) + sublayer(norm(x))
         return self._logits(x)
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
@@ -101,10 +115,10 @@ class LanguageModel(nn.Module):
     def advance(self, tokens: Int[Tensor, "B T"], state: "State | None" = None) -> tuple[Float[Tensor, "B T V"], "State"]:
         """The next chunk of a text of any length: its logits, and the state from which the text goes on."""
         start, layers = state or (0, [None] * len(self.sublayers))
-        x, after = self._embed(tokens, start), []
+        x, after = self._embed(tokens, start), list[Any]()
         for norm, sublayer, before in zip(self.norms, self.sublayers, layers, strict=True):
-            y, carried = sublayer.advance(norm(x), before)
-            x = x + y
+            y, carried = cast(Sublayer, sublayer).advance(norm(x), before)
+            x = (x if self.shape.skips else 0.0) + y
             after.append(carried)
         return self._logits(x), (start + tokens.shape[1], after)
 

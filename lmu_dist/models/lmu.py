@@ -68,29 +68,29 @@ def memory_readings(
     fft: (L H) * x, the reading folded into the impulse response (appendix A.1), K convolutions in place of Q.
     Both carry a state across chunks exactly: the fft form adds L Abar^t M_0 and closes with
     M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state (a row from its start) None comes back for it.
-    All in float32 whatever the precision of x, in float64 if x is.
+    States are float64, since a recurrence piles up what it rounds; convolutions run in float32, or float64 if x is.
     """
     length, order = x.shape[1], reading.shape[1]
     dtype = memory_dtype(x.dtype)
     x, reading = x.to(dtype), reading.to(dtype)
     if form == "recurrent":
-        mem = memory(order, theta_tokens, 1, dtype, x.device)
-        m = x.new_zeros(x.shape[0], order, x.shape[2]) if state is None else state
+        exact = memory(order, theta_tokens, 1, torch.float64, x.device)
+        m = x.new_zeros(x.shape[0], order, x.shape[2], dtype=torch.float64) if state is None else state
         readings = []
         for t in range(length):
-            m = mem.a_bar @ m + mem.b_bar[:, None] * x[:, t, None]
-            readings.append(reading @ m)
+            m = exact.a_bar @ m + exact.b_bar[:, None] * x[:, t, None]
+            readings.append(reading @ m.to(dtype))
         return torch.stack(readings, dim=1), None if state is None else m
-    mem = memory(order, theta_tokens, length, dtype, x.device)
-    y = convolve(x, reading @ mem.h)
+    y = convolve(x, reading @ memory(order, theta_tokens, length, dtype, x.device).h)
     if state is None:
         return y, None
-    powers, power = [], reading
+    exact = memory(order, theta_tokens, length, torch.float64, x.device)
+    powers, power = [], reading.double()
     for _ in range(length):
-        power = power @ mem.a_bar
+        power = power @ exact.a_bar
         powers.append(power)
-    y = y + torch.einsum("tkq,bqd->btkd", torch.stack(powers), state)
-    return y, torch.linalg.matrix_power(mem.a_bar, length) @ state + mem.h.flip(1) @ x
+    y = y + torch.einsum("tkq,bqd->btkd", torch.stack(powers), state).to(dtype)
+    return y, torch.linalg.matrix_power(exact.a_bar, length) @ state + exact.h.flip(1) @ x.double()
 
 
 def implicit_attention(
@@ -103,7 +103,7 @@ def implicit_attention(
     """
     q, k, v = F.gelu(readings + bias[:, None]).chunk(3, dim=2)
     weights = torch.softmax(scale * (q @ k.transpose(-1, -2)), dim=-1)
-    return ((p @ weights)[..., None, :] @ v).squeeze(-2)
+    return (p[None] @ weights @ v).squeeze(-2)
 
 
 class LMU(nn.Module):
@@ -135,7 +135,7 @@ class LMU(nn.Module):
     def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
         """The next chunk of a sequence: outputs, and the memory (B, Q, D) to hand to the chunk after it."""
         if state is None:
-            state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=memory_dtype(x.dtype))
+            state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=torch.float64)
         form: Form = "recurrent" if x.shape[1] == 1 else "fft"
         readings, state = memory_readings(x, self.reading_matrix, self.theta_tokens, state, form)
         assert state is not None

@@ -5,8 +5,7 @@ Sizing makes a Shape from a target N, lm builds the network of it, accounting co
 
 from dataclasses import dataclass
 
-# A block is a row of sublayers, each behind its own normalisation and skip connection:
-#     x <- x + sublayer(LayerNorm(x))
+# A block is a row of sublayers, each behind its own norm and skip connection: x <- x + sublayer(LayerNorm(x)).
 # lmu and lmu_attention are the paper's section 3 (FFN -> LMU -> FFN, global attention in place of the first FFN);
 # the transformer is GPT-2's pre-norm block as in Kaplan et al. 2020.
 LAYOUTS: dict[str, tuple[str, ...]] = {
@@ -16,6 +15,8 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "lstm": ("lstm",),
 }
 FAMILIES = tuple(LAYOUTS)
+# Kaplan et al.'s LSTM baseline is the plain stack: its layers are one sublayer, with no norms or skips between them.
+PLAIN = ("lstm",)
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Shape:
 
     family          one of FAMILIES
     d_model         width of the embedding and of the residual stream
-    n_blocks        number of blocks
+    n_blocks        number of blocks; of the LSTM, its layers
     d_ff            hidden width of a feed-forward sublayer (the paper's d')
     n_heads         attention heads; divides d_model
-    d_hidden        hidden width of an LSTM sublayer
+    d_hidden        hidden width of the LSTM layers
     order           Legendre order q of the memory
     reduced_order   rows q' that read the memory
     theta_tokens    window of the memory
@@ -48,9 +49,14 @@ class Shape:
     theta_tokens: int = 0
 
     @property
-    def layout(self) -> tuple[str, ...]:
-        """Sublayers of one block, in order."""
-        return LAYOUTS[self.family]
+    def sublayers(self) -> tuple[str, ...]:
+        """All sublayers, in order."""
+        return LAYOUTS[self.family] * (1 if self.family in PLAIN else self.n_blocks)
+
+    @property
+    def skips(self) -> bool:
+        """Whether a sublayer stands behind a norm and a skip connection of its own."""
+        return self.family not in PLAIN
 
     @property
     def learned_positions(self) -> bool:

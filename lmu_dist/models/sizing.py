@@ -48,7 +48,7 @@ def shape_for(
             continue
         rows = reduced_order or max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
         blank = Shape(family, d_model, n_blocks, sequence_tokens, vocab_tokens, n_heads=n_heads)
-        if "lmu" in blank.layout:
+        if "lmu" in blank.sublayers:
             blank = replace(
                 blank, order=order or min(PAPER_ORDERS_PER_ROW * rows, theta), reduced_order=rows, theta_tokens=theta
             )
@@ -86,7 +86,7 @@ def _miss(shape: Shape, n_params: int) -> float:
 
 def _fill(blank: Shape, n_params: int, order_is_free: bool) -> Shape:
     """Spends what is left of N on the inner width, then on the order if the width's step was too coarse."""
-    inner = "d_hidden" if "lstm" in blank.layout else "d_ff"
+    inner = "d_hidden" if "lstm" in blank.sublayers else "d_ff"
     shape = _nearest(lambda k: replace(blank, **{inner: k}), 1, 4 * n_params, n_params)
     if order_is_free and shape.order and _miss(shape, n_params) > AIM:
         low, high = max(1, shape.order - shape.order // 3), min(shape.order + shape.order // 3, shape.theta_tokens)

@@ -15,7 +15,6 @@ import safetensors.torch
 from torch import Tensor
 
 from lmu_dist.config import ConfigError
-from lmu_dist.train.engine import Engine
 
 META, WEIGHTS = "meta.json", "model.safetensors"
 NAME = re.compile(r"^step-(\d{8})-")
@@ -52,10 +51,8 @@ def folder_name(step: int, world_size: int, attempt: str) -> str:
     return f"step-{step:08d}-w{world_size}-{attempt}"
 
 
-def save(engine: Engine, folder: Path, meta: Meta, rank: int) -> None:
-    """Writes what this rank has to write. Collective."""
-    engine.save(folder)
-    weights = engine.weights()
+def seal(folder: Path, meta: Meta, rank: int, weights: dict[str, Tensor]) -> None:
+    """Adds weights and meta (rank 0) to the shards a rank has written in `folder`, and last the manifest of all of it."""
     if rank == 0:
         safetensors.torch.save_file(weights, folder / WEIGHTS)
         (folder / META).write_text(json.dumps(asdict(meta)))
@@ -95,7 +92,8 @@ def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]
             passed_over.append(str(e))
     if found:
         raise CheckpointError(
-            f"{passed_over[0]}, and no older checkpoint of the run is whole; restore it, or delete {run_folder} to start the run anew"
+            f"{passed_over[0]}, and no older checkpoint of the run is whole; restore it, or delete {run_folder} "
+            "to start the run anew"
         )
     return None, None, []
 

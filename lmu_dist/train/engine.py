@@ -7,6 +7,7 @@ import math
 import resource
 import time
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -29,9 +30,12 @@ class Engine:
         self.device = device
         self.share_rows = train.batch_rows // dist.get_world_size()
         self.micro_rows = cluster.micro_batch_rows or self.share_rows
-        self._ds, *_ = deepspeed.initialize(
-            model=model.to(device),
-            optimizer=_adam(model, train),
+        self.model = model.to(device)
+        self._ds: Any
+        self._optimizer: Any
+        self._ds, self._optimizer, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=_adam(self.model, train),
             config={
                 "train_micro_batch_size_per_gpu": self.micro_rows,
                 "gradient_accumulation_steps": self.share_rows // self.micro_rows,
@@ -52,7 +56,7 @@ class Engine:
 
         A loss that is not finite leaves the weights as they were, on every rank.
         """
-        for group in self._ds.optimizer.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._ds.train()
         total = torch.zeros((), dtype=torch.float64)
@@ -73,7 +77,7 @@ class Engine:
 
     def _gradient_norm(self) -> float:
         """Norm of the averaged gradients at stage 0, for which DeepSpeed reports none."""
-        grads = [p.grad for p in self._ds.module.parameters() if p.grad is not None]
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads)) if grads else math.nan
 
     @torch.no_grad()
@@ -97,7 +101,7 @@ class Engine:
     def weights(self) -> dict[str, Tensor]:
         """All weights on the CPU of rank 0 (other ranks get an empty dict), gathered one at a time under ZeRO 3."""
         gathered = {}
-        for name, parameter in self._ds.module.named_parameters():
+        for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._ds.zero_optimization_stage() == 3):
                 if dist.get_rank() == 0:
                     gathered[name] = parameter.detach().cpu().clone()

@@ -14,11 +14,12 @@ from tokenizers import Tokenizer
 
 from lmu_dist.config import ConfigError
 from lmu_dist.data import tokenizer as vocabulary
+from lmu_dist.data.prepare import TOKENIZER
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.train import checkpoint
 
-TOKENIZER, CONFIG = "tokenizer.json", "config.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -67,5 +68,7 @@ def export(run_folder: Path, to: Path) -> float:
     with torch.no_grad():
         difference = float((open_trained(to).model.logits(tokens) - trained.model.logits(tokens)).abs().max())
     if difference != 0.0:
-        raise ConfigError(f"the model read back from {to} differs by {difference:.1e} in its logits; the disk is not to be trusted")
+        raise ConfigError(
+            f"the model read back from {to} differs by {difference:.1e} in its logits; the disk is not to be trusted"
+        )
     return difference

@@ -1,0 +1,65 @@
+"""The counter against numel() and against torch's flop counter, for every family."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lmu_dist.models import accounting
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.shape import FAMILIES
+from lmu_dist.models.sizing import shape_for
+
+
+@pytest.fixture(params=[(f, n) for f in FAMILIES for n in (3_000, 60_000)], ids=str)
+def shape(request: pytest.FixtureRequest):
+    family, n = request.param
+    return shape_for(family, n, vocab_tokens=97, sequence_tokens=40)
+
+
+def test_parameters_equal_numel(shape):
+    counted, model = accounting.parameters(shape), LanguageModel(shape)
+    by_name = {name: p.numel() for name, p in model.named_parameters()}
+    assert counted.total == sum(by_name.values())
+    assert counted.head == by_name.pop("embedding.weight")
+    assert counted.position == by_name.pop("position.weight", 0)
+    assert counted.non_embedding == sum(by_name.values())
+    assert counted.with_head == counted.non_embedding + counted.head
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_matmul_flops_equal_torchs_counter(shape):
+    model, counter = LanguageModel(shape), FlopCounterMode(display=False)
+    tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
+    # oneDNN's fused LSTM and the fused attention hide their products from the counter.
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), counter:
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            model(tokens, tokens)
+    counted = accounting.flops(shape)
+    assert (counted.matmul + counted.head) * shape.sequence_tokens == counter.get_total_flops()
+
+
+def test_training_is_three_forwards_and_conventions_are_kept(shape):
+    counted = accounting.flops(shape)
+    assert counted.training == 3 * (counted.matmul + counted.fft + counted.head)
+    assert counted.training_kaplan == 6 * accounting.parameters(shape).non_embedding
+    assert (counted.fft > 0) == ("lmu" in shape.sublayers)
+
+
+def test_fft_flops_are_the_papers_within_its_reuse_of_spectra():
+    """The paper's table transforms x once for each of Q, K and V and leaves the kernels out; we do the opposite."""
+    shape = shape_for("lmu", 1_000_000, vocab_tokens=97, sequence_tokens=1024, order=250, reduced_order=25)
+    d, q, r, n = shape.d_model, 250, 25, 1024
+    table = 3 * d * (5 * (r + 1) * 11 + 6 * r) + 6 * q * r
+    per_mixer = accounting.flops(shape).fft / shape.n_blocks + 6 * q * r
+    assert per_mixer == pytest.approx(table, rel=0.05)
+
+
+def test_zero_memory_divides_what_the_stage_shards():
+    shape = shape_for("lmu", 60_000, vocab_tokens=97, sequence_tokens=40)
+    total = accounting.parameters(shape).total
+    of = {stage: accounting.zero_memory(shape, stage, 4) for stage in range(4)}
+    assert of[0].total_bytes == 16 * total
+    assert (of[1].optimizer_bytes, of[1].gradients_bytes) == (12 * total / 4, 4 * total)
+    assert (of[2].gradients_bytes, of[2].weights_bytes) == (4 * total / 4, 4 * total)
+    assert of[3].weights_bytes == 4 * total / 4
+    assert accounting.zero_memory(shape, 0, 4, "bf16").total_bytes == 16 * total

@@ -1,0 +1,95 @@
+"""All four families as one LanguageModel: causality, chunked state, seeds, errors."""
+
+import math
+
+import pytest
+import torch
+
+from lmu_dist.models.generate import generate
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.shape import FAMILIES
+from lmu_dist.models.sizing import shape_for
+
+VOCAB, LENGTH = 50, 24
+
+
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    shape = shape_for(family, 5000, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+    return LanguageModel(shape, seed).to(dtype)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    return build(request.param)
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+def test_loss_before_training_is_that_of_guessing(model, tokens):
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    assert loss.shape == (2, LENGTH - 1)
+    # logits of variance 1 cost half a nat over guessing
+    assert loss.mean().item() == pytest.approx(math.log(VOCAB) + 0.5, abs=0.5)
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model, tokens):
+    before = model.logits(tokens)
+    for t in (1, LENGTH // 2, LENGTH - 1):
+        changed = tokens.clone()
+        changed[:, t:] = (changed[:, t:] + 1) % VOCAB
+        after = model.logits(changed)
+        assert (after[:, :t] - before[:, :t]).abs().max() < 1e-12
+        assert (after[:, t] - before[:, t]).abs().max() > 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [LENGTH], [5, 1, 7, 11]])
+def test_chunks_with_state_equal_the_whole(model, tokens, chunks):
+    state, parts = None, []
+    for part in tokens.split(chunks, dim=1):
+        logits, state = model.advance(part, state)
+        parts.append(logits)
+    assert (torch.cat(parts, 1) - model.logits(tokens)).abs().max() < 1e-11
+
+
+def test_same_seed_same_weights(model):
+    again, other = build(model.shape.family), build(model.shape.family, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert not torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+def test_building_leaves_the_callers_randomness_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    build("lmu")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_generation_is_seeded_and_greedy_at_zero(model):
+    def take(n, **how):
+        stream = generate(model, [1, 2, 3], **how)
+        return [next(stream) for _ in range(n)]
+
+    sampled = {"temperature": 1.0, "top_k": 10, "seed": 3}
+    assert take(10, **sampled) == take(10, **sampled)
+    with torch.no_grad():
+        best = int(model.logits(torch.tensor([[1, 2, 3]]))[0, -1].argmax())
+    assert take(1, temperature=0.0, top_k=0, seed=0) == [best]
+    with pytest.raises(ValueError, match="at least one token"):
+        next(generate(model, [], temperature=1.0, top_k=0, seed=0))
+
+
+def test_transformer_names_its_limit():
+    model = build("transformer")
+    with pytest.raises(ValueError, match="sequence_tokens"):
+        model.logits(torch.zeros(1, LENGTH + 1, dtype=torch.long))
+
+
+def test_lmu_goes_past_the_length_it_was_built_for():
+    model = build("lmu")
+    assert model.logits(torch.zeros(1, 3 * LENGTH + 1, dtype=torch.long)).shape == (1, 3 * LENGTH + 1, VOCAB)
