@@ -23,7 +23,8 @@ BITS_PER_BYTE = "val/bits_per_byte"
 POSITION_LOSS = "position/loss_nats"
 
 # How a run ended. Only `complete` is a result; the others say why not.
-RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED, FAILED = "running", "complete", "stopped_early", "diverged", "failed"
+RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED = "running", "complete", "stopped_early", "diverged"
+FAILED, INTERRUPTED = "failed", "interrupted"
 ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
 
 

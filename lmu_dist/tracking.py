@@ -19,10 +19,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lmu_dist.config import ConfigError
-from lmu_dist.records import COMPLETE, RunRecord
+from lmu_dist.records import COMPLETE, DIVERGED, FAILED, RUNNING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
-MLFLOW_STATUS = {COMPLETE: "FINISHED", "running": "RUNNING", "failed": "FAILED", "diverged": "FAILED"}
+MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # anything else: KILLED
 # An answer with one of these will not change however often it is asked for; anything else is the network's fault.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
@@ -72,7 +72,7 @@ class Store:
     def create_run(self, experiment_id: str, study_id: str, name: str, key: str) -> str:
         """A new child run of a study, tagged with its key."""
         with self._answering():
-            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: "running"}
+            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: RUNNING}
             return self.client.create_run(experiment_id, tags=tags).info.run_id
 
     def folder_of(self, run_id: str) -> Path:
@@ -153,15 +153,15 @@ class Spool:
         self._last = dict(last_steps or {})
         self.attempts = 0
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(self._path, "a+b")  # noqa: SIM115 - lives as long as the spool
-        self._file.seek(0)
+        self._path.touch()
         whole = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                break  # torn by a kill in the middle of a write
-            whole += len(line)
-            self._remember(json.loads(line))
-        self._file.truncate(whole)
+        with open(self._path, "r+b") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break  # torn by a kill in the middle of a write
+                whole += len(line)
+                self._remember(json.loads(line))
+            file.truncate(whole)
         self._delivered = int(self._delivered_path.read_text()) if self._delivered_path.exists() else 0
 
     @staticmethod
@@ -225,8 +225,8 @@ class Spool:
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self._lock:
-            self._file.write(json.dumps(entry).encode() + b"\n")
-            self._file.flush()
+            with open(self._path, "ab") as file:
+                file.write(json.dumps(entry).encode() + b"\n")
             self._remember(entry)
 
     def _remember(self, entry: dict[str, Any]) -> None:

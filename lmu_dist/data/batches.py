@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from torch import Tensor
 
 
@@ -30,7 +30,7 @@ class Rows:
     def __len__(self) -> int:
         return max(0, len(self._tokens) - 1) // self.sequence_tokens
 
-    def batch(self, indices: Int[np.ndarray, "batch"]) -> Batch:
+    def batch(self, indices: Integer[np.ndarray, "batch"]) -> Batch:
         """Rows by number."""
         n = self.sequence_tokens
         tokens = torch.from_numpy(np.stack([self._tokens[i * n : (i + 1) * n + 1] for i in indices]).astype(np.int64))
@@ -39,7 +39,7 @@ class Rows:
 
 def row_indices(
     n_rows: int, seed: int, step: int, batch_rows: int, rank: int = 0, world_size: int = 1
-) -> Int[np.ndarray, "batch"]:
+) -> Integer[np.ndarray, "batch"]:
     """Numbers of the rows that `rank` trains on at `step`: its part of the global batch, in order.
 
     Every epoch goes through all rows once, in an order of its own; a batch may span two epochs. The ranks' parts, one
@@ -51,7 +51,7 @@ def row_indices(
     return np.concatenate([shuffle(places[epochs == e], n_rows, seed, int(e)) for e in np.unique(epochs)])
 
 
-def shuffle(places: Int[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> Int[np.ndarray, "batch"]:
+def shuffle(places: Integer[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> Integer[np.ndarray, "batch"]:
     """A permutation of 0 .. n-1 that is computed where asked, in O(1) memory: a Feistel network with cycle walking.
 
     Four rounds over two halves of the index bits (Luby and Rackoff 1988); an image of n or more is sent through again.
@@ -59,7 +59,8 @@ def shuffle(places: Int[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> 
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
-    keys = _mix(np.uint64(seed) * np.uint64(1_000_003) + np.uint64(epoch) + np.arange(1, 5, dtype=np.uint64) * _GOLDEN)
+    start = np.array([(seed * 1_000_003 + epoch) % 2**64], dtype=np.uint64)
+    keys = _mix(start + np.arange(1, 5, dtype=np.uint64) * _GOLDEN)
     out = places.astype(np.uint64)
     todo = np.ones(len(out), dtype=bool)
     while todo.any():
@@ -74,9 +75,8 @@ def shuffle(places: Int[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(x: Int[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
+def _mix(x: Integer[np.ndarray, "..."]) -> Integer[np.ndarray, "..."]:
     """The finaliser of splitmix64 (Steele et al. 2014): every output bit depends on every input bit."""
-    with np.errstate(over="ignore"):
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

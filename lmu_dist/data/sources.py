@@ -15,11 +15,11 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.parquet
-import zstandard
+from backports import zstd
 
 from lmu_dist.config import ConfigError, DataConfig
 
@@ -92,15 +92,14 @@ def read(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
         try:
             if unit.member is not None:
                 with tarfile.open(path) as tar:
-                    member = tar.extractfile(unit.member)
-                    assert member is not None
+                    member = cast(io.BufferedReader, tar.extractfile(unit.member))
                     yield from _read_stream(member, unit.member, place, data.text_field)
             elif path.endswith(".parquet"):
                 yield from _read_parquet(path, data.text_field)
             else:
                 with open(path, "rb") as file:
                     yield from _read_stream(file, path, place, data.text_field)
-        except (OSError, EOFError, zlib.error, zstandard.ZstdError, tarfile.TarError, pyarrow.ArrowException) as e:
+        except (OSError, EOFError, zlib.error, zstd.ZstdError, tarfile.TarError, pyarrow.ArrowException) as e:
             yield Problem(f"unreadable: {type(e).__name__}", place)
 
 
@@ -135,10 +134,10 @@ def _tar_units(path: str) -> list[Unit]:
     return [Unit((path,), m.size, stamp, member=m.name) for m in sorted(members, key=lambda m: m.name)]
 
 
-def _read_stream(file: IO[bytes], name: str, place: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_stream(file: io.BufferedIOBase, name: str, place: str, text_field: str) -> Iterator[Document | Problem]:
     if name.endswith(".jsonl.zst"):
-        with zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True) as stream:
-            yield from _read_jsonl(io.BufferedReader(stream), place, text_field)
+        with zstd.open(file) as stream:
+            yield from _read_jsonl(stream, place, text_field)
     elif name.endswith(".jsonl.gz"):
         with gzip.open(file) as stream:
             yield from _read_jsonl(stream, place, text_field)
@@ -150,7 +149,7 @@ def _read_stream(file: IO[bytes], name: str, place: str, text_field: str) -> Ite
         yield Problem("unknown kind of file", place)
 
 
-def _read_jsonl(lines: io.BufferedIOBase | IO[bytes], place: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_jsonl(lines: io.BufferedIOBase, place: str, text_field: str) -> Iterator[Document | Problem]:
     number = 0
     while line := lines.readline(MAX_LINE_BYTES):
         number += 1
@@ -170,7 +169,7 @@ def _read_jsonl(lines: io.BufferedIOBase | IO[bytes], place: str, text_field: st
             yield _document(row.get(text_field) if isinstance(row, dict) else None, here)
 
 
-def _read_text(file: IO[bytes], place: str) -> Iterator[Document | Problem]:
+def _read_text(file: io.BufferedIOBase, place: str) -> Iterator[Document | Problem]:
     """A text file is one document; a long one several, cut at line ends."""
     number = 1
     while lines := file.readlines(TEXT_DOCUMENT_BYTES):

@@ -65,6 +65,7 @@ def train(
     """
     cell = make_cell(config, prepare(config.data, storage(config), progress))
     cell.corpus.tokenizer()
+    limit_retries()
     store = Store(tracking_uri)
     if (done := _find_done(cell, store)) is not None:
         return done
@@ -82,7 +83,6 @@ def _find_done(cell: Cell, store: Store) -> Finished | None:
     path = cell.folder / "record.json"
     if path.exists():
         saved = json.loads(path.read_text())
-        limit_retries()
         courier = Courier(Spool(cell.folder, saved["run_id"]), store.uri)
         return Finished(
             cell, RunRecord(**saved["record"]), saved["run_id"], store.uri, True, courier.close(DELIVERY_SECONDS), ()
@@ -128,12 +128,15 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
         code_digest=cell.code_digest,
         recorder=recorder,
     )
-    status = records.FAILED
+    status = records.INTERRUPTED
     try:
         with _listening(recorder, listener):
             outcome = _fit(cell, job)
-        status = outcome.status
         _tell_end(cell, outcome, run_id, tell)
+        status = outcome.status
+    except RunFailedError:
+        status = records.FAILED
+        raise
     finally:
         tell("tags", {"lmu.status": status})
         tell("end", status)
@@ -229,11 +232,14 @@ def _record(cell: Cell, outcome: Outcome | None) -> RunRecord:
 
 @contextmanager
 def cluster(config: Config) -> Iterator[None]:
-    """A Ray cluster that can hold the run: the one at cluster.address or $RAY_ADDRESS, else a local one until the end.
-
-    Raises ConfigError when the workers can never fit.
+    """A Ray cluster that can hold the run: the one this process is in, or that at cluster.address or $RAY_ADDRESS, else a
+    local one until the end. Raises ConfigError when the workers can never fit.
     """
     wanted = config.cluster
+    if ray.is_initialized():
+        _check_fits(config, ray.cluster_resources())
+        yield
+        return
     address = wanted.address or os.environ.get("RAY_ADDRESS")
     if address is None:
         cpus = max(1, len(os.sched_getaffinity(0)))

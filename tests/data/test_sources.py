@@ -1,0 +1,128 @@
+"""Every kind of file gives the same documents, and nothing that cannot be read goes unsaid."""
+
+import gzip
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from backports import zstd
+
+from lmu_dist.config import ConfigError, DataConfig
+from lmu_dist.data.sources import TEXT_DOCUMENT_BYTES, Document, Problem, list_units, read
+
+TEXTS = ["first document", "zweites Dokument: äöü", "third\nwith two lines"]
+JSONL = "".join(json.dumps({"text": t, "meta": {}}) + "\n" for t in TEXTS).encode()
+
+
+def items(*globs: str, **settings) -> list:
+    data = DataConfig(source="files", files=globs, **settings)
+    return [item for unit in list_units(data) for item in read(unit, data)]
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar"])
+def test_every_format_gives_the_same_documents(tmp_path: Path, suffix: str):
+    path = tmp_path / f"corpus{suffix}"
+    if suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS, "other": [1, 2, 3]}), path)
+    elif suffix == ".tar":
+        write_tar(path, {"2005-12.jsonl.zst": zstd.compress(JSONL)})
+    else:
+        pack = {".jsonl": bytes, ".jsonl.gz": gzip.compress, ".jsonl.zst": zstd.compress}[suffix]
+        path.write_bytes(pack(JSONL))
+    found = items(str(path))
+    assert [item.text for item in found if isinstance(item, Document)] == TEXTS
+    inside = "!2005-12.jsonl.zst" if suffix == ".tar" else ""
+    assert [item.place for item in found] == [f"{path}{inside}:{i}" for i in (1, 2, 3)]
+
+
+def test_every_fault_is_listed_with_its_line(tmp_path: Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "good"}\n{"text": \n{"body": "x"}\n{"text": 3}\n\n{"text": "\xff"}\n{"text": "  "}\n[1]\n'
+        b'{"text": "\\ud800"}\n{"text": "last, without a newline"}'
+    )
+    found = items(str(path))
+    assert [i.text for i in found if isinstance(i, Document)] == ["good", "last, without a newline"]
+    assert [(i.kind, i.place.rsplit(":")[-1]) for i in found if isinstance(i, Problem)] == [
+        ("broken JSON", "2"),
+        ("no text field", "3"),
+        ("no text field", "4"),
+        ("empty line", "5"),
+        ("not UTF-8", "6"),
+        ("empty document", "7"),
+        ("no text field", "8"),
+        ("not UTF-8", "9"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl.gz", gzip.compress(JSONL * 100)[:-20]),
+        ("a.jsonl.zst", zstd.compress(JSONL * 100)[:-5]),
+        ("a.jsonl.gz", b"not gzip"),
+        ("a.jsonl.zst", b"not zstandard"),
+        ("a.parquet", b"not parquet"),
+        ("a.tar", b"not a tar"),
+    ],
+)
+def test_a_damaged_archive_is_a_problem_that_names_it(tmp_path: Path, name: str, content: bytes):
+    (tmp_path / name).write_bytes(content)
+    problems = [i for i in items(str(tmp_path / "*")) if isinstance(i, Problem)]
+    assert len(problems) == 1
+    assert problems[0].kind.startswith("unreadable")
+    assert name in problems[0].place
+
+
+def test_text_files_are_cut_at_line_ends_and_lose_nothing(tmp_path: Path):
+    text = "".join(f"line {i} of a long text\n" for i in range(5000))
+    (tmp_path / "long.txt").write_text(text)
+    (tmp_path / "latin.txt").write_bytes("ü\n".encode("latin-1"))
+    (tmp_path / "zero.txt").write_bytes(b"")
+    found = items(str(tmp_path / "*.txt"))
+    documents = [i for i in found if isinstance(i, Document)]
+    assert "".join(d.text for d in documents) == text
+    assert len(documents) > 5
+    assert all(len(d.text) < TEXT_DOCUMENT_BYTES + 100 for d in documents)
+    assert {(p.kind, Path(p.place.split(":")[0]).name) for p in found if isinstance(p, Problem)} == {
+        ("not UTF-8", "latin.txt"),
+        ("empty document", "zero.txt"),
+    }
+
+
+def test_another_text_field(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    assert [i.text for i in items(str(tmp_path / "a.jsonl"), text_field="body")] == ["x"]
+
+
+def test_hugging_face_data_set_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "train.parquet")
+    data = DataConfig(source="huggingface", dataset=str(tmp_path))
+    [unit] = list_units(data)
+    assert [i.text for i in read(unit, data) if isinstance(i, Document)] == TEXTS
+    with pytest.raises(ConfigError, match=r"data\.dataset: cannot load"):
+        list_units(DataConfig(source="huggingface", dataset=str(tmp_path / "none")))
+
+
+def test_units_do_not_depend_on_the_order_of_the_directory(tmp_path: Path):
+    for name in "cab":
+        (tmp_path / f"{name}.txt").write_text(name)
+    data = DataConfig(source="files", files=(str(tmp_path / "*.txt"), str(tmp_path / "a*")))
+    [unit] = list_units(data)
+    assert [Path(p).name for p in unit.paths] == ["a.txt", "b.txt", "c.txt"]
+    (tmp_path / "x.pdf").touch()
+    with pytest.raises(ConfigError, match="of no known kind"):
+        list_units(DataConfig(source="files", files=(str(tmp_path / "*"),)))

@@ -1,0 +1,81 @@
+"""Configuration: precedence, one clear line per fault, and every job file loads."""
+
+from pathlib import Path
+
+import pytest
+
+from lmu_dist.config import Config, ConfigError, flatten, load, parse, to_dict
+
+JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
+
+
+@pytest.fixture
+def yaml(tmp_path: Path) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text("train:\n  learning_rate: 1e-3\n  tokens: 2.5e6\n")
+    return path
+
+
+def test_defaults_then_yaml_then_overrides(yaml: Path):
+    config = load(yaml, ["train.learning_rate=2e-3", "data.files=[a, b]", "model.order=null", "train.tokens=1_000_000"])
+    assert config.train.learning_rate == 2e-3
+    assert config.train.tokens == 1_000_000
+    assert config.data.files == ("a", "b")
+    assert config.train.beta2 == Config().train.beta2
+    assert load(yaml).train.tokens == 2_500_000
+
+
+def test_round_trip():
+    config = parse({"seed": 3, "data": {"source": "files", "files": ["x"]}})
+    assert parse(to_dict(config)) == config
+    assert flatten(to_dict(config))["data.files"] == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lerning_rate=1", r"^train.lerning_rate: unknown key; did you mean train.learning_rate\?$"),
+        ("modle.family=lmu", "^modle: unknown key"),
+        ("train.tokens=many", r"^train.tokens: .*integer \(got 'many'\)$"),
+        ("train.tokens=true", "^train.tokens: .*integer"),
+        ("train.tokens='5'", "^train.tokens: .*integer"),
+        ("train.tokens=-1", "^train.tokens: .*greater than 0"),
+        ("train.learning_rate=.nan", "^train.learning_rate: "),
+        ("model.family=rnn", "^model.family: .*'lmu', 'lmu_attention', 'transformer' or 'lstm'"),
+        ("cluster.n_workers=3", "n_workers .* must divide the 16 rows"),
+        ("cluster.micro_batch_rows=3", "micro_batch_rows .* must divide the 8 rows"),
+        ("train.batch_tokens=1000", "must be a multiple of sequence_tokens"),
+        ("train.warmup_tokens=1e9", "must be less than tokens"),
+        ("data.source=files", "needs files, a list of globs"),
+        ("data.source=huggingface", "needs dataset"),
+        ("data.tokenizer.kind=gpt2", "vocab_path and merges_path"),
+        ("data.tokenizer.vocab_tokens=100", "at least 257"),
+        ("experiment=../up", "^experiment: "),
+        ("train=3", "^train: .*object"),
+        ("nonsense", "not of the form"),
+        ("train.tokens=[", "cannot read the value"),
+        ("seed.x=1", "seed is a value|seed: "),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key(yaml: Path, override: str, message: str):
+    with pytest.raises(ConfigError, match=message) as raised:
+        load(yaml, [override])
+    assert "\n" not in str(raised.value)
+
+
+def test_bad_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load(tmp_path / "none.yaml")
+    for text, message in (("a: [", "not valid YAML"), ("- 1", "keys and values"), ("seed: 1\nseed: 2", "not valid YAML")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            load(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda p: p.name)
+def test_every_job_loads(job: Path):
+    load(job)
+
+
+def test_there_are_jobs():
+    assert JOBS

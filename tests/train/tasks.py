@@ -1,0 +1,109 @@
+"""What the ranks of a gang do in the tests of the engine. Importable by name, so that processes can be given it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.data.batches import Batch, Rows, row_indices
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.sizing import shape_for
+from lmu_dist.train.engine import Engine
+from lmu_dist.train.evaluate import evaluate
+from lmu_dist.train.loop import steps
+from lmu_dist.train.schedule import learning_rate
+
+VOCAB, LENGTH, ROWS = 61, 16, 8
+TRAIN = TrainConfig(
+    tokens=20 * ROWS * LENGTH, batch_tokens=ROWS * LENGTH, sequence_tokens=LENGTH, warmup_tokens=5 * ROWS * LENGTH
+)
+
+
+def model(family: str = "lmu") -> LanguageModel:
+    return LanguageModel(shape_for(family, 3000, vocab_tokens=VOCAB, sequence_tokens=LENGTH), seed=3)
+
+
+def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
+    """Random rows, the same global batch for any number of ranks."""
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (40, LENGTH + 1))
+    rows = torch.from_numpy(tokens[row_indices(40, 5, step, ROWS, rank, world_size)])
+    return Batch(rows[:, :-1], rows[:, 1:])
+
+
+def plain_adam(family: str = "lmu", n_steps: int = 20) -> list[float]:
+    """The same training in plain torch: no DeepSpeed, one process, one thread."""
+    torch.set_num_threads(1)
+    net = model(family)
+    adam = torch.optim.Adam(net.parameters(), betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
+    losses = []
+    for step in range(n_steps):
+        for group in adam.param_groups:
+            group["lr"] = learning_rate(TRAIN, step)
+        loss = net(batch(step).inputs, batch(step).targets).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), TRAIN.clip_norm)
+        adam.step()
+        losses.append(loss.item())
+    return losses
+
+
+def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAIN) -> Engine:
+    return Engine(model(), train, ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows), torch.device("cpu"))
+
+
+def _train(engine: Engine, first: int, last: int) -> list:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rates = [learning_rate(TRAIN, step) for step in range(last)]
+    stream = steps(engine, lambda s: batch(s, rank, world_size), rates.__getitem__, first, last, TRAIN.batch_tokens)
+    return list(stream)
+
+
+def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, tuple[list[float], list[float], dict]]:
+    """Per ZeRO stage: losses, gradient norms and weights after 20 steps."""
+    results = {}
+    for stage in stages:
+        engine = _engine(stage, micro_rows)
+        metrics = _train(engine, 0, 20)
+        results[stage] = [m.loss_nats for m in metrics], [m.grad_norm for m in metrics], engine.weights()
+    return results
+
+
+def train_and_resume(stage: int, folder: str) -> tuple[list[float], list[float]]:
+    """Losses of 20 steps, and of 10 + save + a new engine + load + 10."""
+    whole = _train(_engine(stage), 0, 20)
+    first = _engine(stage)
+    before = _train(first, 0, 10)
+    first.save(Path(folder))
+    dist.barrier()
+    second = _engine(stage)
+    second.load(Path(folder))
+    after = _train(second, 10, 20)
+    return [m.loss_nats for m in whole], [m.loss_nats for m in before + after]
+
+
+def bf16_stages() -> dict[int, list[float]]:
+    """Losses under bf16, per stage."""
+    train = TrainConfig(**{**TRAIN.__dict__, "precision": "bf16"})
+    return {stage: [m.loss_nats for m in _train(_engine(stage, train=train), 0, 20)] for stage in (0, 1, 2, 3)}
+
+
+def non_finite(stage: int) -> tuple[list[float], bool]:
+    """Losses until one is not finite, and whether the weights stayed as they were before that step."""
+    engine = _engine(stage)
+    _train(engine, 0, 2)
+    with torch.no_grad():
+        engine.model.norm.bias.fill_(torch.inf)
+    before = engine.weights()
+    metrics = _train(engine, 2, 20)
+    after = engine.weights()
+    same = all(torch.equal(before[k], after[k]) for k in before)
+    return [m.loss_nats for m in metrics], same
+
+
+def evaluate_on(path: str, n_rows: int, micro_rows: int | None = None) -> object:
+    """Validation of an untrained model on a stream of tokens."""
+    rows = Rows(Path(path), "<u2", LENGTH)
+    return evaluate(_engine(1, micro_rows), rows, n_rows, dist.get_rank(), dist.get_world_size(), 0, bytes_per_token=2.0)
