@@ -95,8 +95,8 @@ class TrainConfig:
 
     tokens: Count = 2_500_000  # rounded up to whole batches
     sequence_tokens: Count = 256
-    batch_tokens: Count = 4096  # global, whatever the number of workers
-    learning_rate: Positive = 3e-3
+    batch_tokens: Count = 2048  # global, whatever the number of workers
+    learning_rate: Positive = 1e-2
     schedule: Literal["cosine", "wsd"] = "cosine"
     warmup_tokens: Natural = 125_000
     decay_share: Share = 0.2  # wsd: last part of the run that decays to zero

@@ -13,7 +13,7 @@ TOLERANCE = 0.02  # of N; promised for N from 1e3 to 1e9
 AIM = 0.01  # a width other than sqrt(N/24) is tried only when this is missed
 PAPER_REDUCED_ORDER_PER_WIDTH = 25 / 204  # the paper's largest model: q' = 25 at d = 204
 PAPER_ORDERS_PER_ROW = 10  # q = 250 at q' = 25
-HEAD_WIDTHS = (16, 64)  # of models narrower than 512; wider ones 64 to 128
+HEAD_WIDTHS = (12, 64)  # of models narrower than 512; wider ones 64 to 128
 
 
 def shape_for(

@@ -1,0 +1,210 @@
+"""The whole road on Ray: two workers, ZeRO 1, MLflow; then the same with a worker killed, a driver killed, a divergence.
+
+Each run costs some 20 to 40 seconds; what can be tested without Ray is tested elsewhere.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lmu_dist import records
+from lmu_dist.cli import main
+from lmu_dist.config import Config, load
+from lmu_dist.launch.trainer import Finished, train
+from lmu_dist.tracking import Store, default_uri
+
+STEPS = 600
+# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job file of a small LMU; each test gives it a storage of its own."""
+    path = tmp_path_factory.mktemp("job") / "job.yaml"
+    tree = {
+        "experiment": "tests",
+        "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
+        "model": {"n_params": 3000},
+        "train": {
+            "tokens": STEPS * 256,
+            "batch_tokens": 256,
+            "sequence_tokens": 32,
+            "warmup_tokens": 2560,
+            "eval_every_tokens": 25_600,
+            "eval_tokens": 512,
+        },
+        "cluster": {"n_workers": 2, "checkpoint_every_steps": 100},
+    }
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def configured(job: Path, storage: Path, *overrides: str) -> Config:
+    return load(job, [f"storage={storage}", *overrides])
+
+
+def losses(finished: Finished) -> dict[int, float]:
+    """The history of the training loss, after checking that no step is in it twice."""
+    points = Store(finished.tracking_uri).client.get_metric_history(finished.run_id, records.TRAIN_LOSS)
+    assert len({p.step for p in points}) == len(points)
+    return {p.step: p.value for p in points}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return train(configured(job, folder), default_uri(folder))
+
+
+@pytest.mark.timeout(300)
+def test_a_run_is_trained_and_recorded(undisturbed: Finished):
+    record = undisturbed.record
+    assert (record.status, record.phase, record.steps, record.tokens) == ("complete", "decayed", STEPS, STEPS * 256)
+    history = losses(undisturbed)
+    assert sorted(history) == list(range(STEPS))
+    assert record.train_loss_nats == history[STEPS - 1] < history[0] - 1
+    assert 0 < record.val_loss_standard_error_nats < 0.5
+    assert record.val_loss_nats == pytest.approx(history[STEPS - 1], abs=0.5)
+    store = Store(undisturbed.tracking_uri)
+    assert store.records("tests") == {undisturbed.run_id: record}
+    run = store.client.get_run(undisturbed.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["lmu.attempt"] == "1"
+    assert run.data.tags["lmu.n_workers"] == "2"
+    assert run.data.params["train.learning_rate"] == "0.01"
+    assert run.inputs.dataset_inputs[0].dataset.digest == record.data_digest[:36]
+    parent = store.client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert parent.data.tags["lmu.study"] == "train"
+    curve = store.client.get_metric_history(undisturbed.run_id, records.POSITION_LOSS)
+    assert [p.step for p in sorted(curve, key=lambda p: p.step)] == list(range(1, 33))
+    assert sum(p.value for p in curve) / 32 == pytest.approx(record.val_loss_nats)
+    assert {a.path for a in store.client.list_artifacts(undisturbed.run_id)} == {"position_loss.csv", "position_loss.json"}
+    assert len([p for p in undisturbed.cell.folder.glob("step-*")]) == 2
+
+
+def test_a_finished_run_is_not_run_again(undisturbed: Finished):
+    began = time.monotonic()
+    again = train(undisturbed.cell.config, undisturbed.tracking_uri)
+    assert time.monotonic() - began < 20
+    assert again.already_done
+    assert (again.record, again.run_id) == (undisturbed.record, undisturbed.run_id)
+    # nor where only MLflow knows of it
+    record = undisturbed.cell.folder / "record.json"
+    record.rename(record.with_suffix(".away"))
+    elsewhere = train(undisturbed.cell.config, undisturbed.tracking_uri)
+    record.with_suffix(".away").rename(record)
+    assert elsewhere.already_done
+    assert elsewhere.record == undisturbed.record
+
+
+def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", undisturbed.tracking_uri)
+    run, out = str(undisturbed.cell.folder), str(tmp_path / "export")
+    assert main(["export", run, out]) == 0
+    texts = []
+    for source in (run, undisturbed.run_id, out):
+        capfd.readouterr()
+        assert main(["generate", source, "--prompt", "ab cd", "--tokens", "30"]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0]) > 20
+    assert main(["export", run, out]) == 2
+    assert "not empty" in capfd.readouterr().err
+
+
+def test_damaged_checkpoints_and_a_wrong_tokenizer_are_named(undisturbed: Finished, tmp_path: Path, capfd):
+    import shutil
+
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed.cell.folder, run)
+    [older, newest] = sorted(run.glob("step-*"))
+    (newest / "model.safetensors").write_bytes(b"damaged")
+    assert main(["generate", str(run), "--tokens", "3"]) == 0  # from the one before
+    (older / "meta.json").unlink()
+    assert main(["generate", str(run), "--tokens", "3"]) == 2
+    assert "model.safetensors is damaged, and no older checkpoint" in capfd.readouterr().err
+    shutil.copytree(undisturbed.cell.folder, run, dirs_exist_ok=True)
+    tokenizer = json.loads((run / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (run / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert main(["generate", str(run), "--tokens", "3"]) == 2
+    assert "is not the tokenizer this model was trained with" in capfd.readouterr().err
+
+
+def test_more_workers_than_the_cluster_is_refused_before_anything_starts(undisturbed: Finished, tmp_path: Path, capfd):
+    config = undisturbed.cell.config
+    job = tmp_path / "job.yaml"
+    job.write_text(json.dumps({"storage": config.storage, "data": {"source": "files", "files": list(config.data.files)}}))
+    settings = ["data.tokenizer.vocab_tokens=400", "train.sequence_tokens=32", "train.batch_tokens=131072"]
+    settings += ["train.warmup_tokens=0", "cluster.n_workers=4096"]
+    before = sorted(Path(config.storage).iterdir())
+    assert main(["train", str(job), *settings]) == 2
+    assert "cluster.n_workers=4096 with 1 CPU each is more than the cluster's" in capfd.readouterr().err
+    assert sorted(Path(config.storage).iterdir()) == before
+
+
+def _workers() -> list[psutil.Process]:
+    """Ray Train workers of this machine that have begun to train."""
+    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_worker_changes_nothing(job: Path, undisturbed: Finished, tmp_path: Path):
+    killed = []
+
+    def kill_one(latest: dict[str, float]) -> None:
+        if not killed and latest.get("step", 0) > 150:
+            mine = [p for p in _workers() if os.getpid() in {a.pid for a in p.parents()}]
+            mine[-1].send_signal(signal.SIGKILL)
+            killed.append(latest["step"])
+
+    finished = train(configured(job, tmp_path), default_uri(tmp_path), listener=kill_one)
+    assert killed
+    assert losses(finished) == losses(undisturbed)
+    assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
+    store = Store(finished.tracking_uri)
+    assert list(store.records("tests")) == [finished.run_id]
+    assert store.client.get_run(finished.run_id).data.tags["lmu.attempt"] == "2"
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_driver_goes_on_where_it_stood(job: Path, undisturbed: Finished, tmp_path: Path):
+    command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
+    driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (found := list(tmp_path.glob("lmu-*/step-*/meta.json"))) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found
+    assert driver.poll() is None
+    children = psutil.Process(driver.pid).children(recursive=True)
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(children, timeout=30)
+    finished = train(configured(job, tmp_path), default_uri(tmp_path))
+    assert not finished.already_done
+    assert losses(finished) == losses(undisturbed)
+    assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
+    assert list(Store(finished.tracking_uri).records("tests")) == [finished.run_id]
+
+
+@pytest.mark.timeout(300)
+def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(job: Path, tmp_path: Path):
+    wild = configured(job, tmp_path, "train.learning_rate=1e30", "train.clip_norm=0", "cluster.checkpoint_every_steps=1")
+    finished = train(wild, default_uri(tmp_path))
+    assert (finished.record.status, finished.record.phase) == ("diverged", "undecayed")
+    assert finished.record.stop_rule == "non-finite loss"
+    assert not math.isfinite(finished.record.train_loss_nats)
+    assert train(wild, default_uri(tmp_path)).already_done
+    assert list(finished.cell.folder.glob("step-*"))
+    run = Store(finished.tracking_uri).client.get_run(finished.run_id)
+    assert (run.info.status, run.data.tags["lmu.status"]) == ("FAILED", "diverged")
