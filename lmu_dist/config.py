@@ -20,6 +20,10 @@ class ConfigError(ValueError):
     """Bad input of the user: the message names the key and the fix. The command line exits with 2."""
 
 
+class FailedError(RuntimeError):
+    """Work that was started and did not end well; the message is one line. The command line exits with 1."""
+
+
 def _whole(value: Any) -> Any:
     """Lets 2.5e6 stand for a count."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -168,6 +172,11 @@ class Config:
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def storage_folder(self) -> Path:
+        """Storage as an absolute path: Ray's workers run in folders of their own."""
+        return Path(self.storage).expanduser().absolute()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -148,7 +148,7 @@ class Spool:
 
     def __init__(self, folder: Path, run_id: str, last_steps: Mapping[str, int] | None = None) -> None:
         self.run_id = run_id
-        self._path, self._delivered_path = folder / "spool.jsonl", folder / "spool.delivered"
+        self._path, self._delivered_path = folder / "spool.jsonl", folder / f"spool.delivered.{run_id}"
         self._lock = threading.Lock()
         self._last = dict(last_steps or {})
         self.attempts = 0
@@ -213,7 +213,7 @@ class Spool:
     def delivered(self, position: int) -> None:
         """Remembers that all before `position` has arrived."""
         self._delivered = position
-        partial = self._delivered_path.with_suffix(".partial")
+        partial = self._delivered_path.with_name(self._delivered_path.name + ".partial")
         partial.write_text(str(position))
         partial.replace(self._delivered_path)
 

@@ -15,11 +15,11 @@ from lmu_dist.records import RunRecord
 from lmu_dist.tracking import Courier, Spool, Store, default_uri, deliver, record_of
 
 RECORD = RunRecord(
-    **{f: 1 for f in ("n_params", "n_params_with_head", "n_params_total", "d_model", "n_blocks", "sequence_tokens")},
-    **{f: 2 for f in ("vocab_tokens", "planned_tokens", "planned_steps", "batch_tokens", "seed", "tokens", "steps")},
-    **{f: 0.1 for f in ("learning_rate", "training_flops_per_token", "training_flops_per_token_kaplan")},
-    **{f: 1 / 3 for f in ("train_loss_nats", "val_loss_nats", "val_loss_standard_error_nats", "val_bits_per_byte")},
-    **{f: "x" for f in ("family", "schedule", "precision", "data_digest", "code_digest", "stop_rule")},
+    **dict.fromkeys(("n_params", "n_params_with_head", "n_params_total", "d_model", "n_blocks", "sequence_tokens"), 1),
+    **dict.fromkeys(("vocab_tokens", "planned_tokens", "planned_steps", "batch_tokens", "seed", "tokens", "steps"), 2),
+    **dict.fromkeys(("learning_rate", "training_flops_per_token", "training_flops_per_token_kaplan"), 0.1),
+    **dict.fromkeys(("train_loss_nats", "val_loss_nats", "val_loss_standard_error_nats", "val_bits_per_byte"), 1 / 3),
+    **dict.fromkeys(("family", "schedule", "precision", "data_digest", "code_digest", "stop_rule"), "x"),
     training_seconds=1.5,
     key="k",
     status="complete",
@@ -169,7 +169,7 @@ def test_records_are_read_back_as_they_were(store: Store, run_id: str, spool: Sp
 
 def test_a_store_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ConfigError, match="MLflow at http://127.0.0.1:9 .* set MLFLOW_TRACKING_URI"):
+    with pytest.raises(ConfigError, match=r"MLflow at http://127\.0\.0\.1:9 .* set MLFLOW_TRACKING_URI"):
         Store("http://127.0.0.1:9").find_run("k")
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -22,7 +23,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
-from lmu_dist.config import ConfigError, DataConfig
+from lmu_dist.config import ConfigError, DataConfig, FailedError
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.batches import Rows
 from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
@@ -174,6 +175,8 @@ def _tokenize(data: DataConfig, units: list[Unit], folder: Path, progress: Progr
                     future.result()
                     done += units[futures[future]].size_bytes
                     progress("tokenizing", done, total)
+            except BrokenProcessPool as e:
+                raise FailedError("preparing failed: a tokenizing process was killed, for want of memory perhaps") from e
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

@@ -31,7 +31,7 @@ class Cell:
     @property
     def folder(self) -> Path:
         """Where the run keeps its checkpoints and its spool."""
-        return storage(self.config) / self.name
+        return self.config.storage_folder / self.name
 
 
 def make_cell(config: Config, corpus: Corpus) -> Cell:
@@ -58,11 +58,6 @@ def make_cell(config: Config, corpus: Corpus) -> Cell:
     content = [tree["model"], tree["train"], tree["seed"], corpus.manifest.data_digest, asdict(shape), code]
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Cell(config, corpus, shape, code, key)
-
-
-def storage(config: Config) -> Path:
-    """The storage folder as an absolute path: Ray's workers run in folders of their own."""
-    return Path(config.storage).expanduser().absolute()
 
 
 def code_digest() -> str:

@@ -25,9 +25,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lmu_dist import config as configuration
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError
+from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.prepare import TOKENIZER, Progress, prepare
-from lmu_dist.launch.cell import Cell, make_cell, storage
+from lmu_dist.launch.cell import Cell, make_cell
 from lmu_dist.launch.recorder import Recorder
 from lmu_dist.launch.worker import Job, Outcome, train_worker
 from lmu_dist.models import accounting
@@ -39,10 +39,6 @@ DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it 
 Listener = Callable[[dict[str, float]], None]  # newest metrics, about once a second
 
 
-class RunFailedError(RuntimeError):
-    """Training did not end well; the message is one line with the cause."""
-
-
 @dataclass(frozen=True)
 class Finished:
     """A run that ended, for the summary."""
@@ -52,18 +48,17 @@ class Finished:
     run_id: str
     tracking_uri: str
     already_done: bool
-    undelivered: str  # "" or why part of the record still waits in the spool
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what a person should know: checkpoints passed over, a record not yet delivered
 
 
 def train(
     config: Config, tracking_uri: str, progress: Progress = lambda *_: None, listener: Listener = lambda _: None
 ) -> Finished:
-    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, RunFailedError.
+    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, FailedError.
 
     A cell that has ended is not run again: its record is delivered, if part of it still waits, and returned.
     """
-    cell = make_cell(config, prepare(config.data, storage(config), progress))
+    cell = make_cell(config, prepare(config.data, config.storage_folder, progress))
     cell.corpus.tokenizer()
     limit_retries()
     store = Store(tracking_uri)
@@ -75,23 +70,29 @@ def train(
         cell.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
         outcome, undelivered = _run(cell, store, run_id, listener)
-    return Finished(cell, _record(cell, outcome), run_id, store.uri, False, undelivered, tuple(passed_over))
+    return Finished(cell, _record(cell, outcome), run_id, store.uri, False, _notes(passed_over, undelivered))
 
 
 def _find_done(cell: Cell, store: Store) -> Finished | None:
-    """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it."""
+    """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it.
+
+    What MLflow has not heard yet is delivered; all of it, if this store never knew the run.
+    """
     path = cell.folder / "record.json"
     if path.exists():
-        saved = json.loads(path.read_text())
-        courier = Courier(Spool(cell.folder, saved["run_id"]), store.uri)
-        return Finished(
-            cell, RunRecord(**saved["record"]), saved["run_id"], store.uri, True, courier.close(DELIVERY_SECONDS), ()
-        )
+        record, run_id = RunRecord(**json.loads(path.read_text())), _open_run(cell, store)
+        undelivered = Courier(Spool(cell.folder, run_id), store.uri).close(DELIVERY_SECONDS)
+        return Finished(cell, record, run_id, store.uri, True, _notes([], undelivered))
     run = store.find_run(cell.key)
     record = record_of(run) if run else None
     if run is None or record is None or record.status not in records.ENDED:
         return None
-    return Finished(cell, record, run.info.run_id, store.uri, True, "", ())
+    return Finished(cell, record, run.info.run_id, store.uri, True, ())
+
+
+def _notes(passed_over: list[str], undelivered: str) -> tuple[str, ...]:
+    late = f"MLflow has not all of the record yet, the same command delivers the rest: {undelivered}"
+    return (*passed_over, *([late] if undelivered else []))
 
 
 def _open_run(cell: Cell, store: Store) -> str:
@@ -132,9 +133,9 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
     try:
         with _listening(recorder, listener):
             outcome = _fit(cell, job)
-        _tell_end(cell, outcome, run_id, tell)
+        _tell_end(cell, outcome, tell)
         status = outcome.status
-    except RunFailedError:
+    except FailedError:
         status = records.FAILED
         raise
     finally:
@@ -169,12 +170,12 @@ def _fit(cell: Cell, job: Job) -> Outcome:
     try:
         result = trainer.fit()
     except TrainingFailedError as e:
-        raise RunFailedError(_cause(e)) from e
+        raise FailedError(f"training failed: {_cause(e)}") from e
     assert isinstance(result.return_value, Outcome)
     return result.return_value
 
 
-def _tell_end(cell: Cell, outcome: Outcome, run_id: str, tell: Callable[..., None]) -> None:
+def _tell_end(cell: Cell, outcome: Outcome, tell: Callable[..., None]) -> None:
     """The record, in the run's folder and in MLflow."""
     record = _record(cell, outcome)
     tell("metrics", outcome.steps, record.columns("metrics"))
@@ -186,7 +187,7 @@ def _tell_end(cell: Cell, outcome: Outcome, run_id: str, tell: Callable[..., Non
         tell("table", "position_loss", {"position": positions, "loss_nats": list(curve)})
     tell("tags", record.columns("tags"))
     partial = cell.folder / "record.json.partial"
-    partial.write_text(json.dumps({"run_id": run_id, "record": asdict(record)}, indent=1))
+    partial.write_text(json.dumps(asdict(record), indent=1))
     partial.replace(cell.folder / "record.json")
 
 

@@ -6,6 +6,7 @@ Each run costs some 20 to 40 seconds; what can be tested without Ray is tested e
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_run_is_trained_and_recorded(undisturbed: Finished):
     assert [p.step for p in sorted(curve, key=lambda p: p.step)] == list(range(1, 33))
     assert sum(p.value for p in curve) / 32 == pytest.approx(record.val_loss_nats)
     assert {a.path for a in store.client.list_artifacts(undisturbed.run_id)} == {"position_loss.csv", "position_loss.json"}
-    assert len([p for p in undisturbed.cell.folder.glob("step-*")]) == 2
+    assert len(list(undisturbed.cell.folder.glob("step-*"))) == 2
 
 
 def test_a_finished_run_is_not_run_again(undisturbed: Finished):
@@ -104,6 +105,14 @@ def test_a_finished_run_is_not_run_again(undisturbed: Finished):
     record.with_suffix(".away").rename(record)
     assert elsewhere.already_done
     assert elsewhere.record == undisturbed.record
+
+
+def test_a_store_that_never_knew_the_run_hears_all_of_it(undisturbed: Finished, tmp_path: Path):
+    moved = train(undisturbed.cell.config, default_uri(tmp_path))
+    assert moved.already_done
+    assert moved.run_id != undisturbed.run_id
+    assert losses(moved) == losses(undisturbed)
+    assert Store(moved.tracking_uri).records("tests") == {moved.run_id: undisturbed.record}
 
 
 def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
@@ -122,8 +131,6 @@ def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: 
 
 
 def test_damaged_checkpoints_and_a_wrong_tokenizer_are_named(undisturbed: Finished, tmp_path: Path, capfd):
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(undisturbed.cell.folder, run)
     [older, newest] = sorted(run.glob("step-*"))

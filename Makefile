@@ -1,0 +1,49 @@
+# The whole project in a few words: `make help`. Every target sets up the environment it needs.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: help setup run test test-all check bench clean tools
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+tools:
+	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or say make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "lmu-dist needs g++, with which DeepSpeed compiles its CPU collectives; install it (apt-get install g++)"; exit 1; }
+
+setup: tools $(STAMP) ## virtual environment in .venv with the exact versions of requirements.lock
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(MAKE) --no-print-directory tools
+	@echo "installing into $(VENV), some minutes ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
+	@touch $@
+
+run: setup ## text to a trained LMU on this machine: data, two Ray workers, ZeRO 1, MLflow, a sample
+	$(BIN)/lmu-dist train jobs/train.yaml
+	@folder=$$($(BIN)/lmu-dist train jobs/train.yaml --json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["folder"])') && \
+		echo && echo "a sample:" && $(BIN)/lmu-dist generate "$$folder" --prompt 'import ' --tokens 80
+
+test: setup ## tests, some minutes on two cores
+	$(BIN)/pytest -m 'not slow'
+
+test-all: setup ## also the slow tests
+	$(BIN)/pytest
+
+check: setup ## format, lint, types, import rules
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports --no-logo
+
+bench: setup ## speed of this machine, as JSON
+	$(BIN)/python benchmarks/prepare.py
+
+clean: ## removes the environment and caches; runs and records stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

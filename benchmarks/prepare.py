@@ -1,0 +1,78 @@
+"""Speed of preparing against the bare tokenizer on the same cores: `python benchmarks/prepare.py [CONFIG] [key=value ...]`.
+
+Side by side in interleaved repeats, one JSON object out: seconds of `encode_batch` over all documents at once with all
+of the tokenizer's own threads; seconds of preparing with the vocabulary already there (reading, JSON, hashing, packing and
+writing included, process starts too); their ratio, and the peak memory of each.
+"""
+
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from lmu_dist.config import Config, DataConfig, TokenizerConfig, load
+from lmu_dist.data.prepare import prepare
+from lmu_dist.data.sources import Document, list_units, read
+from lmu_dist.data.tokenizer import load as load_tokenizer
+
+REPEATS = 3
+
+
+def bare(data: DataConfig, tokenizer: Path) -> tuple[float, int, int]:
+    """Seconds, bytes of text and peak memory of one `encode_batch` of everything, reading not counted."""
+    texts = [item.text for unit in list_units(data) for item in read(unit, data) if isinstance(item, Document)]
+    encoder = load_tokenizer(tokenizer)
+    began = time.perf_counter()
+    encoder.encode_batch(texts)
+    seconds = time.perf_counter() - began
+    return seconds, sum(len(t.encode()) for t in texts), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def ours(data: DataConfig, folder: Path) -> tuple[float, int]:
+    """Seconds of preparing, and peak memory of the largest process."""
+    began = time.perf_counter()
+    prepare(data, folder)
+    seconds = time.perf_counter() - began
+    usage = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return seconds, max(usage) * 1024
+
+
+def main() -> None:
+    """Prints the JSON object."""
+    data = (load(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else Config()).data
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = prepare(data, Path(scratch)).folder / "tokenizer.json"
+        given = replace(data, tokenizer=TokenizerConfig(kind="file", path=str(tokenizer)))
+        bare_runs, our_runs = [], []
+        for i in range(REPEATS):
+            for runs, task, arguments in (
+                (bare_runs, bare, (given, tokenizer)),
+                (our_runs, ours, (given, Path(scratch) / str(i))),
+            ):
+                # Each in a process of its own, or the peak memory of one would be that of both.
+                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                    runs.append(pool.submit(task, *arguments).result())
+    text_bytes = bare_runs[0][1]
+    bare_seconds, our_seconds = (statistics.median(run[0] for run in runs) for runs in (bare_runs, our_runs))
+    result = {
+        "text_bytes": text_bytes,
+        "cpus": len(os.sched_getaffinity(0)),
+        "bare_encode_batch_seconds": bare_seconds,
+        "prepare_seconds": our_seconds,
+        "prepare_megabytes_per_second": text_bytes / our_seconds / 1e6,
+        "speed_against_bare": statistics.median(b[0] / o[0] for b, o in zip(bare_runs, our_runs, strict=True)),
+        "bare_peak_bytes": max(run[2] for run in bare_runs),
+        "prepare_peak_bytes": max(run[1] for run in our_runs),
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
