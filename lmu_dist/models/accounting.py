@@ -111,6 +111,31 @@ def _sublayer_fft_flops(name: str, s: Shape) -> float:
     return (transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / s.sequence_tokens
 
 
+def _sublayer_activations(name: str, s: Shape) -> tuple[float, float]:
+    """Numbers per token kept for the backward pass: in the model's precision, and in float32 whatever it is."""
+    d, r = s.d_model, s.reduced_order
+    match name:
+        case "ffn":
+            return d + 2 * s.d_ff, 0
+        case "attention":
+            return 5 * d + s.n_heads, 0
+        case "lstm":
+            return d + s.d_hidden + 17 * s.d_hidden * s.n_blocks, 0  # 16 of them the workspace of oneDNN
+        case "lmu":
+            return 6 * r * d + 2 * r * r + r, 4 * d  # the padded input and its spectrum
+    raise AssertionError(name)
+
+
+def activation_bytes(shape: Shape, n_rows: int, precision: str = "fp32") -> float:
+    """Bytes of activations kept between forward and backward of `n_rows` rows, logits included; plain autograd."""
+    width = 4 if precision == "fp32" else 2
+    n_norms = len(shape.sublayers) * shape.skips + 1
+    own, single = (sum(n) for n in zip(*(_sublayer_activations(name, shape) for name in shape.sublayers), strict=True))
+    own += (n_norms + 1) * shape.d_model  # inputs of the norms, and of the head
+    single += 2 * n_norms + shape.vocab_tokens + 2  # statistics of the norms, log-probabilities, token ids
+    return n_rows * shape.sequence_tokens * (width * own + 4 * single)
+
+
 def parameters(shape: Shape) -> Parameters:
     """Trainable parameters of a Shape, exactly."""
     names = shape.sublayers
