@@ -77,8 +77,10 @@ class Store:
 
     def folder_of(self, run_id: str) -> Path:
         """The folder with a run's checkpoints."""
-        with self._answering():
+        try:
             folder = self.client.get_run(run_id).data.tags.get("lmu.folder")
+        except MlflowException as e:
+            raise ConfigError(f"no run {run_id!r} in {self.uri}, nor a folder of that name: {_one_line(e)}") from e
         if not folder or not Path(folder).is_dir():
             raise ConfigError(f"run {run_id} has no folder on this machine (recorded: {folder}); give the path of its folder")
         return Path(folder)
@@ -125,10 +127,13 @@ class _Answering:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, MlflowException):
-            reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"MLflow at {self.uri} refuses or does not answer: {reason}; start it or set MLFLOW_TRACKING_URI"
+                f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {_one_line(error)}"
             ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def record_of(run: Run) -> RunRecord | None:
@@ -317,7 +322,7 @@ class Courier:
                 deliver(self._spool, self._client)
                 self.last_error = ""
             except (MlflowException, OSError) as e:
-                self.last_error = " ".join(str(e).split())[:300]
+                self.last_error = _one_line(e)
             if closing and not self.last_error:
                 return
             self._stop.wait(self._retry if self.last_error else self._every) if not closing else time.sleep(self._retry)

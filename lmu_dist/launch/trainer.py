@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -254,8 +255,9 @@ def cluster(config: Config) -> Iterator[None]:
         ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     else:
         try:
+            _knock(address)
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError, RayError) as e:
             reason = " ".join(str(e).split())[:200]
             raise ConfigError(f"no Ray cluster at {address}: {reason}; start it, or leave cluster.address out") from e
     try:
@@ -263,6 +265,13 @@ def cluster(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nobody listens at host:port: Ray itself would try for five minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=10).close()
 
 
 def _check_fits(config: Config, resources: Mapping[str, float]) -> None:
