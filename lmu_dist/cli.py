@@ -49,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FailedError as e:
         console.print(f"lmu-dist: {e}; the same command goes on from where it stood")
         return 1
+    except OSError as e:
+        console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
+        return 1
     except (KeyboardInterrupt, click.Abort):
         console.print("lmu-dist: interrupted; the same command goes on from where it stood")
         return 1
@@ -151,7 +154,7 @@ def export(run: str, folder: Path) -> None:
 
 
 def _tracking_uri() -> str:
-    from lmu_dist.tracking import default_uri
+    from lmu_dist.tracking.store import default_uri
 
     return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path.cwd())
 
@@ -160,7 +163,7 @@ def _run_folder(run: str) -> Path:
     """A folder as given, or that of an MLflow run."""
     if Path(run).is_dir():
         return Path(run)
-    from lmu_dist.tracking import Store
+    from lmu_dist.tracking.store import Store
 
     return Store(_tracking_uri()).folder_of(run)
 

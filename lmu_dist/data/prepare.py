@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,64 +25,15 @@ from tokenizers import Tokenizer
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
 from lmu_dist.data import tokenizer as vocabulary
-from lmu_dist.data.batches import Rows
+from lmu_dist.data.corpus import MANIFEST, PROBLEMS, TOKENIZER, Corpus, Manifest, open_corpus
 from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
 
-TOKENIZER = "tokenizer.json"
 FORMAT = 1  # of what is written here; part of every key
 SPLITS = {"train": range(96), "validation": range(96, 99), "test": range(99, 100)}
 SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
 TOKENIZER_TRAINING_BYTES = 64_000_000  # of training documents, spread over all units
 ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared corpus holds. `splits` maps a name to its tokens, bytes of text, documents and sha256."""
-
-    format: int
-    source: str
-    split_rule: str
-    vocab_tokens: int
-    end_of_text_id: int
-    dtype: str
-    tokenizer_digest: str
-    splits: dict[str, dict[str, Any]]
-    problems: dict[str, int]
-    data_digest: str
-
-    def bytes_per_token(self, split: str) -> float:
-        """Bytes of text behind one token of a split, on average."""
-        return self.splits[split]["bytes"] / self.splits[split]["tokens"]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus on disk."""
-
-    folder: Path
-    manifest: Manifest
-
-    def rows(self, split: str, sequence_tokens: int) -> Rows:
-        """A split as rows. Raises ConfigError if it has none of that length."""
-        rows = Rows(self.folder / f"{split}.bin", self.manifest.dtype, sequence_tokens)
-        if not len(rows):
-            raise ConfigError(
-                f"the {split} split has {self.manifest.splits[split]['tokens']} tokens, too few for one row of "
-                f"{sequence_tokens}; give more text, or a smaller train.sequence_tokens"
-            )
-        return rows
-
-    def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
-        tokenizer = vocabulary.load(self.folder / TOKENIZER)
-        if vocabulary.digest(tokenizer) != self.manifest.tokenizer_digest:
-            raise ConfigError(
-                f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; put it back, or "
-                f"delete {self.folder} and prepare again"
-            )
-        return tokenizer
 
 
 def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> Path:
@@ -95,22 +46,6 @@ def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> 
     return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_corpus(folder: Path) -> Corpus:
-    """A prepared corpus, checked for whole files. Raises ConfigError."""
-    try:
-        manifest = Manifest(**json.loads((folder / "manifest.json").read_text()))
-    except OSError as e:
-        raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"{folder / 'manifest.json'} is damaged; delete {folder} and prepare again") from e
-    for split, facts in manifest.splits.items():
-        path = folder / f"{split}.bin"
-        expected = facts["tokens"] * np.dtype(manifest.dtype).itemsize
-        if not path.is_file() or path.stat().st_size != expected:
-            raise ConfigError(f"{path} is missing or not {expected} bytes long; delete {folder} and prepare again")
-    return Corpus(folder, manifest)
-
-
 def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None, n_processes: int | None = None) -> Corpus:
     """Prepares a corpus, or finds it prepared; what is half done is never mistaken for done. Raises ConfigError."""
     units = list_units(data)
@@ -119,7 +54,7 @@ def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: Non
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / "lock", timeout=0):
-            if not (folder / "manifest.json").exists():
+            if not (folder / MANIFEST).exists():
                 _ensure_tokenizer(data, units, folder, progress)
                 facts = _tokenize(data, units, folder, progress, n_processes or len(os.sched_getaffinity(0)))
                 _check_problems(data, units, facts, folder)
@@ -258,7 +193,7 @@ def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: P
         names = [_part(folder, i, f"{split}.bin") for i in range(n_parts)]
         sums = {key: sum(f[split][key] for f in facts) for key in ("tokens", "bytes", "documents")}
         splits[split] = sums | {"sha256": _concatenate(names, folder / f"{split}.bin")}
-    _concatenate([_part(folder, i, "problems") for i in range(n_parts)], folder / "problems.jsonl")
+    _concatenate([_part(folder, i, "problems") for i in range(n_parts)], folder / PROBLEMS)
     tokenizer = vocabulary.load(folder / TOKENIZER)
     content = {"tokenizer": vocabulary.digest(tokenizer), **{split: facts["sha256"] for split, facts in splits.items()}}
     manifest = Manifest(
@@ -273,7 +208,7 @@ def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: P
         problems=dict(sum((Counter(f["problems"]) for f in facts), Counter())),
         data_digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
     )
-    _write(folder / "manifest.json", json.dumps(asdict(manifest), indent=1).encode())
+    _write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
 def token_dtype(vocab_tokens: int) -> str:

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmu_dist
 from lmu_dist.config import Config, ConfigError, to_dict
-from lmu_dist.data.prepare import Corpus
+from lmu_dist.data.corpus import Corpus
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
 
@@ -67,6 +68,21 @@ def code_digest() -> str:
     for path in sorted(p for room in ("models", "train") for p in (root / room).glob("*.py")):
         sha.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return sha.hexdigest()
+
+
+def git_commit() -> str:
+    """Commit of the code that runs, with + if it was changed since; "unknown" outside a checkout."""
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(
+            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        dirty = subprocess.run(
+            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if dirty.strip() else "")
 
 
 def _short(n: int) -> str:

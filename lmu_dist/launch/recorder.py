@@ -6,7 +6,8 @@ Workers need no MLflow, no credentials and no shared disk for it, and it outlive
 from pathlib import Path
 from typing import Any
 
-from lmu_dist.tracking import Courier, Spool, limit_retries
+from lmu_dist.tracking.delivery import Courier, limit_retries
+from lmu_dist.tracking.spool import Spool
 
 
 class Recorder:

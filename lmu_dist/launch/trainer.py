@@ -4,20 +4,15 @@
 """
 
 import json
-import logging
-import os
-import secrets
 import shutil
-import socket
-import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import ray
+from filelock import FileLock, Timeout
 from ray.exceptions import RayError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -27,13 +22,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import Config, ConfigError, FailedError
-from lmu_dist.data.prepare import TOKENIZER, Progress, prepare
-from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.data.corpus import TOKENIZER
+from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.launch.cell import Cell, git_commit, make_cell
+from lmu_dist.launch.cluster import cluster
 from lmu_dist.launch.recorder import Recorder
 from lmu_dist.launch.worker import Job, Outcome, train_worker
 from lmu_dist.models import accounting
 from lmu_dist.records import RunRecord
-from lmu_dist.tracking import Courier, Spool, Store, limit_retries, record_of
+from lmu_dist.tracking.delivery import Courier, limit_retries
+from lmu_dist.tracking.spool import Spool
+from lmu_dist.tracking.store import Store, record_of
 from lmu_dist.train import checkpoint
 
 DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
@@ -65,10 +64,9 @@ def train(
     store = Store(tracking_uri)
     if (done := _find_done(cell, store)) is not None:
         return done
-    _, _, passed_over = checkpoint.newest_intact(cell.folder)
-    with cluster(config):
+    passed_over = _check_resumable(cell)
+    with cluster(config), _alone(cell):
         run_id = _open_run(cell, store)
-        cell.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
         outcome, undelivered = _run(cell, store, run_id, listener)
     return Finished(cell, _record(cell, outcome), run_id, store.uri, False, _notes(passed_over, undelivered))
@@ -91,6 +89,29 @@ def _find_done(cell: Cell, store: Store) -> Finished | None:
     return Finished(cell, record, run.info.run_id, store.uri, True, ())
 
 
+def _check_resumable(cell: Cell) -> list[str]:
+    """The damaged checkpoints that will be passed over. Raises ConfigError if the one to go on from does not fit."""
+    path, meta, passed_over = checkpoint.newest_intact(cell.folder)
+    wanted = cell.config.cluster
+    if meta is not None and (meta.world_size, meta.zero_stage) != (wanted.n_workers, wanted.zero_stage):
+        raise ConfigError(
+            f"{path} was written by {meta.world_size} workers at ZeRO stage {meta.zero_stage}; go on with "
+            f"cluster.n_workers={meta.world_size} cluster.zero_stage={meta.zero_stage}"
+        )
+    return passed_over
+
+
+@contextmanager
+def _alone(cell: Cell) -> Iterator[None]:
+    """Holds the run's folder against a second driver."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cell.folder / "lock", timeout=0):
+            yield
+    except Timeout as e:
+        raise ConfigError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
+
+
 def _notes(passed_over: list[str], undelivered: str) -> tuple[str, ...]:
     late = f"MLflow has not all of the record yet, the same command delivers the rest: {undelivered}"
     return (*passed_over, *([late] if undelivered else []))
@@ -108,7 +129,7 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
     """Runs the workers to their end and tells the record. Returns how it ended and what of the record still waits."""
     last_steps = {} if Spool.exists(cell.folder) else store.last_steps(run_id)
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    recorder: Any = ray.remote(num_cpus=0, scheduling_strategy=here)(Recorder).remote(
+    recorder: Any = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=3, max_task_retries=3)(Recorder).remote(
         str(cell.folder), run_id, store.uri, last_steps
     )
 
@@ -119,7 +140,7 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
     manifest = cell.corpus.manifest
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
     tell("params", constants | _record(cell, None).columns("params"))
-    tell("tags", {"lmu.status": records.RUNNING, "lmu.git_commit": _git_commit(), "lmu.folder": str(cell.folder)})
+    tell("tags", {"lmu.status": records.RUNNING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
     tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
     job = Job(
         config=config,
@@ -233,59 +254,6 @@ def _record(cell: Cell, outcome: Outcome | None) -> RunRecord:
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """A Ray cluster that can hold the run: the one this process is in, or that at cluster.address or $RAY_ADDRESS, else a
-    local one until the end. Raises ConfigError when the workers can never fit.
-    """
-    wanted = config.cluster
-    if ray.is_initialized():
-        _check_fits(config, ray.cluster_resources())
-        yield
-        return
-    address = wanted.address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        cpus = max(1, len(os.sched_getaffinity(0)))
-        if not wanted.gpus_per_worker:
-            _check_fits(config, {"CPU": cpus})
-            if shutil.which("g++") is None:
-                raise ConfigError(
-                    "no g++ on PATH; DeepSpeed compiles its CPU collectives once, so install g++ (apt-get install g++)"
-                )
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
-    else:
-        try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError, RayError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise ConfigError(f"no Ray cluster at {address}: {reason}; start it, or leave cluster.address out") from e
-    try:
-        _check_fits(config, ray.cluster_resources())
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port: Ray itself would try for five minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
-
-
-def _check_fits(config: Config, resources: Mapping[str, float]) -> None:
-    wanted = config.cluster
-    for name, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
-        if wanted.n_workers * each > resources.get(name, 0):
-            raise ConfigError(
-                f"cluster.n_workers={wanted.n_workers} with {each} {name} each is more than the cluster's "
-                f"{resources.get(name, 0):g} {name}; lower cluster.n_workers or cluster.{name.lower()}s_per_worker, "
-                "or use a larger cluster"
-            )
-
-
-@contextmanager
 def _listening(recorder: Any, listener: Listener) -> Iterator[None]:
     """Tells the listener about once a second, from a thread of its own."""
     stop = threading.Event()
@@ -310,18 +278,3 @@ def _cause(error: BaseException) -> str:
     """The last line of what a worker said, without Ray's frames around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _git_commit() -> str:
-    """Commit of the code that runs, with + if it was changed since; "unknown" outside a checkout."""
-    root = Path(__file__).parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        dirty = subprocess.run(
-            ["git", "-C", root, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
-        ).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if dirty.strip() else "")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.data.batches import row_indices
-from lmu_dist.data.prepare import open_corpus
+from lmu_dist.data.corpus import open_corpus
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
@@ -79,7 +79,7 @@ def train_worker(arguments: dict[str, Job]) -> Outcome:
     bytes_per_token = corpus.manifest.bytes_per_token("validation")
 
     engine = Engine(LanguageModel(shape, config.seed), train, cluster, device)
-    [found, attempt] = _agree(lambda: [_resume_point(Path(job.folder), world_size), f"{time.time_ns():x}"], rank)
+    [found, attempt] = _agree(lambda: [_resume_point(Path(job.folder)), f"{time.time_ns():x}"], rank)
     meta = None
     if found is not None:
         folder, meta = found
@@ -153,18 +153,10 @@ def _agree(make: Any, rank: int) -> Any:
     return box[0]
 
 
-def _resume_point(folder: Path, world_size: int) -> tuple[Path, checkpoint.Meta] | None:
+def _resume_point(folder: Path) -> tuple[Path, checkpoint.Meta] | None:
     """The checkpoint to go on from."""
-    path, meta, passed_over = checkpoint.newest_intact(folder)
-    for reason in passed_over:
-        print(f"passed over: {reason}", file=sys.stderr)
-    if path is None or meta is None:
-        return None
-    if meta.world_size != world_size:
-        raise configuration.ConfigError(
-            f"{path} was written by {meta.world_size} workers; go on with cluster.n_workers={meta.world_size}"
-        )
-    return path, meta
+    path, meta, _ = checkpoint.newest_intact(folder)
+    return (path, meta) if path is not None and meta is not None else None
 
 
 def _checkpoint(engine: Any, meta: checkpoint.Meta, rank: int, attempt: str) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from lmu_dist.config import ConfigError
 from lmu_dist.data import tokenizer as vocabulary
-from lmu_dist.data.prepare import TOKENIZER
+from lmu_dist.data.corpus import TOKENIZER
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.train import checkpoint

@@ -14,7 +14,8 @@ from conftest import write_corpus
 
 from lmu_dist.config import ConfigError, DataConfig, TokenizerConfig
 from lmu_dist.data import prepare as prepare_module
-from lmu_dist.data.prepare import Corpus, locate, open_corpus, prepare, split_of
+from lmu_dist.data.corpus import Corpus, open_corpus
+from lmu_dist.data.prepare import locate, prepare, split_of
 from lmu_dist.data.tokenizer import END_OF_TEXT, load
 
 SMALL = TokenizerConfig(vocab_tokens=400)

@@ -14,7 +14,7 @@ import pytest
 from lmu_dist import records
 from lmu_dist.config import load
 from lmu_dist.launch.trainer import train
-from lmu_dist.tracking import Store
+from lmu_dist.tracking.store import Store
 
 AWAY_SECONDS = float(os.environ.get("AWAY_SECONDS", "60"))
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]

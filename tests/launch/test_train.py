@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,9 +19,9 @@ import pytest
 
 from lmu_dist import records
 from lmu_dist.cli import main
-from lmu_dist.config import Config, load
+from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch.trainer import Finished, train
-from lmu_dist.tracking import Store, default_uri
+from lmu_dist.tracking.store import Store, default_uri
 
 STEPS = 600
 # Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
@@ -157,6 +158,17 @@ def test_more_workers_than_the_cluster_is_refused_before_anything_starts(undistu
     assert main(["train", str(job), *settings]) == 2
     assert "cluster.n_workers=4096 with 1 CPU each is more than the cluster's" in capfd.readouterr().err
     assert sorted(Path(config.storage).iterdir()) == before
+
+
+def test_another_number_of_workers_is_refused_in_mid_run(undisturbed: Finished, tmp_path: Path):
+    cell = undisturbed.cell
+    folder = tmp_path / cell.name
+    shutil.copytree(cell.folder, folder, ignore=shutil.ignore_patterns("record.json", "spool*"))
+    shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
+    for override in ({"n_workers": 1}, {"zero_stage": 3}):
+        other = replace(cell.config, storage=str(tmp_path), cluster=replace(cell.config.cluster, **override))
+        with pytest.raises(ConfigError, match=r"written by 2 workers at ZeRO stage 1; go on with cluster\.n_workers=2"):
+            train(other, default_uri(tmp_path))
 
 
 def _workers() -> list[psutil.Process]:

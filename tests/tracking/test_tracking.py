@@ -12,7 +12,9 @@ from mlflow.tracking import MlflowClient
 from lmu_dist import records
 from lmu_dist.config import ConfigError
 from lmu_dist.records import RunRecord
-from lmu_dist.tracking import Courier, Spool, Store, default_uri, deliver, record_of
+from lmu_dist.tracking.delivery import Courier, deliver
+from lmu_dist.tracking.spool import Spool
+from lmu_dist.tracking.store import Store, default_uri, record_of
 
 RECORD = RunRecord(
     **dict.fromkeys(("n_params", "n_params_with_head", "n_params_total", "d_model", "n_blocks", "sequence_tokens"), 1),

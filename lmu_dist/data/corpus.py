@@ -1,0 +1,82 @@
+"""A prepared corpus on disk: what prepare leaves behind, and how batches and models get at it.
+
+A folder with one token stream per split, tokenizer.json, problems.jsonl and manifest.json. Opened by launch.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from lmu_dist.config import ConfigError
+from lmu_dist.data import tokenizer as vocabulary
+from lmu_dist.data.batches import Rows
+
+TOKENIZER, MANIFEST, PROBLEMS = "tokenizer.json", "manifest.json", "problems.jsonl"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a prepared corpus holds. `splits` maps a name to its tokens, bytes of text, documents and sha256."""
+
+    format: int
+    source: str
+    split_rule: str
+    vocab_tokens: int
+    end_of_text_id: int
+    dtype: str
+    tokenizer_digest: str
+    splits: dict[str, dict[str, Any]]
+    problems: dict[str, int]
+    data_digest: str
+
+    def bytes_per_token(self, split: str) -> float:
+        """Bytes of text behind one token of a split, on average."""
+        return self.splits[split]["bytes"] / self.splits[split]["tokens"]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus on disk."""
+
+    folder: Path
+    manifest: Manifest
+
+    def rows(self, split: str, sequence_tokens: int) -> Rows:
+        """A split as rows. Raises ConfigError if it has none of that length."""
+        rows = Rows(self.folder / f"{split}.bin", self.manifest.dtype, sequence_tokens)
+        if not len(rows):
+            raise ConfigError(
+                f"the {split} split has {self.manifest.splits[split]['tokens']} tokens, too few for one row of "
+                f"{sequence_tokens}; give more text, or a smaller train.sequence_tokens"
+            )
+        return rows
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
+        tokenizer = vocabulary.load(self.folder / TOKENIZER)
+        if vocabulary.digest(tokenizer) != self.manifest.tokenizer_digest:
+            raise ConfigError(
+                f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; put it back, or "
+                f"delete {self.folder} and prepare again"
+            )
+        return tokenizer
+
+
+def open_corpus(folder: Path) -> Corpus:
+    """A prepared corpus, checked for whole files. Raises ConfigError."""
+    try:
+        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
+    except OSError as e:
+        raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{folder / 'manifest.json'} is damaged; delete {folder} and prepare again") from e
+    for split, facts in manifest.splits.items():
+        path = folder / f"{split}.bin"
+        expected = facts["tokens"] * np.dtype(manifest.dtype).itemsize
+        if not path.is_file() or path.stat().st_size != expected:
+            raise ConfigError(f"{path} is missing or not {expected} bytes long; delete {folder} and prepare again")
+    return Corpus(folder, manifest)

@@ -1,0 +1,134 @@
+"""The MLflow store: finds and makes experiments, studies and runs, and reads RunRecords back.
+
+A study is a parent run, a cell a child run tagged with its key. What is told of a run goes through the spool instead.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Run, ViewType
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from lmu_dist.config import ConfigError
+from lmu_dist.records import RUNNING, RunRecord
+
+PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
+
+logging.getLogger("mlflow").setLevel(logging.WARNING)
+logging.getLogger("alembic").setLevel(logging.WARNING)
+
+
+def default_uri(folder: Path) -> str:
+    """Where runs are recorded unless MLFLOW_TRACKING_URI says otherwise: an SQLite file in `folder`."""
+    return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
+
+
+class Store:
+    """An MLflow tracking store, by URI. Methods raise ConfigError when it does not answer."""
+
+    def __init__(self, uri: str) -> None:
+        if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
+            # Ray's workers live in other folders; a relative path would mean another file there.
+            uri = default_uri(Path(uri.removeprefix("sqlite:///")).parent).replace(
+                "mlflow.db", Path(uri.removeprefix("sqlite:///")).name
+            )
+        self.uri = uri
+        self.client = MlflowClient(uri)
+
+    def open_study(self, experiment: str, study: str) -> tuple[str, str]:
+        """(experiment id, run id) of a study, made if new."""
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            if found is not None and found.lifecycle_stage != "active":
+                raise ConfigError(f"experiment {experiment!r} was deleted in MLflow; restore it there or choose another name")
+            experiment_id = (
+                found.experiment_id if found else self.client.create_experiment(experiment, self._artifacts(experiment))
+            )
+            runs = self.client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study}'", max_results=1)
+            run = runs[0] if runs else self.client.create_run(experiment_id, tags={STUDY: study, RUN_NAME: study})
+            return experiment_id, run.info.run_id
+
+    def find_run(self, key: str) -> Run | None:
+        """The run of a cell, in whatever experiment it was first asked for."""
+        with self._answering():
+            experiments = [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
+            runs = self.client.search_runs(experiments, f"tags.`{KEY}` = '{key}'", max_results=1) if experiments else []
+            return runs[0] if runs else None
+
+    def create_run(self, experiment_id: str, study_id: str, name: str, key: str) -> str:
+        """A new child run of a study, tagged with its key."""
+        with self._answering():
+            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: RUNNING}
+            return self.client.create_run(experiment_id, tags=tags).info.run_id
+
+    def folder_of(self, run_id: str) -> Path:
+        """The folder with a run's checkpoints."""
+        try:
+            folder = self.client.get_run(run_id).data.tags.get("lmu.folder")
+        except MlflowException as e:
+            raise ConfigError(f"no run {run_id!r} in {self.uri}, nor a folder of that name: {one_line(e)}") from e
+        if not folder or not Path(folder).is_dir():
+            raise ConfigError(f"run {run_id} has no folder on this machine (recorded: {folder}); give the path of its folder")
+        return Path(folder)
+
+    def records(self, experiment: str) -> dict[str, RunRecord]:
+        """All complete RunRecords of an experiment by run id."""
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            if found is None:
+                raise ConfigError(f"no experiment {experiment!r} in {self.uri}; see the names in the MLflow UI")
+            records, token = {}, None
+            while True:
+                page = self.client.search_runs([found.experiment_id], f"tags.`{KEY}` LIKE '%'", page_token=token)
+                for run in page:
+                    if (record := record_of(run)) is not None:
+                        records[run.info.run_id] = record
+                if not (token := page.token):
+                    return records
+
+    def last_steps(self, run_id: str) -> dict[str, int]:
+        """The last step each metric of a run has, for a spool that lost its file."""
+        with self._answering():
+            metrics = self.client.get_run(run_id).data.metrics
+            return {k: max(m.step for m in self.client.get_metric_history(run_id, k)) for k in metrics}
+
+    def _artifacts(self, experiment: str) -> str | None:
+        """A folder beside the SQLite file; a server decides for itself."""
+        if not self.uri.startswith("sqlite:////"):
+            return None
+        return (Path(self.uri.removeprefix("sqlite:///")).parent / "mlartifacts" / experiment).as_uri()
+
+    def _answering(self) -> "_Answering":
+        return _Answering(self.uri)
+
+
+@dataclass
+class _Answering:
+    """Turns MLflow's errors into one line that names the store."""
+
+    uri: str
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, MlflowException):
+            raise ConfigError(
+                f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {one_line(error)}"
+            ) from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message without its line breaks, cut at 300 characters."""
+    return " ".join(str(error).split())[:300]
+
+
+def record_of(run: Run) -> RunRecord | None:
+    """The RunRecord of a run that ended; None for one that has not."""
+    try:
+        return RunRecord.from_columns(run.data.params, run.data.metrics, run.data.tags)
+    except (KeyError, ValueError):
+        return None
