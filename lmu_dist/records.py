@@ -4,6 +4,7 @@ The loop yields the first, evaluation makes the second, launch/worker fills the 
 analysis reads them back. A run's constants are MLflow params, its results metrics, what may change tags.
 """
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -38,6 +39,11 @@ class StepMetrics:
     grad_norm: float
     learning_rate: float
     step_seconds: float
+
+    @property
+    def finite(self) -> bool:
+        """False when the run has diverged."""
+        return math.isfinite(self.loss_nats) and math.isfinite(self.grad_norm)
 
     def values(self, step_tokens: int, training_flops_per_token: float, peak_flops_per_second: float) -> dict[str, float]:
         """The step as metrics. Peak is that of all workers together."""

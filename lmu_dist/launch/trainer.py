@@ -200,9 +200,9 @@ def _fit(cell: Cell, job: Job) -> Outcome:
 def _tell_end(cell: Cell, outcome: Outcome, tell: Callable[..., None]) -> None:
     """The record, in the run's folder and in MLflow."""
     record = _record(cell, outcome)
-    tell("metrics", outcome.steps, record.columns("metrics"))
-    if outcome.evaluation:
-        curve = outcome.evaluation.position_loss_nats
+    tell("metrics", outcome.state.step, record.columns("metrics"))
+    if evaluation := outcome.evaluation:
+        curve = evaluation.position_loss_nats
         positions = list(range(1, len(curve) + 1))
         for position, loss in zip(positions, curve, strict=True):
             tell("metrics", position, {records.POSITION_LOSS: loss})
@@ -239,13 +239,13 @@ def _record(cell: Cell, outcome: Outcome | None) -> RunRecord:
         training_flops_per_token_kaplan=flops.training_kaplan,
         data_digest=cell.corpus.manifest.data_digest,
         code_digest=cell.code_digest,
-        tokens=outcome.steps * train.batch_tokens if outcome else 0,
-        steps=outcome.steps if outcome else 0,
-        train_loss_nats=outcome.train_loss_nats if outcome else nan,
+        tokens=outcome.state.step * train.batch_tokens if outcome else 0,
+        steps=outcome.state.step if outcome else 0,
+        train_loss_nats=outcome.state.train_loss_nats if outcome else nan,
         val_loss_nats=evaluation.loss_nats if evaluation else nan,
         val_loss_standard_error_nats=evaluation.standard_error_nats if evaluation else nan,
         val_bits_per_byte=evaluation.bits_per_byte if evaluation else nan,
-        training_seconds=outcome.training_seconds if outcome else 0.0,
+        training_seconds=outcome.state.training_seconds if outcome else 0.0,
         key=cell.key,
         status=outcome.status if outcome else records.RUNNING,
         phase=outcome.phase if outcome else "undecayed",

@@ -3,12 +3,11 @@
 Started by launch/trainer with a Job; tells the recorder; hands checkpoints to Ray; returns an Outcome from rank 0.
 """
 
-import math
 import os
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.data.batches import row_indices
-from lmu_dist.data.corpus import open_corpus
+from lmu_dist.data.corpus import Corpus, open_corpus
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
@@ -45,15 +44,17 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, for the RunRecord."""
+    """How a run ended, for the RunRecord, and where it stood then."""
 
     status: str
     phase: str
     stop_rule: str
-    steps: int
-    train_loss_nats: float
-    training_seconds: float
-    evaluation: EvalMetrics | None
+    state: checkpoint.Meta
+
+    @property
+    def evaluation(self) -> EvalMetrics | None:
+        """The last validation."""
+        return EvalMetrics(**self.state.evaluation) if self.state.evaluation else None
 
 
 def train_worker(arguments: dict[str, Job]) -> Outcome:
@@ -75,68 +76,67 @@ def train_worker(arguments: dict[str, Job]) -> Outcome:
 
     corpus, shape = open_corpus(Path(job.corpus)), Shape(**job.shape)
     rows, held_out = (corpus.rows(split, train.sequence_tokens) for split in ("train", "validation"))
-    n_eval_rows = min(len(held_out), max(1, train.eval_tokens // train.sequence_tokens))
-    bytes_per_token = corpus.manifest.bytes_per_token("validation")
-
     engine = Engine(LanguageModel(shape, config.seed), train, cluster, device)
-    [found, attempt] = _agree(lambda: [_resume_point(Path(job.folder)), f"{time.time_ns():x}"], rank)
-    meta = None
-    if found is not None:
-        folder, meta = found
+    [folder, state, attempt] = _agree(lambda: _start(job, world_size, corpus), rank)
+    if folder is not None:
         engine.load(folder)
 
     def tell(kind: str, *arguments: Any) -> ray.ObjectRef | None:
         return job.recorder.tell.remote(kind, *arguments) if rank == 0 else None
 
+    def validate(step: int) -> EvalMetrics:
+        n_rows = min(len(held_out), max(1, train.eval_tokens // train.sequence_tokens))
+        bytes_per_token = corpus.manifest.bytes_per_token("validation")
+        return evaluate(engine, held_out, n_rows, rank, world_size, step, bytes_per_token)
+
     tell("attempt", {"lmu.n_workers": world_size, "lmu.zero_stage": cluster.zero_stage})
     peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, device))).item()
     flops = accounting.flops(shape).training
-    done = meta.step if meta else 0
-    val_losses = list(meta.val_losses) if meta else []
-    train_loss, seconds = (meta.train_loss_nats, meta.training_seconds) if meta else (math.nan, 0.0)
-    evaluation = EvalMetrics(**meta.evaluation) if meta and meta.evaluation else None
-
     stream = steps(
         engine,
         lambda step: rows.batch(row_indices(len(rows), config.seed, step, train.batch_rows, rank, world_size)),
-        lambda step: learning_rate(train, step, val_losses),
-        done,
+        lambda step: learning_rate(train, step, state.val_losses),
+        state.step,
         train.n_steps,
         train.batch_tokens,
     )
     for metrics in stream:
         tell("metrics", metrics.step, metrics.values(train.batch_tokens, flops, peak))
-        train_loss, seconds = metrics.loss_nats, seconds + metrics.step_seconds
-        if not (math.isfinite(metrics.loss_nats) and math.isfinite(metrics.grad_norm)):
-            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", done, train_loss, seconds, evaluation)
-        done = metrics.step + 1
-        last = done == train.n_steps
-        if done % train.eval_every_steps == 0 or last:
-            evaluation = evaluate(engine, held_out, n_eval_rows, rank, world_size, done, bytes_per_token)
-            val_losses.append(evaluation.loss_nats)
+        seconds = state.training_seconds + metrics.step_seconds
+        state = replace(state, train_loss_nats=metrics.loss_nats, training_seconds=seconds)
+        if not metrics.finite:
+            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
+        state = replace(state, step=metrics.step + 1)
+        last = state.step == train.n_steps
+        if state.step % train.eval_every_steps == 0 or last:
+            evaluation = validate(state.step)
             memory = {records.WORKER_BYTES: engine.max_over_ranks(engine.peak_bytes())}
             tell("metrics", metrics.step, evaluation.values() | memory)
-        if done % cluster.checkpoint_every_steps == 0 or last:
-            meta = checkpoint.Meta(
-                step=done,
-                key=job.key,
-                world_size=world_size,
-                zero_stage=cluster.zero_stage,
-                data_digest=corpus.manifest.data_digest,
-                tokenizer_digest=corpus.manifest.tokenizer_digest,
-                code_digest=job.code_digest,
-                config=job.config,
-                shape=job.shape,
-                val_losses=val_losses,
-                train_loss_nats=train_loss,
-                training_seconds=seconds,
-                evaluation=asdict(evaluation) if evaluation else None,
-            )
+            val_losses = [*state.val_losses, evaluation.loss_nats]
+            state = replace(state, val_losses=val_losses, evaluation=asdict(evaluation))
+        if state.step % cluster.checkpoint_every_steps == 0 or last:
             # Everything up to here is on the recorder's disk before the checkpoint that makes it history is.
-            if (told := tell("tags", {"lmu.checkpoint_step": done})) is not None:
+            if (told := tell("tags", {"lmu.checkpoint_step": state.step})) is not None:
                 ray.get(told)
-            _checkpoint(engine, meta, rank, attempt)
-    return Outcome(records.COMPLETE, phase(train, done), "", done, train_loss, seconds, evaluation)
+            _checkpoint(engine, state, rank, attempt)
+    return Outcome(records.COMPLETE, phase(train, state.step), "", state)
+
+
+def _start(job: Job, world_size: int, corpus: Corpus) -> tuple[Path | None, checkpoint.Meta, str]:
+    """The checkpoint to go on from (none at first), where it stood, and a word that no other attempt uses."""
+    folder, state, _ = checkpoint.newest_intact(Path(job.folder))
+    fresh = checkpoint.Meta(
+        step=0,
+        key=job.key,
+        world_size=world_size,
+        zero_stage=job.config["cluster"]["zero_stage"],
+        data_digest=corpus.manifest.data_digest,
+        tokenizer_digest=corpus.manifest.tokenizer_digest,
+        code_digest=job.code_digest,
+        config=job.config,
+        shape=job.shape,
+    )
+    return folder, state or fresh, f"{time.time_ns():x}"
 
 
 def _agree(make: Any, rank: int) -> Any:
@@ -151,12 +151,6 @@ def _agree(make: Any, rank: int) -> Any:
     if box[1] is not None:
         raise configuration.ConfigError(box[1])
     return box[0]
-
-
-def _resume_point(folder: Path) -> tuple[Path, checkpoint.Meta] | None:
-    """The checkpoint to go on from."""
-    path, meta, _ = checkpoint.newest_intact(folder)
-    return (path, meta) if path is not None and meta is not None else None
 
 
 def _checkpoint(engine: Any, meta: checkpoint.Meta, rank: int, attempt: str) -> None:

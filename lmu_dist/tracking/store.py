@@ -30,11 +30,9 @@ class Store:
     """An MLflow tracking store, by URI. Methods raise ConfigError when it does not answer."""
 
     def __init__(self, uri: str) -> None:
-        if uri.startswith("sqlite:") and not uri.startswith("sqlite:////"):
-            # Ray's workers live in other folders; a relative path would mean another file there.
-            uri = default_uri(Path(uri.removeprefix("sqlite:///")).parent).replace(
-                "mlflow.db", Path(uri.removeprefix("sqlite:///")).name
-            )
+        if uri.startswith("sqlite:///"):
+            # The recorder lives in another folder, where a relative path would mean another file.
+            uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
         self.uri = uri
         self.client = MlflowClient(uri)
 

@@ -3,7 +3,6 @@
 Whoever iterates it (launch/worker) decides when to evaluate, save and report.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 
@@ -26,6 +25,7 @@ def steps(
         rate = learning_rate_at(step)
         loss, norm = engine.step(batch_at(step), rate)
         elapsed = time.perf_counter() - began
-        yield StepMetrics(step, (step + 1) * batch_tokens, loss, norm, rate, elapsed)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        metrics = StepMetrics(step, (step + 1) * batch_tokens, loss, norm, rate, elapsed)
+        yield metrics
+        if not metrics.finite:
             return
