@@ -14,6 +14,7 @@ help: ## this list
 tools:
 	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or say make PYTHON=/path/to/python"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no C headers (Python.h); install them (apt-get install python3-dev)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "lmu-dist needs g++, with which DeepSpeed compiles its CPU collectives; install it (apt-get install g++)"; exit 1; }
 
 setup: tools $(STAMP) ## virtual environment in .venv with the exact versions of requirements.lock

@@ -91,8 +91,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     with _bars() as bars:
         finished = train_run(merged, _tracking_uri(), bars.show, lambda latest: bars.show_training(merged, latest))
     record, folder = finished.record, finished.cell.folder
-    for note in finished.notes:
-        console.print(f"note: {note}")
+    _tell(finished.notes)
     if as_json:
         facts = {"run_id": finished.run_id, "folder": str(folder), "tracking_uri": finished.tracking_uri}
         print(json.dumps(facts | asdict(record)))
@@ -124,6 +123,7 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int,
     from lmu_dist.train.export import open_trained
 
     trained = open_trained(_run_folder(run))
+    _tell(trained.passed_over)
     ids = trained.tokenizer.encode(prompt).ids or [end_of_text_id(trained.tokenizer)]
     shown = ""
     try:
@@ -149,7 +149,7 @@ def export(run: str, folder: Path) -> None:
     """
     from lmu_dist.train.export import export as write
 
-    write(_run_folder(run), folder)
+    _tell(write(_run_folder(run), folder))
     print(f"wrote {folder}: model.safetensors, config.json, tokenizer.json; read back, logits equal")
 
 
@@ -163,9 +163,16 @@ def _run_folder(run: str) -> Path:
     """A folder as given, or that of an MLflow run."""
     if Path(run).is_dir():
         return Path(run)
+    from lmu_dist.tracking.delivery import limit_retries
     from lmu_dist.tracking.store import Store
 
+    limit_retries()
     return Store(_tracking_uri()).folder_of(run)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(f"note: {note}")
 
 
 class _Bars:
@@ -182,7 +189,7 @@ class _Bars:
         self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
         if not console.is_terminal and (first or time.monotonic() - self._printed > 10):
             self._printed = time.monotonic()
-            console.print(f"{what} {done / total:.0%} {detail}")
+            console.print(f"{what} {done / (total or 1):.0%} {detail}")
 
     def show_training(self, config: Config, latest: dict[str, float]) -> None:
         """The newest step of a run; before the first one, that its workers are starting."""

@@ -153,7 +153,7 @@ class ClusterConfig:
     address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, else a local one for this command
     n_workers: Count = 2
     cpus_per_worker: Count = 1
-    gpus_per_worker: Natural = 0
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     micro_batch_rows: Count | None = None  # rows of one forward pass; None: the worker's whole share
     max_failures: Natural = 3  # restarts after a lost worker
@@ -167,7 +167,7 @@ class Config:
 
     experiment: Name = "lmu-dist"
     storage: str = "runs"  # prepared data, checkpoints, spools; shared by all nodes of the cluster
-    seed: Natural = 0
+    seed: Annotated[int, BeforeValidator(_whole), Field(ge=0, lt=2**63)] = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -180,6 +180,8 @@ class Config:
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        if "://" in self.storage:
+            raise ValueError(f"storage: {self.storage!r} is no folder; give a path on a disk that all nodes share")
         rows, workers = self.train.batch_rows, self.cluster.n_workers
         if rows % workers:
             raise ValueError(
@@ -202,7 +204,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         tree = yaml.load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}; give the path of a YAML file such as jobs/train.yaml") from e
-    except (YAMLError, UnicodeDecodeError) as e:
+    except (YAMLError, ValueError) as e:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
     if not isinstance(tree, dict | None):
         raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
@@ -246,7 +248,7 @@ def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"{dotted}: {section} is a value, not a section")
         try:
             node[key] = yaml.load(value) if value else None
-        except YAMLError as e:
+        except (YAMLError, ValueError) as e:
             raise ConfigError(f"{dotted}: cannot read the value {value!r}; quote it as in YAML") from e
     return tree
 

@@ -46,10 +46,17 @@ def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> 
     return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_prepared(data: DataConfig, storage: Path) -> bool:
+    """Whether `prepare` has nothing left to do."""
+    return (locate(data, storage) / MANIFEST).exists()
+
+
 def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None, n_processes: int | None = None) -> Corpus:
     """Prepares a corpus, or finds it prepared; what is half done is never mistaken for done. Raises ConfigError."""
     units = list_units(data)
     folder = locate(data, storage, units)
+    if (folder / MANIFEST).exists() and not (folder / "parts").exists():
+        return open_corpus(folder)
     parts = folder / "parts"
     folder.mkdir(parents=True, exist_ok=True)
     try:

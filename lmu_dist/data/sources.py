@@ -21,12 +21,13 @@ import pyarrow
 import pyarrow.parquet
 from backports import zstd
 
-from lmu_dist.config import ConfigError, DataConfig
+from lmu_dist.config import ConfigError, DataConfig, FailedError
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
 UNIT_BYTES = 4_000_000  # small files are read together up to this
 TEXT_DOCUMENT_BYTES = 16_384  # a longer text file is cut into documents at the next line end
-MAX_LINE_BYTES = 256_000_000  # one JSON line; longer ones are a problem, not a reason to run out of memory
+DAMAGED = "(damaged or empty archive)"  # in place of a member
+MAX_LINE_BYTES = 64_000_000  # one JSON line; longer ones are a problem, not a reason to run out of memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Unit:
     size_bytes: int
     stamp: str
     member: str | None = None
+    member_index: int = 0
     shard: tuple[int, int] | None = None  # number, of how many
 
 
@@ -90,9 +92,11 @@ def read(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
     for path in unit.paths:
         place = path if unit.member is None else f"{path}!{unit.member}"
         try:
-            if unit.member is not None:
+            if unit.member == DAMAGED:
+                yield Problem("unreadable: the archive has no end, or no members", path)
+            elif unit.member is not None:
                 with tarfile.open(path) as tar:
-                    member = cast(io.BufferedReader, tar.extractfile(unit.member))
+                    member = cast(io.BufferedReader, tar.extractfile(tar.getmembers()[unit.member_index]))
                     yield from _read_stream(member, unit.member, place, data.text_field)
             elif path.endswith(".parquet"):
                 yield from _read_parquet(path, data.text_field)
@@ -124,14 +128,19 @@ def _unit(paths: list[str]) -> Unit:
 
 
 def _tar_units(path: str) -> list[Unit]:
-    """One unit per member; an archive that cannot be listed is one unit, whose reading reports the problem."""
+    """One unit per member, in the archive's order; a damaged archive has one more, whose reading reports it."""
     stamp = _unit([path]).stamp
+    units, whole = [], False
     try:
         with tarfile.open(path) as tar:
-            members = [m for m in tar.getmembers() if m.isfile()]
+            units = [Unit((path,), m.size, stamp, m.name, i) for i, m in enumerate(tar.getmembers()) if m.isfile()]
+            with open(path, "rb") as file:
+                # tarfile takes any unreadable header for the end; a real end is a block of zeros.
+                file.seek(tar.offset)
+                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (OSError, EOFError, tarfile.TarError):
-        return [Unit((path,), os.path.getsize(path), stamp, member="")]
-    return [Unit((path,), m.size, stamp, member=m.name) for m in sorted(members, key=lambda m: m.name)]
+        pass
+    return units if units and whole else [*units, Unit((path,), 0, stamp, DAMAGED)]
 
 
 def _read_stream(file: io.BufferedIOBase, name: str, place: str, text_field: str) -> Iterator[Document | Problem]:
@@ -163,42 +172,63 @@ def _read_jsonl(lines: io.BufferedIOBase, place: str, text_field: str) -> Iterat
             row = json.loads(line.decode())
         except UnicodeDecodeError:
             yield Problem("not UTF-8", here)
-        except ValueError:
+        except (ValueError, RecursionError):
             yield Problem("broken JSON" if line.strip() else "empty line", here)
         else:
             yield _document(row.get(text_field) if isinstance(row, dict) else None, here)
 
 
 def _read_text(file: io.BufferedIOBase, place: str) -> Iterator[Document | Problem]:
-    """A text file is one document; a long one several, cut at line ends."""
-    number = 1
-    while lines := file.readlines(TEXT_DOCUMENT_BYTES):
+    """A text file is one document; a long one several, cut at line ends, or anywhere if there are none."""
+    number, carried = 1, b""
+    while chunk := file.read(TEXT_DOCUMENT_BYTES):
+        chunk = carried + chunk + file.readline(TEXT_DOCUMENT_BYTES)
+        whole = len(chunk) - _unfinished(chunk)
+        chunk, carried = chunk[:whole], chunk[whole:]
         here = f"{place}:{number}"
-        number += len(lines)
+        number += chunk.count(b"\n")
         try:
-            yield _document(b"".join(lines).decode(), here)
+            yield _document(chunk.decode(), here)
         except UnicodeDecodeError:
             yield Problem("not UTF-8", here)
-    if number == 1:
+    if carried:
+        yield Problem("not UTF-8", f"{place}:{number}")
+    elif file.tell() == 0:
         yield Problem("empty document", place)
+
+
+def _unfinished(chunk: bytes) -> int:
+    """Bytes at the end that are the start of a character cut in two."""
+    for n in range(1, min(4, len(chunk) + 1)):
+        if chunk[-n] >= 0xC0:  # a first byte, of so many
+            return n if n < (2 if chunk[-n] < 0xE0 else 3 if chunk[-n] < 0xF0 else 4) else 0
+        if chunk[-n] < 0x80:
+            return 0
+    return 0
 
 
 def _read_parquet(path: str, text_field: str) -> Iterator[Document | Problem]:
     with pyarrow.parquet.ParquetFile(path) as table:
         present = text_field in table.schema_arrow.names
+        kind = table.schema_arrow.field(text_field).type if present else pyarrow.null()
         number = 0
         for batch in table.iter_batches(256, columns=[text_field] if present else []):
-            column: list[Any] = batch.column(0).to_pylist() if present else [None] * batch.num_rows
+            column: list[Any] = [None] * batch.num_rows
+            if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+                column = batch.column(0).cast(pyarrow.large_binary()).to_pylist()
             for text in column:
                 number += 1
-                yield _document(text, f"{path}:{number}")
+                yield _bytes_document(text, f"{path}:{number}")
 
 
 def _read_dataset(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
     assert unit.shard is not None
     index, n_shards = unit.shard
-    for number, row in enumerate(_load_dataset(data).shard(n_shards, index), 1):
-        yield _document(row.get(data.text_field), f"{data.dataset}/{index}:{number}")
+    try:
+        for number, row in enumerate(_load_dataset(data).shard(n_shards, index), 1):
+            yield _document(row.get(data.text_field), f"{data.dataset}/{index}:{number}")
+    except OSError as e:  # the hub went away; no fault of the corpus, and to be tried again
+        raise FailedError(f"reading shard {index} of {data.dataset} failed: {' '.join(str(e).split())[:200]}") from e
 
 
 def _load_dataset(data: DataConfig) -> Any:
@@ -210,6 +240,13 @@ def _load_dataset(data: DataConfig) -> Any:
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:300]
         raise ConfigError(f"data.dataset: cannot load {data.dataset!r} split {data.dataset_split!r}: {reason}") from e
+
+
+def _bytes_document(text: bytes | None, place: str) -> Document | Problem:
+    try:
+        return _document(None if text is None else text.decode(), place)
+    except UnicodeDecodeError:
+        return Problem("not UTF-8", place)
 
 
 def _document(text: Any, place: str) -> Document | Problem:

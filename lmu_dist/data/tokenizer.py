@@ -33,8 +33,7 @@ def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeniz
         tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     else:
         tokenizer = load(Path(str(config.path)))
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return _for_corpus(tokenizer)
 
 
 def load(path: Path) -> Tokenizer:
@@ -46,8 +45,7 @@ def load(path: Path) -> Tokenizer:
     except Exception as e:  # the library raises bare Exception
         raise ConfigError(f"{path} is not a tokenizer.json: {e}") from e
     end_of_text_id(tokenizer)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    return _for_corpus(tokenizer)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
@@ -66,6 +64,14 @@ def size(tokenizer: Tokenizer) -> int:
 def digest(tokenizer: Tokenizer) -> str:
     """sha256 of the tokenizer's JSON: two with the same digest give the same ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def _for_corpus(tokenizer: Tokenizer) -> Tokenizer:
+    """Without what would drop or invent tokens: files from elsewhere often come with truncation and padding set."""
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _byte_level(model: models.Model) -> Tokenizer:

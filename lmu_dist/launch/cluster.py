@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import ray
@@ -14,39 +14,62 @@ from ray.exceptions import RayError
 from lmu_dist.config import Config, ConfigError
 
 
+def check_before(config: Config) -> None:
+    """What can be told without starting anything: raises ConfigError if the run could never be."""
+    address = _address(config)
+    if ray.is_initialized():
+        return
+    if address is not None:
+        try:
+            _knock(address)
+        except OSError as e:
+            raise _unreachable(address, e) from e
+    elif not config.cluster.gpus_per_worker:
+        _check_fits(config, [{"CPU": len(os.sched_getaffinity(0))}])
+        if shutil.which("g++") is None:
+            raise ConfigError("no g++ on PATH, with which DeepSpeed compiles its CPU collectives; apt-get install g++")
+
+
 @contextmanager
 def cluster(config: Config) -> Iterator[None]:
     """A Ray cluster that can hold the run: the one this process is in, or that at cluster.address or $RAY_ADDRESS, else a
     local one until the end. Raises ConfigError when the workers can never fit.
     """
-    wanted = config.cluster
     if ray.is_initialized():
-        _check_fits(config, ray.cluster_resources())
+        _check_fits(config, _nodes())
         yield
         return
-    address = wanted.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     if address is None:
-        cpus = max(1, len(os.sched_getaffinity(0)))
-        if not wanted.gpus_per_worker:
-            _check_fits(config, {"CPU": cpus})
-            if shutil.which("g++") is None:
-                raise ConfigError(
-                    "no g++ on PATH; DeepSpeed compiles its CPU collectives once, so install g++ (apt-get install g++)"
-                )
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        ray.init(num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+        cpus = len(os.sched_getaffinity(0))
+        ray.init("local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
     else:
         try:
-            _knock(address)
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError, RayError) as e:
-            reason = " ".join(str(e).split())[:200]
-            raise ConfigError(f"no Ray cluster at {address}: {reason}; start it, or leave cluster.address out") from e
+            raise _unreachable(address, e) from e
     try:
-        _check_fits(config, ray.cluster_resources())
+        _check_fits(config, _nodes())
         yield
     finally:
         ray.shutdown()
+
+
+def _address(config: Config) -> str | None:
+    return config.cluster.address or os.environ.get("RAY_ADDRESS")
+
+
+def _unreachable(address: str, error: BaseException) -> ConfigError:
+    return ConfigError(
+        f"cannot join a Ray cluster at {address}: {' '.join(str(error).split())[:200]}; start it, or leave cluster.address "
+        "out; set RAY_AUTH_TOKEN to its token, or RAY_AUTH_MODE=disabled if it has none"
+    )
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Resources of every live node."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _knock(address: str) -> None:
@@ -56,12 +79,15 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _check_fits(config: Config, resources: Mapping[str, float]) -> None:
+def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+    """A worker lives on one node: each node holds as many as its scarcest resource allows."""
     wanted = config.cluster
-    for name, each in (("CPU", wanted.cpus_per_worker), ("GPU", wanted.gpus_per_worker)):
-        if wanted.n_workers * each > resources.get(name, 0):
-            raise ConfigError(
-                f"cluster.n_workers={wanted.n_workers} with {each} {name} each is more than the cluster's "
-                f"{resources.get(name, 0):g} {name}; lower cluster.n_workers or cluster.{name.lower()}s_per_worker, "
-                "or use a larger cluster"
-            )
+    each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
+    room = sum(min(int(node.get(name, 0) // n) for name, n in each.items() if n) for node in nodes)
+    if room < wanted.n_workers:
+        have = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name, n in each.items() if n)
+        raise ConfigError(
+            f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items() if n)} each is "
+            f"more than the cluster has room for ({room}; {have} on {len(nodes)} nodes); lower cluster.n_workers, "
+            "cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster"
+        )

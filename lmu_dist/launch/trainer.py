@@ -4,10 +4,12 @@
 """
 
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,12 +25,12 @@ from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.corpus import TOKENIZER
-from lmu_dist.data.prepare import Progress, prepare
-from lmu_dist.launch.cell import Cell, git_commit, make_cell
-from lmu_dist.launch.cluster import cluster
+from lmu_dist.data.prepare import Progress, is_prepared, prepare
+from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.cluster import check_before, cluster
+from lmu_dist.launch.record import record_of_cell, tell_result, tell_start
 from lmu_dist.launch.recorder import Recorder
 from lmu_dist.launch.worker import Job, Outcome, train_worker
-from lmu_dist.models import accounting
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import Courier, limit_retries
 from lmu_dist.tracking.spool import Spool
@@ -58,10 +60,13 @@ def train(
 
     A cell that has ended is not run again: its record is delivered, if part of it still waits, and returned.
     """
-    cell = make_cell(config, prepare(config.data, config.storage_folder, progress))
-    cell.corpus.tokenizer()
     limit_retries()
     store = Store(tracking_uri)
+    check_before(config)
+    if not is_prepared(config.data, config.storage_folder):
+        store.check()  # before hours of preparing; later an absent store is no obstacle to a run it knows
+    cell = make_cell(config, prepare(config.data, config.storage_folder, progress))
+    cell.corpus.tokenizer()
     if (done := _find_done(cell, store)) is not None:
         return done
     passed_over = _check_resumable(cell)
@@ -69,7 +74,7 @@ def train(
         run_id = _open_run(cell, store)
         shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
         outcome, undelivered = _run(cell, store, run_id, listener)
-    return Finished(cell, _record(cell, outcome), run_id, store.uri, False, _notes(passed_over, undelivered))
+    return Finished(cell, record_of_cell(cell, outcome), run_id, store.uri, False, _notes(passed_over, undelivered))
 
 
 def _find_done(cell: Cell, store: Store) -> Finished | None:
@@ -82,11 +87,15 @@ def _find_done(cell: Cell, store: Store) -> Finished | None:
         record, run_id = RunRecord(**json.loads(path.read_text())), _open_run(cell, store)
         undelivered = Courier(Spool(cell.folder, run_id), store.uri).close(DELIVERY_SECONDS)
         return Finished(cell, record, run_id, store.uri, True, _notes([], undelivered))
+    if _remembered(cell, store):
+        return None  # begun here, not ended
     run = store.find_run(cell.key)
     record = record_of(run) if run else None
     if run is None or record is None or record.status not in records.ENDED:
         return None
-    return Finished(cell, record, run.info.run_id, store.uri, True, ())
+    elsewhere = run.data.tags.get("lmu.folder")
+    note = f"MLflow has this run as done in {elsewhere}, which is not here; to train it again delete the run there"
+    return Finished(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
 
 
 def _check_resumable(cell: Cell) -> list[str]:
@@ -118,32 +127,48 @@ def _notes(passed_over: list[str], undelivered: str) -> tuple[str, ...]:
 
 
 def _open_run(cell: Cell, store: Store) -> str:
-    """The MLflow run of the cell: the one it has, or a new one under its experiment's study."""
-    if (run := store.find_run(cell.key)) is not None:
-        return run.info.run_id
-    experiment_id, study_id = store.open_study(cell.config.experiment, "train")
-    return store.create_run(experiment_id, study_id, cell.name, cell.key)
+    """The MLflow run of the cell: the one it has, or a new one under its experiment's study.
+
+    A store that is away is no obstacle if the run was opened in it before: the spool waits.
+    """
+    try:
+        if (run := store.find_run(cell.key)) is not None:
+            run_id = run.info.run_id
+        else:
+            experiment_id, study_id = store.open_study(cell.config.experiment, "train")
+            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key)
+    except ConfigError:
+        if (known := _remembered(cell, store)) is not None:
+            return known
+        raise
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "run.json").write_text(json.dumps({"tracking_uri": store.uri, "run_id": run_id}))
+    return run_id
+
+
+def _remembered(cell: Cell, store: Store) -> str | None:
+    """The id under which this store knows the run, from an earlier start."""
+    try:
+        known = json.loads((cell.folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return known["run_id"] if known["tracking_uri"] == store.uri else None
 
 
 def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Outcome, str]:
     """Runs the workers to their end and tells the record. Returns how it ended and what of the record still waits."""
     last_steps = {} if Spool.exists(cell.folder) else store.last_steps(run_id)
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    recorder: Any = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=3, max_task_retries=3)(Recorder).remote(
-        str(cell.folder), run_id, store.uri, last_steps
-    )
+    actor = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=3, max_task_retries=3)(Recorder)
+    credentials = {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "AWS_"))}
+    recorder: Any = actor.remote(str(cell.folder), run_id, store.uri, last_steps, credentials)
 
     def tell(kind: str, *arguments: Any) -> None:
         ray.get(recorder.tell.remote(kind, *arguments))
 
-    config = configuration.to_dict(cell.config)
-    manifest = cell.corpus.manifest
-    constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
-    tell("params", constants | _record(cell, None).columns("params"))
-    tell("tags", {"lmu.status": records.RUNNING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
-    tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
+    tell_start(cell, tell)
     job = Job(
-        config=config,
+        config=configuration.to_dict(cell.config),
         shape=asdict(cell.shape),
         corpus=str(cell.corpus.folder),
         folder=str(cell.folder),
@@ -155,15 +180,19 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
     try:
         with _listening(recorder, listener):
             outcome = _fit(cell, job)
-        _tell_end(cell, outcome, tell)
+        tell_result(cell, outcome, tell)
         status = outcome.status
     except FailedError:
         status = records.FAILED
         raise
     finally:
-        tell("tags", {"lmu.status": status})
-        tell("end", status)
-        undelivered: Any = ray.get(recorder.close.remote(DELIVERY_SECONDS))
+        with suppress(RayError):  # a recorder that is gone must not hide why
+            tell("tags", {"lmu.status": status})
+            tell("end", status)
+    partial = cell.folder / "record.json.partial"
+    partial.write_text(json.dumps(asdict(record_of_cell(cell, outcome)), indent=1))
+    partial.replace(cell.folder / "record.json")
+    undelivered: Any = ray.get(recorder.close.remote(DELIVERY_SECONDS))
     return outcome, undelivered
 
 
@@ -172,6 +201,9 @@ def _fit(cell: Cell, job: Job) -> Outcome:
     resources: dict[str, float] = {"CPU": cluster_config.cpus_per_worker}
     if cluster_config.gpus_per_worker:
         resources["GPU"] = cluster_config.gpus_per_worker
+    # A cluster that runs already does not inherit what is set here.
+    environment = {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
+    environment["DS_ACCELERATOR"] = "cuda" if cluster_config.gpus_per_worker else "cpu"
     trainer = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
@@ -186,71 +218,24 @@ def _fit(cell: Cell, job: Job) -> Outcome:
             storage_path=str(cell.folder.parent),
             failure_config=FailureConfig(max_failures=cluster_config.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=cluster_config.keep_checkpoints),
-            worker_runtime_env={"env_vars": {"DS_ACCELERATOR": "cuda" if cluster_config.gpus_per_worker else "cpu"}},
+            worker_runtime_env={"env_vars": environment},
         ),
     )
+    # Which checkpoint to go on from is decided by what is whole in the folder, not by what Ray remembers of it.
+    (cell.folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    checkpoint.prune(cell.folder, cluster_config.keep_checkpoints)
+    handler = signal.getsignal(signal.SIGINT)
     try:
         result = trainer.fit()
-    except TrainingFailedError as e:
+    except SystemExit as e:  # how Ray ends after Ctrl-C
+        raise KeyboardInterrupt from e
+    except (TrainingFailedError, RayError) as e:
         raise FailedError(f"training failed: {_cause(e)}") from e
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, handler)  # Ray leaves its own
     assert isinstance(result.return_value, Outcome)
     return result.return_value
-
-
-def _tell_end(cell: Cell, outcome: Outcome, tell: Callable[..., None]) -> None:
-    """The record, in the run's folder and in MLflow."""
-    record = _record(cell, outcome)
-    tell("metrics", outcome.state.step, record.columns("metrics"))
-    if evaluation := outcome.evaluation:
-        curve = evaluation.position_loss_nats
-        positions = list(range(1, len(curve) + 1))
-        for position, loss in zip(positions, curve, strict=True):
-            tell("metrics", position, {records.POSITION_LOSS: loss})
-        tell("table", "position_loss", {"position": positions, "loss_nats": list(curve)})
-    tell("tags", record.columns("tags"))
-    partial = cell.folder / "record.json.partial"
-    partial.write_text(json.dumps(asdict(record), indent=1))
-    partial.replace(cell.folder / "record.json")
-
-
-def _record(cell: Cell, outcome: Outcome | None) -> RunRecord:
-    """The row of a run; without an outcome, that of one about to start."""
-    train, model = cell.config.train, cell.config.model
-    counts, flops = accounting.parameters(cell.shape), accounting.flops(cell.shape)
-    evaluation = outcome.evaluation if outcome else None
-    nan = float("nan")
-    return RunRecord(
-        family=model.family,
-        n_params=counts.non_embedding,
-        n_params_with_head=counts.with_head,
-        n_params_total=counts.total,
-        d_model=cell.shape.d_model,
-        n_blocks=cell.shape.n_blocks,
-        sequence_tokens=train.sequence_tokens,
-        vocab_tokens=cell.shape.vocab_tokens,
-        planned_tokens=train.n_steps * train.batch_tokens,
-        planned_steps=train.n_steps,
-        batch_tokens=train.batch_tokens,
-        learning_rate=train.learning_rate,
-        schedule=train.schedule,
-        precision=train.precision,
-        seed=cell.config.seed,
-        training_flops_per_token=flops.training,
-        training_flops_per_token_kaplan=flops.training_kaplan,
-        data_digest=cell.corpus.manifest.data_digest,
-        code_digest=cell.code_digest,
-        tokens=outcome.state.step * train.batch_tokens if outcome else 0,
-        steps=outcome.state.step if outcome else 0,
-        train_loss_nats=outcome.state.train_loss_nats if outcome else nan,
-        val_loss_nats=evaluation.loss_nats if evaluation else nan,
-        val_loss_standard_error_nats=evaluation.standard_error_nats if evaluation else nan,
-        val_bits_per_byte=evaluation.bits_per_byte if evaluation else nan,
-        training_seconds=outcome.state.training_seconds if outcome else 0.0,
-        key=cell.key,
-        status=outcome.status if outcome else records.RUNNING,
-        phase=outcome.phase if outcome else "undecayed",
-        stop_rule=outcome.stop_rule if outcome else "",
-    )
 
 
 @contextmanager
@@ -275,6 +260,8 @@ def _listening(recorder: Any, listener: Listener) -> Iterator[None]:
 
 
 def _cause(error: BaseException) -> str:
-    """The last line of what a worker said, without Ray's frames around it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    """One line: the last of what a worker said, of the worker that failed and not of those that lost it."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
+    lines = [[line.strip() for line in str(f).splitlines() if line.strip()] for f in failures]
+    last = [said[-1] for said in lines if said] or [type(error).__name__]
+    return next((line for line in last if "onnection" not in line), last[0])

@@ -3,6 +3,7 @@
 Started by launch/trainer with a Job; tells the recorder; hands checkpoints to Ray; returns an Outcome from rank 0.
 """
 
+import math
 import os
 import sys
 import tempfile
@@ -84,8 +85,8 @@ def train_worker(arguments: dict[str, Job]) -> Outcome:
     def tell(kind: str, *arguments: Any) -> ray.ObjectRef | None:
         return job.recorder.tell.remote(kind, *arguments) if rank == 0 else None
 
-    def validate(step: int) -> EvalMetrics:
-        n_rows = min(len(held_out), max(1, train.eval_tokens // train.sequence_tokens))
+    def validate(step: int, n_tokens: int) -> EvalMetrics:
+        n_rows = min(len(held_out), max(1, n_tokens // train.sequence_tokens))
         bytes_per_token = corpus.manifest.bytes_per_token("validation")
         return evaluate(engine, held_out, n_rows, rank, world_size, step, bytes_per_token)
 
@@ -108,13 +109,18 @@ def train_worker(arguments: dict[str, Job]) -> Outcome:
             return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
         state = replace(state, step=metrics.step + 1)
         last = state.step == train.n_steps
-        if state.step % train.eval_every_steps == 0 or last:
-            evaluation = validate(state.step)
+        evaluate_now = state.step % train.eval_every_steps == 0 or last
+        save_now = state.step % cluster.checkpoint_every_steps == 0 or last
+        if (evaluate_now or save_now) and not math.isfinite(validate(state.step, train.sequence_tokens).loss_nats):
+            # The step was finite and the weights it left are not usable: they must not become the last good checkpoint.
+            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
+        if evaluate_now:
+            evaluation = validate(state.step, train.eval_tokens)
             memory = {records.WORKER_BYTES: engine.max_over_ranks(engine.peak_bytes())}
             tell("metrics", metrics.step, evaluation.values() | memory)
             val_losses = [*state.val_losses, evaluation.loss_nats]
             state = replace(state, val_losses=val_losses, evaluation=asdict(evaluation))
-        if state.step % cluster.checkpoint_every_steps == 0 or last:
+        if save_now:
             # Everything up to here is on the recorder's disk before the checkpoint that makes it history is.
             if (told := tell("tags", {"lmu.checkpoint_step": state.step})) is not None:
                 ray.get(told)

@@ -51,9 +51,19 @@ def _send_metrics(spool: Spool, client: MlflowClient, batch: list[Metric], reach
     except MlflowException as e:
         if e.error_code not in REFUSALS:
             raise
-        for m in batch:
-            spool.refused({"kind": "metrics", "step": m.step, "values": {m.key: m.value}}, str(e))
+        _send_one_by_one(spool, client, batch)
     spool.delivered(reached)
+
+
+def _send_one_by_one(spool: Spool, client: MlflowClient, batch: list[Metric]) -> None:
+    """What is left of a batch that holds something MLflow refuses: all but that."""
+    for m in batch:
+        try:
+            client.log_batch(spool.run_id, metrics=[m])
+        except MlflowException as e:
+            if e.error_code not in REFUSALS:
+                raise
+            spool.refused({"kind": "metrics", "step": m.step, "values": {m.key: m.value}}, one_line(e))
 
 
 def _send(spool: Spool, client: MlflowClient, entry: dict[str, Any]) -> None:
@@ -71,7 +81,9 @@ def _send(spool: Spool, client: MlflowClient, entry: dict[str, Any]) -> None:
             client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
         elif kind == "table":
             _send_table(client, run_id, entry["name"], entry["columns"])
-        else:
+        elif kind == "start":
+            client.update_run(run_id, status="RUNNING")
+        elif kind == "end":
             client.set_terminated(run_id, MLFLOW_STATUS.get(entry["status"], "KILLED"))
     except MlflowException as e:
         if e.error_code not in REFUSALS:
@@ -104,8 +116,8 @@ class Courier:
             try:
                 deliver(self._spool, self._client)
                 self.last_error = ""
-            except (MlflowException, OSError) as e:
-                self.last_error = one_line(e)
+            except Exception as e:  # noqa: BLE001 - databases and object stores behind MLflow raise errors of their own
+                self.last_error = one_line(e) or type(e).__name__
             if closing and not self.last_error:
                 return
             self._stop.wait(self._retry if self.last_error else self._every) if not closing else time.sleep(self._retry)
@@ -114,7 +126,7 @@ class Courier:
         """Delivers what is left. Returns "" when all has arrived, else why not; the spool keeps the rest."""
         self._stop.set()
         self._thread.join(timeout_seconds)
-        return (self.last_error or "still delivering") if self._thread.is_alive() else ""
+        return (self.last_error or "still delivering") if any(self._spool.pending()) else ""
 
 
 def limit_retries() -> None:

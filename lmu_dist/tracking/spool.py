@@ -5,6 +5,7 @@ Written by launch/recorder, emptied by tracking/delivery.
 
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -37,6 +38,8 @@ class Spool:
                 whole += len(line)
                 self._remember(json.loads(line))
             file.truncate(whole)
+        if last_steps:  # heard by MLflow, but not from this file: remembered here, or the next start would tell it again
+            self._append({"kind": "heard", "steps": dict(last_steps)})
         self._delivered = int(self._delivered_path.read_text()) if self._delivered_path.exists() else 0
 
     @staticmethod
@@ -46,7 +49,8 @@ class Spool:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Metric values of a step, less those already told."""
-        new = {k: float(v) for k, v in values.items() if step > self._last.get(k, -1)}
+        # MLflow turns infinity into the largest finite number, which would read as a loss.
+        new = {k: float(v) if math.isfinite(v) else math.nan for k, v in values.items() if step > self._last.get(k, -1)}
         if new:
             self._append({"kind": "metrics", "step": step, "time_ms": int(time.time() * 1000), "values": new})
 
@@ -69,6 +73,10 @@ class Spool:
     def table(self, name: str, columns: Mapping[str, list[Any]]) -> None:
         """A table as artifact, both as MLflow's (name.json) and as name.csv."""
         self._append({"kind": "table", "name": name, "columns": dict(columns)})
+
+    def start(self) -> None:
+        """The run is (again) being worked on."""
+        self._append({"kind": "start"})
 
     def end(self, status: str) -> None:
         """The run is over."""
@@ -105,6 +113,8 @@ class Spool:
             self._remember(entry)
 
     def _remember(self, entry: dict[str, Any]) -> None:
+        if entry["kind"] == "heard":
+            self._last |= entry["steps"]
         if entry["kind"] == "metrics":
             self._last |= dict.fromkeys(entry["values"], entry["step"])
         self.attempts += "lmu.attempt" in entry.get("values", {})

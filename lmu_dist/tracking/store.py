@@ -4,6 +4,7 @@ A study is a parent run, a cell a child run tagged with its key. What is told of
 """
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from mlflow.entities import Run, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
 from lmu_dist.config import ConfigError
 from lmu_dist.records import RUNNING, RunRecord
@@ -33,8 +35,17 @@ class Store:
         if uri.startswith("sqlite:///"):
             # The recorder lives in another folder, where a relative path would mean another file.
             uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+            folder = Path(uri.removeprefix("sqlite:///")).parent
+            if not os.access(folder, os.W_OK):
+                raise ConfigError(f"MLflow's store {uri} cannot be written; set MLFLOW_TRACKING_URI to another")
         self.uri = uri
-        self.client = MlflowClient(uri)
+        with self._answering():
+            self.client = MlflowClient(uri)
+
+    def check(self) -> None:
+        """Raises ConfigError if the store does not answer."""
+        with self._answering():
+            self.client.search_experiments(max_results=1)
 
     def open_study(self, experiment: str, study: str) -> tuple[str, str]:
         """(experiment id, run id) of a study, made if new."""
@@ -64,6 +75,8 @@ class Store:
 
     def folder_of(self, run_id: str) -> Path:
         """The folder with a run's checkpoints."""
+        if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).exists():
+            raise ConfigError(f"{run_id} is no folder, and there is no {self.uri} that could know a run of that name")
         try:
             folder = self.client.get_run(run_id).data.tags.get("lmu.folder")
         except MlflowException as e:
@@ -113,7 +126,7 @@ class _Answering:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, MlflowException):
+        if isinstance(error, MlflowException | SQLAlchemyError):
             raise ConfigError(
                 f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {one_line(error)}"
             ) from error

@@ -7,6 +7,8 @@ checkpoint is whole when the manifest of every rank is there and every file has 
 import hashlib
 import json
 import re
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,9 +85,8 @@ def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]
     (None, None, []) for a run that has none yet. Raises CheckpointError if there are some but all are damaged:
     starting from nothing would throw away what a person might still rescue.
     """
-    found = [p for p in run_folder.glob("step-*") if NAME.match(p.name)] if run_folder.is_dir() else []
-    passed_over = []
-    for folder in sorted(found, key=lambda p: (p.name[:13], p.stat().st_mtime), reverse=True):
+    found, passed_over = _found(run_folder), []
+    for folder in found:
         try:
             return folder, verify(folder), passed_over
         except CheckpointError as e:
@@ -96,6 +97,24 @@ def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]
             "to start the run anew"
         )
     return None, None, []
+
+
+def prune(run_folder: Path, keep: int) -> None:
+    """Deletes checkpoints older than the `keep` newest whole ones. What is damaged but newer stays for a person to see."""
+    whole = 0
+    for folder in _found(run_folder):
+        if whole >= keep:
+            shutil.rmtree(folder)
+            continue
+        with suppress(CheckpointError):
+            verify(folder)
+            whole += 1
+
+
+def _found(run_folder: Path) -> list[Path]:
+    """Folders of checkpoints, whole or not, newest first."""
+    found = [p for p in run_folder.glob("step-*") if NAME.match(p.name)] if run_folder.is_dir() else []
+    return sorted(found, key=lambda p: (p.name[:13], p.stat().st_mtime), reverse=True)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,7 +10,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from lmu_dist.config import ConfigError
 from lmu_dist.data import tokenizer as vocabulary
@@ -29,35 +31,48 @@ class Trained:
     model: LanguageModel
     tokenizer: Tokenizer
     facts: dict[str, Any]
+    passed_over: tuple[str, ...]  # damaged checkpoints newer than the one taken
 
 
 def open_trained(folder: Path) -> Trained:
     """A model from an exported folder, or from the newest whole checkpoint of a run's. Raises ConfigError."""
-    if (folder / CONFIG).is_file():
-        facts = json.loads((folder / CONFIG).read_text())
-        weights = safetensors.torch.load_file(folder / checkpoint.WEIGHTS)
-    else:
-        path, meta, _ = checkpoint.newest_intact(folder)
-        if path is None or meta is None:
-            raise ConfigError(f"no checkpoint in {folder}; train the run first")
-        weights = checkpoint.read_weights(path)
-        facts = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
-        facts |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
+    try:
+        facts, weights, passed_over = _read_export(folder) if (folder / CONFIG).is_file() else _read_run(folder)
+        model = LanguageModel(Shape(**facts["shape"]))
+        model.load_state_dict({name: w.float() for name, w in weights.items()})
+        expected = facts["tokenizer_digest"]
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(
+            f"{folder} holds no model of lmu-dist, or a damaged one: {type(e).__name__} {e}".splitlines()[0]
+        ) from e
     tokenizer = vocabulary.load(folder / TOKENIZER)
-    if vocabulary.digest(tokenizer) != facts["tokenizer_digest"]:
+    if vocabulary.digest(tokenizer) != expected:
         raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; put that one back")
-    model = LanguageModel(Shape(**facts["shape"]))
-    model.load_state_dict({name: w.float() for name, w in weights.items()})
-    return Trained(model.eval(), tokenizer, facts)
+    return Trained(model.eval(), tokenizer, facts, tuple(passed_over))
 
 
-def export(run_folder: Path, to: Path) -> float:
-    """Writes a run's model to a new folder, reads it back, and returns the largest difference of logits: 0.0.
+def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    return json.loads((folder / CONFIG).read_text()), safetensors.torch.load_file(folder / checkpoint.WEIGHTS), []
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    path, meta, passed_over = checkpoint.newest_intact(folder)
+    if path is None or meta is None:
+        raise ConfigError(f"no checkpoint in {folder}; train the run first")
+    facts = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
+    facts |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
+    return facts, checkpoint.read_weights(path), passed_over
+
+
+def export(run_folder: Path, to: Path) -> tuple[str, ...]:
+    """Writes a run's model to a new folder, reads it back and compares logits; returns which checkpoints were passed over.
 
     Raises ConfigError if the folder exists or the model read back computes anything else.
     """
-    if to.exists() and any(to.iterdir()):
-        raise ConfigError(f"{to} exists and is not empty; name a new folder")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"{to} exists and is not an empty folder; name a new one")
     trained = open_trained(run_folder)
     to.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(trained.model.state_dict(), to / checkpoint.WEIGHTS)
@@ -66,9 +81,6 @@ def export(run_folder: Path, to: Path) -> float:
     shape = trained.model.shape
     tokens = torch.arange(min(shape.sequence_tokens, 64))[None] * 7919 % shape.vocab_tokens
     with torch.no_grad():
-        difference = float((open_trained(to).model.logits(tokens) - trained.model.logits(tokens)).abs().max())
-    if difference != 0.0:
-        raise ConfigError(
-            f"the model read back from {to} differs by {difference:.1e} in its logits; the disk is not to be trusted"
-        )
-    return difference
+        if not torch.equal(open_trained(to).model.logits(tokens), trained.model.logits(tokens)):
+            raise ConfigError(f"the model read back from {to} computes other logits; the disk is not to be trusted")
+    return trained.passed_over

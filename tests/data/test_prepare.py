@@ -156,3 +156,14 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path: Path, corpus_glob:
     (tmp_path / "bare.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"is not a tokenizer\.json"):
         load(tmp_path / "bare.json")
+
+
+def test_truncation_and_padding_of_a_tokenizer_are_not_for_a_corpus(corpus_glob: str, tmp_path: Path):
+    plain = prepare(DataConfig(source="files", files=(corpus_glob,), tokenizer=SMALL), tmp_path)
+    tokenizer = plain.tokenizer()
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=50)
+    tokenizer.save(str(tmp_path / "t.json"))
+    by_file = TokenizerConfig(kind="file", path=str(tmp_path / "t.json"))
+    again = prepare(DataConfig(source="files", files=(corpus_glob,), tokenizer=by_file), tmp_path)
+    assert again.manifest.splits == plain.manifest.splits

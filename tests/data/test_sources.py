@@ -76,6 +76,7 @@ def test_every_fault_is_listed_with_its_line(tmp_path: Path):
         ("a.jsonl.zst", b"not zstandard"),
         ("a.parquet", b"not parquet"),
         ("a.tar", b"not a tar"),
+        ("a.tar", bytes(10240)),
     ],
 )
 def test_a_damaged_archive_is_a_problem_that_names_it(tmp_path: Path, name: str, content: bytes):
@@ -126,3 +127,35 @@ def test_units_do_not_depend_on_the_order_of_the_directory(tmp_path: Path):
     (tmp_path / "x.pdf").touch()
     with pytest.raises(ConfigError, match="of no known kind"):
         list_units(DataConfig(source="files", files=(str(tmp_path / "*"),)))
+
+
+def test_a_tar_loses_no_member(tmp_path: Path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for text in ("one", "two", "three"):  # two members of one name
+            content = json.dumps({"text": text}).encode()
+            info = tarfile.TarInfo("same.jsonl" if text != "three" else "other.jsonl")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert [i.text for i in items(str(path))] == ["one", "two", "three"]
+    whole = path.read_bytes()
+    for damaged in (whole[:2048], whole[:1024] + b"\xff" * 512 + whole[1536:]):  # cut between members; a broken header
+        path.write_bytes(damaged)
+        assert [type(i) for i in items(str(path))][-1] is Problem
+
+
+def test_text_without_lines_and_characters_across_cuts(tmp_path: Path):
+    text = "x" + "äöü€𝄞" * 10_000
+    (tmp_path / "a.txt").write_text(text)
+    found = items(str(tmp_path / "a.txt"))
+    assert len(found) > 3
+    assert "".join(i.text for i in found) == text
+
+
+def test_parquet_and_json_that_break_their_parsers(tmp_path: Path):
+    column = pyarrow.array([b"good", b"\xff"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    (tmp_path / "b.jsonl").write_text("[" * 200_000 + "\n")
+    pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "c.parquet")
+    kinds = [i.kind if isinstance(i, Problem) else i.text for i in items(str(tmp_path / "*"))]
+    assert kinds == ["good", "not UTF-8", "broken JSON", "no text field", "no text field"]

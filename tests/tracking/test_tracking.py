@@ -9,7 +9,6 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lmu_dist import records
 from lmu_dist.config import ConfigError
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import Courier, deliver
@@ -92,6 +91,8 @@ def test_repeated_steps_are_not_heard_twice(store: Store, run_id: str, spool: Sp
     assert history(store, run_id, "loss") == [(s, float(s)) for s in range(15)]
     assert history(store, run_id, "val") == [(9, 1.0)]
     elsewhere = Spool(tmp_path / "another node", run_id, store.last_steps(run_id))
+    elsewhere.metrics(12, {"loss": 12.0})
+    elsewhere = Spool(tmp_path / "another node", run_id)  # killed there too
     for step in range(12, 17):
         elsewhere.metrics(step, {"loss": float(step)})
     deliver(elsewhere, store.client)
@@ -133,6 +134,16 @@ def test_an_outage_delays_and_loses_nothing(store: Store, run_id: str, spool: Sp
     assert len(calls) > 5
 
 
+def test_no_error_kills_the_courier(store: Store, run_id: str, spool: Spool, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("database is locked")))
+        spool.metrics(0, {"loss": 1.0})
+        courier = Courier(spool, store.uri, every_seconds=0.02, retry_seconds=0.05)
+        assert "database is locked" in courier.close(0.3)
+    assert courier.close(10) == ""
+    assert history(store, run_id, "loss") == [(0, 1.0)]
+
+
 def test_closing_while_it_is_away_says_so_and_keeps_the_rest(
     store: Store, run_id: str, spool: Spool, monkeypatch, tmp_path: Path
 ):
@@ -149,13 +160,15 @@ def test_closing_while_it_is_away_says_so_and_keeps_the_rest(
 def test_what_mlflow_will_never_take_is_kept_aside(store: Store, run_id: str, spool: Spool, tmp_path: Path):
     spool.params({"p": 1})
     spool.params({"p": 2})  # params are constants
-    spool.metrics(0, {"bad/key\n": 1.0})
-    spool.metrics(1, {"good": 1.0})
+    spool.metrics(0, {"good": 0.5})
+    spool.metrics(0, {"bad*key": 1.0})
+    spool.metrics(1, {"good": 1.0, "infinite": math.inf})
     deliver(spool, store.client)
     assert store.client.get_run(run_id).data.params == {"p": "1"}
-    assert history(store, run_id, "good") == [(1, 1.0)]
+    assert history(store, run_id, "good") == [(0, 0.5), (1, 1.0)]
+    assert math.isnan(history(store, run_id, "infinite")[0][1])
     refused = [json.loads(line) for line in (tmp_path / "spool.refused.jsonl").read_text().splitlines()]
-    assert any(r["kind"] == "params" for r in refused)
+    assert [r["kind"] for r in refused] == ["params", "metrics"]
 
 
 def test_records_are_read_back_as_they_were(store: Store, run_id: str, spool: Spool):
@@ -173,8 +186,3 @@ def test_a_store_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monk
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(ConfigError, match=r"MLflow at http://127\.0\.0\.1:9 .* set MLFLOW_TRACKING_URI"):
         Store("http://127.0.0.1:9").find_run("k")
-
-
-def test_statuses_of_a_run_are_told_apart():
-    assert len({records.RUNNING, records.COMPLETE, records.STOPPED_EARLY, records.DIVERGED, records.FAILED}) == 5
-    assert records.FAILED not in records.ENDED

@@ -17,7 +17,12 @@ from lmu_dist.train.schedule import learning_rate
 
 VOCAB, LENGTH, ROWS = 61, 16, 8
 TRAIN = TrainConfig(
-    tokens=20 * ROWS * LENGTH, batch_tokens=ROWS * LENGTH, sequence_tokens=LENGTH, warmup_tokens=5 * ROWS * LENGTH
+    learning_rate=1e-2,
+    beta2=0.999,
+    tokens=20 * ROWS * LENGTH,
+    batch_tokens=ROWS * LENGTH,
+    sequence_tokens=LENGTH,
+    warmup_tokens=5 * ROWS * LENGTH,
 )
 
 
@@ -71,17 +76,20 @@ def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, 
     return results
 
 
-def train_and_resume(stage: int, folder: str) -> tuple[list[float], list[float]]:
-    """Losses of 20 steps, and of 10 + save + a new engine + load + 10."""
-    whole = _train(_engine(stage), 0, 20)
-    first = _engine(stage)
-    before = _train(first, 0, 10)
-    first.save(Path(folder))
-    dist.barrier()
-    second = _engine(stage)
-    second.load(Path(folder))
-    after = _train(second, 10, 20)
-    return [m.loss_nats for m in whole], [m.loss_nats for m in before + after]
+def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[float], list[float]]]:
+    """Per ZeRO stage: losses of 20 steps, and of 10 + save + a new engine + load + 10."""
+    results = {}
+    for stage in stages:
+        whole = _train(_engine(stage), 0, 20)
+        first = _engine(stage)
+        before = _train(first, 0, 10)
+        first.save(Path(folder) / str(stage))
+        dist.barrier()
+        second = _engine(stage)
+        second.load(Path(folder) / str(stage))
+        after = _train(second, 10, 20)
+        results[stage] = [m.loss_nats for m in whole], [m.loss_nats for m in before + after]
+    return results
 
 
 def bf16_stages() -> dict[int, list[float]]:
