@@ -87,9 +87,12 @@ def _find_done(cell: Cell, store: Store) -> Finished | None:
         record, run_id = RunRecord(**json.loads(path.read_text())), _open_run(cell, store)
         undelivered = Courier(Spool(cell.folder, run_id), store.uri).close(DELIVERY_SECONDS)
         return Finished(cell, record, run_id, store.uri, True, _notes([], undelivered))
-    if _remembered(cell, store):
-        return None  # begun here, not ended
-    run = store.find_run(cell.key)
+    try:
+        run = store.find_run(cell.key)
+    except ConfigError:
+        if _remembered(cell, store) is None:
+            raise
+        return None  # begun here and not ended; the record of it can wait
     record = record_of(run) if run else None
     if run is None or record is None or record.status not in records.ENDED:
         return None

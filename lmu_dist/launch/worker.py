@@ -55,7 +55,9 @@ class Outcome:
     @property
     def evaluation(self) -> EvalMetrics | None:
         """The last validation."""
-        return EvalMetrics(**self.state.evaluation) if self.state.evaluation else None
+        if not (saved := self.state.evaluation):
+            return None
+        return EvalMetrics(**saved | {"position_loss_nats": tuple(saved["position_loss_nats"])})  # a list, once in JSON
 
 
 def train_worker(arguments: dict[str, Job]) -> Outcome:
