@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import ray
 from filelock import FileLock, Timeout
@@ -179,7 +179,7 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
         code_digest=cell.code_digest,
         recorder=recorder,
     )
-    status = records.INTERRUPTED
+    status, undelivered = records.INTERRUPTED, "the recorder is gone"
     try:
         with _listening(recorder, listener):
             outcome = _fit(cell, job)
@@ -192,10 +192,10 @@ def _run(cell: Cell, store: Store, run_id: str, listener: Listener) -> tuple[Out
         with suppress(RayError):  # a recorder that is gone must not hide why
             tell("tags", {"lmu.status": status})
             tell("end", status)
+            undelivered = cast(str, ray.get(recorder.close.remote(DELIVERY_SECONDS)))
     partial = cell.folder / "record.json.partial"
     partial.write_text(json.dumps(asdict(record_of_cell(cell, outcome)), indent=1))
     partial.replace(cell.folder / "record.json")
-    undelivered: Any = ray.get(recorder.close.remote(DELIVERY_SECONDS))
     return outcome, undelivered
 
 

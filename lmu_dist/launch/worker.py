@@ -57,7 +57,8 @@ class Outcome:
         """The last validation."""
         if not (saved := self.state.evaluation):
             return None
-        return EvalMetrics(**saved | {"position_loss_nats": tuple(saved["position_loss_nats"])})  # a list, once in JSON
+        values: dict[str, Any] = saved | {"position_loss_nats": tuple(saved["position_loss_nats"])}  # a list, once in JSON
+        return EvalMetrics(**values)
 
 
 def train_worker(arguments: dict[str, Job]) -> Outcome:

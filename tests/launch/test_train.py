@@ -4,7 +4,6 @@ Each run costs some 20 to 40 seconds; what can be tested without Ray is tested e
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -129,7 +128,7 @@ def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: 
     assert texts[0] == texts[1] == texts[2]
     assert len(texts[0]) > 20
     assert main(["export", run, out]) == 2
-    assert "not empty" in capfd.readouterr().err
+    assert "is not an empty folder" in capfd.readouterr().err
 
 
 def test_damaged_checkpoints_and_a_wrong_tokenizer_are_named(undisturbed: Finished, tmp_path: Path, capfd):
@@ -159,7 +158,7 @@ def test_more_workers_than_the_cluster_is_refused_before_anything_starts(undistu
     settings += ["train.warmup_tokens=0", "cluster.n_workers=4096"]
     before = sorted(Path(config.storage).iterdir())
     assert main(["train", str(job), *settings]) == 2
-    assert "cluster.n_workers=4096 with 1 CPU each is more than the cluster's" in capfd.readouterr().err
+    assert "cluster.n_workers=4096 with 1 CPU each is more than the cluster has room for" in capfd.readouterr().err
     assert sorted(Path(config.storage).iterdir()) == before
 
 
@@ -274,7 +273,6 @@ def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(job: Path,
     finished = train(wild, default_uri(tmp_path))
     assert (finished.record.status, finished.record.phase) == ("diverged", "undecayed")
     assert finished.record.stop_rule == "non-finite loss"
-    assert not math.isfinite(finished.record.train_loss_nats)
     assert train(wild, default_uri(tmp_path)).already_done
     # The first step was finite and left weights that compute nothing: no checkpoint was made of them.
     assert list(finished.cell.folder.glob("step-*")) == []
