@@ -51,7 +51,7 @@ def is_prepared(data: DataConfig, storage: Path) -> bool:
     return (locate(data, storage) / MANIFEST).exists()
 
 
-def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None, n_processes: int | None = None) -> Corpus:
+def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None) -> Corpus:
     """Prepares a corpus, or finds it prepared; what is half done is never mistaken for done. Raises ConfigError."""
     units = list_units(data)
     folder = locate(data, storage, units)
@@ -63,7 +63,7 @@ def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: Non
         with FileLock(folder / "lock", timeout=0):
             if not (folder / MANIFEST).exists():
                 _ensure_tokenizer(data, units, folder, progress)
-                facts = _tokenize(data, units, folder, progress, n_processes or len(os.sched_getaffinity(0)))
+                facts = _tokenize(data, units, folder, progress)
                 _check_problems(data, units, facts, folder)
                 _join(data, len(units), facts, folder)
             shutil.rmtree(parts, ignore_errors=True)
@@ -101,14 +101,15 @@ def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progres
     _write(path, vocabulary.make(data.tokenizer, texts).to_str().encode())
 
 
-def _tokenize(data: DataConfig, units: list[Unit], folder: Path, progress: Progress, n_processes: int) -> list[dict[str, Any]]:
+def _tokenize(data: DataConfig, units: list[Unit], folder: Path, progress: Progress) -> list[dict[str, Any]]:
     """Facts about every part, after making those that are missing."""
     (folder / "parts").mkdir(exist_ok=True)
     todo = [i for i in range(len(units)) if not _part(folder, i, "json").exists()]
     total, done = sum(u.size_bytes for u in units), sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo)
-    n_processes = min(n_processes, len(todo))
+    cpus = len(os.sched_getaffinity(0))
+    n_processes = min(cpus, len(todo))
     if todo:
-        threads = max(1, len(os.sched_getaffinity(0)) // n_processes)
+        threads = max(1, cpus // n_processes)
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(n_processes, context, _start_process, (folder / TOKENIZER, threads)) as pool:
             futures = {pool.submit(_tokenize_unit, data, units[i], folder, i): i for i in todo}
