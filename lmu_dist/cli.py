@@ -6,21 +6,16 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line that names the fix; nothing 
 import json
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lmu_dist import __version__
-from lmu_dist.config import Config, ConfigError, FailedError, load
+from lmu_dist import __version__, show
+from lmu_dist.config import ConfigError, FailedError, load
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 job = click.argument("config")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
@@ -44,16 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except ConfigError as e:
         for line in str(e).splitlines():
-            console.print(f"lmu-dist: {line}")
+            show.console.print(f"lmu-dist: {line}")
         return 2
     except FailedError as e:
-        console.print(f"lmu-dist: {e}; the same command goes on from where it stood")
+        show.console.print(f"lmu-dist: {e}; the same command goes on from where it stood")
         return 1
     except OSError as e:
-        console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
+        show.console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
         return 1
     except (KeyboardInterrupt, click.Abort):
-        console.print("lmu-dist: interrupted; the same command goes on from where it stood")
+        show.console.print("lmu-dist: interrupted; the same command goes on from where it stood")
         return 1
 
 
@@ -66,7 +61,7 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from lmu_dist.data.prepare import prepare as prepare_corpus
 
     merged = load(config, overrides)
-    with _bars() as bars:
+    with show.bars() as bars:
         corpus = prepare_corpus(merged.data, merged.storage_folder, bars.show)
     manifest = corpus.manifest
     if as_json:
@@ -88,7 +83,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     merged = load(config, overrides)
     from lmu_dist.launch.trainer import train as train_run
 
-    with _bars() as bars:
+    with show.bars() as bars:
         finished = train_run(merged, _tracking_uri(), bars.show, lambda latest: bars.show_training(merged, latest))
     record, folder = finished.record, finished.cell.folder
     _tell(finished.notes)
@@ -107,6 +102,98 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
             f"next        lmu-dist generate {folder} --prompt 'import '"
         )
     return 0 if record.status == "complete" else 1
+
+
+@cli.command()
+@job
+@settings
+@click.option(
+    "--rerun", multiple=True, metavar="KEY", help="Run a cell again though it has ended; its key, or how that begins."
+)
+@as_json
+def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
+    """Every missing cell of a size x token x family x seed grid, exactly once; resumable."""
+    merged = load(config, overrides)
+    from lmu_dist.launch.ladder import ladder as climb
+
+    with show.bars() as bars:
+        climbed = climb(merged, _tracking_uri(), bars.show, rerun)
+    _tell(climbed.notes)
+    if as_json:
+        cells = [
+            asdict(f.record) | {"run_id": f.run_id, "folder": str(f.cell.folder), "was_done": f.already_done}
+            for f in climbed.finished
+        ]
+        print(json.dumps({"cells": cells, "failures": climbed.failures}))
+    else:
+        show.ladder(climbed, _tracking_uri())
+    return 1 if climbed.failures else 0
+
+
+@cli.command()
+@job
+@settings
+@click.option(
+    "-o", "--output", default="tuned.yaml", show_default=True, type=click.Path(path_type=Path), help="Where the winners go."
+)
+@as_json
+def tune(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) -> int:
+    """Hyper-parameter search with ASHA, per family and size; writes the winners as a YAML fragment for ladders."""
+    merged = load(config, overrides)
+    from lmu_dist.launch.tune import tune as search
+    from lmu_dist.launch.winners import sensitivity, write_winners
+
+    with show.bars() as bars:
+        searches, notes = search(merged, _tracking_uri(), bars.show)
+    write_winners(output, merged, searches)
+    figure = sensitivity(output.with_suffix(".png"), merged, searches)
+    _tell(notes)
+    if as_json:
+        print(json.dumps({"searches": [asdict(s) for s in searches], "winners": str(output), "figure": str(figure)}))
+    else:
+        show.tune(searches, output, figure)
+    return 0 if all(s.best and not s.failures for s in searches) else 1
+
+
+@cli.command()
+@job
+@settings
+@click.option("--calibrate", is_flag=True, help="First measure a step of every cell, on the cluster (or a local one).")
+@as_json
+def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool) -> None:
+    """The whole ladder without running it: cells, parameters, FLOPs, memory, time, cost, and what it could tell."""
+    merged = load(config, overrides)
+    from lmu_dist.planning.cost import plan as cost_of
+    from lmu_dist.planning.power import power
+
+    if calibrate:
+        from lmu_dist.launch.calibrate import calibrate as measure
+
+        with show.bars() as bars:
+            measure(merged, bars.show)
+    costs, told = cost_of(merged), power(merged)
+    if as_json:
+        print(json.dumps({"cells": [asdict(line) for line in costs.lines], "power": asdict(told), **costs.totals()}))
+    else:
+        show.plan(costs, told, merged.plan)
+
+
+@cli.command()
+@click.argument("experiment")
+@click.option("--once", is_flag=True, help="Print the table once, also on a terminal.")
+@as_json
+def status(experiment: str, once: bool, as_json: bool) -> None:
+    """One row per cell of an experiment: state, tokens, loss, speed; live on a terminal, until all have ended."""
+    from lmu_dist.tracking.delivery import set_client_limits
+    from lmu_dist.tracking.progress import rows
+    from lmu_dist.tracking.store import Store
+
+    set_client_limits()
+    store = Store(_tracking_uri())
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows(store, experiment)]))
+    else:
+        show.status(lambda: rows(store, experiment), live=not once)
 
 
 @cli.command()
@@ -163,50 +250,16 @@ def _run_folder(run: str) -> Path:
     """A folder as given, or that of an MLflow run."""
     if Path(run).is_dir():
         return Path(run)
-    from lmu_dist.tracking.delivery import limit_retries
+    from lmu_dist.tracking.delivery import set_client_limits
     from lmu_dist.tracking.store import Store
 
-    limit_retries()
+    set_client_limits()
     return Store(_tracking_uri()).folder_of(run)
 
 
 def _tell(notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(f"note: {note}")
-
-
-class _Bars:
-    """Progress of long work: bars on a terminal, a line every ten seconds elsewhere."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress, self._tasks, self._printed = progress, dict[str, TaskID](), 0.0
-
-    def show(self, what: str, done: float, total: float, detail: str = "") -> None:
-        """Brings one bar up to date."""
-        first = what not in self._tasks
-        if first:
-            self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
-        self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
-        if not console.is_terminal and (first or time.monotonic() - self._printed > 10):
-            self._printed = time.monotonic()
-            console.print(f"{what} {done / (total or 1):.0%} {detail}")
-
-    def show_training(self, config: Config, latest: dict[str, float]) -> None:
-        """The newest step of a run; before the first one, that its workers are starting."""
-        if "train/loss_nats" not in latest:
-            self.show("starting the workers", 0, 1)
-            return
-        speed = latest.get("speed/tokens_per_second", 0.0)
-        validation = f", validation {latest['val/loss_nats']:.3f}" if "val/loss_nats" in latest else ""
-        detail = f"loss {latest['train/loss_nats']:.3f}{validation} nats, {speed:,.0f} tokens/s"
-        self.show("training", latest["train/tokens"], config.train.n_steps * config.train.batch_tokens, detail)
-
-
-@contextmanager
-def _bars() -> Iterator[_Bars]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield _Bars(progress)
+        show.console.print(f"note: {note}")
 
 
 if __name__ == "__main__":

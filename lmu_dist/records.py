@@ -1,6 +1,6 @@
 """What crosses between rooms about a run: StepMetrics, EvalMetrics, RunRecord, and the names and units of metrics.
 
-The loop yields the first, evaluation makes the second, launch/worker fills the third; tracking writes them, the
+The loop yields the first, evaluation makes the second, launch/record fills the third; tracking writes them, the
 analysis reads them back. A run's constants are MLflow params, its results metrics, what may change tags.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 TRAIN_LOSS = "train/loss_nats"
 LEARNING_RATE = "train/learning_rate"
 GRAD_NORM = "train/grad_norm"
-TOKENS = "train/tokens"
+TRAIN_TOKENS = "train/tokens"
 TOKENS_PER_SECOND = "speed/tokens_per_second"
 MODEL_FLOPS = "speed/model_flops_per_second"
 PEAK_SHARE = "speed/share_of_matmul_peak"
@@ -24,7 +24,7 @@ BITS_PER_BYTE = "val/bits_per_byte"
 POSITION_LOSS = "position/loss_nats"
 
 # How a run ended. Only `complete` is a result; the others say why not.
-RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED = "running", "complete", "stopped_early", "diverged"
+WAITING, RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED = "waiting", "running", "complete", "stopped_early", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"
 ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
 
@@ -52,7 +52,7 @@ class StepMetrics:
             TRAIN_LOSS: self.loss_nats,
             LEARNING_RATE: self.learning_rate,
             GRAD_NORM: self.grad_norm,
-            TOKENS: self.tokens,
+            TRAIN_TOKENS: self.tokens,
             TOKENS_PER_SECOND: per_second,
             MODEL_FLOPS: per_second * training_flops_per_token,
             PEAK_SHARE: per_second * training_flops_per_token / peak_flops_per_second,
@@ -121,6 +121,8 @@ class RunRecord:
     status: str = _tag()
     phase: str = _tag()  # decayed | undecayed: where the schedule stood at the end
     stop_rule: str = _tag()  # empty unless a rule ended the run
+    fork_step: int = _tag()  # steps before this one were another run's of the same trunk, whose history has them; 0: none
+    retry_of: str = _tag()  # key of the run that diverged at twice the learning rate; empty for a first try
 
     def columns(self, kind: str) -> dict[str, Any]:
         """Fields of one kind, `params`, `metrics` or `tags`, by their MLflow name."""

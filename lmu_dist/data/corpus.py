@@ -3,10 +3,8 @@
 A folder with one token stream per split, tokenizer.json, problems.jsonl and manifest.json. Opened by launch.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -14,28 +12,7 @@ from tokenizers import Tokenizer
 from lmu_dist.config import ConfigError
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.batches import Rows
-
-TOKENIZER, MANIFEST, PROBLEMS = "tokenizer.json", "manifest.json", "problems.jsonl"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a prepared corpus holds. `splits` maps a name to its tokens, bytes of text, documents and sha256."""
-
-    format: int
-    source: str
-    split_rule: str
-    vocab_tokens: int
-    end_of_text_id: int
-    dtype: str
-    tokenizer_digest: str
-    splits: dict[str, dict[str, Any]]
-    problems: dict[str, int]
-    data_digest: str
-
-    def bytes_per_token(self, split: str) -> float:
-        """Bytes of text behind one token of a split, on average."""
-        return self.splits[split]["bytes"] / self.splits[split]["tokens"]
+from lmu_dist.data.manifest import TOKENIZER, Manifest, read_manifest
 
 
 @dataclass(frozen=True)
@@ -68,12 +45,7 @@ class Corpus:
 
 def open_corpus(folder: Path) -> Corpus:
     """A prepared corpus, checked for whole files. Raises ConfigError."""
-    try:
-        manifest = Manifest(**json.loads((folder / MANIFEST).read_text()))
-    except OSError as e:
-        raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"{folder / 'manifest.json'} is damaged; delete {folder} and prepare again") from e
+    manifest = read_manifest(folder)
     for split, facts in manifest.splits.items():
         path = folder / f"{split}.bin"
         expected = facts["tokens"] * np.dtype(manifest.dtype).itemsize

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,30 +25,15 @@ from tokenizers import Tokenizer
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
 from lmu_dist.data import tokenizer as vocabulary
-from lmu_dist.data.corpus import MANIFEST, PROBLEMS, TOKENIZER, Corpus, Manifest, open_corpus
+from lmu_dist.data.corpus import Corpus, open_corpus
+from lmu_dist.data.manifest import FORMAT, MANIFEST, PROBLEMS, TOKENIZER, Manifest, locate
 from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
 
-FORMAT = 1  # of what is written here; part of every key
 SPLITS = {"train": range(96), "validation": range(96, 99), "test": range(99, 100)}
 SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
 TOKENIZER_TRAINING_BYTES = 64_000_000  # of training documents, spread over all units
 ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
 Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
-
-
-def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> Path:
-    """Where a corpus is (to be) prepared: a folder named by the digest of the config and of the files it names."""
-    units = list_units(data) if units is None else units
-    settings = asdict(replace(data, max_bad_share=0.0))
-    names = [data.tokenizer.path, data.tokenizer.vocab_path, data.tokenizer.merges_path]
-    digests = [hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in names if n and Path(n).is_file()]
-    content = [FORMAT, settings, digests, [asdict(u) for u in units]]
-    return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_prepared(data: DataConfig, storage: Path) -> bool:
-    """Whether `prepare` has nothing left to do."""
-    return (locate(data, storage) / MANIFEST).exists()
 
 
 def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None) -> Corpus:

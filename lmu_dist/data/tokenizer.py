@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from lmu_dist.config import ConfigError, TokenizerConfig
 
 END_OF_TEXT = "<|endoftext|>"
+GPT2_TOKENS = 50257  # END_OF_TEXT included
 
 
 def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
@@ -59,6 +60,13 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 def size(tokenizer: Tokenizer) -> int:
     """One more than the largest id: what an embedding needs, also where a vocabulary has holes."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def nominal_size(config: TokenizerConfig) -> int:
+    """The size a config promises, before there is a corpus. Raises ConfigError if it names a file that is not there."""
+    if config.kind == "file":
+        return size(load(Path(str(config.path))))
+    return config.vocab_tokens if config.kind == "bpe" else GPT2_TOKENS
 
 
 def digest(tokenizer: Tokenizer) -> str:

@@ -1,66 +1,81 @@
 """A cell: one run of the grid, with the key that says when two runs are the same. (Config, Corpus) in, Cell out."""
 
+import functools
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lmu_dist
-from lmu_dist.config import Config, ConfigError, to_dict
+from lmu_dist.config import Config, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.models.shape import Shape
-from lmu_dist.models.sizing import shape_for
+from lmu_dist.planning.grid import shape_of, shared_settings
+
+FORKS = "forks"  # folder, beside the cells of a trunk, with the states from which their decays branch off
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that is decided about a run before it starts."""
+    """Everything that is decided about a run before it starts.
+
+    Cells with the same trunk compute the same steps until the first of them decays: under `wsd` those that differ in their
+    tokens only. Under `cosine` every cell is a trunk of its own.
+    """
 
     config: Config
     corpus: Corpus
     shape: Shape
     code_digest: str
     key: str
+    trunk: str
+    retry_of: str = ""  # key of the cell that diverged, of which this is the second try
 
     @property
     def name(self) -> str:
-        """For people, and of the folder: family, size, seed and the start of the key."""
+        """For people: family, size, tokens, seed and the start of the key."""
         model = self.config.model
-        return f"{model.family}-{_short(model.n_params)}-s{self.config.seed}-{self.key[:12]}"
+        return f"{model.family}-{_short(model.n_params)}-{_short(self.config.train.tokens)}-s{self.config.seed}-{self.key[:12]}"
+
+    @property
+    def trunk_folder(self) -> Path:
+        """Where the cells of this trunk, and its forks, have their folders."""
+        model = self.config.model
+        name = f"{model.family}-{_short(model.n_params)}-s{self.config.seed}-{self.trunk[:12]}"
+        return self.config.storage_folder / name
 
     @property
     def folder(self) -> Path:
         """Where the run keeps its checkpoints and its spool."""
-        return self.config.storage_folder / self.name
+        return self.trunk_folder / f"{_short(self.config.train.tokens)}-{self.key[:12]}"
 
 
 def make_cell(config: Config, corpus: Corpus) -> Cell:
-    """Works out widths and key. Raises ConfigError if no widths give the size asked for."""
-    model, train = config.model, config.train
-    try:
-        shape = shape_for(
-            model.family,
-            model.n_params,
-            vocab_tokens=corpus.manifest.vocab_tokens,
-            sequence_tokens=train.sequence_tokens,
-            n_blocks=model.n_blocks,
-            order=model.order,
-            reduced_order=model.reduced_order,
-            theta_tokens=model.theta_tokens,
-        )
-    except ValueError as e:
-        raise ConfigError(f"model: {e}") from e
-    corpus.rows("train", train.sequence_tokens)
-    corpus.rows("validation", train.sequence_tokens)
-    code = code_digest()
-    tree = to_dict(config)
-    # What decides the losses and nothing else: not where the run is stored, nor on how many workers it runs.
-    content = [tree["model"], tree["train"], tree["seed"], corpus.manifest.data_digest, asdict(shape), code]
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Cell(config, corpus, shape, code, key)
+    """Works out widths, key and trunk. Raises ConfigError if no widths give the size asked for."""
+    # Absolute: the processes of a cluster have working folders of their own.
+    config = with_settings(config, {"storage": str(config.storage_folder)})
+    shape = shape_of(config, corpus.manifest.vocab_tokens)
+    corpus.rows("train", config.train.sequence_tokens)
+    corpus.rows("validation", config.train.sequence_tokens)
+    code, tree = code_digest(), to_dict(config)
+
+    def digest(train: dict[str, Any]) -> str:
+        # What decides the losses and nothing else: not where the run is stored, nor on how many workers it runs.
+        content = [tree["model"], train, tree["seed"], corpus.manifest.data_digest, asdict(shape), code]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    return Cell(config, corpus, shape, code, digest(tree["train"]), digest(shared_settings(tree["train"])))
 
 
+def at_half_rate(cell: Cell) -> Cell:
+    """The second try of a cell that diverged."""
+    halved = with_settings(cell.config, {"train.learning_rate": cell.config.train.learning_rate / 2})
+    return replace(make_cell(halved, cell.corpus), retry_of=cell.key)
+
+
+@functools.cache
 def code_digest() -> str:
     """sha256 of the sources of models/ and train/: code that can move a loss."""
     sha = hashlib.sha256()

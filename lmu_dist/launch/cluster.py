@@ -1,4 +1,4 @@
-"""A Ray cluster for a run: joined, or started on this machine and stopped again. Config in, a context that holds it out."""
+"""A Ray cluster for runs: joined, or started on this machine and stopped again. Configs in, a context that holds them out."""
 
 import logging
 import os
@@ -14,9 +14,9 @@ from ray.exceptions import RayError
 from lmu_dist.config import Config, ConfigError
 
 
-def check_before(config: Config) -> None:
-    """What can be told without starting anything: raises ConfigError if the run could never be."""
-    address = _address(config)
+def check_before(configs: Sequence[Config]) -> None:
+    """What can be told without starting anything: raises ConfigError if one of the runs could never be."""
+    address = _address(configs[0])
     if ray.is_initialized():
         return
     if address is not None:
@@ -24,22 +24,23 @@ def check_before(config: Config) -> None:
             _knock(address)
         except OSError as e:
             raise _unreachable(address, e) from e
-    elif not config.cluster.gpus_per_worker:
-        _check_fits(config, [{"CPU": len(os.sched_getaffinity(0))}])
+    elif not configs[0].cluster.gpus_per_worker:
+        for config in configs:
+            _check_fits(config, [{"CPU": len(os.sched_getaffinity(0))}])
         if shutil.which("g++") is None:
             raise ConfigError("no g++ on PATH, with which DeepSpeed compiles its CPU collectives; apt-get install g++")
 
 
 @contextmanager
-def cluster(config: Config) -> Iterator[None]:
-    """A Ray cluster that can hold the run: the one this process is in, or that at cluster.address or $RAY_ADDRESS, else a
-    local one until the end. Raises ConfigError when the workers can never fit.
+def cluster(configs: Sequence[Config]) -> Iterator[None]:
+    """A Ray cluster that can hold each of the runs: the one this process is in, or that at cluster.address or $RAY_ADDRESS,
+    else a local one until the end. Raises ConfigError when the workers of one can never fit.
     """
     if ray.is_initialized():
-        _check_fits(config, _nodes())
+        _check_all_fit(configs)
         yield
         return
-    address = _address(config)
+    address = _address(configs[0])
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = len(os.sched_getaffinity(0))
@@ -50,10 +51,15 @@ def cluster(config: Config) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError, RayError) as e:
             raise _unreachable(address, e) from e
     try:
-        _check_fits(config, _nodes())
+        _check_all_fit(configs)
         yield
     finally:
         ray.shutdown()
+
+
+def room(config: Config) -> int:
+    """How many workers of this run's kind the cluster this process is in can hold at once."""
+    return _room(config, _nodes())
 
 
 def _address(config: Config) -> str | None:
@@ -79,15 +85,29 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
-def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+def _check_all_fit(configs: Sequence[Config]) -> None:
+    nodes = _nodes()
+    for config in configs:
+        _check_fits(config, nodes)
+
+
+def _each(config: Config) -> dict[str, int]:
+    """What one worker takes."""
+    wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
+    return {name: n for name, n in wanted.items() if n}
+
+
+def _room(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
     """A worker lives on one node: each node holds as many as its scarcest resource allows."""
-    wanted = config.cluster
-    each = {"CPU": wanted.cpus_per_worker, "GPU": wanted.gpus_per_worker}
-    room = sum(min(int(node.get(name, 0) // n) for name, n in each.items() if n) for node in nodes)
-    if room < wanted.n_workers:
-        have = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name, n in each.items() if n)
+    return sum(min(int(node.get(name, 0) // n) for name, n in _each(config).items()) for node in nodes)
+
+
+def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
+    wanted, each, found = config.cluster, _each(config), _room(config, nodes)
+    if found < wanted.n_workers:
+        have = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in each)
         raise ConfigError(
-            f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items() if n)} each is "
-            f"more than the cluster has room for ({room}; {have} on {len(nodes)} nodes); lower cluster.n_workers, "
-            "cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster"
+            f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "
+            f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
+            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster"
         )

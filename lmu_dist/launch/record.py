@@ -1,15 +1,37 @@
-"""What is told of a run: (Cell, Outcome) in, RunRecord out, and the telling of it through the recorder."""
+"""What is told of a run: how it ended in, RunRecord out, and the telling of it through the recorder."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.launch.cell import Cell, git_commit
-from lmu_dist.launch.worker import Outcome
 from lmu_dist.models import accounting
-from lmu_dist.records import RunRecord
+from lmu_dist.records import EvalMetrics, RunRecord
+from lmu_dist.train import checkpoint
 
-Tell = Callable[..., None]  # a method of Spool by name, and its arguments
+Tell = Callable[..., Any]  # a method of Spool by name, and its arguments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and where it stood then."""
+
+    status: str
+    phase: str
+    stop_rule: str
+    state: checkpoint.Meta
+
+    @property
+    def evaluation(self) -> EvalMetrics | None:
+        """The last validation."""
+        if not (saved := self.state.evaluation):
+            return None
+        values: dict[str, Any] = saved | {"position_loss_nats": tuple(saved["position_loss_nats"])}  # a list, once in JSON
+        return EvalMetrics(**values)
 
 
 def tell_start(cell: Cell, tell: Tell) -> None:
@@ -18,15 +40,14 @@ def tell_start(cell: Cell, tell: Tell) -> None:
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
     tell("start")
     tell("params", constants | record_of_cell(cell, None).columns("params"))
-    tell("tags", {"lmu.status": records.RUNNING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
+    tell("tags", {"lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder), "lmu.retry_of": cell.retry_of})
     tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
 
 
-def tell_result(cell: Cell, outcome: Outcome, tell: Tell) -> None:
+def tell_result(record: RunRecord, evaluation: EvalMetrics | None, tell: Tell) -> None:
     """The record, and the loss by position as curve and as table."""
-    record = record_of_cell(cell, outcome)
-    tell("metrics", outcome.state.step, record.columns("metrics"))
-    if evaluation := outcome.evaluation:
+    tell("metrics", record.steps, record.columns("metrics"))
+    if evaluation:
         curve = evaluation.position_loss_nats
         positions = list(range(1, len(curve) + 1))
         for position, loss in zip(positions, curve, strict=True):
@@ -72,4 +93,23 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         status=outcome.status if outcome else records.RUNNING,
         phase=outcome.phase if outcome else "undecayed",
         stop_rule=outcome.stop_rule if outcome else "",
+        fork_step=outcome.state.fork_step if outcome else 0,
+        retry_of=cell.retry_of,
     )
+
+
+def record_path(cell: Cell) -> Path:
+    """The record of a cell that has ended: its being there is what says so."""
+    return cell.folder / "record.json"
+
+
+def read_record(cell: Cell) -> RunRecord:
+    """The record of a cell that ended in its folder."""
+    return RunRecord(**json.loads(record_path(cell).read_text()))
+
+
+def write_record(cell: Cell, record: RunRecord) -> None:
+    """Ends a cell. Comes after the telling, so that what ended is told."""
+    partial = record_path(cell).with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(record), indent=1))
+    partial.replace(record_path(cell))

@@ -1,16 +1,18 @@
 """What runs inside a Ray Train worker: wires data, model, engine and loop together, then listens to the loop.
 
-Started by launch/trainer with a Job; tells the recorder; hands checkpoints to Ray; returns an Outcome from rank 0.
+Started by launch/series with a Job, a row of cells that share a trunk; tells the recorder; hands checkpoints to Ray.
 """
 
+import json
 import math
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 import ray.train
@@ -20,135 +22,216 @@ import torch.distributed as dist
 
 from lmu_dist import config as configuration
 from lmu_dist import records
-from lmu_dist.data.batches import row_indices
-from lmu_dist.data.corpus import Corpus, open_corpus
+from lmu_dist.data.batches import Rows, row_indices
+from lmu_dist.launch.cell import FORKS, Cell
+from lmu_dist.launch.record import Outcome, record_of_cell, record_path, tell_result, write_record
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.models.shape import Shape
 from lmu_dist.records import EvalMetrics
 from lmu_dist.train import checkpoint
+from lmu_dist.train.divergence import diverged, running_mean
 from lmu_dist.train.schedule import learning_rate, phase
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is given: plain values only, since it travels."""
+    """What a group of workers is given."""
 
-    config: dict[str, Any]
-    shape: dict[str, Any]
-    corpus: str
-    folder: str
-    key: str
-    code_digest: str
+    cells: tuple[Cell, ...]  # of one trunk, fewest tokens first
     recorder: Any  # actor handle
+    reports: bool  # whether Ray Tune is told of evaluations
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended, for the RunRecord, and where it stood then."""
+class Start(NamedTuple):
+    """Where a cell begins: a checkpoint to load (none: at step 0), the state it holds, a word that no other attempt uses."""
 
-    status: str
-    phase: str
-    stop_rule: str
+    folder: Path | None
     state: checkpoint.Meta
-
-    @property
-    def evaluation(self) -> EvalMetrics | None:
-        """The last validation."""
-        if not (saved := self.state.evaluation):
-            return None
-        values: dict[str, Any] = saved | {"position_loss_nats": tuple(saved["position_loss_nats"])}  # a list, once in JSON
-        return EvalMetrics(**values)
+    attempt: str
 
 
-def train_worker(arguments: dict[str, Job]) -> Outcome:
-    """Trains one cell to its end from the newest whole checkpoint. Runs on every worker; collective."""
+def train_worker(arguments: dict[str, Job]) -> None:
+    """Trains the cells of a job to their ends, each from its newest whole checkpoint. Runs on every worker; collective."""
     job = arguments["job"]
     # DeepSpeed builds its CPU collectives with the ninja that stands beside this Python.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # Imported here since the driver, which imports this file too, has no use for DeepSpeed's four seconds.
-    from lmu_dist.train.engine import Engine, matmul_peak
-    from lmu_dist.train.evaluate import evaluate
-    from lmu_dist.train.loop import steps
+    from lmu_dist.train.engine import Engine
 
-    config = configuration.parse(job.config)
-    train, cluster = config.train, config.cluster
-    context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
+    first, rank = job.cells[0], ray.train.get_context().get_world_rank()
     device = ray.train.torch.get_device()
-    torch.set_num_threads(cluster.cpus_per_worker)
-
-    corpus, shape = open_corpus(Path(job.corpus)), Shape(**job.shape)
-    rows, held_out = (corpus.rows(split, train.sequence_tokens) for split in ("train", "validation"))
-    engine = Engine(LanguageModel(shape, config.seed), train, cluster, device)
-    [folder, state, attempt] = _agree(lambda: _start(job, world_size, corpus), rank)
-    if folder is not None:
-        engine.load(folder)
-
-    def tell(kind: str, *arguments: Any) -> ray.ObjectRef | None:
-        return job.recorder.tell.remote(kind, *arguments) if rank == 0 else None
-
-    def validate(step: int, n_tokens: int) -> EvalMetrics:
-        n_rows = min(len(held_out), max(1, n_tokens // train.sequence_tokens))
-        bytes_per_token = corpus.manifest.bytes_per_token("validation")
-        return evaluate(engine, held_out, n_rows, rank, world_size, step, bytes_per_token)
-
-    tell("attempt", {"lmu.n_workers": world_size, "lmu.zero_stage": cluster.zero_stage})
-    peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, device))).item()
-    flops = accounting.flops(shape).training
-    stream = steps(
-        engine,
-        lambda step: rows.batch(row_indices(len(rows), config.seed, step, train.batch_rows, rank, world_size)),
-        lambda step: learning_rate(train, step, state.val_losses),
-        state.step,
-        train.n_steps,
-        train.batch_tokens,
-    )
-    for metrics in stream:
-        tell("metrics", metrics.step, metrics.values(train.batch_tokens, flops, peak))
-        seconds = state.training_seconds + metrics.step_seconds
-        state = replace(state, train_loss_nats=metrics.loss_nats, training_seconds=seconds)
-        if not metrics.finite:
-            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
-        state = replace(state, step=metrics.step + 1)
-        last = state.step == train.n_steps
-        evaluate_now = state.step % train.eval_every_steps == 0 or last
-        save_now = state.step % cluster.checkpoint_every_steps == 0 or last
-        if (evaluate_now or save_now) and not math.isfinite(validate(state.step, train.sequence_tokens).loss_nats):
-            # The step was finite and the weights it left are not usable: they must not become the last good checkpoint.
-            return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
-        if evaluate_now:
-            evaluation = validate(state.step, train.eval_tokens)
-            memory = {records.WORKER_BYTES: engine.max_over_ranks(engine.peak_bytes())}
-            tell("metrics", metrics.step, evaluation.values() | memory)
-            val_losses = [*state.val_losses, evaluation.loss_nats]
-            state = replace(state, val_losses=val_losses, evaluation=asdict(evaluation))
-        if save_now:
-            # Everything up to here is on the recorder's disk before the checkpoint that makes it history is.
-            if (told := tell("tags", {"lmu.checkpoint_step": state.step})) is not None:
-                ray.get(told)
-            _checkpoint(engine, state, rank, attempt)
-    return Outcome(records.COMPLETE, phase(train, state.step), "", state)
+    torch.set_num_threads(first.config.cluster.cpus_per_worker)
+    engine: Engine | None = None
+    outcome: Outcome | None = None
+    for index, cell in enumerate(job.cells):
+        if _agree(lambda cell=cell: record_path(cell).exists(), rank):
+            continue  # ended before the workers were started again
+        start = Start(*_agree(lambda cell=cell: _start(cell), rank))
+        if engine is None or start.folder is None:
+            engine = Engine(LanguageModel(cell.shape, cell.config.seed), cell.config.train, cell.config.cluster, device)
+        if start.folder is not None:
+            engine.load(start.folder)
+        run = _Run(job, index, engine, rank, start.attempt)
+        if start.folder is None and outcome is not None and _diverged_in_trunk(outcome, job.cells[index - 1]):
+            # This cell would take the very same steps to the same end.
+            outcome = replace(outcome, state=_of_cell(outcome.state, cell, fork_step=outcome.state.step))
+        else:
+            outcome = run.train(start.state)
+        run.end(outcome)
 
 
-def _start(job: Job, world_size: int, corpus: Corpus) -> tuple[Path | None, checkpoint.Meta, str]:
-    """The checkpoint to go on from (none at first), where it stood, and a word that no other attempt uses."""
-    folder, state, _ = checkpoint.newest_intact(Path(job.folder))
+def _diverged_in_trunk(outcome: Outcome, cell: Cell) -> bool:
+    return outcome.status == records.DIVERGED and outcome.state.step < cell.config.train.decay_start
+
+
+class _Run:
+    """One cell on this rank."""
+
+    def __init__(self, job: Job, index: int, engine: Any, rank: int, attempt: str) -> None:
+        self.job, self.index, self.cell = job, index, job.cells[index]
+        self.engine, self.rank, self.attempt = engine, rank, attempt
+        self.world_size = dist.get_world_size()
+        corpus, sequence_tokens = self.cell.corpus, self.cell.config.train.sequence_tokens
+        self.rows: Rows = corpus.rows("train", sequence_tokens)
+        self.held_out: Rows = corpus.rows("validation", sequence_tokens)
+        self.bytes_per_token = corpus.manifest.bytes_per_token("validation")
+
+    def train(self, state: checkpoint.Meta) -> Outcome:
+        """The steps from `state` to the end of the cell, or of its hopes."""
+        from lmu_dist.train.engine import matmul_peak
+        from lmu_dist.train.loop import steps
+
+        config, engine = self.cell.config, self.engine
+        train, cluster = config.train, config.cluster
+        self.tell(
+            "attempt", {"lmu.status": records.RUNNING, "lmu.n_workers": self.world_size, "lmu.zero_stage": cluster.zero_stage}
+        )
+        peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, engine.device))).item()
+        flops = accounting.flops(self.cell.shape).training
+        n_rows, seed = len(self.rows), config.seed
+        stream = steps(
+            engine,
+            lambda step: self.rows.batch(row_indices(n_rows, seed, step, train.batch_rows, self.rank, self.world_size)),
+            lambda step: learning_rate(train, step, state.val_losses),
+            state.step,
+            train.n_steps,
+            train.batch_tokens,
+        )
+        for metrics in stream:
+            self.tell("metrics", metrics.step, metrics.values(train.batch_tokens, flops, peak))
+            seconds = state.training_seconds + metrics.step_seconds
+            mean = running_mean(state.mean_loss_nats, metrics.loss_nats if metrics.finite else math.nan)
+            state = replace(state, train_loss_nats=metrics.loss_nats, training_seconds=seconds)
+            if rule := diverged(train, mean, state.best_mean_loss_nats):
+                return Outcome(records.DIVERGED, "undecayed", rule, state)
+            best = min(mean, state.best_mean_loss_nats)
+            state = replace(state, step=metrics.step + 1, mean_loss_nats=mean, best_mean_loss_nats=best)
+            last = state.step == train.n_steps
+            fork_now = train.schedule == "wsd" and state.step == train.decay_start
+            evaluate_now = state.step % train.eval_every_steps == 0 or last
+            save_now = state.step % cluster.checkpoint_every_steps == 0 or last
+            saving = evaluate_now or save_now or fork_now
+            if saving and not math.isfinite(self.validate(state.step, train.sequence_tokens).loss_nats):
+                # The step was finite and the weights it left are not usable: they must not become the last good checkpoint.
+                return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
+            if evaluate_now:
+                state = self.evaluate(state)
+            if save_now:
+                # Everything up to here is on the recorder's disk before the checkpoint that makes it history is.
+                if (told := self.tell("tags", {"lmu.checkpoint_step": state.step})) is not None:
+                    ray.get(told)
+                self.save(state, self.cell.folder)
+            if fork_now and not self.is_forked(state):
+                self.save(state, self.cell.trunk_folder / FORKS)
+        return Outcome(records.COMPLETE, phase(train, state.step), "", state)
+
+    def is_forked(self, state: checkpoint.Meta) -> bool:
+        """Whether the trunk has a fork at this step already, from before an interruption."""
+        forks = self.cell.trunk_folder / FORKS
+        _, found = _agree(lambda: checkpoint.newest_fork(forks, state.step, state.world_size, state.zero_stage), self.rank)
+        return found is not None and found.step == state.step
+
+    def evaluate(self, state: checkpoint.Meta) -> checkpoint.Meta:
+        """A whole validation, told and remembered."""
+        evaluation = self.validate(state.step, self.cell.config.train.eval_tokens)
+        memory = {records.WORKER_BYTES: self.engine.max_over_ranks(self.engine.peak_bytes())}
+        self.tell("metrics", state.step - 1, evaluation.values() | memory)
+        state = replace(state, val_losses=[*state.val_losses, evaluation.loss_nats], evaluation=asdict(evaluation))
+        if self.job.reports:
+            tokens = state.step * self.cell.config.train.batch_tokens
+            ray.train.report({"tokens": tokens, "val_loss_nats": evaluation.loss_nats, "state": json.dumps(asdict(state))})
+        return state
+
+    def validate(self, step: int, n_tokens: int) -> EvalMetrics:
+        """Loss over the first `n_tokens` of the validation split."""
+        from lmu_dist.train.evaluate import evaluate
+
+        n_rows = min(len(self.held_out), max(1, n_tokens // self.cell.config.train.sequence_tokens))
+        return evaluate(self.engine, self.held_out, n_rows, self.rank, self.world_size, step, self.bytes_per_token)
+
+    def save(self, state: checkpoint.Meta, to: Path) -> None:
+        """Writes this rank's files to a folder of its own; Ray merges those of all ranks in storage."""
+        name = checkpoint.folder_name(state.step, state.world_size, self.attempt)
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.save(Path(folder))
+            checkpoint.seal(Path(folder), state, self.rank, self.engine.weights())
+            ray.train.report(
+                {"step": state.step},
+                checkpoint=ray.train.Checkpoint.from_directory(folder),
+                checkpoint_dir_name=str((to / name).relative_to(self.cell.trunk_folder)),
+            )
+        dist.barrier()  # all ranks' files are in their place
+        if self.rank == 0 and to == self.cell.folder:
+            checkpoint.prune(to, self.cell.config.cluster.keep_checkpoints)
+
+    def end(self, outcome: Outcome) -> None:
+        """Tells how it ended, and leaves the record in the cell's folder once all of it is on the recorder's disk."""
+        if self.rank:
+            return
+        record = record_of_cell(self.cell, outcome)
+        tell_result(record, outcome.evaluation, self.tell)
+        told = self.tell("end", outcome.status)
+        assert told is not None
+        ray.get(told)
+        write_record(self.cell, record)
+
+    def tell(self, kind: str, *arguments: Any) -> ray.ObjectRef | None:
+        """Hands something to the recorder, from rank 0, without waiting."""
+        return self.job.recorder.tell.remote(self.index, kind, *arguments) if self.rank == 0 else None
+
+
+def _start(cell: Cell) -> Start:
+    """From the cell's own newest whole checkpoint, else from the trunk's latest fork it can use, else from the beginning."""
+    attempt, cluster = f"{time.time_ns():x}", cell.config.cluster
+    folder, state, _ = checkpoint.newest_intact(cell.folder)
+    if state is not None:
+        return Start(folder, state, attempt)
+    if cell.config.train.schedule == "wsd":
+        forks, stable = cell.trunk_folder / FORKS, cell.config.train.decay_start
+        folder, state = checkpoint.newest_fork(forks, stable, cluster.n_workers, cluster.zero_stage)
+        if state is not None:
+            return Start(folder, _of_cell(state, cell, fork_step=state.step), attempt)
+    manifest = cell.corpus.manifest
     fresh = checkpoint.Meta(
         step=0,
-        key=job.key,
-        world_size=world_size,
-        zero_stage=job.config["cluster"]["zero_stage"],
-        data_digest=corpus.manifest.data_digest,
-        tokenizer_digest=corpus.manifest.tokenizer_digest,
-        code_digest=job.code_digest,
-        config=job.config,
-        shape=job.shape,
+        key=cell.key,
+        world_size=cluster.n_workers,
+        zero_stage=cluster.zero_stage,
+        data_digest=manifest.data_digest,
+        tokenizer_digest=manifest.tokenizer_digest,
+        code_digest=cell.code_digest,
+        config=configuration.to_dict(cell.config),
+        shape=asdict(cell.shape),
     )
-    return folder, state or fresh, f"{time.time_ns():x}"
+    return Start(None, fresh, attempt)
 
 
-def _agree(make: Any, rank: int) -> Any:
+def _of_cell(state: checkpoint.Meta, cell: Cell, fork_step: int) -> checkpoint.Meta:
+    """A state of one cell of a trunk as the state of another."""
+    return replace(state, key=cell.key, config=configuration.to_dict(cell.config), fork_step=fork_step)
+
+
+def _agree(make: Callable[[], Any], rank: int) -> Any:
     """What rank 0 makes, on every rank; its error too, so that no rank waits for another for ever."""
     box: list[Any] = [None, None]
     if rank == 0:
@@ -160,15 +243,3 @@ def _agree(make: Any, rank: int) -> Any:
     if box[1] is not None:
         raise configuration.ConfigError(box[1])
     return box[0]
-
-
-def _checkpoint(engine: Any, meta: checkpoint.Meta, rank: int, attempt: str) -> None:
-    """Writes this rank's files to a folder of its own; Ray merges those of all ranks in storage."""
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save(Path(folder))
-        checkpoint.seal(Path(folder), meta, rank, engine.weights())
-        ray.train.report(
-            {"step": meta.step, "train_loss_nats": meta.train_loss_nats},
-            checkpoint=ray.train.Checkpoint.from_directory(folder),
-            checkpoint_dir_name=checkpoint.folder_name(meta.step, meta.world_size, attempt),
-        )

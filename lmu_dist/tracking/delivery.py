@@ -15,11 +15,12 @@ from mlflow.tracking import MlflowClient
 
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
 from lmu_dist.tracking.spool import Spool
-from lmu_dist.tracking.store import one_line
+from lmu_dist.tracking.store import ALIVE, alive_now, one_line
 
 MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # anything else: KILLED
 # An answer with one of these will not change however often it is asked for; anything else is the network's fault.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+ALIVE_SECONDS = 20.0  # between two signs of life of a run
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
 
 
@@ -111,10 +112,14 @@ class Courier:
         self._thread.start()
 
     def _run(self) -> None:
+        told_alive = 0.0
         while True:
             closing = self._stop.is_set()
             try:
                 deliver(self._spool, self._client)
+                if not closing and time.monotonic() - told_alive > ALIVE_SECONDS:
+                    self._client.set_tag(self._spool.run_id, ALIVE, alive_now())
+                    told_alive = time.monotonic()
                 self.last_error = ""
             except Exception as e:  # noqa: BLE001 - databases and object stores behind MLflow raise errors of their own
                 self.last_error = one_line(e) or type(e).__name__
@@ -129,7 +134,8 @@ class Courier:
         return (self.last_error or "still delivering") if any(self._spool.pending()) else ""
 
 
-def limit_retries() -> None:
-    """Makes MLflow's client give up after seconds, not minutes, in this process; the Courier does the waiting."""
+def set_client_limits() -> None:
+    """Makes MLflow's client in this process give up after seconds, not minutes; the Courier waits. And it shows no bars."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")

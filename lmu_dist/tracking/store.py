@@ -3,10 +3,13 @@
 A study is a parent run, a cell a child run tagged with its key. What is told of a run goes through the spool instead.
 """
 
+import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.entities import Run, ViewType
@@ -15,9 +18,11 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from lmu_dist.config import ConfigError
-from lmu_dist.records import RUNNING, RunRecord
+from lmu_dist.records import VAL_LOSS, WAITING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
+FOLDER, ALIVE = "lmu.folder", "lmu.alive_ms"
+PLAN = "plan.json"  # artifact of a study
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -61,17 +66,22 @@ class Store:
             return experiment_id, run.info.run_id
 
     def find_run(self, key: str) -> Run | None:
-        """The run of a cell, in whatever experiment it was first asked for."""
+        """The run of a cell, in whatever experiment it was first asked for; the first made, should there be two."""
         with self._answering():
             experiments = [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
-            runs = self.client.search_runs(experiments, f"tags.`{KEY}` = '{key}'", max_results=1) if experiments else []
-            return runs[0] if runs else None
+            runs = self.client.search_runs(experiments, f"tags.`{KEY}` = '{key}'") if experiments else []
+            return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
 
-    def create_run(self, experiment_id: str, study_id: str, name: str, key: str) -> str:
-        """A new child run of a study, tagged with its key."""
+    def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str) -> str:
+        """A new child run of a study, tagged with its key and the folder it will be trained in."""
         with self._answering():
-            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: RUNNING}
+            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: WAITING, FOLDER: folder, ALIVE: alive_now()}
             return self.client.create_run(experiment_id, tags=tags).info.run_id
+
+    def drop_run(self, run_id: str) -> None:
+        """Takes back a run that was made in vain."""
+        with self._answering():
+            self.client.delete_run(run_id)
 
     def folder_of(self, run_id: str) -> Path:
         """The folder with a run's checkpoints."""
@@ -85,26 +95,74 @@ class Store:
             raise ConfigError(f"run {run_id} has no folder on this machine (recorded: {folder}); give the path of its folder")
         return Path(folder)
 
-    def records(self, experiment: str) -> dict[str, RunRecord]:
-        """All complete RunRecords of an experiment by run id."""
+    def runs(self, experiment: str) -> list[Run]:
+        """All cells' runs of an experiment, begun or ended."""
         with self._answering():
             found = self.client.get_experiment_by_name(experiment)
             if found is None:
-                raise ConfigError(f"no experiment {experiment!r} in {self.uri}; see the names in the MLflow UI")
-            records, token = {}, None
-            while True:
-                page = self.client.search_runs([found.experiment_id], f"tags.`{KEY}` LIKE '%'", page_token=token)
-                for run in page:
-                    if (record := record_of(run)) is not None:
-                        records[run.info.run_id] = record
-                if not (token := page.token):
-                    return records
+                names = ", ".join(e.name for e in self.client.search_experiments(max_results=20))
+                raise ConfigError(f"no experiment {experiment!r} in {self.uri}; there are: {names}")
+            return self._search([found.experiment_id], f"tags.`{KEY}` LIKE '%'")
+
+    def records(self, experiment: str) -> dict[str, RunRecord]:
+        """All complete RunRecords of an experiment by run id."""
+        found = {run.info.run_id: record_of(run) for run in self.runs(experiment)}
+        return {run_id: record for run_id, record in found.items() if record is not None}
+
+    def runs_by_key(self, data_digest: str, code_digest: str) -> dict[str, Run]:
+        """Runs on some data by some code, in whatever experiment, by their keys; of two with one key the first made."""
+        with self._answering():
+            experiments = [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
+            made_with = f"params.data_digest = '{data_digest}' AND params.code_digest = '{code_digest}'"
+            found = self._search(experiments, f"tags.`{KEY}` LIKE '%' AND {made_with}")
+            return {run.data.tags[KEY]: run for run in sorted(found, key=lambda run: run.info.start_time, reverse=True)}
+
+    def _search(self, experiment_ids: list[str], query: str) -> list[Run]:
+        found, token = list[Run](), None
+        while True:
+            page = self.client.search_runs(experiment_ids, query, page_token=token)
+            found += page
+            if not (token := page.token):
+                return found
+
+    def retire_run(self, run_id: str) -> None:
+        """Takes a run out of the study, to be made again: it stays in MLflow, under another tag than that of a cell."""
+        with self._answering():
+            run = self.client.get_run(run_id)
+            self.client.set_tag(run_id, "lmu.retired_key", run.data.tags[KEY])
+            self.client.set_tag(run_id, STATUS, "retired")
+            self.client.delete_tag(run_id, KEY)
+
+    def write_plan(self, experiment: str, study: str, cells: list[dict[str, Any]]) -> None:
+        """Leaves with a study what it means to run, for `status`."""
+        _, study_id = self.open_study(experiment, study)
+        with self._answering():
+            self.client.log_dict(study_id, {"cells": cells}, PLAN)
+
+    def read_plans(self, experiment: str) -> list[dict[str, Any]]:
+        """What the studies of an experiment mean to run."""
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            studies = self.client.search_runs([found.experiment_id], f"tags.`{STUDY}` LIKE '%'") if found else []
+            cells = list[dict[str, Any]]()
+            for study in studies:
+                if any(a.path == PLAN for a in self.client.list_artifacts(study.info.run_id)):
+                    with TemporaryDirectory() as folder:
+                        path = self.client.download_artifacts(study.info.run_id, PLAN, folder)
+                        cells += json.loads(Path(path).read_text())["cells"]
+            return cells
 
     def last_steps(self, run_id: str) -> dict[str, int]:
         """The last step each metric of a run has, for a spool that lost its file."""
         with self._answering():
             metrics = self.client.get_run(run_id).data.metrics
             return {k: max(m.step for m in self.client.get_metric_history(run_id, k)) for k in metrics}
+
+    def validations(self, run_id: str, batch_tokens: int) -> list[tuple[int, float]]:
+        """(tokens, loss in nats) of every validation of a run, in order."""
+        with self._answering():
+            points = {m.step: m.value for m in self.client.get_metric_history(run_id, VAL_LOSS)}
+            return [((step + 1) * batch_tokens, loss) for step, loss in sorted(points.items())]
 
     def _artifacts(self, experiment: str) -> str | None:
         """A folder beside the SQLite file; a server decides for itself."""
@@ -130,6 +188,11 @@ class _Answering:
             raise ConfigError(
                 f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {one_line(error)}"
             ) from error
+
+
+def alive_now() -> str:
+    """The sign of life of a run: milliseconds since 1970."""
+    return str(int(time.time() * 1000))
 
 
 def one_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ checkpoint is whole when the manifest of every rank is there and every file has 
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from contextlib import suppress
@@ -42,8 +43,11 @@ class Meta:
     code_digest: str
     config: dict[str, Any]
     shape: dict[str, Any]
+    fork_step: int = 0  # where this run left the one it shares its trunk with
     val_losses: list[float] = field(default_factory=list)  # what the plateau rule knows
     train_loss_nats: float = 0.0
+    mean_loss_nats: float | None = None  # running mean of the training loss, and its best, which the divergence rule compares
+    best_mean_loss_nats: float = math.inf
     training_seconds: float = 0.0
     evaluation: dict[str, Any] | None = None  # the last EvalMetrics, so that a finished run need not evaluate again
 
@@ -63,8 +67,8 @@ def seal(folder: Path, meta: Meta, rank: int, weights: dict[str, Tensor]) -> Non
     (folder / _manifest(rank)).write_text(json.dumps({"world_size": meta.world_size, "files": listing}))
 
 
-def verify(folder: Path) -> Meta:
-    """Reads meta.json after checking every file of the checkpoint. Raises CheckpointError."""
+def verify(folder: Path, digests: bool = True) -> Meta:
+    """Reads meta.json after checking every file of the checkpoint, its size and its digest. Raises CheckpointError."""
     rank, world_size = 0, 1
     while rank < world_size:
         manifest = _read_json(folder / _manifest(rank))
@@ -73,10 +77,22 @@ def verify(folder: Path) -> Meta:
             path = folder / name
             if not path.is_file():
                 raise CheckpointError(f"checkpoint {folder} lacks {name}")
-            if path.stat().st_size != size or _digest(path) != digest:
+            if path.stat().st_size != size or (digests and _digest(path) != digest):
                 raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
         rank += 1
     return Meta(**_read_json(folder / META))
+
+
+def newest_fork(forks: Path, before_step: int, world_size: int, zero_stage: int) -> tuple[Path | None, Meta | None]:
+    """The latest whole state of a trunk up to step `before_step` that these workers can load, damaged ones passed over."""
+    for folder in _found(forks):
+        if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]
+            continue
+        with suppress(CheckpointError):
+            meta = verify(folder)
+            if (meta.world_size, meta.zero_stage) == (world_size, zero_stage):
+                return folder, meta
+    return None, None
 
 
 def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]]:
@@ -107,7 +123,7 @@ def prune(run_folder: Path, keep: int) -> None:
             shutil.rmtree(folder)
             continue
         with suppress(CheckpointError):
-            verify(folder)
+            verify(folder, digests=False)  # run after every checkpoint, which may be large
             whole += 1
 
 

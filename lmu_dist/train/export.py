@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmu_dist.config import ConfigError
 from lmu_dist.data import tokenizer as vocabulary
-from lmu_dist.data.corpus import TOKENIZER
+from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.train import checkpoint

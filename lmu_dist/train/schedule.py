@@ -21,7 +21,7 @@ def learning_rate(train: TrainConfig, step: int, val_losses: Sequence[float] = (
     elif train.schedule == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     else:
-        shape = min(1.0, (total - step) / max(1, round(train.decay_share * total)))
+        shape = min(1.0, (total - step) / (total - train.decay_start))
     return train.learning_rate * shape * plateau_scale(train, val_losses)
 
 

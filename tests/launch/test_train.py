@@ -19,8 +19,9 @@ import pytest
 from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
-from lmu_dist.launch import trainer
-from lmu_dist.launch.trainer import Finished, train
+from lmu_dist.launch import claim
+from lmu_dist.launch.claim import Finished
+from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
 
 STEPS = 600
@@ -177,9 +178,9 @@ def test_an_export_that_was_damaged_is_named(undisturbed: Finished, tmp_path: Pa
 
 
 def test_a_store_that_is_away_is_no_obstacle_to_a_run_it_knows(undisturbed: Finished, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(trainer, "DELIVERY_SECONDS", 1.0)
+    monkeypatch.setattr(claim, "DELIVERY_SECONDS", 1.0)
     cell, away = undisturbed.cell, "http://127.0.0.1:9"
-    folder = tmp_path / cell.name
+    folder = tmp_path / cell.folder.relative_to(cell.config.storage)
     shutil.copytree(cell.folder, folder)
     shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
     config = replace(cell.config, storage=str(tmp_path))
@@ -194,7 +195,7 @@ def test_a_store_that_is_away_is_no_obstacle_to_a_run_it_knows(undisturbed: Fini
 
 def test_another_number_of_workers_is_refused_in_mid_run(undisturbed: Finished, tmp_path: Path):
     cell = undisturbed.cell
-    folder = tmp_path / cell.name
+    folder = tmp_path / cell.folder.relative_to(cell.config.storage)
     shutil.copytree(cell.folder, folder, ignore=shutil.ignore_patterns("record.json", "spool*"))
     shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
     for override in ({"n_workers": 1}, {"zero_stage": 3}):
@@ -233,7 +234,7 @@ def test_an_interrupted_run_says_so_and_goes_on(job: Path, undisturbed: Finished
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
     driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("lmu-*/step-*/meta.json")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob("lmu-*/*/step-*/meta.json")) and time.monotonic() < deadline:
         time.sleep(0.1)
     driver.send_signal(signal.SIGINT)
     _, error = driver.communicate(timeout=120)
@@ -254,7 +255,7 @@ def test_a_killed_driver_goes_on_where_it_stood(job: Path, undisturbed: Finished
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
     driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not (found := list(tmp_path.glob("lmu-*/step-*/meta.json"))) and time.monotonic() < deadline:
+    while not (found := list(tmp_path.glob("lmu-*/*/step-*/meta.json"))) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert found
     assert driver.poll() is None

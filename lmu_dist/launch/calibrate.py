@@ -1,0 +1,96 @@
+"""What a step takes: a Config with a ladder in, seconds per optimizer step of its cells measured on the cluster out.
+
+One Ray Train run for every number of workers, on token ids drawn at random; a few seconds per size. For `plan --calibrate`.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+
+from lmu_dist.config import Config
+from lmu_dist.data.batches import Batch
+from lmu_dist.data.prepare import Progress
+from lmu_dist.launch.cluster import check_before, cluster
+from lmu_dist.launch.series import fit
+from lmu_dist.models import accounting
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.planning.cost import Measured, vocab_tokens, write_calibration
+from lmu_dist.planning.grid import Planned, grid
+
+SECONDS = 4.0  # of measuring, for each size
+FIRST_STEPS = 5  # not counted
+MOST_STEPS = 200
+
+
+def calibrate(config: Config, progress: Progress = lambda *_: None) -> Path:
+    """Measures every cell of the ladder once, whatever its budget and seed. Returns the file it wrote."""
+    cells, _ = grid(config, vocab_tokens(config))
+    distinct = {json.dumps([asdict(c.shape), c.config.train.batch_rows, c.config.cluster.n_workers]): c for c in cells}
+    check_before([cell.config for cell in distinct.values()])
+    groups: dict[int, list[Planned]] = {}
+    for cell in distinct.values():
+        groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
+    path = config.storage_folder
+    path.mkdir(parents=True, exist_ok=True)
+    with cluster([cell.config for cell in distinct.values()]):
+        for i, group in enumerate(groups.values()):
+            progress("measuring", i, len(groups))
+            with tempfile.TemporaryDirectory(dir=path) as scratch:
+                out = Path(scratch) / "measured.json"
+                fit(_measure_worker, {"cells": group, "out": str(out)}, group[0].config, Path(scratch) / "run")
+                path = write_calibration(config.storage_folder, [Measured(**row) for row in json.loads(out.read_text())])
+    return path
+
+
+def _measure_worker(arguments: dict[str, Any]) -> None:
+    """Runs on every worker; rank 0 writes what it measured."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    cells: list[Planned] = arguments["cells"]
+    device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
+    torch.set_num_threads(cells[0].config.cluster.cpus_per_worker)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
+    measured = [_measure(cell, device, name) for cell in cells]
+    if rank == 0:
+        Path(arguments["out"]).write_text(json.dumps([asdict(m) for m in measured]))
+    dist.barrier()
+
+
+def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
+    from lmu_dist.train.engine import Engine
+    from lmu_dist.train.loop import steps
+
+    config, train, n_workers = cell.config, cell.config.train, dist.get_world_size()
+    engine = Engine(LanguageModel(cell.shape, config.seed), train, config.cluster, device)
+    rng = np.random.default_rng(dist.get_rank())
+    ids = rng.integers(0, cell.shape.vocab_tokens, (train.batch_rows // n_workers, train.sequence_tokens + 1))
+    rows = torch.from_numpy(ids)
+    batch = Batch(rows[:, :-1], rows[:, 1:])
+    taken: list[float] = []
+    for metrics in steps(engine, lambda _: batch, lambda _: 1e-4, 0, MOST_STEPS, train.batch_tokens):
+        taken.append(metrics.step_seconds)
+        spent = torch.tensor(sum(taken) / SECONDS if len(taken) > 2 * FIRST_STEPS else 0.0)
+        if engine.max_over_ranks(spent.item()) >= 1:
+            break
+    seconds = engine.max_over_ranks(statistics.median(taken[FIRST_STEPS:]))
+    flops = train.batch_tokens * accounting.flops(cell.shape).training / n_workers
+    return Measured(
+        shape=asdict(cell.shape),
+        batch_rows=train.batch_rows,
+        n_workers=n_workers,
+        precision=train.precision,
+        device=device_name,
+        step_seconds=seconds,
+        worker_flops_per_second=flops / seconds,
+    )

@@ -1,0 +1,188 @@
+"""Exactly once: whether a cell has ended, who may work on it, and which MLflow run it is. Called by trainer, ladder, tune.
+
+Drivers that share a storage keep out of each other's way by a lock on the trunk's folder; drivers that share only an MLflow
+store by the sign of life that a run's courier leaves there.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lmu_dist import records
+from lmu_dist.config import ConfigError
+from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, tell_result, write_record
+from lmu_dist.launch.recorder import spool_lock
+from lmu_dist.records import RunRecord
+from lmu_dist.tracking.delivery import Courier
+from lmu_dist.tracking.spool import Spool
+from lmu_dist.tracking.store import Store, record_of
+from lmu_dist.train import checkpoint
+
+DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
+GONE_SECONDS = 60.0  # how long the processes of a run that was stopped may take to die
+SILENCE_SECONDS = 90.0  # without a sign of life, after which a run in another storage counts as abandoned
+
+
+class BusyError(ConfigError):
+    """Another driver works on the cell."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that ended, for the summary."""
+
+    cell: Cell
+    record: RunRecord
+    run_id: str
+    tracking_uri: str
+    already_done: bool
+    notes: tuple[str, ...]  # what a person should know: checkpoints passed over, a record not yet delivered
+
+
+def find_done(cell: Cell, store: Store, study: str, known: Any = None) -> Finished | None:
+    """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it.
+
+    What MLflow has not heard yet is delivered; all of it, if this store never knew the run. `known`: the MLflow run, if the
+    caller has looked already.
+    """
+    if record_path(cell).exists():
+        record, run_id = read_record(cell), known.info.run_id if known else open_run(cell, store, study)
+        return Finished(cell, record, run_id, store.uri, True, notes([], deliver(cell, run_id, store)))
+    try:
+        run = store.find_run(cell.key)
+    except ConfigError:
+        if _remembered(cell, store) is None:
+            raise
+        return None  # begun here and not ended; the record of it can wait
+    return finished_elsewhere(cell, run, store)
+
+
+def finished_elsewhere(cell: Cell, run: Any, store: Store) -> Finished | None:
+    """The run MLflow has of a cell, if it has ended."""
+    record = record_of(run) if run else None
+    if run is None or record is None or record.status not in records.ENDED:
+        return None
+    elsewhere = run.data.tags.get("lmu.folder")
+    note = (
+        f"MLflow has this run as done in {elsewhere}, which is not here; to train it again use ladder --rerun {cell.key[:12]}"
+    )
+    return Finished(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
+
+
+def deliver(cell: Cell, run_id: str, store: Store) -> str:
+    """Tells MLflow what it has not heard of a run nobody works on. Returns "" or why something still waits."""
+    spool = Spool(cell.folder, run_id)
+    if not any(spool.pending()):
+        return ""
+    try:
+        with spool_lock(cell.folder).acquire(timeout=DELIVERY_SECONDS):
+            return Courier(spool, store.uri).close(DELIVERY_SECONDS)
+    except Timeout:
+        return "another process is delivering it"
+
+
+def close(cell: Cell, store: Store, how: str | Outcome) -> None:
+    """Ends a run whose workers and recorder are gone: with a status, for now, or for good with what it came to.
+
+    Waits for the driver of the run to be gone, too. Raises Timeout if it or the recorder stays.
+    """
+    run_id = _remembered(cell, store)
+    if run_id is None:
+        return
+    with FileLock(cell.trunk_folder / "lock", timeout=GONE_SECONDS), spool_lock(cell.folder).acquire(timeout=GONE_SECONDS):
+        if record_path(cell).exists():
+            return
+        spool = Spool(cell.folder, run_id)
+
+        def tell(kind: str, *arguments: Any) -> None:
+            getattr(spool, kind)(*arguments)
+
+        if isinstance(how, Outcome):
+            record = record_of_cell(cell, how)
+            tell_result(record, how.evaluation, tell)
+            write_record(cell, record)
+        else:
+            tell("tags", {"lmu.status": how})
+        tell("end", how.status if isinstance(how, Outcome) else how)
+        Courier(spool, store.uri).close(DELIVERY_SECONDS)
+
+
+def check_resumable(cell: Cell) -> list[str]:
+    """The damaged checkpoints that will be passed over. Raises ConfigError if the one to go on from does not fit."""
+    path, meta, passed_over = checkpoint.newest_intact(cell.folder)
+    wanted = cell.config.cluster
+    if meta is not None and (meta.world_size, meta.zero_stage) != (wanted.n_workers, wanted.zero_stage):
+        raise ConfigError(
+            f"{path} was written by {meta.world_size} workers at ZeRO stage {meta.zero_stage}; go on with "
+            f"cluster.n_workers={meta.world_size} cluster.zero_stage={meta.zero_stage}"
+        )
+    return passed_over
+
+
+@contextmanager
+def alone(cell: Cell) -> Iterator[None]:
+    """Holds the trunk's folder against a second driver. Raises BusyError."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cell.trunk_folder / "lock", timeout=0):
+            yield
+    except Timeout as e:
+        raise BusyError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
+
+
+def notes(passed_over: list[str], undelivered: str) -> tuple[str, ...]:
+    """What a person should know of a run."""
+    late = f"MLflow has not all of the record yet, the same command delivers the rest: {undelivered}"
+    return (*passed_over, *([late] if undelivered else []))
+
+
+def open_run(cell: Cell, store: Store, study: str) -> str:
+    """The MLflow run of the cell: the one it has, or a new one under its experiment's study.
+
+    A store that is away is no obstacle if the run was opened in it before: the spool waits. Raises BusyError if a driver with
+    another storage is at it.
+    """
+    try:
+        run = store.find_run(cell.key)
+        if run is not None and _is_alive_elsewhere(cell, run):
+            raise BusyError(f"{cell.name} is being run in {run.data.tags['lmu.folder']}; wait for it")
+        if run is not None:
+            run_id = run.info.run_id
+        else:
+            experiment_id, study_id = store.open_study(cell.config.experiment, study)
+            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder))
+            # Two drivers may have looked at the same moment: the run that was made first stays.
+            if (first := store.find_run(cell.key)) is not None and first.info.run_id != run_id:
+                store.drop_run(run_id)
+                raise BusyError(f"{cell.name} is being run in {first.data.tags.get('lmu.folder')}; wait for it")
+    except BusyError:
+        raise
+    except ConfigError:
+        if (known := _remembered(cell, store)) is not None:
+            return known
+        raise
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "run.json").write_text(json.dumps({"tracking_uri": store.uri, "run_id": run_id}))
+    return run_id
+
+
+def _is_alive_elsewhere(cell: Cell, run: Any) -> bool:
+    tags = run.data.tags
+    folder, heard = tags.get("lmu.folder"), float(tags.get("lmu.alive_ms", "0")) / 1000
+    ended = tags.get("lmu.status") in records.ENDED
+    return not ended and folder not in (None, str(cell.folder)) and time.time() - heard < SILENCE_SECONDS
+
+
+def _remembered(cell: Cell, store: Store) -> str | None:
+    """The id under which this store knows the run, from an earlier start."""
+    try:
+        known = json.loads((cell.folder / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return known["run_id"] if known["tracking_uri"] == store.uri else None

@@ -1,0 +1,111 @@
+"""Ray Tune trials that are Ray Train runs of different sizes: works and slots in, results out. Used by ladder and tune.
+
+A trial is only a small driver; its workers are placed by Ray Train. So trials ask for a trace of a resource that every head
+node has, and what keeps them from overbooking the cluster is counted here, in slots: one for every worker.
+"""
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune.search import Searcher
+from ray.util.state import list_placement_groups
+from ray.util.state.exception import RayStateApiException
+
+from lmu_dist.config import ConfigError
+
+HEAD = "node:__internal_head__"
+RELEASE_SECONDS = 60.0  # how long Ray may take to give back what a stopped trial had reserved
+
+
+class Slots(Searcher):
+    """Hands out works by their index, in order, each once as many slots are free as it has workers; what fits goes first."""
+
+    def __init__(self, n_workers: Sequence[int], n_slots: int) -> None:
+        super().__init__(metric=None, mode=None)
+        assert max(n_workers) <= n_slots
+        self._sizes, self._free = list(n_workers), n_slots
+        self._waiting, self._held = list(range(len(n_workers))), dict[str, int]()
+
+    def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
+        """Takes note of nothing: the works are what they are."""
+        return True
+
+    def suggest(self, trial_id: str) -> Any:
+        """The first work that fits; None while none does."""
+        if not self._waiting:
+            return Searcher.FINISHED
+        for index in self._waiting:
+            if self._sizes[index] <= self._free:
+                self._waiting.remove(index)
+                self._held[trial_id] = self._sizes[index]
+                self._free -= self._sizes[index]
+                return {"index": index}
+        return None
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """Gives the slots back, however the trial ended."""
+        self._free += self._held.pop(trial_id, 0)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing to keep: a ladder that starts again looks at what is done."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing was kept."""
+
+
+def check_state_api() -> None:
+    """Raises ConfigError if the cluster's State API is silent: without it Ray never frees what a stopped trial reserved."""
+    try:
+        list_placement_groups(limit=1, timeout=30)
+    except (RayStateApiException, RuntimeError, OSError) as e:
+        raise ConfigError(
+            "the cluster's State API does not answer, without which stopped trials would keep their workers' places; "
+            f"start the head with its dashboard (ray[default]): {' '.join(str(e).split())[:200]}"
+        ) from e
+
+
+def run_trials(
+    function: Callable[..., Any],
+    arguments: dict[str, Any],
+    scratch: Path,
+    tune_config: tune.TuneConfig,
+    param_space: dict[str, Any] | None = None,
+    callbacks: Sequence[Any] = (),
+) -> list[Any]:
+    """Runs trials to their end and returns their results; one that raises does not end the others."""
+    # Ctrl-C is for the caller, who has records to close; nothing reads Tune's own logs and snapshots.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
+    os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    name = f"{time.time_ns():x}"
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(function, **arguments), tune.PlacementGroupFactory([{HEAD: 0.001}])),
+        param_space=param_space or {},
+        tune_config=tune_config,
+        run_config=tune.RunConfig(name=name, storage_path=str(scratch), verbose=0, callbacks=list(callbacks)),
+    )
+    try:
+        return list(tuner.fit())  # pyright: ignore[reportArgumentType]
+    finally:
+        shutil.rmtree(scratch / name, ignore_errors=True)
+
+
+def still_reserved() -> list[str]:
+    """Placement groups of this driver that Ray has not given back a minute after the trials ended, by the State API."""
+    job = ray.get_runtime_context().get_job_id()
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while True:
+        groups: Any = list_placement_groups(limit=10_000, timeout=30, raise_on_missing_output=False)
+        held = [g.placement_group_id for g in groups if g.creator_job_id == job and g.state != "REMOVED"]
+        if not held or time.monotonic() > deadline:
+            return held
+        time.sleep(1)

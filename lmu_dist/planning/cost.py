@@ -1,0 +1,227 @@
+"""What a grid costs: a ladder configuration in, one line per cell with widths, counts, memory, time and price out.
+
+Builds no model and starts nothing: every number comes from models/accounting and, for the time, from a calibration that
+`lmu-dist plan --calibrate` measured or from plan.flops_per_second.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lmu_dist.config import Config, ConfigError, to_dict
+from lmu_dist.data.manifest import is_prepared, locate, read_manifest
+from lmu_dist.data.tokenizer import nominal_size
+from lmu_dist.models import accounting
+from lmu_dist.models.shape import Shape
+from lmu_dist.planning.grid import Planned, grid, shared_settings
+
+CALIBRATION = "calibration.json"  # in the storage folder
+STAGES = (0, 1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one optimizer step, measured."""
+
+    shape: dict[str, Any]
+    batch_rows: int
+    n_workers: int
+    precision: str
+    device: str
+    step_seconds: float
+    worker_flops_per_second: float  # training FLOPs of the step over its seconds, per worker
+
+    def is_of(self, cell: Planned) -> bool:
+        """Whether this is the very step of a cell."""
+        config = cell.config
+        mine = (self.shape, self.batch_rows, self.n_workers, self.precision)
+        return mine == (asdict(cell.shape), config.train.batch_rows, config.cluster.n_workers, config.train.precision)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One cell of the plan. FLOPs and seconds are those of the steps it takes itself, not of those it shares."""
+
+    family: str
+    n_params: int
+    n_params_with_head: int
+    d_model: int
+    order: int
+    n_heads: int
+    d_inner: int
+    tokens: int
+    seed: int
+    steps: int
+    shared_steps: int  # taken by a cell of the same trunk with fewer tokens
+    batch_tokens: int
+    learning_rate: float
+    n_workers: int
+    flops: float
+    flops_kaplan: float  # 6 N per token
+    memory_bytes: tuple[float, float, float, float]  # model state and activations of one worker at ZeRO stage 0 .. 3
+    smallest_stage: int | None  # that fits plan.worker_memory_bytes
+    zero_stage: int
+    step_seconds: float | None
+    seconds: float | None
+    price: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole grid, and what it adds up to."""
+
+    lines: tuple[Line, ...]
+    left_out: tuple[str, ...]  # cells above ladder.max_cell_flops
+    device: str  # whose calibration was used; empty if none
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs."""
+        return sum(line.flops for line in self.lines)
+
+    @property
+    def saved_share(self) -> float:
+        """Share of the FLOPs of independent runs that shared trunks save."""
+        alone = sum(line.flops * line.steps / (line.steps - line.shared_steps) for line in self.lines)
+        return 1 - self.flops / alone
+
+    @property
+    def worker_seconds(self) -> float | None:
+        """Seconds of one worker for all of it; None if unknown."""
+        known = [line.seconds * line.n_workers for line in self.lines if line.seconds is not None]
+        return sum(known) if len(known) == len(self.lines) else None
+
+    def totals(self) -> dict[str, Any]:
+        """The sums, by name."""
+        names = ("flops", "saved_share", "worker_seconds", "price", "device", "left_out")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def price(self) -> float | None:
+        """At plan.price_per_worker_hour."""
+        known = [line.price for line in self.lines if line.price is not None]
+        return sum(known) if len(known) == len(self.lines) else None
+
+
+def vocab_tokens(config: Config) -> int:
+    """Size of the vocabulary: of the prepared corpus if there is one, else what the tokenizer's settings promise."""
+    with suppress(ConfigError):  # a corpus that is not on this machine
+        if is_prepared(config.data, config.storage_folder):
+            return read_manifest(locate(config.data, config.storage_folder)).vocab_tokens
+    return nominal_size(config.data.tokenizer)
+
+
+def plan(config: Config) -> Plan:
+    """The plan of `config.ladder`. Raises ConfigError, as `grid` does."""
+    cells, left_out = grid(config, vocab_tokens(config))
+    measured = read_calibration(config.storage_folder)
+    shared = _shared_steps(cells)
+    lines = tuple(_line(cell, shared[i], measured) for i, cell in enumerate(cells))
+    names = tuple(f"{c.config.model.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
+    used = any(m.is_of(cell) or m.shape["family"] == cell.shape.family for m in measured for cell in cells)
+    return Plan(lines, names, measured[0].device if used else "")
+
+
+def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:
+    """Seconds of one step: as measured for this very cell, else from the speed at the sizes of its family that were measured
+    (interpolated in log N, held constant beyond them), else from plan.flops_per_second; None if nothing is known.
+    """
+    config, n_params = cell.config, accounting.parameters(cell.shape).non_embedding
+    if exact := [m for m in measured if m.is_of(cell)]:
+        return exact[-1].step_seconds
+    flops = config.train.batch_tokens * accounting.flops(cell.shape).training / config.cluster.n_workers
+    if config.plan.flops_per_second:
+        return flops / config.plan.flops_per_second
+    precision = config.train.precision
+    of_family = {
+        _n_params(m): math.log(m.worker_flops_per_second)
+        for m in measured
+        if (m.shape["family"], m.precision) == (cell.shape.family, precision)
+    }
+    if not of_family:
+        return None
+    return flops / math.exp(_interpolate(sorted((math.log(n), speed) for n, speed in of_family.items()), math.log(n_params)))
+
+
+def read_calibration(storage: Path) -> list[Measured]:
+    """What was measured, oldest first; nothing if nothing was."""
+    path = storage / CALIBRATION
+    return [Measured(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def write_calibration(storage: Path, measured: Sequence[Measured]) -> Path:
+    """Adds measurements, in place of older ones of the same cells."""
+    new = {json.dumps([m.shape, m.batch_rows, m.n_workers, m.precision], sort_keys=True): m for m in measured}
+    old = {json.dumps([m.shape, m.batch_rows, m.n_workers, m.precision], sort_keys=True): m for m in read_calibration(storage)}
+    path = storage / CALIBRATION
+    path.write_text(json.dumps([asdict(m) for m in (old | new).values()], indent=1))
+    return path
+
+
+def _shared_steps(cells: list[Planned]) -> dict[int, int]:
+    """For each cell, by its place, the steps that a cell of its trunk with fewer tokens has taken before."""
+    trunks: dict[str, list[int]] = {}
+    for i, cell in enumerate(cells):
+        tree = to_dict(cell.config)
+        trunk = json.dumps([tree["model"], tree["seed"], shared_settings(tree["train"])], sort_keys=True)
+        trunks.setdefault(trunk, []).append(i)
+    shared = dict.fromkeys(range(len(cells)), 0)
+    for trunk in trunks.values():
+        for shorter, longer in pairwise(sorted(trunk, key=lambda i: cells[i].config.train.n_steps)):
+            shared[longer] = cells[shorter].config.train.decay_start
+    return shared
+
+
+def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
+    config, shape = cell.config, cell.shape
+    train, workers = config.train, config.cluster.n_workers
+    counts, flops = accounting.parameters(shape), accounting.flops(shape)
+    steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, measured)
+    micro_rows = config.cluster.micro_batch_rows or train.batch_rows // workers
+    activations = accounting.activation_bytes(shape, micro_rows, train.precision)
+    states = [accounting.zero_memory(shape, stage, workers, train.precision).total_bytes for stage in STAGES]
+    memory = tuple(state + activations for state in states)
+    seconds = seconds_each * steps if seconds_each is not None else None
+    return Line(
+        family=shape.family,
+        n_params=counts.non_embedding,
+        n_params_with_head=counts.with_head,
+        d_model=shape.d_model,
+        order=shape.order,
+        n_heads=shape.n_heads,
+        d_inner=shape.d_ff or shape.d_hidden,
+        tokens=train.tokens,
+        seed=config.seed,
+        steps=train.n_steps,
+        shared_steps=shared_steps,
+        batch_tokens=train.batch_tokens,
+        learning_rate=train.learning_rate,
+        n_workers=workers,
+        flops=steps * train.batch_tokens * flops.training,
+        flops_kaplan=steps * train.batch_tokens * flops.training_kaplan,
+        memory_bytes=memory,  # pyright: ignore[reportArgumentType]
+        smallest_stage=next((s for s in STAGES if memory[s] <= config.plan.worker_memory_bytes), None),
+        zero_stage=config.cluster.zero_stage,
+        step_seconds=seconds_each,
+        seconds=seconds,
+        price=seconds / 3600 * workers * config.plan.price_per_worker_hour if seconds is not None else None,
+    )
+
+
+def _n_params(measured: Measured) -> int:
+    return accounting.parameters(Shape(**measured.shape)).non_embedding
+
+
+def _interpolate(points: list[tuple[float, float]], x: float) -> float:
+    """Linear between sorted points, constant beyond the first and the last."""
+    if x <= points[0][0]:
+        return points[0][1]
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return points[-1][1]

@@ -1,0 +1,121 @@
+"""From a ladder configuration to its cells: (Config, vocabulary) in, one Config and Shape per cell out, cheapest first.
+
+The one place that turns a size into learning rate, batch, warm-up and workers. Called by launch/ladder and by cost.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lmu_dist.config import Config, ConfigError, Family, LadderConfig, Rule, WorkersFrom, with_settings
+from lmu_dist.models import accounting
+from lmu_dist.models.shape import Shape
+from lmu_dist.models.sizing import shape_for
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell of a grid before it has data or a key: the configuration of one run, and its widths."""
+
+    config: Config
+    shape: Shape
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the run, whole batches."""
+        return self.config.train.n_steps * self.config.train.batch_tokens
+
+    @property
+    def training_flops(self) -> float:
+        """FLOPs of the whole run, head and FFTs included."""
+        return self.trained_tokens * accounting.flops(self.shape).training
+
+
+def shape_of(config: Config, vocab_tokens: int) -> Shape:
+    """The widths of a run. Raises ConfigError if none give the size asked for."""
+    model, train = config.model, config.train
+    try:
+        return shape_for(
+            model.family,
+            model.n_params,
+            vocab_tokens=vocab_tokens,
+            sequence_tokens=train.sequence_tokens,
+            n_blocks=model.n_blocks,
+            order=model.order,
+            reduced_order=model.reduced_order,
+            theta_tokens=model.theta_tokens,
+        )
+    except ValueError as e:
+        raise ConfigError(f"model: {e}") from e
+
+
+def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned]]:
+    """The cells of `config.ladder`, cheapest first, and those left out for exceeding its max_cell_flops.
+
+    Raises ConfigError, naming the cell, when a rule gives an impossible setting.
+    """
+    ladder = _ladder(config)
+    planned = []
+    for family in dict.fromkeys(ladder.families):
+        for n_params in sorted(set(ladder.n_params)):
+            for tokens in budgets(ladder, n_params):
+                for seed in dict.fromkeys(ladder.seeds):
+                    try:
+                        cell = _cell(config, ladder, family, n_params, tokens, seed)
+                        planned.append(Planned(cell, shape_of(cell, vocab_tokens)))
+                    except ConfigError as e:
+                        raise ConfigError(f"ladder: {family}, N = {n_params:,}, {tokens:,} tokens: {e}") from e
+    planned.sort(key=lambda p: p.training_flops)
+    most = ladder.max_cell_flops or math.inf
+    return [p for p in planned if p.training_flops <= most], [p for p in planned if p.training_flops > most]
+
+
+def shared_settings(train: dict[str, Any]) -> dict[str, Any]:
+    """Of the settings of a training, those that decide its steps before the decay; all of them unless the schedule is wsd."""
+    if train["schedule"] != "wsd":
+        return train
+    return {key: value for key, value in train.items() if key not in ("tokens", "decay_share")}
+
+
+def budgets(ladder: LadderConfig, n_params: int) -> list[int]:
+    """Token budgets of a size, each once, smallest first."""
+    return sorted({*ladder.tokens, *(round(n_params * share) for share in ladder.tokens_per_param)})
+
+
+def _ladder(config: Config) -> LadderConfig:
+    if config.ladder is None:
+        raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
+    return config.ladder
+
+
+def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, tokens: int, seed: int) -> Config:
+    tuned = min(
+        (t for t in ladder.tuned if t.family == family), key=lambda t: abs(math.log(t.n_params / n_params)), default=None
+    )
+    settings = dict(tuned.settings) if tuned else {}
+    workers = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers, config.cluster.zero_stage)
+    rules = {key: getattr(ladder, key) for key in ("learning_rate", "batch_tokens", "warmup_tokens")}
+    scaled: dict[str, Any] = {}
+    for key, rule in rules.items():
+        if tuned and f"train.{key}" in settings:
+            # The tuned value holds at the tuned size; the rule says how it changes from there.
+            value = float(settings.pop(f"train.{key}"))
+            scaled[key] = replace(rule or Rule(value), value=value, at_n_params=tuned.n_params).at(n_params)
+        elif rule is not None:
+            scaled[key] = rule.at(n_params)
+    row = config.train.sequence_tokens
+    if "batch_tokens" in scaled:
+        step = row * workers.n_workers
+        scaled["batch_tokens"] = max(1, round(scaled["batch_tokens"] / step)) * step
+    if "warmup_tokens" in scaled:
+        scaled["warmup_tokens"] = round(scaled["warmup_tokens"])
+    settings |= {f"train.{key}": value for key, value in scaled.items()}
+    settings |= {"model.family": family, "model.n_params": n_params, "train.tokens": tokens, "seed": seed}
+    settings |= {"cluster.n_workers": workers.n_workers, "cluster.zero_stage": workers.zero_stage}
+    settings |= {"cluster.micro_batch_rows": workers.micro_batch_rows or config.cluster.micro_batch_rows}
+    return with_settings(config, settings | {"ladder": None, "tune": None})
+
+
+def _workers(ladder: LadderConfig, n_params: int) -> WorkersFrom | None:
+    fitting = [w for w in ladder.workers if w.n_params <= n_params]
+    return max(fitting, key=lambda w: w.n_params, default=None)

@@ -1,0 +1,224 @@
+"""What commands show: progress on stderr, tables on stdout. Values in, text out; called by the command line only."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lmu_dist.config import Config, PlanConfig
+
+if TYPE_CHECKING:  # heavy; a command has imported what it shows
+    from lmu_dist.launch.ladder import Climbed
+    from lmu_dist.launch.tune import Search
+    from lmu_dist.planning.cost import Plan
+    from lmu_dist.planning.power import Power
+    from lmu_dist.tracking.progress import Row
+
+console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+WIDE = 160  # columns of a table that goes to a file or a pipe
+ENDED = ("complete", "stopped_early", "diverged")
+
+
+def ladder(climbed: "Climbed", tracking_uri: str) -> None:
+    """The table of a ladder that has come to its end."""
+    table = _table("family", "N", "tokens", "seed", "rate", "status", "validation nats", "bits/byte", "training s", "remark")
+    for finished in climbed.finished:
+        r = finished.record
+        remarks = ["was done"] if finished.already_done else []
+        remarks += ["second try at half the rate"] if r.retry_of else []
+        table.add_row(
+            r.family,
+            f"{r.n_params:,}",
+            f"{r.planned_tokens:,}",
+            str(r.seed),
+            f"{r.learning_rate:.2g}",
+            r.status,
+            f"{r.val_loss_nats:.4f} +- {r.val_loss_standard_error_nats:.4f}",
+            f"{r.val_bits_per_byte:.4f}",
+            f"{r.training_seconds:.0f}",
+            "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
+        )
+    _print(table)
+    fresh = sum(not f.already_done for f in climbed.finished)
+    print(f"{len(climbed.finished)} cells ended, {fresh} of them now; MLflow {tracking_uri}")
+    for name, reason in climbed.failures.items():
+        console.print(f"failed {name}: {reason}")
+
+
+def tune(searches: "Sequence[Search]", winners: Path, figure: Path) -> None:
+    """The tries of every search, best first."""
+    for search in searches:
+        keys = list(dict.fromkeys(key for trial in search.trials for key in trial.settings))
+        print(f"{search.family}, N = {search.n_params:,}")
+        table = _table("", *keys, "status", "tokens", "validation nats", "remark")
+        for trial in search.trials:
+            r = trial.record
+            best = "best" if trial is search.best else ""
+            drawn = [
+                f"{trial.settings[key]:g}" if isinstance(trial.settings[key], float) else str(trial.settings[key])
+                for key in keys
+            ]
+            table.add_row(best, *drawn, r.status, f"{r.tokens:,}", f"{r.val_loss_nats:.4f}", r.stop_rule)
+        _print(table)
+        for reason in search.failures:
+            console.print(f"failed: {reason}")
+    print(f"winners  {winners}, for `include` in a ladder's configuration\nfigure   {figure}")
+
+
+def status(rows: "Callable[[], list[Row]]", live: bool) -> None:
+    """The table of an experiment; kept up to date on a terminal until all of it has ended or Ctrl-C."""
+    if not (live and sys.stdout.isatty()):
+        _print(_status_table(rows()))
+        return
+    with Live(refresh_per_second=2, screen=False) as screen:
+        while True:
+            now = rows()
+            screen.update(_status_table(now), refresh=True)
+            if all(row.state in ENDED for row in now):
+                return
+            time.sleep(2)
+
+
+def _status_table(rows: "Sequence[Row]") -> Table:
+    table = _table("cell", "state", "tokens", "of", "loss", "tokens/s", "workers", "attempts", "ETA", "remark")
+    for row in rows:
+        table.add_row(
+            row.name,
+            row.state,
+            f"{row.tokens:,}",
+            f"{row.planned_tokens:,}",
+            _number(row.loss_nats, ".4f"),
+            _number(row.tokens_per_second, ",.0f"),
+            str(row.n_workers or ""),
+            str(row.attempts or ""),
+            _duration(row.eta_seconds),
+            row.remark,
+        )
+    done = sum(row.state in ENDED for row in rows)
+    table.caption = f"{done} of {len(rows)} cells ended"
+    return table
+
+
+def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
+    """The table of a plan, its totals, and what it could tell."""
+    table = _table(
+        "family",
+        "N",
+        "N with head",
+        "d",
+        "q",
+        "tokens",
+        "seed",
+        "steps",
+        "FLOPs",
+        "rate",
+        "batch",
+        "workers",
+        "ZeRO",
+        "GB",
+        "time",
+        "cost",
+    )
+    for line in plan.lines:
+        stage = "none fits" if line.smallest_stage is None else str(line.smallest_stage)
+        table.add_row(
+            line.family,
+            f"{line.n_params:,}",
+            f"{line.n_params_with_head:,}",
+            str(line.d_model),
+            str(line.order or ""),
+            f"{line.tokens:.3g}",
+            str(line.seed),
+            f"{line.steps:,}" + (f" ({line.shared_steps:,} shared)" if line.shared_steps else ""),
+            f"{line.flops:.2e}",
+            f"{line.learning_rate:.2g}",
+            f"{line.batch_tokens:,}",
+            str(line.n_workers),
+            f"{line.zero_stage} (>= {stage})",
+            " ".join(f"{b / 1e9:.2g}" for b in line.memory_bytes),
+            _duration(line.seconds),
+            _number(line.price, ",.2f"),
+        )
+    _print(table)
+    print(f"{len(plan.lines)} cells, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
+    print("ZeRO: the stage set, and the smallest that fits plan.worker_memory_bytes; GB: of one worker at stages 0 1 2 3")
+    for name in plan.left_out:
+        print(f"left out, above ladder.max_cell_flops: {name}")
+    if plan.worker_seconds is None:
+        print("time: unknown; run plan --calibrate, or set plan.flops_per_second")
+    else:
+        calibrated = plan.device and not assumed.flops_per_second
+        source = f"calibrated on {plan.device}" if calibrated else "from plan.flops_per_second"
+        print(f"time: {_duration(plan.worker_seconds)} of one worker ({source})")
+        print("on top of that come the start of the workers, about half a minute for every trunk, and validation")
+    if plan.price:
+        print(f"cost: {plan.price:,.2f} at {assumed.price_per_worker_hour:g} per worker and hour")
+    for text in power.lines():
+        print(text)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        words = name in ("family", "cell", "state", "status", "remark")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name == "cell")
+    return table
+
+
+def _print(table: Table) -> None:
+    out = Console(highlight=False, markup=False)
+    Console(highlight=False, markup=False, width=None if out.is_terminal else WIDE).print(table)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
+
+
+class Bars:
+    """Progress of long work: bars on a terminal, a line every ten seconds elsewhere."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress, self._tasks, self._printed = progress, dict[str, TaskID](), 0.0
+
+    def show(self, what: str, done: float, total: float, detail: str = "") -> None:
+        """Brings one bar up to date."""
+        first = what not in self._tasks
+        if first:
+            self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
+        self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
+        if not console.is_terminal and (first or time.monotonic() - self._printed > 10):
+            self._printed = time.monotonic()
+            console.print(f"{what} {done / (total or 1):.0%} {detail}")
+
+    def show_training(self, config: Config, latest: dict[str, float]) -> None:
+        """The newest step of a run; before the first one, that its workers are starting."""
+        if "train/loss_nats" not in latest:
+            self.show("starting the workers", 0, 1)
+            return
+        speed = latest.get("speed/tokens_per_second", 0.0)
+        validation = f", validation {latest['val/loss_nats']:.3f}" if "val/loss_nats" in latest else ""
+        detail = f"loss {latest['train/loss_nats']:.3f}{validation} nats, {speed:,.0f} tokens/s"
+        self.show("training", latest["train/tokens"], config.train.n_steps * config.train.batch_tokens, detail)
+
+
+@contextmanager
+def bars() -> Iterator[Bars]:
+    """Progress on stderr, gone when it is over."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield Bars(progress)

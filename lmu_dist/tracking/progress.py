@@ -1,0 +1,89 @@
+"""How far an experiment is: an MLflow store in, one row per cell out. For `lmu-dist status`, and for the ladder while it runs.
+
+Reads what MLflow has as newest value of every metric, never a history.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mlflow.entities import Run
+
+from lmu_dist import records
+from lmu_dist.tracking.store import ALIVE, KEY, STATUS, Store
+
+PLANNED, LOST = "planned", "lost"  # states beside the statuses of a run: not begun; begun, and silent since
+SILENCE_SECONDS = 90.0
+ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell. `loss_nats` is the validation loss once there is one, else that of the last step."""
+
+    name: str
+    key: str
+    run_id: str
+    state: str
+    tokens: int
+    planned_tokens: int
+    loss_nats: float | None
+    tokens_per_second: float | None
+    n_workers: int
+    attempts: int
+    eta_seconds: float | None
+    remark: str
+
+
+def rows(store: Store, experiment: str) -> list[Row]:
+    """All cells of an experiment, those planned and not begun included; what is being worked on first, the finished last."""
+    found = {run.data.tags[KEY]: _row(run) for run in store.runs(experiment)}
+    for cell in store.read_plans(experiment):
+        if cell["key"] in found:
+            continue
+        elsewhere = store.find_run(cell["key"])
+        found[cell["key"]] = _row(elsewhere, "in another experiment") if elsewhere else _planned(cell)
+    order = {state: i for i, state in enumerate(ORDER)}
+    return sorted(found.values(), key=lambda row: (order.get(row.state, len(order)), row.planned_tokens, row.name))
+
+
+def _planned(cell: dict[str, Any]) -> Row:
+    return Row(
+        name=cell["name"],
+        key=cell["key"],
+        run_id="",
+        state=PLANNED,
+        tokens=0,
+        planned_tokens=cell["planned_tokens"],
+        loss_nats=None,
+        tokens_per_second=None,
+        n_workers=cell["n_workers"],
+        attempts=0,
+        eta_seconds=None,
+        remark="",
+    )
+
+
+def _row(run: Run, remark: str = "") -> Row:
+    tags, metrics = run.data.tags, run.data.metrics
+    state, planned = tags.get(STATUS, records.WAITING), int(run.data.params.get("planned_tokens", "0"))
+    alive = time.time() - float(tags.get(ALIVE, "0")) / 1000 < SILENCE_SECONDS
+    if state in (records.RUNNING, records.WAITING) and not alive:
+        state = LOST
+    tokens, speed = int(metrics.get(records.TRAIN_TOKENS, 0)), metrics.get(records.TOKENS_PER_SECOND)
+    running = state == records.RUNNING
+    said = [remark, tags.get("lmu.stop_rule", ""), "second try at half the rate" if tags.get("lmu.retry_of") else ""]
+    return Row(
+        name=tags.get("mlflow.runName", ""),
+        key=tags[KEY],
+        run_id=run.info.run_id,
+        state=state,
+        tokens=tokens,
+        planned_tokens=planned,
+        loss_nats=metrics.get(records.VAL_LOSS, metrics.get(records.TRAIN_LOSS)),
+        tokens_per_second=speed,
+        n_workers=int(tags.get("lmu.n_workers", "0")),
+        attempts=int(tags.get("lmu.attempt", "0")),
+        eta_seconds=(planned - tokens) / speed if running and speed else None,
+        remark="; ".join(text for text in said if text),
+    )
