@@ -26,10 +26,8 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-run: setup ## text to a trained LMU on this machine: data, two Ray workers, ZeRO 1, MLflow, a sample
-	$(BIN)/lmu-dist train jobs/train.yaml
-	@folder=$$($(BIN)/lmu-dist train jobs/train.yaml --json | $(BIN)/python -c 'import json, sys; print(json.load(sys.stdin)["folder"])') && \
-		echo && echo "a sample:" && $(BIN)/lmu-dist generate "$$folder" --prompt 'import ' --tokens 80
+run: setup ## a small scaling study on this machine: 16 cells on Ray, ZeRO 1, MLflow
+	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
 
 test: setup ## tests, some minutes on two cores
 	$(BIN)/pytest -m 'not slow'

@@ -45,7 +45,7 @@ def test_round_trip():
         ("cluster.n_workers=3", "n_workers .* must divide the 8 rows"),
         ("cluster.micro_batch_rows=3", "micro_batch_rows .* must divide the 4 rows"),
         ("train.batch_tokens=1000", "must be a multiple of sequence_tokens"),
-        ("train.warmup_tokens=1e9", "must be less than tokens"),
+        ("train.warmup_tokens=1e9", "must be less than train.tokens"),
         ("data.source=files", "needs files, a list of globs"),
         ("data.source=huggingface", "needs dataset"),
         ("data.tokenizer.kind=gpt2", "vocab_path and merges_path"),

@@ -33,7 +33,7 @@ SPLITS = {"train": range(96), "validation": range(96, 99), "test": range(99, 100
 SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
 TOKENIZER_TRAINING_BYTES = 64_000_000  # of training documents, spread over all units
 ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
-Progress = Callable[[str, int, int], None]  # what is being done, bytes done, bytes in all
+Progress = Callable[..., None]  # what is being done, how much is done (here in bytes), of how much, and words about it
 
 
 def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None) -> Corpus:

@@ -5,8 +5,9 @@ import os
 import secrets
 import shutil
 import socket
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 
 import ray
 from ray.exceptions import RayError
@@ -34,7 +35,8 @@ def check_before(configs: Sequence[Config]) -> None:
 @contextmanager
 def cluster(configs: Sequence[Config]) -> Iterator[None]:
     """A Ray cluster that can hold each of the runs: the one this process is in, or that at cluster.address or $RAY_ADDRESS,
-    else a local one until the end. Raises ConfigError when the workers of one can never fit.
+    else a local one until the end. Raises ConfigError when the workers of one can never fit. While it is held, what Ray says on
+    stdout goes to stderr: stdout is for results.
     """
     if ray.is_initialized():
         _check_all_fit(configs)
@@ -52,7 +54,8 @@ def cluster(configs: Sequence[Config]) -> Iterator[None]:
             raise _unreachable(address, e) from e
     try:
         _check_all_fit(configs)
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 

@@ -31,6 +31,7 @@ from lmu_dist.tracking.delivery import set_client_limits
 from lmu_dist.tracking.store import Store
 
 STUDY = "ladder"
+TELL_SECONDS = 2.0  # between two looks at how far the cells are
 PAUSE_SECONDS = 5.0  # between two looks at what another driver is doing
 
 
@@ -80,8 +81,8 @@ class _Climb:
         self.cells, self.store, self.progress = cells, store, progress
         self.done: dict[str, Finished] = {}
         self.failures: dict[str, str] = {}
-        first = cells[0]
-        self.known = store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
+        self.works: list[tuple[Cell, ...]] = []
+        self.running: set[int] = set()  # trials, by the index of their work
         self._look()
         self.before = frozenset(self.done)
 
@@ -95,35 +96,36 @@ class _Climb:
 
     def run(self, scratch: Path) -> None:
         """Runs trunks until each has ended or failed; those of another driver are waited for."""
+        n_slots = room(self.cells[0].config)
         while trunks := self.missing():
-            works = [tuple(trunk) for trunk in trunks]
-            n_slots = min(room(cell.config) for cell in self.cells)
-            sizes = [work[0].config.cluster.n_workers for work in works]
+            self.works = [tuple(trunk) for trunk in trunks]
+            sizes = [work[0].config.cluster.n_workers for work in self.works]
             results = run_trials(
                 _climb_trunk,
-                {"works": works, "tracking_uri": self.store.uri},
+                {"works": self.works, "tracking_uri": self.store.uri},
                 scratch,
-                tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(works), reuse_actors=True),
+                tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(sizes), reuse_actors=True),
                 callbacks=[_Told(self)],
             )
             self._look()
             busy = False
             for result in results:
                 said = result.metrics or {}
-                error = str(said.get("error") or result.error or "")
-                busy = busy or bool(said.get("busy"))
-                if error:
-                    index = (result.config or {}).get("index", 0)
-                    self.failures |= {cell.name: error for cell in works[index] if cell.key not in self.done}
+                if said.get("busy"):
+                    busy = True
+                    continue
+                reason = str(said.get("error") or result.error or "its trial ended without a record")
+                work = self.works[(result.config or {}).get("index", 0)]
+                self.failures |= {cell.name: reason for cell in work if cell.key not in self.done}
             if busy:
-                self.progress("waiting for another driver", len(self.done), len(self.cells))
+                self.tell("waiting for another driver")
                 time.sleep(PAUSE_SECONDS)
-                first = self.cells[0]
-                self.known = self.store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
                 self._look()
 
     def _look(self) -> None:
         """Takes note of what has ended, here or elsewhere."""
+        first = self.cells[0]
+        self.known = self.store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
         for cell in self.cells:
             if cell.key not in self.done and (found := self._ended(cell)) is not None:
                 self.done[cell.key] = found
@@ -140,18 +142,19 @@ class _Climb:
             return claim.find_done(cell, self.store, STUDY, known)
         return claim.finished_elsewhere(cell, known, self.store)
 
-    def look_and_tell(self) -> None:
+    def tell(self, remark: str = "") -> None:
         """Brings the progress up to date."""
         ended = sum(1 for cell in self.cells if cell.key in self.done or record_path(cell).exists())
-        self.progress("cells", ended, len(self.cells))
+        self.progress("ladder", ended, len(self.cells), f"{ended} of {len(self.cells)} cells ended {remark}".strip())
 
     def close(self, status: str) -> None:
-        """Says in MLflow that what was begun here is over for now, since its workers could not."""
-        for cell in self.cells:
-            for tried in (cell, at_half_rate(cell)):
-                if cell.key not in self.done and (tried.folder / "run.json").exists() and not record_path(tried).exists():
-                    with suppress(ConfigError, Timeout, OSError):
-                        claim.close(tried, self.store, status)
+        """Says in MLflow that what this driver was running is over for now, since its workers could not."""
+        for index in self.running:
+            for cell in self.works[index]:
+                for tried in (cell, at_half_rate(cell)):
+                    if tried.folder.exists():
+                        with suppress(ConfigError, Timeout, OSError):
+                            claim.close(tried, self.store, status)
 
     def end(self, notes: Iterable[str]) -> Climbed:
         """The summary."""
@@ -162,14 +165,24 @@ class _Climb:
 
 
 class _Told(tune.Callback):
-    """Tune says that something happened."""
+    """Tune says what happens to trials."""
 
     def __init__(self, climb: _Climb) -> None:
-        self._climb = climb
+        self._climb, self._told = climb, 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial begins."""
+        self._climb.running.add(trial.config["index"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial ended."""
+        self._climb.running.discard(trial.config["index"])
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Every few seconds."""
-        self._climb.look_and_tell()
+        """Some times a second."""
+        if time.monotonic() - self._told > TELL_SECONDS:
+            self._climb.tell()
+            self._told = time.monotonic()
 
     def __reduce__(self) -> Any:
         """Tune pickles its callbacks into a snapshot that nobody reads."""

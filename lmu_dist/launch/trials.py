@@ -14,11 +14,13 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
+from ray.tune import TuneError
 from ray.tune.search import Searcher
 from ray.util.state import list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
-from lmu_dist.config import ConfigError
+from lmu_dist.config import ConfigError, FailedError
 
 HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to give back what a stopped trial had reserved
@@ -63,7 +65,7 @@ class Slots(Searcher):
 def check_state_api() -> None:
     """Raises ConfigError if the cluster's State API is silent: without it Ray never frees what a stopped trial reserved."""
     try:
-        list_placement_groups(limit=1, timeout=30)
+        _placement_groups()
     except (RayStateApiException, RuntimeError, OSError) as e:
         raise ConfigError(
             "the cluster's State API does not answer, without which stopped trials would keep their workers' places; "
@@ -79,7 +81,9 @@ def run_trials(
     param_space: dict[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> list[Any]:
-    """Runs trials to their end and returns their results; one that raises does not end the others."""
+    """Runs trials to their end and returns their results; one that raises does not end the others. Raises FailedError if the
+    cluster goes away.
+    """
     # Ctrl-C is for the caller, who has records to close; nothing reads Tune's own logs and snapshots.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
@@ -95,6 +99,8 @@ def run_trials(
     )
     try:
         return list(tuner.fit())  # pyright: ignore[reportArgumentType]
+    except (RayError, TuneError, ConnectionError) as e:
+        raise FailedError(f"the cluster was lost: {' '.join(str(e).split())[:200]}") from e
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
 
@@ -104,8 +110,13 @@ def still_reserved() -> list[str]:
     job = ray.get_runtime_context().get_job_id()
     deadline = time.monotonic() + RELEASE_SECONDS
     while True:
-        groups: Any = list_placement_groups(limit=10_000, timeout=30, raise_on_missing_output=False)
-        held = [g.placement_group_id for g in groups if g.creator_job_id == job and g.state != "REMOVED"]
+        held = [g.placement_group_id for g in _placement_groups() if g.creator_job_id == job and g.state != "REMOVED"]
         if not held or time.monotonic() > deadline:
             return held
         time.sleep(1)
+
+
+def _placement_groups() -> Any:
+    # Of this cluster, by its address: there may be others on the machine.
+    address = ray.get_runtime_context().gcs_address
+    return list_placement_groups(address=address, limit=10_000, timeout=30, raise_on_missing_output=False)

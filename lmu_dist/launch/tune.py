@@ -6,11 +6,13 @@ trials by tokens inside it. Every trial is a cell like any other: keyed, recorde
 
 import json
 import math
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import optuna
 from filelock import Timeout
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -19,11 +21,12 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError, FailedError, Family, Range, TuneConfig, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, Family, Range, TrainConfig, TuneConfig, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import Progress, prepare
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
 from lmu_dist.launch.record import Outcome, read_record, record_path
 from lmu_dist.launch.series import run_series
@@ -93,6 +96,7 @@ class _Driver:
         self.tune: TuneConfig = config.tune
         first_rung = self.tune.first_rung_tokens
         settings = {"model.family": family, "model.n_params": n_params, "tune": None, "ladder": None}
+        settings |= {"storage": str(config.storage_folder)}  # trials have working folders of their own
         # Rungs are only seen where there is an evaluation.
         settings |= {"train.eval_every_tokens": first_rung} if first_rung else {}
         self.base = with_settings(config, settings)
@@ -125,7 +129,7 @@ class _Driver:
                 metric=LOSS,
                 mode="min",
                 search_alg=_searcher(self.tune, self.base.seed, concurrent),
-                scheduler=_scheduler(self.tune, self.base.train.tokens),
+                scheduler=_scheduler(self.tune, self.base.train),
                 num_samples=1 if self.tune.search == "sweep" else self.n_samples,
             ),
             param_space={key: _domain(where, self.tune.search) for key, where in self.tune.space.items()},
@@ -144,7 +148,8 @@ class _Driver:
     def tell(self) -> None:
         """Brings the progress up to date."""
         ended = sum(record_path(cell).exists() for _, cell in list(self.begun.values()))
-        self.progress(f"trials of {self.family}, N = {self.n_params:,}", ended, self.n_samples)
+        what = f"{self.family}, N = {self.n_params:,}"
+        self.progress(what, ended, self.n_samples, f"{ended} of {self.n_samples} trials ended")
 
     def close_stopped(self, cell: Cell, report: dict[str, Any]) -> None:
         """Records a run that ASHA stopped: its workers are dead, or about to be, and cannot."""
@@ -210,11 +215,21 @@ def _try(params: dict[str, Any], base: Config, corpus: Corpus, tracking_uri: str
         if known is not None:
             for tokens, loss in store.validations(known.info.run_id, cell.config.train.batch_tokens):
                 ray_tune.report({TOKENS: tokens, LOSS: loss})
-        [finished] = run_series([cell], store, STUDY, callbacks=[_Evaluations()])
+        finished = _wait_for_turn(cell, store)
     except (ConfigError, FailedError, OSError) as e:
         return {"error": str(e), TOKENS: 0, LOSS: WORST}
     record = finished.record
     return {TOKENS: record.tokens, LOSS: WORST if record.status == records.DIVERGED else record.val_loss_nats}
+
+
+def _wait_for_turn(cell: Cell, store: Store) -> Finished:
+    """Runs a cell; if another driver is at it, waits for what that comes to."""
+    while True:
+        try:
+            [finished] = run_series([cell], store, STUDY, callbacks=[_Evaluations()])
+            return finished
+        except BusyError:
+            time.sleep(5)
 
 
 def _cell(base: Config, settings: dict[str, Any], corpus: Corpus) -> Cell:
@@ -228,17 +243,20 @@ def _settings(params: dict[str, Any]) -> dict[str, Any]:
 
 def _searcher(tune: TuneConfig, seed: int, concurrent: int) -> Any:
     if tune.search == "optuna":
-        return ConcurrencyLimiter(OptunaSearch(seed=seed), concurrent)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # Optuna's ten random trials before it learns are more than many searches have in all.
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, tune.samples // 3))
+        return ConcurrencyLimiter(OptunaSearch(sampler=sampler), concurrent)
     return BasicVariantGenerator(random_state=seed, max_concurrent=concurrent)
 
 
-def _scheduler(tune: TuneConfig, tokens: int) -> Any:
+def _scheduler(tune: TuneConfig, train: TrainConfig) -> Any:
     if tune.first_rung_tokens is None:
         return None
     return AsyncHyperBandScheduler(
         time_attr=TOKENS,
-        max_t=2 * tokens,  # beyond every run: reaching the end of the budget is no reason to be stopped
-        grace_period=tune.first_rung_tokens,
+        max_t=2 * train.tokens,  # beyond every run: reaching the end of the budget is no reason to be stopped
+        grace_period=train.eval_every_steps * train.batch_tokens,  # where the first evaluation falls, in whole batches
         reduction_factor=tune.reduction_factor,
         stop_last_trials=False,
     )

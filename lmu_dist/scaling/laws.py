@@ -21,10 +21,10 @@ class Chinchilla:
     def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
         """Predicted loss in nats."""
         n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
-        return self.E + self.A * n**-self.alpha + self.B * d**-self.beta
+        return np.asarray(self.E + self.A * n**-self.alpha + self.B * d**-self.beta)
 
     def tokens_for(self, loss: ArrayLike, n_params: ArrayLike) -> Floats:
         """Tokens after which a model of a size has a loss; nan at or below the floor E + A / N^alpha."""
         n = np.asarray(n_params, np.float64)
         above = np.asarray(loss, np.float64) - self.E - self.A * n**-self.alpha
-        return np.where(above > 0, (self.B / np.where(above > 0, above, np.nan)) ** (1 / self.beta), np.nan)
+        return np.asarray((self.B / np.where(above > 0, above, np.nan)) ** (1 / self.beta))

@@ -1,0 +1,218 @@
+"""The ladder on Ray: cells of 1, 2 and 4 workers on four slots, a planted divergence, shared cells, killed and rival drivers.
+
+Every trunk costs some 20 seconds; what can be tested without Ray is tested in tests/planning and test_trials.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.util.state import list_placement_groups
+
+from lmu_dist import records
+from lmu_dist.config import Config, ConfigError, load, with_settings
+from lmu_dist.launch.cell import at_half_rate
+from lmu_dist.launch.ladder import Climbed, ladder
+from lmu_dist.launch.trainer import train
+from lmu_dist.records import RunRecord
+from lmu_dist.tracking.progress import rows
+from lmu_dist.tracking.store import Store, default_uri
+
+# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
+SHORT, LONG = 51_200, 102_400
+
+
+@pytest.fixture(scope="module")
+def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("job") / "job.yaml"
+    tree = {
+        "experiment": "climb",
+        "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
+        "train": {
+            "batch_tokens": 256,
+            "sequence_tokens": 32,
+            "schedule": "wsd",
+            "warmup_tokens": 2560,
+            "eval_every_tokens": 25_600,
+            "eval_tokens": 512,
+        },
+        "ladder": {
+            "families": ["lmu"],
+            "n_params": [1000, 3000, 9000],
+            "tokens": [SHORT, LONG],
+            "workers": [
+                {"n_params": 0, "n_workers": 1},
+                {"n_params": 3000, "n_workers": 2},
+                {"n_params": 9000, "n_workers": 4, "zero_stage": 2},
+            ],
+        },
+        "cluster": {"checkpoint_every_steps": 50},
+    }
+    path.write_text(json.dumps(tree))
+    return path
+
+
+def configured(job: Path, storage: Path, *overrides: str) -> Config:
+    return load(job, [f"storage={storage}", *overrides])
+
+
+def by_key(climbed: Climbed) -> dict[str, RunRecord]:
+    return {f.cell.key: f.record for f in climbed.finished}
+
+
+@pytest.fixture(scope="module")
+def four_slots() -> Iterator[None]:
+    ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: Path, four_slots: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Climbed]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, ladder(configured(job, folder), default_uri(folder))
+
+
+def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tuple[Path, Climbed]):
+    _, climbed = undisturbed
+    assert not climbed.failures
+    assert not [note for note in climbed.notes if "Ray still holds" in note]
+    assert len(climbed.finished) == 6
+    assert {(f.record.status, f.record.phase) for f in climbed.finished} == {(records.COMPLETE, "decayed")}
+    assert {f.cell.config.cluster.n_workers for f in climbed.finished} == {1, 2, 4}
+    assert not any(f.already_done for f in climbed.finished)
+    groups = list_placement_groups(address=ray.get_runtime_context().gcs_address)
+    assert groups
+    assert {g.state for g in groups} == {"REMOVED"}  # pyright: ignore
+    deadline = time.monotonic() + 30
+    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert ray.available_resources()["CPU"] == 4
+
+
+def test_a_divergence_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, Climbed]):
+    folder, _ = undisturbed
+    wild = '[{"family": "lstm", "n_params": 1000, "settings": {"train.learning_rate": 1000, "train.clip_norm": 0}}]'
+    settings = ["ladder.families=[lmu, lstm]", "ladder.n_params=[1000]", f"ladder.tuned={wild}", "experiment=wild"]
+    climbed = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert not climbed.failures
+    second = [f.record for f in climbed.finished if f.record.family == "lstm"]
+    assert [r.status for r in second] == [records.DIVERGED] * 2
+    store = Store(default_uri(folder))
+    first = {r.key: r for r in store.records("wild").values()}
+    for tried in second:
+        before = first[tried.retry_of]
+        assert (before.status, before.phase) == (records.DIVERGED, "undecayed")
+        assert before.stop_rule
+        assert before.learning_rate == 2 * tried.learning_rate
+        assert before.planned_tokens == tried.planned_tokens
+    assert {row.state for row in rows(store, "wild") if row.name.startswith("lstm")} == {records.DIVERGED}
+    assert [f.record.status for f in climbed.finished if f.record.family == "lmu"] == [records.COMPLETE] * 2
+    again = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert [f.record for f in again.finished] == [f.record for f in climbed.finished]
+
+
+def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Path, Climbed], tmp_path: Path):
+    _, climbed = undisturbed
+    branch = next(f for f in climbed.finished if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG))
+    stable = int(0.8 * SHORT / 256)
+    assert branch.record.fork_step == stable
+    history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
+    assert sorted(p.step for p in history) == list(range(stable, LONG // 256))
+    data = branch.cell.corpus.folder
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / data.name).symlink_to(data)
+    alone = train(with_settings(branch.cell.config, {"storage": str(tmp_path)}), default_uri(tmp_path))
+    assert alone.cell.key == branch.cell.key
+    assert alone.record.fork_step == 0
+    assert alone.record.val_loss_nats == branch.record.val_loss_nats
+    assert alone.record.train_loss_nats == branch.record.train_loss_nats
+
+
+def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path, Climbed]):
+    folder, climbed = undisturbed
+    settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}, {2 * LONG}]", "experiment=another"]
+    began = time.monotonic()
+    other = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert time.monotonic() - began < 120
+    shared, new = other.finished
+    assert (shared.already_done, new.already_done) == (True, False)
+    assert shared.record == by_key(climbed)[shared.cell.key]
+    # it branched from the latest fork of the trunk, which the first ladder left
+    assert new.record.fork_step == int(0.8 * LONG / 256)
+    again = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert [f.already_done for f in again.finished] == [True, True]
+    assert by_key(again) == by_key(other)
+    found = {row.key: row for row in rows(Store(default_uri(folder)), "another")}
+    assert found[shared.cell.key].remark == "in another experiment"
+
+
+def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, Climbed]):
+    folder, climbed = undisturbed
+    settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}]"]
+    [before] = [
+        f
+        for f in climbed.finished
+        if (f.record.family, f.cell.config.model.n_params, f.record.planned_tokens) == ("lmu", 1000, SHORT)
+    ]
+    with pytest.raises(ConfigError, match="--rerun ffff"):
+        ladder(configured(job, folder, *settings), default_uri(folder), rerun=["ffff"])
+    [after] = ladder(configured(job, folder, *settings), default_uri(folder), rerun=[before.cell.key[:10]]).finished
+    assert not after.already_done
+    assert after.run_id != before.run_id
+    assert after.record.val_loss_nats == before.record.val_loss_nats
+    retired = Store(default_uri(folder)).client.get_run(before.run_id)
+    assert retired.data.tags["lmu.retired_key"] == before.cell.key
+
+
+def test_what_can_never_fit_is_refused_before_anything_starts(job: Path, four_slots: None, tmp_path: Path):
+    workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 9000, "n_workers": 8}]'
+    with pytest.raises(ConfigError, match=r"n_workers=8 with 1 CPU each is more than the cluster has room for \(4"):
+        ladder(configured(job, tmp_path, f"ladder.workers={workers}"), default_uri(tmp_path))
+    assert not list(tmp_path.glob("lmu-*"))
+
+
+def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed: tuple[Path, Climbed], tmp_path: Path):
+    """A driver is killed in the middle; then two at once finish what it left, on one storage and one store."""
+    command = [sys.executable, "-m", "lmu_dist.cli", "ladder", str(job), f"storage={tmp_path}", "ladder.n_params=[1000, 3000]"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
+
+    def start() -> subprocess.Popen[str]:
+        quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*command, "--json"], env=environment, **quiet)  # pyright: ignore
+
+    victim = start()
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("lmu-3k-*/*/step-*/meta.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert victim.poll() is None
+    victim.kill()
+    victim.communicate()
+    rivals = [start(), start()]
+    tables = [json.loads(rival.communicate(timeout=300)[0])["cells"] for rival in rivals]
+    assert [rival.returncode for rival in rivals] == [0, 0]
+    expected = {key: r.val_loss_nats for key, r in by_key(undisturbed[1]).items() if r.n_params < 4000}
+    for table in tables:
+        assert {cell["key"]: cell["val_loss_nats"] for cell in table} == expected
+    assert tables[0] == [cell | {"was_done": mine["was_done"]} for cell, mine in zip(tables[1], tables[0], strict=True)]
+    store = Store(default_uri(tmp_path))
+    runs = store.runs("climb")
+    assert len({run.data.tags["lmu.key"] for run in runs}) == len(runs) == 4
+    for run in runs:
+        points = store.client.get_metric_history(run.info.run_id, records.TRAIN_LOSS)
+        assert len({p.step for p in points}) == len(points)
+        assert run.info.status == "FINISHED"
+
+
+def test_the_second_try_has_another_key_and_says_whose_it_is(undisturbed: tuple[Path, Climbed]):
+    cell = undisturbed[1].finished[0].cell
+    halved = at_half_rate(cell)
+    assert halved.retry_of == cell.key != halved.key
+    assert halved.config.train.learning_rate == cell.config.train.learning_rate / 2

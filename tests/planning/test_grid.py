@@ -1,0 +1,109 @@
+"""From a ladder configuration to its cells: every combination once, rules applied, faults named."""
+
+import pytest
+
+from lmu_dist.config import Config, ConfigError, parse
+from lmu_dist.models import accounting
+from lmu_dist.planning.grid import grid
+
+FAMILIES = ["lmu", "lmu_attention", "transformer", "lstm"]
+
+
+def configured(**ladder: object) -> Config:
+    defaults = {"families": FAMILIES, "n_params": [3000, 30_000], "tokens": [1_000_000, 4_000_000]}
+    return parse({"train": {"warmup_tokens": 50_000}, "ladder": defaults | ladder})
+
+
+def test_every_combination_is_there_once_and_cheap_cells_come_first():
+    cells, left_out = grid(configured(seeds=[0, 1]), 400)
+    assert len(cells) == 4 * 2 * 2 * 2
+    assert not left_out
+    seen = {(c.config.model.family, c.config.model.n_params, c.config.train.tokens, c.config.seed) for c in cells}
+    assert len(seen) == len(cells)
+    assert [c.training_flops for c in cells] == sorted(c.training_flops for c in cells)
+    for cell in cells:
+        assert accounting.parameters(cell.shape).non_embedding == pytest.approx(cell.config.model.n_params, rel=0.02)
+        assert cell.config.ladder is None
+
+
+def test_rules_turn_a_size_into_settings():
+    ladder = {
+        "learning_rate": {"value": 0.01, "at_n_params": 3000, "exponent": -0.5, "least": 0.004},
+        "batch_tokens": {"value": 3000, "at_n_params": 3000, "exponent": 1.0},
+        "warmup_tokens": {"value": 10_000, "at_n_params": 3000, "exponent": 0.5},
+        "workers": [{"n_params": 0, "n_workers": 1}, {"n_params": 30_000, "n_workers": 3, "zero_stage": 2}],
+    }
+    cells, _ = grid(configured(families=["lmu"], tokens=[10_000_000], n_params=[3000, 30_000, 300_000], **ladder), 400)
+    small, middle, large = (c.config for c in cells)
+    assert [c.train.learning_rate for c in (small, middle, large)] == pytest.approx([0.01, 0.004, 0.004])
+    assert [c.train.warmup_tokens for c in (small, middle, large)] == [10_000, 31_623, 100_000]
+    assert (small.cluster.n_workers, middle.cluster.n_workers, middle.cluster.zero_stage) == (1, 3, 2)
+    # whole rows of 256 for each of the workers
+    assert [c.train.batch_tokens for c in (small, middle, large)] == [12 * 256, 39 * 3 * 256, 391 * 3 * 256]
+
+
+def test_budgets_may_grow_with_the_size():
+    cells, _ = grid(configured(families=["lmu"], tokens=[1_000_000], tokens_per_param=[100, 1000]), 400)
+    assert {(c.config.model.n_params, c.config.train.tokens) for c in cells} == {
+        (3000, 300_000),
+        (3000, 1_000_000),
+        (3000, 3_000_000),
+        (30_000, 1_000_000),
+        (30_000, 3_000_000),
+        (30_000, 30_000_000),
+    }
+
+
+def test_tuned_settings_hold_at_their_size_and_are_carried_to_others_by_the_rules():
+    tuned = [
+        {"family": "lmu", "n_params": 3000, "settings": {"train.learning_rate": 0.02, "train.beta2": 0.98}},
+        {"family": "lmu", "n_params": 1_000_000, "settings": {"train.learning_rate": 0.5}},
+    ]
+    rule = {"value": 0.01, "exponent": -0.5}
+    cells, _ = grid(configured(families=["lmu", "lstm"], tokens=[1e6], learning_rate=rule, tuned=tuned), 400)
+    rates = {(c.config.model.family, c.config.model.n_params): c.config.train.learning_rate for c in cells}
+    assert rates["lmu", 3000] == pytest.approx(0.02)
+    assert rates["lmu", 30_000] == pytest.approx(0.02 * 10**-0.5)
+    assert rates["lstm", 3000] == pytest.approx(0.01 * (3000 / 1e6) ** -0.5)
+    assert {c.config.train.beta2 for c in cells if c.config.model.family == "lmu"} == {0.98}
+
+
+def test_cells_that_are_too_dear_are_named():
+    everything, _ = grid(configured(), 400)
+    limit = everything[5].training_flops
+    kept, left_out = grid(configured(max_cell_flops=limit), 400)
+    assert len(kept) == 6
+    assert len(left_out) == len(everything) - 6
+
+
+@pytest.mark.parametrize(
+    ("ladder", "message"),
+    [
+        ({"tokens": [40_000]}, r"ladder: lmu, N = 3,000, 40,000 tokens: train\.warmup_tokens .* must be less"),
+        ({"n_params": [1]}, "ladder: lmu, N = 1, .* no lmu of 2 blocks has N = 1"),
+        ({"workers": [{"n_params": 0, "n_workers": 3}]}, "must divide the 8 rows"),
+        ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.lr": 1}}]}, "train.lr: unknown key"),
+    ],
+)
+def test_an_impossible_cell_is_named(ladder: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        grid(configured(**ladder), 400)
+
+
+def test_a_configuration_without_a_ladder_is_refused():
+    with pytest.raises(ConfigError, match="no section ladder"):
+        grid(Config(), 400)
+
+
+@pytest.mark.parametrize(
+    ("ladder", "message"),
+    [
+        ({"families": ["gpt"]}, "ladder.families"),
+        ({"tokens": []}, "give budgets"),
+        ({"token": [1]}, "did you mean ladder.tokens"),
+        ({"learning_rate": {"value": -1}}, r"ladder\.learning_rate"),
+    ],
+)
+def test_bad_ladders_are_refused_with_the_key(ladder: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        configured(**ladder)
