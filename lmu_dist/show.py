@@ -1,5 +1,6 @@
 """What commands show: progress on stderr, tables on stdout. Values in, text out; called by the command line only."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +41,8 @@ def ladder(climbed: "Climbed", tracking_uri: str) -> None:
             str(r.seed),
             f"{r.learning_rate:.2g}",
             r.status,
-            f"{r.val_loss_nats:.4f} +- {r.val_loss_standard_error_nats:.4f}",
-            f"{r.val_bits_per_byte:.4f}",
+            f"{_number(r.val_loss_nats, '.4f')} +- {_number(r.val_loss_standard_error_nats, '.4f')}",
+            _number(r.val_bits_per_byte, ".4f"),
             f"{r.training_seconds:.0f}",
             "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
         )
@@ -65,7 +66,7 @@ def tune(searches: "Sequence[Search]", winners: Path, figure: Path) -> None:
                 f"{trial.settings[key]:g}" if isinstance(trial.settings[key], float) else str(trial.settings[key])
                 for key in keys
             ]
-            table.add_row(best, *drawn, r.status, f"{r.tokens:,}", f"{r.val_loss_nats:.4f}", r.stop_rule)
+            table.add_row(best, *drawn, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule)
         _print(table)
         for reason in search.failures:
             console.print(f"failed: {reason}")
@@ -178,7 +179,7 @@ def _print(table: Table) -> None:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
+    return "" if value is None else "-" if math.isnan(value) else format(value, form)
 
 
 def _duration(seconds: float | None) -> str:
