@@ -148,7 +148,8 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
             _number(line.price, ",.2f"),
         )
     _print(table)
-    print(f"{len(plan.lines)} cells, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
+    each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
+    print(f"{len(plan.lines)} cells{each}, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
     print("ZeRO: the stage set, and the smallest that fits plan.worker_memory_bytes; GB: of one worker at stages 0 1 2 3")
     for name in plan.left_out:
         print(f"left out, above ladder.max_cell_flops: {name}")

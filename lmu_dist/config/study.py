@@ -1,5 +1,6 @@
 """Sections that describe many runs: ladder, tune, plan, with the default and the meaning of every key."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -105,6 +106,13 @@ class TuneConfig:
     search: Literal["random", "optuna", "sweep"] = "optuna"
     first_rung_tokens: Count | None = None  # ASHA compares trials from here on; None: nothing is stopped early
     reduction_factor: Annotated[int, Field(ge=2)] = 4  # one in so many goes on from a rung, the next rung that many times later
+
+    @property
+    def n_trials(self) -> int:
+        """Trials of each search."""
+        if self.search != "sweep":
+            return self.samples
+        return math.prod(len(where.choice or ()) for where in self.space.values())
 
     @model_validator(mode="after")
     def _known(self) -> "TuneConfig":

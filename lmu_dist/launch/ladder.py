@@ -49,6 +49,8 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
 
     `rerun`: keys, or their beginnings, of cells to run again though they have ended.
     """
+    if config.ladder is None:
+        raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
     set_client_limits()
     store = Store(tracking_uri)
     store.check()

@@ -7,23 +7,28 @@ node has, and what keeps them from overbooking the cluster is counted here, in s
 import logging
 import os
 import shutil
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray import tune
+from ray import PlacementGroupID, tune
 from ray.exceptions import RayError
 from ray.tune import TuneError
 from ray.tune.search import Searcher
-from ray.util.state import list_placement_groups
+from ray.util import remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from lmu_dist.config import ConfigError, FailedError
 
 HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to give back what a stopped trial had reserved
+LOOK_SECONDS = 10.0  # between two looks for what nobody gave back
 
 
 class Slots(Searcher):
@@ -65,7 +70,7 @@ class Slots(Searcher):
 def check_state_api() -> None:
     """Raises ConfigError if the cluster's State API is silent: without it Ray never frees what a stopped trial reserved."""
     try:
-        _placement_groups()
+        _held()
     except (RayStateApiException, RuntimeError, OSError) as e:
         raise ConfigError(
             "the cluster's State API does not answer, without which stopped trials would keep their workers' places; "
@@ -98,7 +103,8 @@ def run_trials(
         run_config=tune.RunConfig(name=name, storage_path=str(scratch), verbose=0, callbacks=list(callbacks)),
     )
     try:
-        return list(tuner.fit())  # pyright: ignore[reportArgumentType]
+        with _Reaper().watching():
+            return list(tuner.fit())  # pyright: ignore[reportArgumentType]
     except (RayError, TuneError, ConnectionError) as e:
         raise FailedError(f"the cluster was lost: {' '.join(str(e).split())[:200]}") from e
     finally:
@@ -106,17 +112,56 @@ def run_trials(
 
 
 def still_reserved() -> list[str]:
-    """Placement groups of this driver that Ray has not given back a minute after the trials ended, by the State API."""
-    job = ray.get_runtime_context().get_job_id()
-    deadline = time.monotonic() + RELEASE_SECONDS
-    while True:
-        held = [g.placement_group_id for g in _placement_groups() if g.creator_job_id == job and g.state != "REMOVED"]
-        if not held or time.monotonic() > deadline:
+    """Placement groups of this driver that are not given back a minute after the trials ended, by the State API."""
+    reaper, deadline = _Reaper(), time.monotonic() + RELEASE_SECONDS
+    while held := _held():
+        if time.monotonic() > deadline:
             return held
-        time.sleep(1)
+        reaper.look()
+        time.sleep(2)
+    return []
 
 
-def _placement_groups() -> Any:
+class _Reaper:
+    """Gives back what the workers of a stopped trial had reserved.
+
+    Ray's own cleaner does so while it can tell its cluster from others on the machine, and dies where it cannot.
+    """
+
+    def __init__(self) -> None:
+        self._suspects: set[str] = set()
+
+    def look(self) -> None:
+        """Removes placement groups that had no living actor at this look nor at the one before."""
+        options: Any = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": 30, "detail": True}
+        actors: Any = list_actors(filters=[("state", "!=", "DEAD")], raise_on_missing_output=False, **options)
+        empty = set(_held()) - {actor.placement_group_id for actor in actors}
+        for group in empty & self._suspects:
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
+        self._suspects = empty
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Looks every ten seconds, from a thread of its own."""
+        stop = threading.Event()
+
+        def watch() -> None:
+            while not stop.wait(LOOK_SECONDS):
+                with suppress(RayStateApiException, RayError, RuntimeError, OSError):  # the next look may succeed
+                    self.look()
+
+        thread = threading.Thread(target=watch, name="reaper", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _held() -> list[str]:
+    """Ids of this driver's placement groups that hold something."""
+    context = ray.get_runtime_context()
     # Of this cluster, by its address: there may be others on the machine.
-    address = ray.get_runtime_context().gcs_address
-    return list_placement_groups(address=address, limit=10_000, timeout=30, raise_on_missing_output=False)
+    groups: Any = list_placement_groups(address=context.gcs_address, limit=10_000, timeout=30, raise_on_missing_output=False)
+    return [g.placement_group_id for g in groups if g.creator_job_id == context.get_job_id() and g.state == "CREATED"]

@@ -5,7 +5,6 @@ trials by tokens inside it. Every trial is a cell like any other: keyed, recorde
 """
 
 import json
-import math
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -102,9 +101,7 @@ class _Driver:
         self.base = with_settings(config, settings)
         self.family: Family = family
         self.n_params, self.corpus, self.store, self.progress = n_params, corpus, store, progress
-        self.n_samples = self.tune.samples
-        if self.tune.search == "sweep":
-            self.n_samples = math.prod(len(where.choice or ()) for where in self.tune.space.values())
+        self.n_trials = self.tune.n_trials
         self.closing, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.begun: dict[str, tuple[dict[str, Any], Cell]] = {}  # by trial
 
@@ -130,7 +127,7 @@ class _Driver:
                 mode="min",
                 search_alg=_searcher(self.tune, self.base.seed, concurrent),
                 scheduler=_scheduler(self.tune, self.base.train),
-                num_samples=1 if self.tune.search == "sweep" else self.n_samples,
+                num_samples=1 if self.tune.search == "sweep" else self.n_trials,
             ),
             param_space={key: _domain(where, self.tune.search) for key, where in self.tune.space.items()},
             callbacks=[_Told(self)],
@@ -149,7 +146,7 @@ class _Driver:
         """Brings the progress up to date."""
         ended = sum(record_path(cell).exists() for _, cell in list(self.begun.values()))
         what = f"{self.family}, N = {self.n_params:,}"
-        self.progress(what, ended, self.n_samples, f"{ended} of {self.n_samples} trials ended")
+        self.progress(what, ended, self.n_trials, f"{ended} of {self.n_trials} trials ended")
 
     def close_stopped(self, cell: Cell, report: dict[str, Any]) -> None:
         """Records a run that ASHA stopped: its workers are dead, or about to be, and cannot."""

@@ -1,4 +1,4 @@
-"""What a grid costs: a ladder configuration in, one line per cell with widths, counts, memory, time and price out.
+"""What a grid costs: a configuration in, one line per cell with widths, counts, memory, time and price out.
 
 Builds no model and starts nothing: every number comes from models/accounting and, for the time, from a calibration that
 `lmu-dist plan --calibrate` measured or from plan.flops_per_second.
@@ -78,34 +78,35 @@ class Plan:
     lines: tuple[Line, ...]
     left_out: tuple[str, ...]  # cells above ladder.max_cell_flops
     device: str  # whose calibration was used; empty if none
+    n_trials: int  # of each cell: more than one for a search, most of whose trials ASHA stops early
 
     @property
     def flops(self) -> float:
-        """All FLOPs."""
-        return sum(line.flops for line in self.lines)
+        """All FLOPs, of all trials to their ends."""
+        return self.n_trials * sum(line.flops for line in self.lines)
 
     @property
     def saved_share(self) -> float:
         """Share of the FLOPs of independent runs that shared trunks save."""
         alone = sum(line.flops * line.steps / (line.steps - line.shared_steps) for line in self.lines)
-        return 1 - self.flops / alone
+        return 1 - self.flops / (self.n_trials * alone)
 
     @property
     def worker_seconds(self) -> float | None:
         """Seconds of one worker for all of it; None if unknown."""
         known = [line.seconds * line.n_workers for line in self.lines if line.seconds is not None]
-        return sum(known) if len(known) == len(self.lines) else None
+        return self.n_trials * sum(known) if len(known) == len(self.lines) else None
 
     def totals(self) -> dict[str, Any]:
         """The sums, by name."""
-        names = ("flops", "saved_share", "worker_seconds", "price", "device", "left_out")
+        names = ("n_trials", "flops", "saved_share", "worker_seconds", "price", "device", "left_out")
         return {name: getattr(self, name) for name in names}
 
     @property
     def price(self) -> float | None:
         """At plan.price_per_worker_hour."""
         known = [line.price for line in self.lines if line.price is not None]
-        return sum(known) if len(known) == len(self.lines) else None
+        return self.n_trials * sum(known) if len(known) == len(self.lines) else None
 
 
 def vocab_tokens(config: Config) -> int:
@@ -117,14 +118,15 @@ def vocab_tokens(config: Config) -> int:
 
 
 def plan(config: Config) -> Plan:
-    """The plan of `config.ladder`. Raises ConfigError, as `grid` does."""
+    """The plan of a configuration: of its ladder, its search, or its one run. Raises ConfigError, as `grid` does."""
     cells, left_out = grid(config, vocab_tokens(config))
     measured = read_calibration(config.storage_folder)
     shared = _shared_steps(cells)
     lines = tuple(_line(cell, shared[i], measured) for i, cell in enumerate(cells))
     names = tuple(f"{c.config.model.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
     used = any(m.is_of(cell) or m.shape["family"] == cell.shape.family for m in measured for cell in cells)
-    return Plan(lines, names, measured[0].device if used else "")
+    n_trials = config.tune.n_trials if config.tune and not config.ladder else 1
+    return Plan(lines, names, measured[0].device if used else "", n_trials)
 
 
 def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:

@@ -1,10 +1,12 @@
-"""From a ladder configuration to its cells: (Config, vocabulary) in, one Config and Shape per cell out, cheapest first.
+"""From a configuration to its cells: (Config, vocabulary) in, one Config and Shape per cell out, cheapest first.
 
 The one place that turns a size into learning rate, batch, warm-up and workers. Called by launch/ladder and by cost.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from lmu_dist.config import Config, ConfigError, Family, LadderConfig, Rule, WorkersFrom, with_settings
@@ -50,24 +52,40 @@ def shape_of(config: Config, vocab_tokens: int) -> Shape:
 
 
 def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned]]:
-    """The cells of `config.ladder`, cheapest first, and those left out for exceeding its max_cell_flops.
+    """The cells of a configuration, cheapest first, and those left out for exceeding ladder.max_cell_flops.
 
-    Raises ConfigError, naming the cell, when a rule gives an impossible setting.
+    Without a ladder: one trial for every family and size of `tune`, and without that the one run it describes. Raises
+    ConfigError, naming the cell, when a rule gives an impossible setting.
     """
-    ladder = _ladder(config)
     planned = []
-    for family in dict.fromkeys(ladder.families):
-        for n_params in sorted(set(ladder.n_params)):
-            for tokens in budgets(ladder, n_params):
-                for seed in dict.fromkeys(ladder.seeds):
-                    try:
-                        cell = _cell(config, ladder, family, n_params, tokens, seed)
-                        planned.append(Planned(cell, shape_of(cell, vocab_tokens)))
-                    except ConfigError as e:
-                        raise ConfigError(f"ladder: {family}, N = {n_params:,}, {tokens:,} tokens: {e}") from e
+    for what, make in _wanted(config):
+        try:
+            cell = make()
+            planned.append(Planned(cell, shape_of(cell, vocab_tokens)))
+        except ConfigError as e:
+            raise ConfigError(f"{what}: {e}" if what else str(e)) from e
     planned.sort(key=lambda p: p.training_flops)
-    most = ladder.max_cell_flops or math.inf
+    most = config.ladder.max_cell_flops if config.ladder else None
+    most = most or math.inf
     return [p for p in planned if p.training_flops <= most], [p for p in planned if p.training_flops > most]
+
+
+def _wanted(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
+    """The name of every cell, and what makes its configuration."""
+    if (ladder := config.ladder) is not None:
+        for family in dict.fromkeys(ladder.families):
+            for n_params in sorted(set(ladder.n_params)):
+                for tokens in budgets(ladder, n_params):
+                    for seed in dict.fromkeys(ladder.seeds):
+                        what = f"ladder: {family}, N = {n_params:,}, {tokens:,} tokens"
+                        yield what, partial(_cell, config, ladder, family, n_params, tokens, seed)
+    elif (tune := config.tune) is not None:
+        for family in dict.fromkeys(tune.families):
+            for n_params in sorted(set(tune.n_params)):
+                settings = {"model.family": family, "model.n_params": n_params, "tune": None}
+                yield f"tune: {family}, N = {n_params:,}", partial(with_settings, config, settings)
+    else:
+        yield "", lambda: config
 
 
 def shared_settings(train: dict[str, Any]) -> dict[str, Any]:
@@ -80,12 +98,6 @@ def shared_settings(train: dict[str, Any]) -> dict[str, Any]:
 def budgets(ladder: LadderConfig, n_params: int) -> list[int]:
     """Token budgets of a size, each once, smallest first."""
     return sorted({*ladder.tokens, *(round(n_params * share) for share in ladder.tokens_per_param)})
-
-
-def _ladder(config: Config) -> LadderConfig:
-    if config.ladder is None:
-        raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
-    return config.ladder
 
 
 def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, tokens: int, seed: int) -> Config:

@@ -43,7 +43,9 @@ class Power:
 
 
 def power(config: Config, seed: int = 0) -> Power:
-    """Simulates the planned grid. Raises ConfigError, as `grid` does."""
+    """Simulates the planned grid; nothing is told of a configuration without one. Raises ConfigError, as `grid` does."""
+    if config.ladder is None:
+        return Power({}, {}, (), 0)
     cells, _ = grid(config, vocab_tokens(config))
     assumed, factor = config.plan.law, config.plan.efficiency_factor
     base = Chinchilla(E=assumed.E, A=assumed.A, B=assumed.B, alpha=assumed.alpha, beta=assumed.beta)

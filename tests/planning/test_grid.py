@@ -90,9 +90,17 @@ def test_an_impossible_cell_is_named(ladder: dict, message: str):
         grid(configured(**ladder), 400)
 
 
-def test_a_configuration_without_a_ladder_is_refused():
-    with pytest.raises(ConfigError, match="no section ladder"):
-        grid(Config(), 400)
+def test_without_a_ladder_it_is_the_searches_or_the_one_run():
+    [one], _ = grid(parse({"model": {"n_params": 5000}}), 400)
+    assert one.config.model.n_params == 5000
+    space = {"train.learning_rate": {"log": [1e-3, 1e-1]}}
+    found, _ = grid(parse({"tune": {"families": ["lmu", "lstm"], "n_params": [2000, 8000], "space": space}}), 400)
+    assert [(c.config.model.family, c.config.model.n_params) for c in found] == [
+        ("lstm", 2000),
+        ("lmu", 2000),
+        ("lstm", 8000),
+        ("lmu", 8000),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""A search on Ray: ASHA stops what is behind, its runs are closed with the reason, the winner can be included in a ladder."""
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from lmu_dist import records
+from lmu_dist.cli import main
+from lmu_dist.config import Config, ConfigError, load, parse
+from lmu_dist.launch import tune as launch_tune
+from lmu_dist.launch.tune import tune
+from lmu_dist.planning.grid import grid
+from lmu_dist.tracking.store import Store, default_uri
+
+# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
+RATES = [1e-2, 3e-3, 1e-4, 1e-5]
+
+
+def configured(corpus_glob: str, storage: Path, **search: object) -> Config:
+    choice = {"train.learning_rate": {"choice": RATES}}
+    tree = {
+        "experiment": "search",
+        "storage": str(storage),
+        "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
+        "train": {"tokens": 102_400, "batch_tokens": 256, "sequence_tokens": 32, "warmup_tokens": 2560, "eval_tokens": 512},
+        "tune": {"families": ["lmu"], "n_params": [1000], "space": choice, "search": "sweep"} | search,
+        "cluster": {"n_workers": 1},
+    }
+    return parse(tree)
+
+
+def test_what_is_behind_is_stopped_and_says_so(corpus_glob: str, tmp_path: Path, monkeypatch, capfd):
+    config = configured(corpus_glob, tmp_path, first_rung_tokens=12_800, reduction_factor=2)
+    job = tmp_path / "job.yaml"
+    tree = {"experiment": "search", "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}}}
+    job.write_text(json.dumps(tree | {"include": "winners.yaml"}))
+    ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
+    try:
+        [search], notes = tune(config, default_uri(tmp_path))
+        [again], _ = tune(config, default_uri(tmp_path))
+    finally:
+        ray.shutdown()
+    assert not notes
+    assert not search.failures
+    assert len(search.trials) == len(RATES)
+    assert search.best is not None
+    assert search.best.settings["train.learning_rate"] in RATES[:2]
+    stopped = [t.record for t in search.trials if t.record.status == records.STOPPED_EARLY]
+    assert stopped
+    assert all("ASHA" in r.stop_rule and r.phase == "undecayed" and 12_800 <= r.tokens < 102_400 for r in stopped)
+    assert sum(t.record.tokens for t in search.trials) < 0.8 * len(RATES) * 102_400
+    store = Store(default_uri(tmp_path))
+    runs = {run.data.tags["lmu.key"]: run for run in store.runs("search")}
+    assert len(runs) == len(RATES)
+    for record in stopped:
+        run = runs[record.key]
+        assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", records.STOPPED_EARLY)
+        assert run.data.metrics["final/val_loss_nats"] == pytest.approx(record.val_loss_nats)
+    # nothing is run twice, and nothing that was stopped goes on
+    assert {t.record.key: t.record for t in again.trials} == {t.record.key: t.record for t in search.trials}
+
+    monkeypatch.setattr(launch_tune, "tune", lambda *_: ([search], ()))
+    told = tmp_path / "tune.yaml"
+    told.write_text(
+        json.dumps(
+            {
+                "tune": {
+                    "families": ["lmu"],
+                    "n_params": [1000],
+                    "search": "sweep",
+                    "space": {"train.learning_rate": {"choice": RATES}},
+                }
+            }
+        )
+    )
+    assert main(["tune", str(told), "-o", str(tmp_path / "winners.yaml")]) == 0
+    assert "best" in capfd.readouterr().out
+    assert (tmp_path / "winners.png").stat().st_size > 5000
+    ladder = ["ladder.families=[lmu]", "ladder.n_params=[1000]", "ladder.tokens=[1e6]"]
+    [cell], _ = grid(load(job, ladder), 400)
+    assert cell.config.train.learning_rate == search.best.settings["train.learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"space": {"train.tokens": {"choice": [1]}}}, "train.tokens cannot be tuned"),
+        ({"space": {"train.learning_rate": {"log": [1e-1, 1e-3]}}}, "must be below the high end"),
+        ({"space": {"train.learning_rate": {"log": [1e-3, 1e-1], "choice": [1]}}}, "give exactly one of"),
+        ({"space": {"train.learning_rate": {"log": [1e-3, 1e-1]}}}, "needs a choice, since a sweep tries all values"),
+        ({"space": {}}, "space"),
+    ],
+)
+def test_bad_searches_are_refused(corpus_glob: str, tmp_path: Path, search: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        configured(corpus_glob, tmp_path, **search)
+
+
+def test_a_range_with_an_impossible_end_is_refused_before_anything_starts(corpus_glob: str, tmp_path: Path):
+    space = {"train.warmup_tokens": {"choice": [1000, 1_000_000]}}
+    with pytest.raises(ConfigError, match=r"tune\.space: .*warmup_tokens.* must be less"):
+        tune(configured(corpus_glob, tmp_path, space=space), default_uri(tmp_path))
+    assert not list(tmp_path.glob("lmu-*"))
