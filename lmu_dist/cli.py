@@ -108,7 +108,10 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
 @job
 @settings
 @click.option(
-    "--rerun", multiple=True, metavar="KEY", help="Run a cell again though it has ended; its key, or how that begins."
+    "--rerun",
+    multiple=True,
+    metavar="KEY",
+    help="Run a cell again though it has ended, by (the start of) its key; to go on after an interruption leave it out.",
 )
 @as_json
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:

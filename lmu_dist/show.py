@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from lmu_dist.config import Config, PlanConfig
+from lmu_dist.records import ENDED
 
 if TYPE_CHECKING:  # heavy; a command has imported what it shows
     from lmu_dist.launch.ladder import Climbed
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # heavy; a command has imported what it shows
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 WIDE = 160  # columns of a table that goes to a file or a pipe
-ENDED = ("complete", "stopped_early", "diverged")
 
 
 def ladder(climbed: "Climbed", tracking_uri: str) -> None:
@@ -158,7 +158,8 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
     else:
         calibrated = plan.device and not assumed.flops_per_second
         source = f"calibrated on {plan.device}" if calibrated else "from plan.flops_per_second"
-        print(f"time: {_duration(plan.worker_seconds)} of one worker ({source})")
+        wall = f", {_duration(plan.wall_seconds)} on {plan.n_slots} at once" if plan.wall_seconds is not None else ""
+        print(f"time: {_duration(plan.worker_seconds)} of one worker{wall} ({source})")
         print("on top of that come the start of the workers, about half a minute for every trunk, and validation")
     if plan.price:
         print(f"cost: {plan.price:,.2f} at {assumed.price_per_worker_hour:g} per worker and hour")

@@ -84,9 +84,12 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
     tree = tree or {}
     names = tree.pop("include", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: include must be the name of a file, or a list of names")
     merged: dict[str, Any] = {}
-    for name in [names] if isinstance(names, str) else names:
-        other = path.parent / str(name)
+    for name in names:
+        other = path.parent / name
         if other.resolve() in including:
             raise ConfigError(f"{path} includes {name}, which includes it; take one of the two out")
         merged = _merge(merged, _read(other, (*including, path.resolve())))

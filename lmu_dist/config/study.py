@@ -19,10 +19,19 @@ class Rule:
     least: Positive | None = None
     most: Positive | None = None
 
-    def at(self, n_params: int) -> float:
-        """The value at a size."""
-        value = self.value * (n_params / self.at_n_params) ** self.exponent
-        return min(max(value, self.least or value), self.most or max(value, self.least or value))
+    def at(self, n_params: int, anchor: tuple[float, int] | None = None) -> float:
+        """The value at a size; from another (value, size) than the rule's own if an anchor is given."""
+        value, size = anchor or (self.value, self.at_n_params)
+        value *= (n_params / size) ** self.exponent
+        return min(max(value, self.least or 0.0), self.most or math.inf)
+
+
+RULED = ("train.learning_rate", "train.batch_tokens", "train.warmup_tokens")  # follow from N by a rule
+
+
+def _check_tunable(key: str) -> None:
+    if not key.startswith(("model.", "train.")) or key in ("train.tokens", "model.family", "model.n_params"):
+        raise ValueError(f"{key} cannot be tuned; take keys of model and train, not family, n_params or tokens")
 
 
 def _rule(value: Any) -> Any:
@@ -38,7 +47,7 @@ class WorkersFrom:
 
     n_params: Natural
     n_workers: Count
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None  # None: cluster.zero_stage
     micro_batch_rows: Count | None = None  # rows of one forward pass; None: cluster.micro_batch_rows
 
 
@@ -50,6 +59,14 @@ class Tuned:
     family: Family
     n_params: Count
     settings: dict[str, Any]  # dotted keys of `model` and `train`
+
+    @model_validator(mode="after")
+    def _tunable(self) -> "Tuned":
+        for key, value in self.settings.items():
+            _check_tunable(key)
+            if key in RULED and not isinstance(value, int | float):
+                raise ValueError(f"settings: {key} must be a number, not {value!r}")
+        return self
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -117,8 +134,7 @@ class TuneConfig:
     @model_validator(mode="after")
     def _known(self) -> "TuneConfig":
         for key, where in self.space.items():
-            if not key.startswith(("model.", "train.")) or key in ("train.tokens", "model.family", "model.n_params"):
-                raise ValueError(f"space: {key} cannot be tuned; take keys of model and train, not family, n_params or tokens")
+            _check_tunable(key)
             if self.search == "sweep" and where.choice is None:
                 raise ValueError(f"space: {key} needs a choice, since a sweep tries all values")
         return self
@@ -145,4 +161,5 @@ class PlanConfig:
     law: Law = Law()  # assumed of the baseline ...
     efficiency_factor: Positive = 10.0  # ... and that the others need this many times fewer tokens
     baseline: Family = "transformer"
+    n_slots: Count | None = None  # workers that run at once; None: as many as the largest cell has
     noise: Positive = 0.005  # standard deviation of ln L between runs that differ in their seed

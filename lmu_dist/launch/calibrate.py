@@ -4,10 +4,8 @@ One Ray Train run for every number of workers, on token ids drawn at random; a f
 """
 
 import json
-import os
 import platform
 import statistics
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -24,9 +22,10 @@ from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch.cluster import check_before, cluster
 from lmu_dist.launch.series import fit
+from lmu_dist.launch.worker import find_ninja
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.planning.cost import Measured, vocab_tokens, write_calibration
+from lmu_dist.planning.cost import CALIBRATION, Measured, step_of, vocab_tokens, write_calibration
 from lmu_dist.planning.grid import Planned, grid
 
 SECONDS = 4.0  # of measuring, for each size
@@ -35,28 +34,28 @@ MOST_STEPS = 200
 
 
 def calibrate(config: Config, progress: Progress = lambda *_: None) -> Path:
-    """Measures every cell of the ladder once, whatever its budget and seed. Returns the file it wrote."""
+    """Measures a step of every cell, whatever its budget and seed. Returns the file it wrote."""
     cells, _ = grid(config, vocab_tokens(config))
-    distinct = {json.dumps([asdict(c.shape), c.config.train.batch_rows, c.config.cluster.n_workers]): c for c in cells}
+    distinct = {json.dumps(step_of(cell), sort_keys=True): cell for cell in cells}
     check_before([cell.config for cell in distinct.values()])
     groups: dict[int, list[Planned]] = {}
     for cell in distinct.values():
         groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
-    path = config.storage_folder
-    path.mkdir(parents=True, exist_ok=True)
+    storage = config.storage_folder
+    storage.mkdir(parents=True, exist_ok=True)
     with cluster([cell.config for cell in distinct.values()]):
         for i, group in enumerate(groups.values()):
             progress("measuring", i, len(groups))
-            with tempfile.TemporaryDirectory(dir=path) as scratch:
+            with tempfile.TemporaryDirectory(dir=storage) as scratch:
                 out = Path(scratch) / "measured.json"
                 fit(_measure_worker, {"cells": group, "out": str(out)}, group[0].config, Path(scratch) / "run")
-                path = write_calibration(config.storage_folder, [Measured(**row) for row in json.loads(out.read_text())])
-    return path
+                write_calibration(storage, [Measured(**row) for row in json.loads(out.read_text())])
+    return storage / CALIBRATION
 
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Runs on every worker; rank 0 writes what it measured."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    find_ninja()
     cells: list[Planned] = arguments["cells"]
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
     torch.set_num_threads(cells[0].config.cluster.cpus_per_worker)
@@ -86,10 +85,7 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
     seconds = engine.max_over_ranks(statistics.median(taken[FIRST_STEPS:]))
     flops = train.batch_tokens * accounting.flops(cell.shape).training / n_workers
     return Measured(
-        shape=asdict(cell.shape),
-        batch_rows=train.batch_rows,
-        n_workers=n_workers,
-        precision=train.precision,
+        step=step_of(cell),
         device=device_name,
         step_seconds=seconds,
         worker_flops_per_second=flops / seconds,

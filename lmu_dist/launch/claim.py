@@ -6,7 +6,8 @@ store by the sign of life that a run's courier leaves there.
 
 import json
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,13 @@ from lmu_dist.launch.recorder import spool_lock
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import Courier
 from lmu_dist.tracking.spool import Spool
-from lmu_dist.tracking.store import Store, record_of
+from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, SILENCE_SECONDS, Store, alive_now, record_of
 from lmu_dist.train import checkpoint
 
 DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
+CLAIM_SECONDS = 2.0  # after which one of two that claim a run at the same moment sees the other
+RESULTS = (records.COMPLETE, records.DIVERGED)  # a run that a search stopped early goes on where it is wanted for itself
 GONE_SECONDS = 60.0  # how long the processes of a run that was stopped may take to die
-SILENCE_SECONDS = 90.0  # without a sign of life, after which a run in another storage counts as abandoned
 
 
 class BusyError(ConfigError):
@@ -45,13 +47,15 @@ class Finished:
     notes: tuple[str, ...]  # what a person should know: checkpoints passed over, a record not yet delivered
 
 
-def find_done(cell: Cell, store: Store, study: str, known: Any = None) -> Finished | None:
+def find_done(cell: Cell, store: Store, study: str, known: Any = None, ended: Sequence[str] = RESULTS) -> Finished | None:
     """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it.
 
     What MLflow has not heard yet is delivered; all of it, if this store never knew the run. `known`: the MLflow run, if the
-    caller has looked already.
+    caller has looked already. `ended`: the statuses that count; a run with another goes on.
     """
     if record_path(cell).exists():
+        if read_record(cell).status not in ended:
+            return None
         record, run_id = read_record(cell), known.info.run_id if known else open_run(cell, store, study)
         return Finished(cell, record, run_id, store.uri, True, notes([], deliver(cell, run_id, store)))
     try:
@@ -60,18 +64,16 @@ def find_done(cell: Cell, store: Store, study: str, known: Any = None) -> Finish
         if _remembered(cell, store) is None:
             raise
         return None  # begun here and not ended; the record of it can wait
-    return finished_elsewhere(cell, run, store)
+    return finished_elsewhere(cell, run, store, ended)
 
 
-def finished_elsewhere(cell: Cell, run: Any, store: Store) -> Finished | None:
+def finished_elsewhere(cell: Cell, run: Any, store: Store, ended: Sequence[str] = RESULTS) -> Finished | None:
     """The run MLflow has of a cell, if it has ended."""
     record = record_of(run) if run else None
-    if run is None or record is None or record.status not in records.ENDED:
+    if run is None or record is None or record.status not in ended:
         return None
-    elsewhere = run.data.tags.get("lmu.folder")
-    note = (
-        f"MLflow has this run as done in {elsewhere}, which is not here; to train it again use ladder --rerun {cell.key[:12]}"
-    )
+    elsewhere = run.data.tags.get(FOLDER)
+    note = f"MLflow has this run as done in {elsewhere}, which is not here; to train it again delete the run there"
     return Finished(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
 
 
@@ -87,15 +89,17 @@ def deliver(cell: Cell, run_id: str, store: Store) -> str:
         return "another process is delivering it"
 
 
-def close(cell: Cell, store: Store, how: str | Outcome) -> None:
+def close(cell: Cell, store: Store, how: str | Outcome, patience_seconds: float = GONE_SECONDS) -> None:
     """Ends a run whose workers and recorder are gone: with a status, for now, or for good with what it came to.
 
-    Waits for the driver of the run to be gone, too. Raises Timeout if it or the recorder stays.
+    Waits for the driver of the run to be gone, too. Raises Timeout if it or the recorder stays. What MLflow does not hear in
+    time waits in the spool.
     """
     run_id = _remembered(cell, store)
     if run_id is None:
         return
-    with FileLock(cell.trunk_folder / "lock", timeout=GONE_SECONDS), spool_lock(cell.folder).acquire(timeout=GONE_SECONDS):
+    lock = FileLock(cell.trunk_folder / "lock", timeout=patience_seconds)
+    with lock, spool_lock(cell.folder).acquire(timeout=patience_seconds):
         if record_path(cell).exists():
             return
         spool = Spool(cell.folder, run_id)
@@ -110,7 +114,7 @@ def close(cell: Cell, store: Store, how: str | Outcome) -> None:
         else:
             tell("tags", {"lmu.status": how})
         tell("end", how.status if isinstance(how, Outcome) else how)
-        Courier(spool, store.uri).close(DELIVERY_SECONDS)
+        Courier(spool, store.uri).close(patience_seconds)
 
 
 def check_resumable(cell: Cell) -> list[str]:
@@ -120,7 +124,7 @@ def check_resumable(cell: Cell) -> list[str]:
     if meta is not None and (meta.world_size, meta.zero_stage) != (wanted.n_workers, wanted.zero_stage):
         raise ConfigError(
             f"{path} was written by {meta.world_size} workers at ZeRO stage {meta.zero_stage}; go on with "
-            f"cluster.n_workers={meta.world_size} cluster.zero_stage={meta.zero_stage}"
+            f"cluster.n_workers={meta.world_size} cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
         )
     return passed_over
 
@@ -154,13 +158,15 @@ def open_run(cell: Cell, store: Store, study: str) -> str:
             raise BusyError(f"{cell.name} is being run in {run.data.tags['lmu.folder']}; wait for it")
         if run is not None:
             run_id = run.info.run_id
+            if run.data.tags.get(FOLDER) not in (None, str(cell.folder)):
+                _take_over(cell, run_id, store)
         else:
             experiment_id, study_id = store.open_study(cell.config.experiment, study)
             run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder))
-            # Two drivers may have looked at the same moment: the run that was made first stays.
-            if (first := store.find_run(cell.key)) is not None and first.info.run_id != run_id:
+            # Two drivers may have looked at the same moment. Who sees the other's run takes back his own: at least one does.
+            if len(store.runs_of(cell.key)) > 1:
                 store.drop_run(run_id)
-                raise BusyError(f"{cell.name} is being run in {first.data.tags.get('lmu.folder')}; wait for it")
+                raise BusyError(f"{cell.name} was begun by another driver at the same moment; wait for it")
     except BusyError:
         raise
     except ConfigError:
@@ -172,9 +178,18 @@ def open_run(cell: Cell, store: Store, study: str) -> str:
     return run_id
 
 
+def _take_over(cell: Cell, run_id: str, store: Store) -> None:
+    """Makes a run that was abandoned in another storage ours. Raises BusyError if somebody else does so now."""
+    claim = uuid.uuid4().hex
+    store.tag(run_id, {CLAIM: claim, FOLDER: str(cell.folder), ALIVE: alive_now()})
+    time.sleep(CLAIM_SECONDS)
+    if store.tag_of(run_id, CLAIM) != claim:
+        raise BusyError(f"{cell.name} was taken over by another driver; wait for it")
+
+
 def _is_alive_elsewhere(cell: Cell, run: Any) -> bool:
     tags = run.data.tags
-    folder, heard = tags.get("lmu.folder"), float(tags.get("lmu.alive_ms", "0")) / 1000
+    folder, heard = tags.get(FOLDER), float(tags.get(ALIVE, "0")) / 1000
     ended = tags.get("lmu.status") in records.ENDED
     return not ended and folder not in (None, str(cell.folder)) and time.time() - heard < SILENCE_SECONDS
 

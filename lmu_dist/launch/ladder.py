@@ -4,6 +4,7 @@ A trial takes one trunk: the cells that share their stable steps. What is done i
 alone, so the same command goes on after anything. Called by the command line; progress goes to listeners.
 """
 
+import os
 import shutil
 import time
 from collections.abc import Iterable, Sequence
@@ -24,14 +25,14 @@ from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
 from lmu_dist.launch.record import record_path
 from lmu_dist.launch.series import run_series
-from lmu_dist.launch.trials import Slots, check_state_api, run_trials, still_reserved
+from lmu_dist.launch.trials import Slots, Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
 from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import AwayError, Store
 
 STUDY = "ladder"
-TELL_SECONDS = 2.0  # between two looks at how far the cells are
+CLOSING_SECONDS = 30.0  # what an interrupted ladder takes to say so in MLflow
 PAUSE_SECONDS = 5.0  # between two looks at what another driver is doing
 
 
@@ -59,21 +60,23 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     corpus.tokenizer()
     planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
-    for key in rerun:
-        _retire(_named(cells, key), store)
+    again = [_named(cells, key) for key in rerun]
     store.write_plan(config.experiment, STUDY, [_plan_row(cell) for cell in cells])
     climb = _Climb(cells, store, progress)
-    if not climb.missing():
+    if not again and not climb.missing():
         return climb.end(())
     try:
         with cluster([cell.config for cell in cells]):
             check_state_api()
+            for cell in again:
+                _retire(cell, store)
+                climb.forget(cell)
             climb.run(config.storage_folder / "tune")
-            held = still_reserved()
+            notes = still_reserved()
     except BaseException:
-        climb.close(records.INTERRUPTED)
+        climb.close(records.INTERRUPTED, CLOSING_SECONDS)
         raise
-    return climb.end((f"Ray still holds {len(held)} placement groups of trials that ended: {', '.join(held)}",) if held else ())
+    return climb.end(notes)
 
 
 class _Climb:
@@ -84,9 +87,16 @@ class _Climb:
         self.done: dict[str, Finished] = {}
         self.failures: dict[str, str] = {}
         self.works: list[tuple[Cell, ...]] = []
-        self.running: set[int] = set()  # trials, by the index of their work
+        self.running: set[int] = set()  # trials, by the index of their work; those whose process died stay
+        self.known: dict[str, Any] = {}
         self._look()
         self.before = frozenset(self.done)
+
+    def forget(self, cell: Cell) -> None:
+        """Takes a cell as not yet run."""
+        self.done.pop(cell.key, None)
+        self.known = {key: run for key, run in self.known.items() if key not in (cell.key, at_half_rate(cell).key)}
+        self.before -= {cell.key}
 
     def missing(self) -> list[list[Cell]]:
         """Trunks with a cell that has neither ended nor failed; cheapest first, as the cells came."""
@@ -100,34 +110,35 @@ class _Climb:
         """Runs trunks until each has ended or failed; those of another driver are waited for."""
         n_slots = room(self.cells[0].config)
         while trunks := self.missing():
-            self.works = [tuple(trunk) for trunk in trunks]
+            self.works, self.running = [tuple(trunk) for trunk in trunks], set()
             sizes = [work[0].config.cluster.n_workers for work in self.works]
             results = run_trials(
                 _climb_trunk,
-                {"works": self.works, "tracking_uri": self.store.uri},
+                {"works": self.works, "tracking_uri": self.store.uri, "environment": driver_environment()},
                 scratch,
                 tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(sizes), reuse_actors=True),
-                callbacks=[_Told(self)],
+                callbacks=[Watcher(self._begun, self._ended_trial, self.tell)],
             )
+            self.close(records.FAILED, CLOSING_SECONDS)
             self._look()
             busy = False
             for result in results:
-                said = result.metrics or {}
-                if said.get("busy"):
+                if (result.metrics or {}).get("busy"):
                     busy = True
                     continue
-                reason = str(said.get("error") or result.error or "its trial ended without a record")
-                work = self.works[(result.config or {}).get("index", 0)]
+                assert result.config is not None
+                work, reason = self.works[result.config["index"]], why(result) or "its trial ended without a record"
                 self.failures |= {cell.name: reason for cell in work if cell.key not in self.done}
             if busy:
-                self.tell("waiting for another driver")
+                self.tell("waiting for another driver, or for MLflow")
                 time.sleep(PAUSE_SECONDS)
                 self._look()
 
     def _look(self) -> None:
         """Takes note of what has ended, here or elsewhere."""
         first = self.cells[0]
-        self.known = self.store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
+        with suppress(AwayError):  # it may be back at the next look; what was known stays known
+            self.known = self.store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
         for cell in self.cells:
             if cell.key not in self.done and (found := self._ended(cell)) is not None:
                 self.done[cell.key] = found
@@ -149,14 +160,20 @@ class _Climb:
         ended = sum(1 for cell in self.cells if cell.key in self.done or record_path(cell).exists())
         self.progress("ladder", ended, len(self.cells), f"{ended} of {len(self.cells)} cells ended {remark}".strip())
 
-    def close(self, status: str) -> None:
+    def close(self, status: str, patience_seconds: float) -> None:
         """Says in MLflow that what this driver was running is over for now, since its workers could not."""
-        for index in self.running:
-            for cell in self.works[index]:
-                for tried in (cell, at_half_rate(cell)):
-                    if tried.folder.exists():
-                        with suppress(ConfigError, Timeout, OSError):
-                            claim.close(tried, self.store, status)
+        deadline = time.monotonic() + patience_seconds
+        for cell in (cell for index in self.running for cell in self.works[index]):
+            for tried in (cell, at_half_rate(cell)):
+                with suppress(ConfigError, Timeout, OSError):
+                    claim.close(tried, self.store, status, max(1.0, deadline - time.monotonic()))
+
+    def _begun(self, trial: Any) -> None:
+        self.running.add(trial.config["index"])
+
+    def _ended_trial(self, trial: Any, died: bool) -> None:
+        if not died:  # else nobody has closed its runs, and this driver does at its end
+            self.running.discard(trial.config["index"])
 
     def end(self, notes: Iterable[str]) -> Climbed:
         """The summary."""
@@ -166,41 +183,20 @@ class _Climb:
         return Climbed(ended, self.failures, (*said, *notes))
 
 
-class _Told(tune.Callback):
-    """Tune says what happens to trials."""
-
-    def __init__(self, climb: _Climb) -> None:
-        self._climb, self._told = climb, 0.0
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins."""
-        self._climb.running.add(trial.config["index"])
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial ended."""
-        self._climb.running.discard(trial.config["index"])
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Some times a second."""
-        if time.monotonic() - self._told > TELL_SECONDS:
-            self._climb.tell()
-            self._told = time.monotonic()
-
-    def __reduce__(self) -> Any:
-        """Tune pickles its callbacks into a snapshot that nobody reads."""
-        return tune.Callback, ()
-
-
-def _climb_trunk(params: dict[str, Any], works: list[tuple[Cell, ...]], tracking_uri: str) -> dict[str, Any]:
+def _climb_trunk(
+    params: dict[str, Any], works: list[tuple[Cell, ...]], tracking_uri: str, environment: dict[str, str]
+) -> dict[str, Any]:
     """A trial: runs the cells of one trunk, and those that diverged once more at half the learning rate."""
+    os.environ.update(environment)
     set_client_limits()
-    store, cells = Store(tracking_uri), works[params["index"]]
+    cells = works[params["index"]]
     try:
+        store = Store(tracking_uri)
         finished = run_series(cells, store, STUDY)
         wild = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED and not f.cell.retry_of]
         if wild:
             run_series(wild, store, STUDY)
-    except BusyError:
+    except (BusyError, AwayError):
         return {"busy": True}
     except (ConfigError, FailedError, OSError) as e:
         return {"error": str(e)}
@@ -208,7 +204,7 @@ def _climb_trunk(params: dict[str, Any], works: list[tuple[Cell, ...]], tracking
 
 
 def _named(cells: list[Cell], key: str) -> Cell:
-    found = [cell for cell in cells if cell.key.startswith(key)]
+    found = [cell for cell in cells if cell.key.startswith(key) or at_half_rate(cell).key.startswith(key)]
     if len(found) != 1:
         raise ConfigError(
             f"--rerun {key}: {len(found) or 'no'} cells of this ladder have a key that begins so; lmu-dist status names them"
@@ -219,9 +215,11 @@ def _named(cells: list[Cell], key: str) -> Cell:
 def _retire(cell: Cell, store: Store) -> None:
     """Makes a cell, its second try too, as if it had never run; MLflow keeps its old run under another tag."""
     for tried in (cell, at_half_rate(cell)):
-        if (run := store.find_run(tried.key)) is not None:
-            store.retire_run(run.info.run_id)
+        if not tried.folder.exists() and store.find_run(tried.key) is None:
+            continue
         with claim.alone(tried):
+            if (run := store.find_run(tried.key)) is not None:
+                store.retire_run(run.info.run_id)
             shutil.rmtree(tried.folder, ignore_errors=True)
             shutil.rmtree(tried.trunk_folder / FORKS, ignore_errors=True)
 

@@ -40,7 +40,8 @@ def tell_start(cell: Cell, tell: Tell) -> None:
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
     tell("start")
     tell("params", constants | record_of_cell(cell, None).columns("params"))
-    tell("tags", {"lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder), "lmu.retry_of": cell.retry_of})
+    tell("tags", {"lmu.status": records.WAITING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
+    tell("tags", {"lmu.retry_of": cell.retry_of})
     tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
 
 

@@ -1,4 +1,4 @@
-"""The one writer of the records of some runs: a Ray actor beside the driver that spools what rank 0 tells and delivers it.
+"""The one writer of the records of some runs: a Ray actor beside their driver that spools what rank 0 tells and delivers it.
 
 Workers need no MLflow, no credentials and no shared disk for it, and it outlives them.
 """

@@ -41,19 +41,22 @@ def run_series(
     study: str = "train",
     listener: Listener = lambda _: None,
     callbacks: Sequence[Any] = (),
+    ended: Sequence[str] = claim.RESULTS,
 ) -> list[Finished]:
     """Trains cells of one trunk, fewest tokens first, from where they stood, and records them. Needs a Ray cluster.
 
     Raises BusyError if another driver has the trunk, ConfigError, FailedError. With callbacks of Ray Train, these hear of every
-    evaluation.
+    evaluation. `ended`: statuses of runs that are left as they are.
     """
-    passed_over = {cell.key: claim.check_resumable(cell) for cell in cells}
     with claim.alone(cells[0]):
-        done = {cell.key: found for cell in cells if (found := claim.find_done(cell, store, study)) is not None}
+        passed_over = {cell.key: claim.check_resumable(cell) for cell in cells}
+        looked = {cell.key: claim.find_done(cell, store, study, ended=ended) for cell in cells}
+        done = {key: found for key, found in looked.items() if found is not None}
         missing = [cell for cell in cells if cell.key not in done]
         if missing:
             run_ids = [claim.open_run(cell, store, study) for cell in missing]
             for cell in missing:
+                record_path(cell).unlink(missing_ok=True)  # of a run that was stopped and is to go on
                 shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
             undelivered = _run(missing, run_ids, store, listener, callbacks)
             for cell, run_id in zip(missing, run_ids, strict=True):

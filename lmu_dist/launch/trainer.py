@@ -31,7 +31,8 @@ def train(
     cell.corpus.tokenizer()
     if (done := claim.find_done(cell, store, "train")) is not None:
         return done
-    claim.check_resumable(cell)
+    with claim.alone(cell):  # nobody is writing the checkpoints
+        claim.check_resumable(cell)
     with cluster([config]):
         [finished] = run_series([cell], store, listener=listener)
     return finished

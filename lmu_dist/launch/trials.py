@@ -25,9 +25,12 @@ from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
 from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.tracking.store import one_line
 
 HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to give back what a stopped trial had reserved
+STATE_ERRORS = (RayStateApiException, RayError, RuntimeError, OSError)
+TICK_SECONDS = 2.0
 LOOK_SECONDS = 10.0  # between two looks for what nobody gave back
 
 
@@ -71,10 +74,10 @@ def check_state_api() -> None:
     """Raises ConfigError if the cluster's State API is silent: without it Ray never frees what a stopped trial reserved."""
     try:
         _held()
-    except (RayStateApiException, RuntimeError, OSError) as e:
+    except STATE_ERRORS as e:
         raise ConfigError(
             "the cluster's State API does not answer, without which stopped trials would keep their workers' places; "
-            f"start the head with its dashboard (ray[default]): {' '.join(str(e).split())[:200]}"
+            f"start the head with its dashboard (ray[default]): {one_line(e)}"
         ) from e
 
 
@@ -106,20 +109,64 @@ def run_trials(
         with _Reaper().watching():
             return list(tuner.fit())  # pyright: ignore[reportArgumentType]
     except (RayError, TuneError, ConnectionError) as e:
-        raise FailedError(f"the cluster was lost: {' '.join(str(e).split())[:200]}") from e
+        raise FailedError(f"the cluster was lost: {one_line(e)}") from e
     finally:
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
-def still_reserved() -> list[str]:
-    """Placement groups of this driver that are not given back a minute after the trials ended, by the State API."""
+def still_reserved() -> tuple[str, ...]:
+    """What a person should know of the cluster after the trials: what, by the State API, nobody has given back in a minute."""
     reaper, deadline = _Reaper(), time.monotonic() + RELEASE_SECONDS
-    while held := _held():
-        if time.monotonic() > deadline:
-            return held
-        reaper.look()
-        time.sleep(2)
-    return []
+    try:
+        while held := _held():
+            if time.monotonic() > deadline:
+                return (f"Ray still holds {len(held)} placement groups of trials that ended: {', '.join(held)}",)
+            reaper.look()
+            time.sleep(2)
+    except STATE_ERRORS as e:
+        return (f"whether all places were given back is not known, the State API does not answer: {one_line(e)}",)
+    return ()
+
+
+def driver_environment() -> dict[str, str]:
+    """Credentials and network settings of this process, which trials, on a cluster that was there before, do not have."""
+    return {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "AWS_", "NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
+
+
+class Watcher(tune.Callback):
+    """Hears of trials from Tune: that one has begun, that it has ended and whether it died of it, and every two seconds."""
+
+    def __init__(self, begun: Callable[[Any], None], ended: Callable[[Any, bool], None], tick: Callable[[], None]) -> None:
+        self._begun, self._ended, self._tick, self._ticked = begun, ended, tick, 0.0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Of Tune's callbacks."""
+        self._begun(trial)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Of Tune's callbacks; called for a trial that a scheduler stopped, too."""
+        self._ended(trial, False)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Of Tune's callbacks; called when the trial's process died or raised."""
+        self._ended(trial, True)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Of Tune's callbacks; called some times a second."""
+        if time.monotonic() - self._ticked > TICK_SECONDS:
+            self._tick()
+            self._ticked = time.monotonic()
+
+    def __reduce__(self) -> Any:
+        """Tune pickles its callbacks into a snapshot that nobody reads."""
+        return tune.Callback, ()
+
+
+def why(result: Any) -> str:
+    """One line: why a trial came to no good; "" if it did."""
+    said = (result.metrics or {}).get("error")
+    lines = [line.strip() for line in str(result.error or "").splitlines() if line.strip()]
+    return str(said) if said else lines[-1][:300] if lines else ""
 
 
 class _Reaper:
@@ -147,7 +194,7 @@ class _Reaper:
 
         def watch() -> None:
             while not stop.wait(LOOK_SECONDS):
-                with suppress(RayStateApiException, RayError, RuntimeError, OSError):  # the next look may succeed
+                with suppress(*STATE_ERRORS):  # the next look may succeed
                     self.look()
 
         thread = threading.Thread(target=watch, name="reaper", daemon=True)

@@ -4,7 +4,9 @@ One Ray Tune search for every family and size, since losses of different sizes a
 trials by tokens inside it. Every trial is a cell like any other: keyed, recorded, never run twice.
 """
 
+import hashlib
 import json
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -20,19 +22,19 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError, FailedError, Family, Range, TrainConfig, TuneConfig, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, Family, Range, TrainConfig, TuneConfig, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import Progress, prepare
 from lmu_dist.launch import claim
-from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.cell import Cell, code_digest, make_cell
 from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
 from lmu_dist.launch.record import Outcome, read_record, record_path
 from lmu_dist.launch.series import run_series
-from lmu_dist.launch.trials import check_state_api, run_trials, still_reserved
+from lmu_dist.launch.trials import Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import AwayError, Store
 from lmu_dist.train import checkpoint
 
 STUDY, LOSS, TOKENS = "tune", "val_loss_nats", "tokens"
@@ -79,12 +81,12 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
         with cluster([config]):
             check_state_api()
             found = [search.run() for search in searches]
-            held = still_reserved()
+            notes = still_reserved()
     except BaseException:
         for search in searches:
             search.close_interrupted()
         raise
-    return found, (f"Ray still holds {len(held)} placement groups of trials that ended: {', '.join(held)}",) if held else ()
+    return found, notes
 
 
 class _Driver:
@@ -104,6 +106,11 @@ class _Driver:
         self.n_trials = self.tune.n_trials
         self.closing, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.begun: dict[str, tuple[dict[str, Any], Cell]] = {}  # by trial
+        self.ended = (*claim.RESULTS, records.STOPPED_EARLY) if first_rung else claim.RESULTS
+        content = json.dumps([to_dict(self.base), to_dict(config)["tune"], corpus.manifest.data_digest, code_digest()])
+        digest = hashlib.sha256(content.encode()).hexdigest()[:12]
+        self.journal = self.base.storage_folder / "tune" / f"{family}-{n_params}-{digest}.jsonl"
+        self.drawn = self._drawn_before()
 
     def check(self) -> None:
         """Raises ConfigError if the ends of the ranges make no configuration."""
@@ -120,20 +127,26 @@ class _Driver:
         concurrent = max(1, room(self.base) // self.base.cluster.n_workers)
         results = run_trials(
             _try,
-            {"base": self.base, "corpus": self.corpus, "tracking_uri": self.store.uri},
+            {
+                "base": self.base,
+                "corpus": self.corpus,
+                "tracking_uri": self.store.uri,
+                "environment": driver_environment(),
+                "ended": self.ended,
+            },
             self.base.storage_folder / "tune",
             ray_tune.TuneConfig(
                 metric=LOSS,
                 mode="min",
-                search_alg=_searcher(self.tune, self.base.seed, concurrent),
+                search_alg=_searcher(self.tune, self.base.seed, concurrent, self.drawn),
                 scheduler=_scheduler(self.tune, self.base.train),
                 num_samples=1 if self.tune.search == "sweep" else self.n_trials,
             ),
             param_space={key: _domain(where, self.tune.search) for key, where in self.tune.space.items()},
-            callbacks=[_Told(self)],
+            callbacks=[Watcher(self._begin, self._end, self.tell)],
         )
         self.closing.shutdown()
-        errors = [str((r.metrics or {}).get("error") or r.error or "") for r in results]
+        errors = [why(result) for result in results]
         errors += [f"a stopped run was not closed: {error}" for f in self.closings if (error := f.exception())]
         tried = {cell.key: Trial(s, read_record(cell)) for s, cell in self.begun.values() if record_path(cell).exists()}
         complete = [t for t in tried.values() if t.record.status == records.COMPLETE]
@@ -148,13 +161,47 @@ class _Driver:
         what = f"{self.family}, N = {self.n_params:,}"
         self.progress(what, ended, self.n_trials, f"{ended} of {self.n_trials} trials ended")
 
-    def close_stopped(self, cell: Cell, report: dict[str, Any]) -> None:
-        """Records a run that ASHA stopped: its workers are dead, or about to be, and cannot."""
-        if "state" not in report:
+    def _begin(self, trial: Any) -> None:
+        settings = _settings(trial.config)
+        with suppress(ConfigError):  # the trial itself will say so
+            self.begun[trial.trial_id] = settings, _cell(self.base, settings, self.corpus)
+            self._remember(settings)
+
+    def _end(self, trial: Any, died: bool) -> None:
+        # What is to be told waits for the death of the run's processes, which Tune, in this thread, sees to.
+        found = self.begun.get(trial.trial_id)
+        if found is not None and not record_path(found[1]).exists():
+            report = {} if died else dict(trial.last_result)
+            self.closings.append(self.closing.submit(self._close, found[1], report))
+
+    def _close(self, cell: Cell, report: dict[str, Any]) -> None:
+        """Records a run that ASHA stopped, or whose trial died: its workers are dead, or about to be, and cannot."""
+        if "error" in report:
+            return  # the trial came to its end, and its run was closed
+        if not report:
+            claim.close(cell, self.store, records.FAILED)
             return
-        state = checkpoint.Meta(**json.loads(report["state"]))
+        # Without a state the trial was stopped while it told of an earlier start: where that stood is in its checkpoint.
+        state = (
+            checkpoint.Meta(**json.loads(report["state"])) if "state" in report else checkpoint.newest_intact(cell.folder)[1]
+        )
+        if state is None:
+            raise FailedError(f"{cell.name} was stopped before it had a checkpoint")
         rule = f"ASHA: not in the best 1/{self.tune.reduction_factor} of its rung at {report[TOKENS]:,} tokens"
         claim.close(cell, self.store, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
+
+    def _remember(self, settings: dict[str, Any]) -> None:
+        if self.tune.search == "optuna" and settings not in self.drawn:
+            self.drawn.append(settings)
+            self.journal.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.journal, "a") as file:
+                file.write(json.dumps(settings) + "\n")
+
+    def _drawn_before(self) -> list[dict[str, Any]]:
+        """What an earlier start of this search has drawn, in order: it goes on with that."""
+        if not self.journal.exists():
+            return []
+        return [json.loads(line) for line in self.journal.read_text().splitlines() if line.endswith("}")]
 
     def close_interrupted(self) -> None:
         """Says in MLflow that what was begun here is over for now."""
@@ -163,34 +210,6 @@ class _Driver:
             if not record_path(cell).exists():
                 with suppress(ConfigError, Timeout, OSError):
                     claim.close(cell, self.store, records.INTERRUPTED)
-
-
-class _Told(ray_tune.Callback):
-    """Tune says what happens to trials."""
-
-    def __init__(self, driver: _Driver) -> None:
-        self._driver = driver
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial begins."""
-        settings = _settings(trial.config)
-        with suppress(ConfigError):  # the trial itself will say so
-            self._driver.begun[trial.trial_id] = settings, _cell(self._driver.base, settings, self._driver.corpus)
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """A trial came to its end or was stopped. What is to be told waits for its workers' death, and Tune must not."""
-        found = self._driver.begun.get(trial.trial_id)
-        if found is not None and not record_path(found[1]).exists():
-            driver = self._driver
-            driver.closings.append(driver.closing.submit(driver.close_stopped, found[1], dict(trial.last_result)))
-
-    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Every few seconds."""
-        self._driver.tell()
-
-    def __reduce__(self) -> Any:
-        """Tune pickles its callbacks into a snapshot that nobody reads."""
-        return ray_tune.Callback, ()
 
 
 class _Evaluations(TuneReportCallback):
@@ -202,30 +221,38 @@ class _Evaluations(TuneReportCallback):
             super().after_report(run_context, metrics, None)
 
 
-def _try(params: dict[str, Any], base: Config, corpus: Corpus, tracking_uri: str) -> dict[str, Any]:
+def _try(
+    params: dict[str, Any],
+    base: Config,
+    corpus: Corpus,
+    tracking_uri: str,
+    environment: dict[str, str],
+    ended: tuple[str, ...],
+) -> dict[str, Any]:
     """A trial: one cell, from where it stood; Tune hears of each of its evaluations, of earlier starts too."""
+    os.environ.update(environment)
     set_client_limits()
-    store = Store(tracking_uri)
     try:
+        store = Store(tracking_uri)
         cell = _cell(base, _settings(params), corpus)
         known = store.find_run(cell.key)
         if known is not None:
             for tokens, loss in store.validations(known.info.run_id, cell.config.train.batch_tokens):
                 ray_tune.report({TOKENS: tokens, LOSS: loss})
-        finished = _wait_for_turn(cell, store)
+        finished = _wait_for_turn(cell, store, ended)
     except (ConfigError, FailedError, OSError) as e:
         return {"error": str(e), TOKENS: 0, LOSS: WORST}
     record = finished.record
     return {TOKENS: record.tokens, LOSS: WORST if record.status == records.DIVERGED else record.val_loss_nats}
 
 
-def _wait_for_turn(cell: Cell, store: Store) -> Finished:
-    """Runs a cell; if another driver is at it, waits for what that comes to."""
+def _wait_for_turn(cell: Cell, store: Store, ended: tuple[str, ...]) -> Finished:
+    """Runs a cell; if another driver is at it, or MLflow is away, waits."""
     while True:
         try:
-            [finished] = run_series([cell], store, STUDY, callbacks=[_Evaluations()])
+            [finished] = run_series([cell], store, STUDY, callbacks=[_Evaluations()], ended=ended)
             return finished
-        except BusyError:
+        except (BusyError, AwayError):
             time.sleep(5)
 
 
@@ -238,12 +265,12 @@ def _settings(params: dict[str, Any]) -> dict[str, Any]:
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in params.items()}
 
 
-def _searcher(tune: TuneConfig, seed: int, concurrent: int) -> Any:
+def _searcher(tune: TuneConfig, seed: int, concurrent: int, drawn: list[dict[str, Any]]) -> Any:
     if tune.search == "optuna":
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         # Optuna's ten random trials before it learns are more than many searches have in all.
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, tune.samples // 3))
-        return ConcurrencyLimiter(OptunaSearch(sampler=sampler), concurrent)
+        return ConcurrencyLimiter(OptunaSearch(sampler=sampler, points_to_evaluate=list(drawn) or None), concurrent)
     return BasicVariantGenerator(random_state=seed, max_concurrent=concurrent)
 
 

@@ -43,9 +43,11 @@ class Job:
 
 
 class Start(NamedTuple):
-    """Where a cell begins: a checkpoint to load (none: at step 0), the state it holds, a word that no other attempt uses."""
+    """Where a cell begins: a checkpoint to load (none: at step 0), whether it is the cell's own, the state it holds, and a word
+    that no other attempt uses."""
 
     folder: Path | None
+    own: bool
     state: checkpoint.Meta
     attempt: str
 
@@ -53,8 +55,7 @@ class Start(NamedTuple):
 def train_worker(arguments: dict[str, Job]) -> None:
     """Trains the cells of a job to their ends, each from its newest whole checkpoint. Runs on every worker; collective."""
     job = arguments["job"]
-    # DeepSpeed builds its CPU collectives with the ninja that stands beside this Python.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    find_ninja()
     # Imported here since the driver, which imports this file too, has no use for DeepSpeed's four seconds.
     from lmu_dist.train.engine import Engine
 
@@ -62,7 +63,7 @@ def train_worker(arguments: dict[str, Job]) -> None:
     device = ray.train.torch.get_device()
     torch.set_num_threads(first.config.cluster.cpus_per_worker)
     engine: Engine | None = None
-    outcome: Outcome | None = None
+    wild: Outcome | None = None  # of a cell that diverged before its decay, as all that follow in the trunk would
     for index, cell in enumerate(job.cells):
         if _agree(lambda cell=cell: record_path(cell).exists(), rank):
             continue  # ended before the workers were started again
@@ -72,16 +73,16 @@ def train_worker(arguments: dict[str, Job]) -> None:
         if start.folder is not None:
             engine.load(start.folder)
         run = _Run(job, index, engine, rank, start.attempt)
-        if start.folder is None and outcome is not None and _diverged_in_trunk(outcome, job.cells[index - 1]):
+        if wild is not None and not start.own:
             # This cell would take the very same steps to the same end.
-            outcome = replace(outcome, state=_of_cell(outcome.state, cell, fork_step=outcome.state.step))
+            outcome = replace(wild, state=_of_cell(wild.state, cell, fork_step=wild.state.step))
         else:
             outcome = run.train(start.state)
+        if outcome.status == records.DIVERGED:
+            # A step that was given up has left gradients, and a count of micro-batches, that loading does not reset.
+            engine = None
+            wild = outcome if outcome.state.step < cell.config.train.decay_start else wild
         run.end(outcome)
-
-
-def _diverged_in_trunk(outcome: Outcome, cell: Cell) -> bool:
-    return outcome.status == records.DIVERGED and outcome.state.step < cell.config.train.decay_start
 
 
 class _Run:
@@ -200,17 +201,24 @@ class _Run:
         return self.job.recorder.tell.remote(self.index, kind, *arguments) if self.rank == 0 else None
 
 
+def find_ninja() -> None:
+    """Puts the ninja that stands beside this Python on PATH: DeepSpeed builds its CPU collectives with it."""
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+
+
 def _start(cell: Cell) -> Start:
     """From the cell's own newest whole checkpoint, else from the trunk's latest fork it can use, else from the beginning."""
     attempt, cluster = f"{time.time_ns():x}", cell.config.cluster
     folder, state, _ = checkpoint.newest_intact(cell.folder)
     if state is not None:
-        return Start(folder, state, attempt)
+        return Start(folder, True, state, attempt)
     if cell.config.train.schedule == "wsd":
         forks, stable = cell.trunk_folder / FORKS, cell.config.train.decay_start
         folder, state = checkpoint.newest_fork(forks, stable, cluster.n_workers, cluster.zero_stage)
+        if state is not None and state.key == cell.key:
+            return Start(folder, True, state, attempt)
         if state is not None:
-            return Start(folder, _of_cell(state, cell, fork_step=state.step), attempt)
+            return Start(folder, False, _of_cell(state, cell, fork_step=state.step), attempt)
     manifest = cell.corpus.manifest
     fresh = checkpoint.Meta(
         step=0,
@@ -223,7 +231,7 @@ def _start(cell: Cell) -> Start:
         config=configuration.to_dict(cell.config),
         shape=asdict(cell.shape),
     )
-    return Start(None, fresh, attempt)
+    return Start(None, False, fresh, attempt)
 
 
 def _of_cell(state: checkpoint.Meta, cell: Cell, fork_step: int) -> checkpoint.Meta:

@@ -4,6 +4,7 @@ Builds no model and starts nothing: every number comes from models/accounting an
 `lmu-dist plan --calibrate` measured or from plan.flops_per_second.
 """
 
+import heapq
 import json
 import math
 from collections.abc import Sequence
@@ -26,21 +27,38 @@ STAGES = (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one optimizer step, measured."""
+    """Seconds of one optimizer step, measured. `step` says of which, as `step_of` does."""
 
-    shape: dict[str, Any]
-    batch_rows: int
-    n_workers: int
-    precision: str
+    step: dict[str, Any]
     device: str
     step_seconds: float
     worker_flops_per_second: float  # training FLOPs of the step over its seconds, per worker
 
-    def is_of(self, cell: Planned) -> bool:
-        """Whether this is the very step of a cell."""
-        config = cell.config
-        mine = (self.shape, self.batch_rows, self.n_workers, self.precision)
-        return mine == (asdict(cell.shape), config.train.batch_rows, config.cluster.n_workers, config.train.precision)
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What must be alike for the speed of one size to tell of another's."""
+        return tuple(self.step[key] for key in ("family", "precision", "gpus_per_worker", "cpus_per_worker"))
+
+    @property
+    def n_params(self) -> int:
+        """N of the model."""
+        return accounting.parameters(Shape(**self.step["shape"])).non_embedding
+
+
+def step_of(cell: Planned) -> dict[str, Any]:
+    """What decides how long a step takes: widths, rows, precision, workers and what each has."""
+    train, cluster = cell.config.train, cell.config.cluster
+    return {
+        "family": cell.shape.family,
+        "shape": asdict(cell.shape),
+        "batch_rows": train.batch_rows,
+        "precision": train.precision,
+        "n_workers": cluster.n_workers,
+        "cpus_per_worker": cluster.cpus_per_worker,
+        "gpus_per_worker": cluster.gpus_per_worker,
+        "zero_stage": cluster.zero_stage,
+        "micro_batch_rows": cluster.micro_batch_rows,
+    }
 
 
 @dataclass(frozen=True)
@@ -79,6 +97,8 @@ class Plan:
     left_out: tuple[str, ...]  # cells above ladder.max_cell_flops
     device: str  # whose calibration was used; empty if none
     n_trials: int  # of each cell: more than one for a search, most of whose trials ASHA stops early
+    n_slots: int  # workers at once
+    wall_seconds: float | None  # on so many slots, every trunk as soon as it fits; starting workers and validation left out
 
     @property
     def flops(self) -> float:
@@ -99,7 +119,7 @@ class Plan:
 
     def totals(self) -> dict[str, Any]:
         """The sums, by name."""
-        names = ("n_trials", "flops", "saved_share", "worker_seconds", "price", "device", "left_out")
+        names = ("n_trials", "n_slots", "wall_seconds", "flops", "saved_share", "worker_seconds", "price", "device", "left_out")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -121,33 +141,33 @@ def plan(config: Config) -> Plan:
     """The plan of a configuration: of its ladder, its search, or its one run. Raises ConfigError, as `grid` does."""
     cells, left_out = grid(config, vocab_tokens(config))
     measured = read_calibration(config.storage_folder)
-    shared = _shared_steps(cells)
+    trunks = _trunks(cells)
+    shared = _shared_steps(cells, trunks)
     lines = tuple(_line(cell, shared[i], measured) for i, cell in enumerate(cells))
     names = tuple(f"{c.config.model.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
-    used = any(m.is_of(cell) or m.shape["family"] == cell.shape.family for m in measured for cell in cells)
+    kinds = {(cell.shape.family, cell.config.train.precision) for cell in cells}
+    used = not config.plan.flops_per_second and any(m.kind[:2] in kinds for m in measured)
     n_trials = config.tune.n_trials if config.tune and not config.ladder else 1
-    return Plan(lines, names, measured[0].device if used else "", n_trials)
+    n_slots = config.plan.n_slots or max(line.n_workers for line in lines)
+    wall = _wall_seconds(lines, trunks * n_trials, n_slots)
+    return Plan(lines, names, measured[0].device if used else "", n_trials, n_slots, wall)
 
 
 def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:
-    """Seconds of one step: as measured for this very cell, else from the speed at the sizes of its family that were measured
-    (interpolated in log N, held constant beyond them), else from plan.flops_per_second; None if nothing is known.
+    """Seconds of one step: from plan.flops_per_second if given, else as measured for this very step, else from the speed at the
+    sizes of its family that were measured (interpolated in log N, constant beyond them); None if nothing is known.
     """
-    config, n_params = cell.config, accounting.parameters(cell.shape).non_embedding
-    if exact := [m for m in measured if m.is_of(cell)]:
-        return exact[-1].step_seconds
+    config, step = cell.config, step_of(cell)
     flops = config.train.batch_tokens * accounting.flops(cell.shape).training / config.cluster.n_workers
     if config.plan.flops_per_second:
         return flops / config.plan.flops_per_second
-    precision = config.train.precision
-    of_family = {
-        _n_params(m): math.log(m.worker_flops_per_second)
-        for m in measured
-        if (m.shape["family"], m.precision) == (cell.shape.family, precision)
-    }
-    if not of_family:
+    if exact := [m for m in measured if m.step == step]:
+        return exact[-1].step_seconds
+    speeds = {m.n_params: math.log(m.worker_flops_per_second) for m in measured if m.kind == Measured(step, "", 0, 0).kind}
+    if not speeds:
         return None
-    return flops / math.exp(_interpolate(sorted((math.log(n), speed) for n, speed in of_family.items()), math.log(n_params)))
+    points = sorted((math.log(n), speed) for n, speed in speeds.items())
+    return flops / math.exp(_interpolate(points, math.log(accounting.parameters(cell.shape).non_embedding)))
 
 
 def read_calibration(storage: Path) -> list[Measured]:
@@ -158,25 +178,46 @@ def read_calibration(storage: Path) -> list[Measured]:
 
 def write_calibration(storage: Path, measured: Sequence[Measured]) -> Path:
     """Adds measurements, in place of older ones of the same cells."""
-    new = {json.dumps([m.shape, m.batch_rows, m.n_workers, m.precision], sort_keys=True): m for m in measured}
-    old = {json.dumps([m.shape, m.batch_rows, m.n_workers, m.precision], sort_keys=True): m for m in read_calibration(storage)}
+    latest = {json.dumps(m.step, sort_keys=True): asdict(m) for m in [*read_calibration(storage), *measured]}
     path = storage / CALIBRATION
-    path.write_text(json.dumps([asdict(m) for m in (old | new).values()], indent=1))
+    path.write_text(json.dumps(list(latest.values()), indent=1))
     return path
 
 
-def _shared_steps(cells: list[Planned]) -> dict[int, int]:
-    """For each cell, by its place, the steps that a cell of its trunk with fewer tokens has taken before."""
+def _trunks(cells: list[Planned]) -> list[list[int]]:
+    """The places of the cells of every trunk, fewest steps first; trunks in the order of their first cells."""
     trunks: dict[str, list[int]] = {}
     for i, cell in enumerate(cells):
         tree = to_dict(cell.config)
         trunk = json.dumps([tree["model"], tree["seed"], shared_settings(tree["train"])], sort_keys=True)
         trunks.setdefault(trunk, []).append(i)
+    return [sorted(trunk, key=lambda i: cells[i].config.train.n_steps) for trunk in trunks.values()]
+
+
+def _shared_steps(cells: list[Planned], trunks: list[list[int]]) -> dict[int, int]:
+    """For each cell, by its place, the steps that a cell of its trunk with fewer tokens has taken before."""
     shared = dict.fromkeys(range(len(cells)), 0)
-    for trunk in trunks.values():
-        for shorter, longer in pairwise(sorted(trunk, key=lambda i: cells[i].config.train.n_steps)):
+    for trunk in trunks:
+        for shorter, longer in pairwise(trunk):
             shared[longer] = cells[shorter].config.train.decay_start
     return shared
+
+
+def _wall_seconds(lines: Sequence[Line], trunks: list[list[int]], n_slots: int) -> float | None:
+    """Until the last trunk has ended, each starting as soon as its workers fit; None if a time is unknown or one never fits."""
+    waiting = [(lines[trunk[0]].n_workers, [lines[i].seconds for i in trunk]) for trunk in trunks]
+    now, free, running = 0.0, n_slots, list[tuple[float, int]]()
+    while waiting or running:
+        for work in [w for w in waiting if w[0] <= n_slots and None not in w[1]]:
+            if work[0] <= free:
+                waiting.remove(work)
+                free -= work[0]
+                heapq.heappush(running, (now + sum(s for s in work[1] if s is not None), work[0]))
+        if not running:
+            return None
+        now, n_workers = heapq.heappop(running)
+        free += n_workers
+    return now
 
 
 def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
@@ -213,10 +254,6 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
         seconds=seconds,
         price=seconds / 3600 * workers * config.plan.price_per_worker_hour if seconds is not None else None,
     )
-
-
-def _n_params(measured: Measured) -> int:
-    return accounting.parameters(Shape(**measured.shape)).non_embedding
 
 
 def _interpolate(points: list[tuple[float, float]], x: float) -> float:

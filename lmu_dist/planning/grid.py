@@ -5,11 +5,11 @@ The one place that turns a size into learning rate, batch, warm-up and workers. 
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lmu_dist.config import Config, ConfigError, Family, LadderConfig, Rule, WorkersFrom, with_settings
+from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
 from lmu_dist.models import accounting
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
@@ -67,7 +67,10 @@ def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned
     planned.sort(key=lambda p: p.training_flops)
     most = config.ladder.max_cell_flops if config.ladder else None
     most = most or math.inf
-    return [p for p in planned if p.training_flops <= most], [p for p in planned if p.training_flops > most]
+    kept, left_out = [p for p in planned if p.training_flops <= most], [p for p in planned if p.training_flops > most]
+    if not kept:
+        raise ConfigError(f"ladder.max_cell_flops={most:g} leaves no cell; the cheapest has {planned[0].training_flops:.3g}")
+    return kept, left_out
 
 
 def _wanted(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
@@ -105,14 +108,14 @@ def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, t
         (t for t in ladder.tuned if t.family == family), key=lambda t: abs(math.log(t.n_params / n_params)), default=None
     )
     settings = dict(tuned.settings) if tuned else {}
-    workers = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers, config.cluster.zero_stage)
+    workers, cluster = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers), config.cluster
     rules = {key: getattr(ladder, key) for key in ("learning_rate", "batch_tokens", "warmup_tokens")}
     scaled: dict[str, Any] = {}
     for key, rule in rules.items():
         if tuned and f"train.{key}" in settings:
             # The tuned value holds at the tuned size; the rule says how it changes from there.
-            value = float(settings.pop(f"train.{key}"))
-            scaled[key] = replace(rule or Rule(value), value=value, at_n_params=tuned.n_params).at(n_params)
+            anchor = (float(settings.pop(f"train.{key}")), tuned.n_params)
+            scaled[key] = rule.at(n_params, anchor) if rule else anchor[0]
         elif rule is not None:
             scaled[key] = rule.at(n_params)
     row = config.train.sequence_tokens
@@ -123,8 +126,9 @@ def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, t
         scaled["warmup_tokens"] = round(scaled["warmup_tokens"])
     settings |= {f"train.{key}": value for key, value in scaled.items()}
     settings |= {"model.family": family, "model.n_params": n_params, "train.tokens": tokens, "seed": seed}
-    settings |= {"cluster.n_workers": workers.n_workers, "cluster.zero_stage": workers.zero_stage}
-    settings |= {"cluster.micro_batch_rows": workers.micro_batch_rows or config.cluster.micro_batch_rows}
+    stage = cluster.zero_stage if workers.zero_stage is None else workers.zero_stage
+    settings |= {"cluster.n_workers": workers.n_workers, "cluster.zero_stage": stage}
+    settings |= {"cluster.micro_batch_rows": workers.micro_batch_rows or cluster.micro_batch_rows}
     return with_settings(config, settings | {"ladder": None, "tune": None})
 
 

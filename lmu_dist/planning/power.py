@@ -1,7 +1,8 @@
 """What a grid could tell: a ladder configuration in, the intervals out that its fits would have if assumed laws were true.
 
 Losses of the planned cells are drawn from plan.law with plan.noise, fitted as the real ones will be, many times over; the
-spread of the answers is the precision the money buys. Uses the cells of the plan, so what is left out counts as left out.
+spread of the answers is the precision the money buys. Simulated fits start at the assumed law, to be quick: a grid so poor that
+a fit from elsewhere finds another optimum is not told from a better one.
 """
 
 from dataclasses import dataclass, replace

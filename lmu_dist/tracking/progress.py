@@ -10,10 +10,9 @@ from typing import Any
 from mlflow.entities import Run
 
 from lmu_dist import records
-from lmu_dist.tracking.store import ALIVE, KEY, STATUS, Store
+from lmu_dist.tracking.store import ALIVE, KEY, SILENCE_SECONDS, STATUS, Store
 
 PLANNED, LOST = "planned", "lost"  # states beside the statuses of a run: not begun; begun, and silent since
-SILENCE_SECONDS = 90.0
 ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED)
 
 
@@ -38,11 +37,10 @@ class Row:
 def rows(store: Store, experiment: str) -> list[Row]:
     """All cells of an experiment, those planned and not begun included; what is being worked on first, the finished last."""
     found = {run.data.tags[KEY]: _row(run) for run in store.runs(experiment)}
-    for cell in store.read_plans(experiment):
-        if cell["key"] in found:
-            continue
-        elsewhere = store.find_run(cell["key"])
-        found[cell["key"]] = _row(elsewhere, "in another experiment") if elsewhere else _planned(cell)
+    missing = {cell["key"]: cell for cell in store.read_plans(experiment) if cell["key"] not in found}
+    elsewhere = {run.data.tags[KEY]: run for run in store.all_runs()} if missing else {}
+    for key, cell in missing.items():
+        found[key] = _row(elsewhere[key], "in another experiment") if key in elsewhere else _planned(cell)
     order = {state: i for i, state in enumerate(ORDER)}
     return sorted(found.values(), key=lambda row: (order.get(row.state, len(order)), row.planned_tokens, row.name))
 

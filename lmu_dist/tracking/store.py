@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlflow.entities import Run, ViewType
+from mlflow.entities import Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,7 +21,8 @@ from lmu_dist.config import ConfigError
 from lmu_dist.records import VAL_LOSS, WAITING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
-FOLDER, ALIVE = "lmu.folder", "lmu.alive_ms"
+FOLDER, ALIVE, CLAIM = "lmu.folder", "lmu.alive_ms", "lmu.claim"
+SILENCE_SECONDS = 90.0  # without a sign of life, after which a run counts as abandoned
 PLAN = "plan.json"  # artifact of a study
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -33,8 +34,12 @@ def default_uri(folder: Path) -> str:
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
 
 
+class AwayError(ConfigError):
+    """The store does not answer, or refuses."""
+
+
 class Store:
-    """An MLflow tracking store, by URI. Methods raise ConfigError when it does not answer."""
+    """An MLflow tracking store, by URI. Methods raise AwayError when it does not answer."""
 
     def __init__(self, uri: str) -> None:
         if uri.startswith("sqlite:///"):
@@ -67,10 +72,13 @@ class Store:
 
     def find_run(self, key: str) -> Run | None:
         """The run of a cell, in whatever experiment it was first asked for; the first made, should there be two."""
+        return min(self.runs_of(key), key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+
+    def runs_of(self, key: str) -> list[Run]:
+        """All runs with the key of a cell; two only while drivers that share nothing but this store find that out."""
         with self._answering():
-            experiments = [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
-            runs = self.client.search_runs(experiments, f"tags.`{KEY}` = '{key}'") if experiments else []
-            return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+            experiments = self._experiments()
+            return self._search(experiments, f"tags.`{KEY}` = '{key}'") if experiments else []
 
     def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str) -> str:
         """A new child run of a study, tagged with its key and the folder it will be trained in."""
@@ -112,10 +120,27 @@ class Store:
     def runs_by_key(self, data_digest: str, code_digest: str) -> dict[str, Run]:
         """Runs on some data by some code, in whatever experiment, by their keys; of two with one key the first made."""
         with self._answering():
-            experiments = [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
             made_with = f"params.data_digest = '{data_digest}' AND params.code_digest = '{code_digest}'"
-            found = self._search(experiments, f"tags.`{KEY}` LIKE '%' AND {made_with}")
+            found = self._search(self._experiments(), f"tags.`{KEY}` LIKE '%' AND {made_with}")
             return {run.data.tags[KEY]: run for run in sorted(found, key=lambda run: run.info.start_time, reverse=True)}
+
+    def all_runs(self) -> list[Run]:
+        """The cells' runs of all experiments."""
+        with self._answering():
+            return self._search(self._experiments(), f"tags.`{KEY}` LIKE '%'")
+
+    def tag(self, run_id: str, tags: dict[str, str]) -> None:
+        """Sets tags at once, past the spool."""
+        with self._answering():
+            self.client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def tag_of(self, run_id: str, key: str) -> str | None:
+        """A tag as it now is."""
+        with self._answering():
+            return self.client.get_run(run_id).data.tags.get(key)
+
+    def _experiments(self) -> list[str]:
+        return [e.experiment_id for e in self.client.search_experiments(ViewType.ACTIVE_ONLY)]
 
     def _search(self, experiment_ids: list[str], query: str) -> list[Run]:
         found, token = list[Run](), None
@@ -185,7 +210,7 @@ class _Answering:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, MlflowException | SQLAlchemyError):
-            raise ConfigError(
+            raise AwayError(
                 f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {one_line(error)}"
             ) from error
 

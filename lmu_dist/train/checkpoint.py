@@ -27,6 +27,10 @@ class CheckpointError(ConfigError):
     """A checkpoint that is incomplete or damaged; the message names the file."""
 
 
+class TornError(CheckpointError):
+    """A checkpoint that lacks something: its writer was killed before all of it was there, or is still at it."""
+
+
 @dataclass(frozen=True)
 class Meta:
     """Where a run stood. With the configuration and the data this is all that is needed to go on exactly.
@@ -76,7 +80,9 @@ def verify(folder: Path, digests: bool = True) -> Meta:
         for name, (size, digest) in manifest["files"].items():
             path = folder / name
             if not path.is_file():
-                raise CheckpointError(f"checkpoint {folder} lacks {name}")
+                raise TornError(f"checkpoint {folder} lacks {name}")
+            if path.stat().st_size < size:
+                raise TornError(f"checkpoint {folder}: {name} is not whole")
             if path.stat().st_size != size or (digests and _digest(path) != digest):
                 raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
         rank += 1
@@ -98,21 +104,22 @@ def newest_fork(forks: Path, before_step: int, world_size: int, zero_stage: int)
 def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]]:
     """The latest checkpoint of a run that is whole, its meta, and what was passed over and why.
 
-    (None, None, []) for a run that has none yet. Raises CheckpointError if there are some but all are damaged:
-    starting from nothing would throw away what a person might still rescue.
+    (None, None, ...) for a run that has none yet, or none that was ever written to its end. Raises CheckpointError if there
+    are some, none is whole and one is damaged: starting from nothing would throw away what a person might still rescue.
     """
-    found, passed_over = _found(run_folder), []
-    for folder in found:
+    passed_over, damaged = list[str](), False
+    for folder in _found(run_folder):
         try:
             return folder, verify(folder), passed_over
         except CheckpointError as e:
             passed_over.append(str(e))
-    if found:
+            damaged = damaged or not isinstance(e, TornError)
+    if damaged:
         raise CheckpointError(
             f"{passed_over[0]}, and no older checkpoint of the run is whole; restore it, or delete {run_folder} "
             "to start the run anew"
         )
-    return None, None, []
+    return None, None, passed_over
 
 
 def prune(run_folder: Path, keep: int) -> None:
@@ -146,7 +153,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as e:
-        raise CheckpointError(f"checkpoint {path.parent} lacks {path.name}") from e
+        raise TornError(f"checkpoint {path.parent} lacks {path.name}") from e
     except ValueError as e:
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is damaged") from e
 

@@ -60,7 +60,7 @@ def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[
 def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
     path, meta, passed_over = checkpoint.newest_intact(folder)
     if path is None or meta is None:
-        raise ConfigError(f"no checkpoint in {folder}; train the run first")
+        raise ConfigError("; ".join([*passed_over, f"no whole checkpoint in {folder}; train the run first"]))
     facts = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
     facts |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
     return facts, checkpoint.read_weights(path), passed_over

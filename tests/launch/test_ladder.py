@@ -16,10 +16,13 @@ import ray
 from ray.util.state import list_placement_groups
 
 from lmu_dist import records
+from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load, with_settings
+from lmu_dist.launch.calibrate import calibrate
 from lmu_dist.launch.cell import at_half_rate
 from lmu_dist.launch.ladder import Climbed, ladder
 from lmu_dist.launch.trainer import train
+from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.store import Store, default_uri
@@ -40,7 +43,8 @@ def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "sequence_tokens": 32,
             "schedule": "wsd",
             "warmup_tokens": 2560,
-            "eval_every_tokens": 25_600,
+            "plateau_patience": 1,
+            "eval_every_tokens": 12_800,
             "eval_tokens": 512,
         },
         "ladder": {
@@ -125,7 +129,8 @@ def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Pat
     stable = int(0.8 * SHORT / 256)
     assert branch.record.fork_step == stable
     history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
-    assert sorted(p.step for p in history) == list(range(stable, LONG // 256))
+    losses = {p.step: p.value for p in history}
+    assert sorted(losses) == list(range(stable, LONG // 256))
     data = branch.cell.corpus.folder
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / data.name).symlink_to(data)
@@ -133,7 +138,8 @@ def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Pat
     assert alone.cell.key == branch.cell.key
     assert alone.record.fork_step == 0
     assert alone.record.val_loss_nats == branch.record.val_loss_nats
-    assert alone.record.train_loss_nats == branch.record.train_loss_nats
+    history = Store(alone.tracking_uri).client.get_metric_history(alone.run_id, records.TRAIN_LOSS)
+    assert {p.step: p.value for p in history if p.step >= stable} == losses
 
 
 def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path, Climbed]):
@@ -170,6 +176,35 @@ def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undist
     assert after.record.val_loss_nats == before.record.val_loss_nats
     retired = Store(default_uri(folder)).client.get_run(before.run_id)
     assert retired.data.tags["lmu.retired_key"] == before.cell.key
+
+
+def test_the_table_of_an_experiment(undisturbed: tuple[Path, Climbed], monkeypatch, capsys: pytest.CaptureFixture[str]):
+    folder, climbed = undisturbed
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(folder))
+    assert main(["status", "climb", "--json"]) == 0
+    found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
+    for finished in climbed.finished:
+        row = found[finished.cell.key]
+        assert (row["state"], row["tokens"]) == (records.COMPLETE, row["planned_tokens"])
+        assert row["loss_nats"] == finished.record.val_loss_nats
+        assert (row["n_workers"], row["attempts"]) == (finished.cell.config.cluster.n_workers, 1)
+    assert main(["status", "climb"]) == 0
+    assert "6 of 6 cells ended" in capsys.readouterr().out
+    assert main(["status", "nothing"]) == 2
+    assert "no experiment 'nothing'" in capsys.readouterr().err
+
+
+def test_a_calibration_is_what_plans_reckon_with(job: Path, undisturbed: tuple[Path, Climbed]):
+    folder, climbed = undisturbed
+    config = configured(job, folder, "ladder.n_params=[1000, 3000]", "ladder.tokens=[102400]")
+    assert plan(config).worker_seconds is None
+    calibrate(config)
+    found = plan(config)
+    assert {line.n_workers for line in found.lines} == {1, 2}
+    for line in found.lines:
+        [real] = [f.record for f in climbed.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
+        assert line.step_seconds is not None
+        assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share these cores
 
 
 def test_what_can_never_fit_is_refused_before_anything_starts(job: Path, four_slots: None, tmp_path: Path):

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import pytest
 from lmu_dist.cli import main
 from lmu_dist.config import Config, parse, with_settings
 from lmu_dist.models import accounting
-from lmu_dist.planning.cost import Measured, plan, step_seconds, write_calibration
+from lmu_dist.planning.cost import Measured, plan, step_of, step_seconds, write_calibration
 from lmu_dist.planning.grid import Planned, grid
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -31,8 +30,9 @@ def configured(tmp_path: Path, schedule: str = "wsd") -> Config:
 
 def measured(cell: Planned, seconds: float) -> Measured:
     train, workers = cell.config.train, cell.config.cluster.n_workers
-    speed = train.batch_tokens * accounting.flops(cell.shape).training / workers / seconds
-    return Measured(asdict(cell.shape), train.batch_rows, workers, train.precision, "test", seconds, speed)
+    return Measured(
+        step_of(cell), "test", seconds, train.batch_tokens * accounting.flops(cell.shape).training / workers / seconds
+    )
 
 
 def test_shared_steps_are_charged_once(tmp_path: Path):
@@ -62,6 +62,13 @@ def test_time_and_price_come_from_what_was_measured(tmp_path: Path):
     own_steps = sum(line.steps - line.shared_steps for line in found.lines)
     assert found.worker_seconds == pytest.approx(0.2 * own_steps * 2)
     assert found.price == pytest.approx(found.worker_seconds / 3600 * 3)
+    # two workers each: one trunk at a time on two slots, two on four
+    assert found.wall_seconds == pytest.approx(0.2 * own_steps)
+    assert plan(with_settings(config, {"plan.n_slots": 4})).wall_seconds == pytest.approx(0.1 * own_steps)
+    given = plan(with_settings(config, {"plan.flops_per_second": 1e9}))
+    assert {line.step_seconds for line in given.lines} != {0.2}
+    other = plan(with_settings(config, {"cluster.micro_batch_rows": 2}))  # measured with whole batches, so from the speeds
+    assert other.lines[0].step_seconds == pytest.approx(0.2)
 
 
 def test_sizes_between_the_measured_ones_are_interpolated(tmp_path: Path):

@@ -66,6 +66,10 @@ def test_tuned_settings_hold_at_their_size_and_are_carried_to_others_by_the_rule
     assert rates["lmu", 30_000] == pytest.approx(0.02 * 10**-0.5)
     assert rates["lstm", 3000] == pytest.approx(0.01 * (3000 / 1e6) ** -0.5)
     assert {c.config.train.beta2 for c in cells if c.config.model.family == "lmu"} == {0.98}
+    no_warmup = [{"family": "lmu", "n_params": 3000, "settings": {"train.warmup_tokens": 0}}]
+    cells, _ = grid(configured(families=["lmu"], tuned=no_warmup, workers=[{"n_params": 0, "n_workers": 1}]), 400)
+    assert {c.config.train.warmup_tokens for c in cells} == {0}
+    assert {c.config.cluster.zero_stage for c in cells} == {1}
 
 
 def test_cells_that_are_too_dear_are_named():
@@ -83,6 +87,7 @@ def test_cells_that_are_too_dear_are_named():
         ({"n_params": [1]}, "ladder: lmu, N = 1, .* no lmu of 2 blocks has N = 1"),
         ({"workers": [{"n_params": 0, "n_workers": 3}]}, "must divide the 8 rows"),
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.lr": 1}}]}, "train.lr: unknown key"),
+        ({"max_cell_flops": 1.0}, r"max_cell_flops=1 leaves no cell"),
     ],
 )
 def test_an_impossible_cell_is_named(ladder: dict, message: str):
@@ -110,6 +115,8 @@ def test_without_a_ladder_it_is_the_searches_or_the_one_run():
         ({"tokens": []}, "give budgets"),
         ({"token": [1]}, "did you mean ladder.tokens"),
         ({"learning_rate": {"value": -1}}, r"ladder\.learning_rate"),
+        ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"storage": "/x"}}]}, "storage cannot be tuned"),
+        ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.learning_rate": "x"}}]}, "must be a number"),
     ],
 )
 def test_bad_ladders_are_refused_with_the_key(ladder: dict, message: str):

@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmu_dist.train.checkpoint import WEIGHTS, CheckpointError, Meta, folder_name, newest_intact, read_weights, seal, verify
+from lmu_dist.train.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    Meta,
+    folder_name,
+    newest_fork,
+    newest_intact,
+    read_weights,
+    seal,
+    verify,
+)
 
 
 def write(run: Path, step: int, world_size: int = 2) -> Path:
@@ -66,10 +76,28 @@ def test_damage_is_named_and_the_one_before_is_taken(run: Path, name: str, harm:
 
 def test_all_damaged_is_an_error_that_throws_nothing_away(run: Path):
     for folder in run.iterdir():
-        (folder / "meta.json").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks meta\.json, and no older checkpoint .* delete .*run"):
+        flip(folder / "meta.json")
+    with pytest.raises(CheckpointError, match=r"meta\.json is damaged, and no older checkpoint .* delete .*run"):
         newest_intact(run)
     assert len(list(run.iterdir())) == 3
+
+
+@pytest.mark.parametrize("harm", ["gone", "short"])
+def test_a_run_killed_in_its_first_checkpoint_has_none(tmp_path: Path, harm: str):
+    HARMS[harm](write(tmp_path / "run", 10) / WEIGHTS)
+    folder, meta, [reason] = newest_intact(tmp_path / "run")
+    assert (folder, meta) == (None, None)
+    assert WEIGHTS in reason
+
+
+def test_the_latest_fork_that_these_workers_can_load_is_taken(run: Path):
+    assert newest_fork(run, 15, 2, 1)[1].step == 10  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 100, 2, 1)[1].step == 100  # pyright: ignore[reportOptionalMemberAccess]
+    flip(run / folder_name(100, 2, "a1") / WEIGHTS)
+    assert newest_fork(run, 100, 2, 1)[1].step == 20  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 5, 2, 1) == (None, None)
+    assert newest_fork(run, 100, 4, 1) == (None, None)
+    assert newest_fork(run, 100, 2, 3) == (None, None)
 
 
 def test_a_new_run_has_none(tmp_path: Path):
