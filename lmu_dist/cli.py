@@ -117,20 +117,20 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
     """Every missing cell of a size x token x family x seed grid, exactly once; resumable."""
     merged = load(config, overrides)
-    from lmu_dist.launch.ladder import ladder as climb
+    from lmu_dist.launch.ladder import ladder as run_ladder
 
     with show.bars() as bars:
-        climbed = climb(merged, _tracking_uri(), bars.show, rerun)
-    _tell(climbed.notes)
+        result = run_ladder(merged, _tracking_uri(), bars.show, rerun)
+    _tell(result.notes)
     if as_json:
         cells = [
             asdict(f.record) | {"run_id": f.run_id, "folder": str(f.cell.folder), "was_done": f.already_done}
-            for f in climbed.finished
+            for f in result.finished
         ]
-        print(json.dumps({"cells": cells, "failures": climbed.failures}))
+        print(json.dumps({"cells": cells, "failures": result.failures}))
     else:
-        show.ladder(climbed, _tracking_uri())
-    return 1 if climbed.failures else 0
+        show.ladder(result, _tracking_uri())
+    return 1 if result.failures else 0
 
 
 @cli.command()

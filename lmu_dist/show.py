@@ -17,7 +17,7 @@ from lmu_dist.config import Config, PlanConfig
 from lmu_dist.records import ENDED
 
 if TYPE_CHECKING:  # heavy; a command has imported what it shows
-    from lmu_dist.launch.ladder import Climbed
+    from lmu_dist.launch.ladder import LadderResult
     from lmu_dist.launch.tune import Search
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import Power
@@ -27,10 +27,10 @@ console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 WIDE = 160  # columns of a table that goes to a file or a pipe
 
 
-def ladder(climbed: "Climbed", tracking_uri: str) -> None:
+def ladder(result: "LadderResult", tracking_uri: str) -> None:
     """The table of a ladder that has come to its end."""
     table = _table("family", "N", "tokens", "seed", "rate", "status", "validation nats", "bits/byte", "training s", "remark")
-    for finished in climbed.finished:
+    for finished in result.finished:
         r = finished.record
         remarks = ["was done"] if finished.already_done else []
         remarks += ["second try at half the rate"] if r.retry_of else []
@@ -47,9 +47,9 @@ def ladder(climbed: "Climbed", tracking_uri: str) -> None:
             "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
         )
     _print(table)
-    fresh = sum(not f.already_done for f in climbed.finished)
-    print(f"{len(climbed.finished)} cells ended, {fresh} of them now; MLflow {tracking_uri}")
-    for name, reason in climbed.failures.items():
+    fresh = sum(not f.already_done for f in result.finished)
+    print(f"{len(result.finished)} cells ended, {fresh} of them now; MLflow {tracking_uri}")
+    for name, reason in result.failures.items():
         console.print(f"failed {name}: {reason}")
 
 

@@ -37,7 +37,7 @@ PAUSE_SECONDS = 5.0  # between two looks at what another driver is doing
 
 
 @dataclass(frozen=True)
-class Climbed:
+class LadderResult:
     """The end of a ladder: a row for every cell that ended (its second try, if it diverged), and why others did not."""
 
     finished: tuple[Finished, ...]
@@ -45,7 +45,7 @@ class Climbed:
     notes: tuple[str, ...]
 
 
-def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: None, rerun: Sequence[str] = ()) -> Climbed:
+def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: None, rerun: Sequence[str] = ()) -> LadderResult:
     """Runs what is missing of the grid. Raises ConfigError before anything is started if a cell could never run.
 
     `rerun`: keys, or their beginnings, of cells to run again though they have ended.
@@ -62,24 +62,24 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
     again = [_named(cells, key) for key in rerun]
     store.write_plan(config.experiment, STUDY, [_plan_row(cell) for cell in cells])
-    climb = _Climb(cells, store, progress)
-    if not again and not climb.missing():
-        return climb.end(())
+    driver = _Driver(cells, store, progress)
+    if not again and not driver.missing():
+        return driver.end(())
     try:
         with cluster([cell.config for cell in cells]):
             check_state_api()
             for cell in again:
                 _retire(cell, store)
-                climb.forget(cell)
-            climb.run(config.storage_folder / "tune")
+                driver.forget(cell)
+            driver.run(config.storage_folder / "tune")
             notes = still_reserved()
     except BaseException:
-        climb.close(records.INTERRUPTED, CLOSING_SECONDS)
+        driver.close(records.INTERRUPTED, CLOSING_SECONDS)
         raise
-    return climb.end(notes)
+    return driver.end(notes)
 
 
-class _Climb:
+class _Driver:
     """The state of one ladder while its driver lives."""
 
     def __init__(self, cells: list[Cell], store: Store, progress: Progress) -> None:
@@ -113,7 +113,7 @@ class _Climb:
             self.works, self.running = [tuple(trunk) for trunk in trunks], set()
             sizes = [work[0].config.cluster.n_workers for work in self.works]
             results = run_trials(
-                _climb_trunk,
+                _run_trunk,
                 {"works": self.works, "tracking_uri": self.store.uri, "environment": driver_environment()},
                 scratch,
                 tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(sizes), reuse_actors=True),
@@ -175,15 +175,15 @@ class _Climb:
         if not died:  # else nobody has closed its runs, and this driver does at its end
             self.running.discard(trial.config["index"])
 
-    def end(self, notes: Iterable[str]) -> Climbed:
+    def end(self, notes: Iterable[str]) -> LadderResult:
         """The summary."""
         done = ((cell.key, self.done[cell.key]) for cell in self.cells if cell.key in self.done)
         ended = tuple(replace(finished, already_done=key in self.before) for key, finished in done)
         said = dict.fromkeys(note for finished in ended for note in finished.notes)
-        return Climbed(ended, self.failures, (*said, *notes))
+        return LadderResult(ended, self.failures, (*said, *notes))
 
 
-def _climb_trunk(
+def _run_trunk(
     params: dict[str, Any], works: list[tuple[Cell, ...]], tracking_uri: str, environment: dict[str, str]
 ) -> dict[str, Any]:
     """A trial: runs the cells of one trunk, and those that diverged once more at half the learning rate."""

@@ -11,7 +11,7 @@ from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell, make_cell
 from lmu_dist.launch.claim import BusyError
-from lmu_dist.launch.ladder import _climb_trunk
+from lmu_dist.launch.ladder import _run_trunk
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, write_record
 from lmu_dist.tracking.store import AwayError, Store, default_uri
 from lmu_dist.train.checkpoint import Meta
@@ -113,4 +113,4 @@ def test_a_store_that_is_away_makes_a_trunk_wait_and_not_fail(here: Cell, monkey
     away = "http://127.0.0.1:9"
     with pytest.raises(AwayError):
         Store(away).check()
-    assert _climb_trunk({"index": 0}, [(here,)], away, {}) == {"busy": True}
+    assert _run_trunk({"index": 0}, [(here,)], away, {}) == {"busy": True}

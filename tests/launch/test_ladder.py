@@ -20,7 +20,7 @@ from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load, with_settings
 from lmu_dist.launch.calibrate import calibrate
 from lmu_dist.launch.cell import at_half_rate
-from lmu_dist.launch.ladder import Climbed, ladder
+from lmu_dist.launch.ladder import LadderResult, ladder
 from lmu_dist.launch.trainer import train
 from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord
@@ -36,7 +36,7 @@ SHORT, LONG = 51_200, 102_400
 def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("job") / "job.yaml"
     tree = {
-        "experiment": "climb",
+        "experiment": "grid",
         "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
         "train": {
             "batch_tokens": 256,
@@ -67,8 +67,8 @@ def configured(job: Path, storage: Path, *overrides: str) -> Config:
     return load(job, [f"storage={storage}", *overrides])
 
 
-def by_key(climbed: Climbed) -> dict[str, RunRecord]:
-    return {f.cell.key: f.record for f in climbed.finished}
+def by_key(result: LadderResult) -> dict[str, RunRecord]:
+    return {f.cell.key: f.record for f in result.finished}
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +79,19 @@ def four_slots() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Path, four_slots: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Climbed]:
+def undisturbed(job: Path, four_slots: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LadderResult]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return folder, ladder(configured(job, folder), default_uri(folder))
 
 
-def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tuple[Path, Climbed]):
-    _, climbed = undisturbed
-    assert not climbed.failures
-    assert not [note for note in climbed.notes if "Ray still holds" in note]
-    assert len(climbed.finished) == 6
-    assert {(f.record.status, f.record.phase) for f in climbed.finished} == {(records.COMPLETE, "decayed")}
-    assert {f.cell.config.cluster.n_workers for f in climbed.finished} == {1, 2, 4}
-    assert not any(f.already_done for f in climbed.finished)
+def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tuple[Path, LadderResult]):
+    _, result = undisturbed
+    assert not result.failures
+    assert not [note for note in result.notes if "Ray still holds" in note]
+    assert len(result.finished) == 6
+    assert {(f.record.status, f.record.phase) for f in result.finished} == {(records.COMPLETE, "decayed")}
+    assert {f.cell.config.cluster.n_workers for f in result.finished} == {1, 2, 4}
+    assert not any(f.already_done for f in result.finished)
     groups = list_placement_groups(address=ray.get_runtime_context().gcs_address)
     assert groups
     assert {g.state for g in groups} == {"REMOVED"}  # pyright: ignore
@@ -101,13 +101,13 @@ def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tup
     assert ray.available_resources()["CPU"] == 4
 
 
-def test_a_divergence_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, Climbed]):
+def test_a_divergence_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, _ = undisturbed
     wild = '[{"family": "lstm", "n_params": 1000, "settings": {"train.learning_rate": 1000, "train.clip_norm": 0}}]'
     settings = ["ladder.families=[lmu, lstm]", "ladder.n_params=[1000]", f"ladder.tuned={wild}", "experiment=wild"]
-    climbed = ladder(configured(job, folder, *settings), default_uri(folder))
-    assert not climbed.failures
-    second = [f.record for f in climbed.finished if f.record.family == "lstm"]
+    result = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert not result.failures
+    second = [f.record for f in result.finished if f.record.family == "lstm"]
     assert [r.status for r in second] == [records.DIVERGED] * 2
     store = Store(default_uri(folder))
     first = {r.key: r for r in store.records("wild").values()}
@@ -118,14 +118,14 @@ def test_a_divergence_is_stopped_retried_and_recorded(job: Path, undisturbed: tu
         assert before.learning_rate == 2 * tried.learning_rate
         assert before.planned_tokens == tried.planned_tokens
     assert {row.state for row in rows(store, "wild") if row.name.startswith("lstm")} == {records.DIVERGED}
-    assert [f.record.status for f in climbed.finished if f.record.family == "lmu"] == [records.COMPLETE] * 2
+    assert [f.record.status for f in result.finished if f.record.family == "lmu"] == [records.COMPLETE] * 2
     again = ladder(configured(job, folder, *settings), default_uri(folder))
-    assert [f.record for f in again.finished] == [f.record for f in climbed.finished]
+    assert [f.record for f in again.finished] == [f.record for f in result.finished]
 
 
-def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Path, Climbed], tmp_path: Path):
-    _, climbed = undisturbed
-    branch = next(f for f in climbed.finished if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG))
+def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Path, LadderResult], tmp_path: Path):
+    _, result = undisturbed
+    branch = next(f for f in result.finished if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG))
     stable = int(0.8 * SHORT / 256)
     assert branch.record.fork_step == stable
     history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
@@ -142,15 +142,15 @@ def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Pat
     assert {p.step: p.value for p in history if p.step >= stable} == losses
 
 
-def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path, Climbed]):
-    folder, climbed = undisturbed
+def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path, LadderResult]):
+    folder, result = undisturbed
     settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}, {2 * LONG}]", "experiment=another"]
     began = time.monotonic()
     other = ladder(configured(job, folder, *settings), default_uri(folder))
     assert time.monotonic() - began < 120
     shared, new = other.finished
     assert (shared.already_done, new.already_done) == (True, False)
-    assert shared.record == by_key(climbed)[shared.cell.key]
+    assert shared.record == by_key(result)[shared.cell.key]
     # it branched from the latest fork of the trunk, which the first ladder left
     assert new.record.fork_step == int(0.8 * LONG / 256)
     again = ladder(configured(job, folder, *settings), default_uri(folder))
@@ -160,12 +160,12 @@ def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path
     assert found[shared.cell.key].remark == "in another experiment"
 
 
-def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, Climbed]):
-    folder, climbed = undisturbed
+def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, LadderResult]):
+    folder, result = undisturbed
     settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}]"]
     [before] = [
         f
-        for f in climbed.finished
+        for f in result.finished
         if (f.record.family, f.cell.config.model.n_params, f.record.planned_tokens) == ("lmu", 1000, SHORT)
     ]
     with pytest.raises(ConfigError, match="--rerun ffff"):
@@ -178,31 +178,31 @@ def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undist
     assert retired.data.tags["lmu.retired_key"] == before.cell.key
 
 
-def test_the_table_of_an_experiment(undisturbed: tuple[Path, Climbed], monkeypatch, capsys: pytest.CaptureFixture[str]):
-    folder, climbed = undisturbed
+def test_the_table_of_an_experiment(undisturbed: tuple[Path, LadderResult], monkeypatch, capsys: pytest.CaptureFixture[str]):
+    folder, result = undisturbed
     monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(folder))
-    assert main(["status", "climb", "--json"]) == 0
+    assert main(["status", "grid", "--json"]) == 0
     found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
-    for finished in climbed.finished:
+    for finished in result.finished:
         row = found[finished.cell.key]
         assert (row["state"], row["tokens"]) == (records.COMPLETE, row["planned_tokens"])
         assert row["loss_nats"] == finished.record.val_loss_nats
         assert (row["n_workers"], row["attempts"]) == (finished.cell.config.cluster.n_workers, 1)
-    assert main(["status", "climb"]) == 0
+    assert main(["status", "grid"]) == 0
     assert "6 of 6 cells ended" in capsys.readouterr().out
     assert main(["status", "nothing"]) == 2
     assert "no experiment 'nothing'" in capsys.readouterr().err
 
 
-def test_a_calibration_is_what_plans_reckon_with(job: Path, undisturbed: tuple[Path, Climbed]):
-    folder, climbed = undisturbed
+def test_a_calibration_is_what_plans_reckon_with(job: Path, undisturbed: tuple[Path, LadderResult]):
+    folder, result = undisturbed
     config = configured(job, folder, "ladder.n_params=[1000, 3000]", "ladder.tokens=[102400]")
     assert plan(config).worker_seconds is None
     calibrate(config)
     found = plan(config)
     assert {line.n_workers for line in found.lines} == {1, 2}
     for line in found.lines:
-        [real] = [f.record for f in climbed.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
+        [real] = [f.record for f in result.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
         assert line.step_seconds is not None
         assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share these cores
 
@@ -214,7 +214,7 @@ def test_what_can_never_fit_is_refused_before_anything_starts(job: Path, four_sl
     assert not list(tmp_path.glob("lmu-*"))
 
 
-def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed: tuple[Path, Climbed], tmp_path: Path):
+def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed: tuple[Path, LadderResult], tmp_path: Path):
     """A driver is killed in the middle; then two at once finish what it left, on one storage and one store."""
     command = [sys.executable, "-m", "lmu_dist.cli", "ladder", str(job), f"storage={tmp_path}", "ladder.n_params=[1000, 3000]"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
@@ -238,7 +238,7 @@ def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed:
         assert {cell["key"]: cell["val_loss_nats"] for cell in table} == expected
     assert tables[0] == [cell | {"was_done": mine["was_done"]} for cell, mine in zip(tables[1], tables[0], strict=True)]
     store = Store(default_uri(tmp_path))
-    runs = store.runs("climb")
+    runs = store.runs("grid")
     assert len({run.data.tags["lmu.key"] for run in runs}) == len(runs) == 4
     for run in runs:
         points = store.client.get_metric_history(run.info.run_id, records.TRAIN_LOSS)
@@ -246,7 +246,7 @@ def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed:
         assert run.info.status == "FINISHED"
 
 
-def test_the_second_try_has_another_key_and_says_whose_it_is(undisturbed: tuple[Path, Climbed]):
+def test_the_second_try_has_another_key_and_says_whose_it_is(undisturbed: tuple[Path, LadderResult]):
     cell = undisturbed[1].finished[0].cell
     halved = at_half_rate(cell)
     assert halved.retry_of == cell.key != halved.key
