@@ -1,6 +1,6 @@
 """From a size to widths: (family, target non-embedding N) in, Shape out. The one dial of the ladder.
 
-Called by launch/trainer and, for whole grids, by the ladder; builds no model.
+Called by planning/grid, for one run or for many; builds no model.
 """
 
 from collections.abc import Callable
