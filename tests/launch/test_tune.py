@@ -15,7 +15,7 @@ from lmu_dist.planning.grid import grid
 from lmu_dist.tracking.store import Store, default_uri
 
 # Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 RATES = [1e-2, 3e-3, 1e-4, 1e-5]
 
 
