@@ -13,31 +13,29 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import optuna
 from filelock import Timeout
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
-from ray.tune.schedulers import AsyncHyperBandScheduler
-from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
-from ray.tune.search.optuna import OptunaSearch
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError, FailedError, Family, Range, TrainConfig, TuneConfig, to_dict, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import Progress, prepare
-from lmu_dist.launch import claim
+from lmu_dist.launch import claim, space
 from lmu_dist.launch.cell import Cell, code_digest, make_cell
 from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
 from lmu_dist.launch.record import Outcome, read_record, record_path
 from lmu_dist.launch.series import run_series
+from lmu_dist.launch.space import LOSS, TOKENS
 from lmu_dist.launch.trials import Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import set_client_limits
 from lmu_dist.tracking.store import AwayError, Store
 from lmu_dist.train import checkpoint
 
-STUDY, LOSS, TOKENS = "tune", "val_loss_nats", "tokens"
+STUDY = "tune"
+CLOSING_SECONDS = 15.0  # what an interrupted search takes to say so in MLflow, for each of its runs
 WORST = 1e9  # told of a trial that diverged
 
 
@@ -115,7 +113,7 @@ class _Driver:
     def check(self) -> None:
         """Raises ConfigError if the ends of the ranges make no configuration."""
         for end in (0, -1):
-            settings = {key: _values(where)[end] for key, where in self.tune.space.items()}
+            settings = {key: space.values(where)[end] for key, where in self.tune.space.items()}
             try:
                 make_cell(with_settings(self.base, settings), self.corpus)
             except ConfigError as e:
@@ -138,11 +136,11 @@ class _Driver:
             ray_tune.TuneConfig(
                 metric=LOSS,
                 mode="min",
-                search_alg=_searcher(self.tune, self.base.seed, concurrent, self.drawn),
-                scheduler=_scheduler(self.tune, self.base.train),
+                search_alg=space.searcher(self.tune, self.base.seed, concurrent, self.drawn),
+                scheduler=space.scheduler(self.tune, self.base.train),
                 num_samples=1 if self.tune.search == "sweep" else self.n_trials,
             ),
-            param_space={key: _domain(where, self.tune.search) for key, where in self.tune.space.items()},
+            param_space={key: space.domain(where, self.tune.search) for key, where in self.tune.space.items()},
             callbacks=[Watcher(self._begin, self._end, self.tell)],
         )
         self.closing.shutdown()
@@ -162,7 +160,7 @@ class _Driver:
         self.progress(what, ended, self.n_trials, f"{ended} of {self.n_trials} trials ended")
 
     def _begin(self, trial: Any) -> None:
-        settings = _settings(trial.config)
+        settings = space.settings(trial.config)
         with suppress(ConfigError):  # the trial itself will say so
             self.begun[trial.trial_id] = settings, _cell(self.base, settings, self.corpus)
             self._remember(settings)
@@ -209,7 +207,7 @@ class _Driver:
         for _, cell in self.begun.values():
             if not record_path(cell).exists():
                 with suppress(ConfigError, Timeout, OSError):
-                    claim.close(cell, self.store, records.INTERRUPTED)
+                    claim.close(cell, self.store, records.INTERRUPTED, CLOSING_SECONDS)
 
 
 class _Evaluations(TuneReportCallback):
@@ -234,7 +232,7 @@ def _try(
     set_client_limits()
     try:
         store = Store(tracking_uri)
-        cell = _cell(base, _settings(params), corpus)
+        cell = _cell(base, space.settings(params), corpus)
         known = store.find_run(cell.key)
         if known is not None:
             for tokens, loss in store.validations(known.info.run_id, cell.config.train.batch_tokens):
@@ -258,45 +256,3 @@ def _wait_for_turn(cell: Cell, store: Store, ended: tuple[str, ...]) -> Finished
 
 def _cell(base: Config, settings: dict[str, Any], corpus: Corpus) -> Cell:
     return make_cell(with_settings(base, settings), corpus)
-
-
-def _settings(params: dict[str, Any]) -> dict[str, Any]:
-    """What was drawn, with four digits: a learning rate has no more that matter."""
-    return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in params.items()}
-
-
-def _searcher(tune: TuneConfig, seed: int, concurrent: int, drawn: list[dict[str, Any]]) -> Any:
-    if tune.search == "optuna":
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Optuna's ten random trials before it learns are more than many searches have in all.
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, tune.samples // 3))
-        return ConcurrencyLimiter(OptunaSearch(sampler=sampler, points_to_evaluate=list(drawn) or None), concurrent)
-    return BasicVariantGenerator(random_state=seed, max_concurrent=concurrent)
-
-
-def _scheduler(tune: TuneConfig, train: TrainConfig) -> Any:
-    if tune.first_rung_tokens is None:
-        return None
-    return AsyncHyperBandScheduler(
-        time_attr=TOKENS,
-        max_t=2 * train.tokens,  # beyond every run: reaching the end of the budget is no reason to be stopped
-        grace_period=train.eval_every_steps * train.batch_tokens,  # where the first evaluation falls, in whole batches
-        reduction_factor=tune.reduction_factor,
-        stop_last_trials=False,
-    )
-
-
-def _values(where: Range) -> tuple[Any, ...]:
-    found = where.uniform or where.log or where.integer or where.log_integer or where.choice
-    assert found is not None
-    return found
-
-
-def _domain(where: Range, search: str) -> Any:
-    """As Ray Tune has it."""
-    if where.choice is not None:
-        return ray_tune.grid_search(list(where.choice)) if search == "sweep" else ray_tune.choice(list(where.choice))
-    low, high = _values(where)
-    if where.uniform or where.log:
-        return (ray_tune.uniform if where.uniform else ray_tune.loguniform)(low, high)
-    return (ray_tune.randint if where.integer else ray_tune.lograndint)(low, high + 1)
