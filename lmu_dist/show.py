@@ -160,7 +160,7 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         source = f"calibrated on {plan.device}" if calibrated else "from plan.flops_per_second"
         wall = f", {_duration(plan.wall_seconds)} on {plan.n_slots} at once" if plan.wall_seconds is not None else ""
         print(f"time: {_duration(plan.worker_seconds)} of one worker{wall} ({source})")
-        print("on top of that come the start of the workers, about half a minute for every trunk, and validation")
+        print("on top of that come the start of the workers, some fifteen seconds for every trunk, and validation")
     if plan.price:
         print(f"cost: {plan.price:,.2f} at {assumed.price_per_worker_hour:g} per worker and hour")
     for text in power.lines():

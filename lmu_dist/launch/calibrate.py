@@ -82,7 +82,7 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
         spent = torch.tensor(sum(taken) / SECONDS if len(taken) > 2 * FIRST_STEPS else 0.0)
         if engine.max_over_ranks(spent.item()) >= 1:
             break
-    seconds = engine.max_over_ranks(statistics.median(taken[FIRST_STEPS:]))
+    seconds = engine.max_over_ranks(statistics.fmean(taken[FIRST_STEPS:]))
     flops = train.batch_tokens * accounting.flops(cell.shape).training / n_workers
     return Measured(
         step=step_of(cell),

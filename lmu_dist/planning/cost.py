@@ -86,7 +86,7 @@ class Line:
     zero_stage: int
     step_seconds: float | None
     seconds: float | None
-    price: float | None
+    price: float | None  # None: no price is set
 
 
 @dataclass(frozen=True)
@@ -224,6 +224,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
     config, shape = cell.config, cell.shape
     train, workers = config.train, config.cluster.n_workers
     counts, flops = accounting.parameters(shape), accounting.flops(shape)
+    rate = config.plan.price_per_worker_hour
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, measured)
     micro_rows = config.cluster.micro_batch_rows or train.batch_rows // workers
     activations = accounting.activation_bytes(shape, micro_rows, train.precision)
@@ -252,7 +253,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
         zero_stage=config.cluster.zero_stage,
         step_seconds=seconds_each,
         seconds=seconds,
-        price=seconds / 3600 * workers * config.plan.price_per_worker_hour if seconds is not None else None,
+        price=seconds / 3600 * workers * rate if seconds is not None and rate else None,
     )
 
 
