@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lmu_dist.config import Config, ConfigError, flatten, load, parse, to_dict
+from lmu_dist.config import Config, ConfigError, Rule, flatten, load, parse, to_dict
 
 JOBS = sorted((Path(__file__).parents[1] / "jobs").glob("*.yaml"))
 
@@ -79,3 +79,34 @@ def test_every_job_loads(job: Path):
 
 def test_there_are_jobs():
     assert JOBS
+
+
+def test_included_files_fill_in_what_is_not_said(tmp_path: Path):
+    (tmp_path / "tuned.yaml").write_text("train: {learning_rate: 0.5, tokens: 9e6}\nseed: 7\n")
+    (tmp_path / "base.yaml").write_text("include: tuned.yaml\ntrain: {beta2: 0.9}\n")
+    job = tmp_path / "job.yaml"
+    job.write_text("include: [base.yaml]\ntrain: {learning_rate: 0.25}\n")
+    config = load(job, ["train.beta2=0.8"])
+    assert (config.train.learning_rate, config.train.tokens, config.train.beta2, config.seed) == (0.25, 9_000_000, 0.8, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("include: job.yaml\n", "includes job.yaml, which includes it"),
+        ("include: none.yaml\n", r"cannot read .*none\.yaml"),
+        ("include: 5\n", "include must be the name of a file"),
+        ("include:\n", "include must be the name of a file"),
+    ],
+)
+def test_what_cannot_be_included_is_named(tmp_path: Path, text: str, message: str):
+    job = tmp_path / "job.yaml"
+    job.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load(job)
+
+
+def test_a_rule_is_a_power_law_between_its_bounds():
+    rule = Rule(value=0.01, at_n_params=1000, exponent=-0.5, least=0.002, most=0.02)
+    assert [rule.at(n) for n in (1000, 4000, 100, 10**9)] == pytest.approx([0.01, 0.005, 0.02, 0.002])
+    assert rule.at(4000, anchor=(0.016, 1000)) == pytest.approx(0.008)

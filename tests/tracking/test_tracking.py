@@ -6,12 +6,14 @@ import time
 from pathlib import Path
 
 import pytest
+from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from lmu_dist.config import ConfigError
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.delivery import Courier, deliver
+from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.spool import Spool
 from lmu_dist.tracking.store import Store, default_uri, record_of
 
@@ -22,6 +24,8 @@ RECORD = RunRecord(
     **dict.fromkeys(("train_loss_nats", "val_loss_nats", "val_loss_standard_error_nats", "val_bits_per_byte"), 1 / 3),
     **dict.fromkeys(("family", "schedule", "precision", "data_digest", "code_digest", "stop_rule"), "x"),
     training_seconds=1.5,
+    fork_step=3,
+    retry_of="",
     key="k",
     status="complete",
     phase="decayed",
@@ -36,7 +40,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture
 def run_id(store: Store, request: pytest.FixtureRequest) -> str:
     experiment_id, study_id = store.open_study("e", "train")
-    return store.create_run(experiment_id, study_id, "cell", request.node.name)
+    return store.create_run(experiment_id, study_id, "cell", request.node.name, "/runs/cell")
 
 
 @pytest.fixture
@@ -180,6 +184,33 @@ def test_records_are_read_back_as_they_were(store: Store, run_id: str, spool: Sp
     assert store.records("e")[run_id] == RECORD
     with pytest.raises(ConfigError, match="no experiment 'none'"):
         store.records("none")
+
+
+def test_rows_say_what_is_planned_running_lost_and_done(store: Store):
+    experiment_id, study_id = store.open_study("progress", "ladder")
+    cells = [{"name": f"cell-{key}", "key": f"p-{key}", "planned_tokens": 100, "n_workers": 2} for key in "abc"]
+    store.write_plan("progress", "ladder", cells)
+    run_id = store.create_run(experiment_id, study_id, "cell-a", "p-a", "/runs/a")
+    store.client.log_batch(run_id, params=[Param("planned_tokens", "100")])
+    store.client.log_metric(run_id, "train/tokens", 40)
+    store.client.log_metric(run_id, "speed/tokens_per_second", 20)
+    store.client.log_metric(run_id, "train/loss_nats", 4.5)
+    store.tag(run_id, {"lmu.status": "running"})
+    other_id, other_study = store.open_study("elsewhere", "ladder")
+    done = store.create_run(other_id, other_study, "cell-b", "p-b", "/runs/b")
+    store.tag(done, {"lmu.status": "complete"})
+    found = {row.key: row for row in rows(store, "progress")}
+    assert [found[f"p-{key}"].state for key in "abc"] == ["running", "complete", "planned"]
+    assert (found["p-a"].eta_seconds, found["p-a"].loss_nats) == (3.0, 4.5)
+    assert found["p-b"].remark == "in another experiment"
+    store.tag(run_id, {"lmu.alive_ms": "0"})
+    assert {row.key: row.state for row in rows(store, "progress")}["p-a"] == "lost"
+
+
+def test_a_retired_run_is_no_cell_any_more(store: Store, run_id: str, request: pytest.FixtureRequest):
+    store.retire_run(run_id)
+    assert store.find_run(request.node.name) is None
+    assert store.client.get_run(run_id).data.tags["lmu.retired_key"] == request.node.name
 
 
 def test_a_store_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.MonkeyPatch):
