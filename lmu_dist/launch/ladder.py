@@ -145,7 +145,7 @@ class _Driver:
 
     def _ended(self, cell: Cell) -> Finished | None:
         found = self._ended_once(cell)
-        if found is None or found.record.status != records.DIVERGED or cell.retry_of:
+        if found is None or found.record.status != records.DIVERGED:
             return found
         return self._ended_once(at_half_rate(cell))
 
@@ -193,7 +193,7 @@ def _run_trunk(
     try:
         store = Store(tracking_uri)
         finished = run_series(cells, store, STUDY)
-        wild = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED and not f.cell.retry_of]
+        wild = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED]
         if wild:
             run_series(wild, store, STUDY)
     except (BusyError, AwayError):
