@@ -1,6 +1,6 @@
 """`lmu-dist`: parses, calls one function, prints. Run `lmu-dist --help`.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line that names the fix; nothing was started).
+Exit codes: 0 done, 1 failed, 2 bad input (one line that names the fix; nothing was started), 3 a law is not determined.
 """
 
 import json
@@ -187,6 +187,7 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
 @as_json
 def status(experiment: str, once: bool, as_json: bool) -> None:
     """One row per cell of an experiment: state, tokens, loss, speed; live on a terminal, until all have ended."""
+    from lmu_dist.report.write import stale_reports
     from lmu_dist.tracking.delivery import set_client_limits
     from lmu_dist.tracking.progress import rows
     from lmu_dist.tracking.store import Store
@@ -197,6 +198,61 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
         print(json.dumps([asdict(row) for row in rows(store, experiment)]))
     else:
         show.status(lambda: rows(store, experiment), live=not once)
+        _tell(
+            [
+                f"report {run_id} is stale: the experiment has other finished runs now"
+                for run_id in stale_reports(store, experiment)
+            ]
+        )
+
+
+@cli.command()
+@click.argument("experiment")
+@click.option(
+    "-o", "--output", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder the report goes to."
+)
+@click.option("--any-code", is_flag=True, help="Compare runs made by different training code too.")
+@as_json
+def report(experiment: str, output: Path, any_code: bool, as_json: bool) -> None:
+    """What an experiment says: fits, data-efficiency factor, figures, one-file report.html; kept in MLflow too."""
+    from lmu_dist.report.write import write_report
+    from lmu_dist.tracking.delivery import set_client_limits
+    from lmu_dist.tracking.store import Store
+
+    set_client_limits()
+    with show.bars() as bars:
+        written = write_report(Store(_tracking_uri()), experiment, output, any_code, bars.show)
+    if as_json:
+        print(json.dumps(written.results))
+    else:
+        show.report(written)
+
+
+@cli.command()
+@click.argument("table", type=click.Path(path_type=Path))
+@click.option("--n", "n_params", required=True, metavar="COL", help="Column with the number of parameters.")
+@click.option("--d", "tokens", required=True, metavar="COL", help="Column with the training tokens.")
+@click.option("--loss", required=True, metavar="COL", help="Column with the final loss in nats per token.")
+@click.option("--law", type=click.Choice(["chinchilla", "kaplan", "gadre"]), default="chinchilla", show_default=True)
+@click.option("--where", multiple=True, metavar="COND", help="Rows to use: 'col=value', or != < <= > >=. May be repeated.")
+@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(100), help="Refits for the intervals.")
+@as_json
+def fit(
+    table: Path, n_params: str, tokens: str, loss: str, law: str, where: tuple[str, ...], resamples: int, as_json: bool
+) -> int:
+    """A scaling law of anybody's CSV TABLE, one row per finished run. Exit 3: the table does not determine the law."""
+    from lmu_dist.scaling.examine import examine, told
+    from lmu_dist.scaling.laws import FORMS
+    from lmu_dist.scaling.table import read_table
+
+    rows, numbers, left_out = read_table(table, n_params, tokens, loss, where)
+    seen = examine(FORMS[law], rows, n_resamples=resamples)
+    if as_json:
+        facts = told(seen, [str(number) for number in numbers])
+        print(json.dumps(facts | {"left_out": [asdict(out) for out in left_out]}))
+    else:
+        show.fit(seen, numbers, left_out)
+    return 0 if seen.law else 3
 
 
 @cli.command()

@@ -21,6 +21,9 @@ if TYPE_CHECKING:  # heavy; a command has imported what it shows
     from lmu_dist.launch.tune import Search
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import Power
+    from lmu_dist.report.write import Written
+    from lmu_dist.scaling.examine import Examination
+    from lmu_dist.scaling.table import LeftOut
     from lmu_dist.tracking.progress import Row
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
@@ -167,10 +170,62 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         print(text)
 
 
+def report(written: "Written") -> None:
+    """The answer of a report, and where it is."""
+    answer = written.answer.answer
+    print(f"answer       {answer.verdict}. {answer.sentence} {answer.growth}".rstrip())
+    for caveat in answer.caveats:
+        print(f"             {caveat}")
+    for fitted in written.answer.fits:
+        checked = fitted.examination.certificate
+        print(
+            f"law          {fitted.family}: {'determined' if checked.ok else 'not determined: ' + '; '.join(checked.reasons)}"
+        )
+    print(f"runs         {len(written.study.runs):,} used, {len(written.study.left_out):,} left out")
+    for reason, count in written.study.reasons().items():
+        print(f"left out     {count:,} {reason}")
+    for run_id in written.stale:
+        print(f"stale now    report {run_id}, made from other runs")
+    print(f"report       {written.folder / 'report.html'}; MLflow run {written.run_id}")
+
+
+def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftOut]") -> None:
+    """A law of a table, its intervals, and what speaks for and against it."""
+    for out in left_out:
+        some = ", ".join(map(str, out.rows[:8])) + (", ..." if len(out.rows) > 8 else "")
+        print(f"left out     {len(out.rows):,} rows: {out.reason} (rows {some})")
+    print(f"law          {seen.form.__name__.lower()}, {seen.n_rows:,} rows")
+    checked = seen.certificate
+    if seen.law is None:
+        print("NOT DETERMINED")
+        for reason in checked.reasons:
+            print(f"             {reason}")
+        return
+    table = _table("parameter", "value", "90 % interval", "by profile")
+    for name, value in vars(seen.law).items():
+        ends = [seen.intervals.get(name), seen.profiles.get(name)]
+        table.add_row(name, f"{value:.6g}", *(f"{i[0]:.4g} .. {i[1]:.4g}" if i else "" for i in ends))
+    _print(table)
+    print(f"objective    {seen.objective:.7g}, sum of Huber terms of ln L")
+    print(
+        f"certificate  good: {checked.n_agreeing} of {checked.n_starts} starts agree, gradient {checked.gradient:.1g}, "
+        f"condition {checked.condition:.3g}; {seen.n_resamples:,} resamples"
+    )
+    if (held := seen.holdout) and held.mean_error is not None:
+        print(
+            f"holdout      without its {held.n_rows} runs the law predicts N = {held.n_params:,.0f} "
+            f"{held.mean_error:+.2%} off on average, {held.worst_error:+.2%} at worst"
+        )
+    elif held:
+        print(f"holdout      none: {'; '.join(held.reasons)}")
+    moved = [f"row {numbers[i.row]}: {name} {i.without:.4g}" for name, i in seen.influence.items()]
+    print(f"influence    without the run that matters most: {', '.join(moved)}")
+
+
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        words = name in ("family", "cell", "state", "status", "remark")
+        words = name in ("family", "cell", "state", "status", "remark", "parameter")
         table.add_column(name, justify="left" if words else "right", no_wrap=not words or name == "cell")
     return table
 

@@ -9,7 +9,7 @@ from ruamel.yaml.comments import CommentedMap
 from lmu_dist import records
 from lmu_dist.config import Config
 from lmu_dist.launch.tune import Search
-from lmu_dist.scaling.sensitivity import Tries, draw
+from lmu_dist.report.sensitivity import Tries, draw
 
 
 def write_winners(path: Path, config: Config, searches: Sequence[Search]) -> None:

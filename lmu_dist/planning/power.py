@@ -12,8 +12,9 @@ import numpy as np
 from lmu_dist.config import Config
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import Planned, grid
-from lmu_dist.scaling.fit import fit_chinchilla
+from lmu_dist.scaling.fit import refit
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.table import rows_of
 
 SIMULATIONS = 100
 INTERVAL = (5.0, 95.0)  # percentiles
@@ -115,7 +116,9 @@ def _point_of_comparison(
 
 def _draw_and_fit(points: Floats, law: Chinchilla, noise: float, rng: np.random.Generator) -> Chinchilla:
     loss = law.loss(points[:, 0], points[:, 1]) * np.exp(rng.normal(0.0, noise, len(points)))
-    return fit_chinchilla(points[:, 0], points[:, 1], loss, start=law).law
+    fitted = refit(law, rows_of(points[:, 0], points[:, 1], loss)).law
+    assert isinstance(fitted, Chinchilla)
+    return fitted
 
 
 def _factor(base: Chinchilla, other: Chinchilla, n_params: float, loss: float) -> float:

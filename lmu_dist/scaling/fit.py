@@ -1,86 +1,190 @@
-"""Fitting: a table of sizes, tokens and losses in, a law out. Minimises the sum of Huber terms of ln L, as in the replication
-of Chinchilla by Besiroglu et al. 2024 (arXiv 2404.10102), from a start found by variable projection.
+"""Fitting: a table of sizes, tokens and losses in, a law and what speaks for and against it out.
+
+Minimises the sum of Huber terms of ln L, as in the replication of Chinchilla by Besiroglu et al. 2024 (arXiv 2404.10102), or
+the squares of L for a law whose authors do so. The starts come from variable projection: for given exponents the prefactors
+are a linear problem, so only exponents are searched.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
-from scipy.special import logsumexp
 
-from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.laws import Chinchilla, Floats, Gadre, Kaplan, Law
+from lmu_dist.scaling.table import Rows
 
 DELTA = 1e-3  # where the Huber term turns from a square to a line, in ln nats
-EXPONENTS = np.linspace(0.05, 1.2, 24)  # the grid of alpha and of beta from which the search starts
+EXPONENTS = np.linspace(0.05, 1.2, 24)  # the grid of exponents from which the search starts
+LITERATURE = {Chinchilla: (0.34, 0.28), Gadre: (0.26, 0.26), Kaplan: (0.103, 0.738)}  # a start that has not seen the table
+N_STARTS = 5
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, the objective it reached, and the largest component of the gradient there."""
+    """A law and the sum of Huber terms it leaves, which the fit has minimised unless the form asks for least squares of L.
 
-    law: Chinchilla
-    objective: float
-    gradient: float
-
-
-def fit_chinchilla(n_params: Floats, tokens: Floats, loss: Floats, start: Chinchilla | None = None) -> Fit:
-    """The Chinchilla law of a table, by log-Huber least squares; `start` saves the search for one.
-
-    Raises ValueError for fewer than 6 rows, or a number that is not positive.
+    `gradient` is the objective's by the fitted parameters, largest component, as a share of what the single rows pull;
+    `objectives` are those that all starts reached; `condition` is the condition number of the residuals' Jacobian, columns
+    scaled; `leverage` is each run's, 1 for one that the law meets whatever it says.
     """
-    n, d, y = (np.asarray(v, np.float64) for v in (n_params, tokens, loss))
-    if len(n) < 6:
-        raise ValueError(f"a law of five parameters needs at least 6 runs, not {len(n)}")
-    if not (np.all(n > 0) and np.all(d > 0) and np.all(y > 0) and np.all(np.isfinite(y))):
-        raise ValueError("sizes, tokens and losses must be positive numbers")
-    # Centred, so that the exponents and the prefactors are not one and the same direction.
-    x_n, x_d = np.log(n) - np.log(n).mean(), np.log(d) - np.log(d).mean()
-    law = start or _project(n, d, y)
-    first = np.array(
-        [
-            np.log(law.A) - law.alpha * np.log(n).mean(),
-            np.log(law.B) - law.beta * np.log(d).mean(),
-            np.log(law.E),
-            law.alpha,
-            law.beta,
-        ]
-    )
 
-    def objective(p: Floats) -> tuple[float, Floats]:
-        terms = np.stack([p[0] - p[3] * x_n, p[1] - p[4] * x_d, np.full_like(x_n, p[2])])
-        predicted = logsumexp(terms, axis=0)
-        residual = predicted - np.log(y)
-        small = np.abs(residual) <= DELTA
-        value = np.where(small, 0.5 * residual**2, DELTA * (np.abs(residual) - 0.5 * DELTA)).sum()
-        slope = np.where(small, residual, DELTA * np.sign(residual))
-        share = np.exp(terms - predicted) * slope
-        gradient = np.array([share[0].sum(), share[1].sum(), share[2].sum(), -(share[0] * x_n).sum(), -(share[1] * x_d).sum()])
-        # In units of the turning point squared: tolerances of the optimiser are made for values around one.
-        return float(value / DELTA**2), gradient / DELTA**2
-
-    best = minimize(objective, first, jac=True, method="BFGS", options={"gtol": 1e-7, "maxiter": 2000})
-    a, b, e, alpha, beta = best.x
-    law = Chinchilla(
-        E=float(np.exp(e)),
-        A=float(np.exp(a + alpha * np.log(n).mean())),
-        B=float(np.exp(b + beta * np.log(d).mean())),
-        alpha=float(alpha),
-        beta=float(beta),
-    )
-    return Fit(law, float(best.fun) * DELTA**2, float(np.abs(objective(best.x)[1]).max()) * DELTA**2)
+    law: Law
+    objective: float
+    minimised: float
+    gradient: float
+    objectives: tuple[float, ...]
+    condition: float
+    leverage: Floats
 
 
-def _project(n: Floats, d: Floats, y: Floats) -> Chinchilla:
-    """A start: for given exponents the loss is linear in E, A and B, so only the exponents are searched, on a grid."""
-    best, found = np.inf, Chinchilla(float(y.min()) / 2, 1.0, 1.0, 0.3, 0.3)
-    for alpha in EXPONENTS:
-        for beta in EXPONENTS:
-            columns = np.stack([np.ones_like(n), (n / n.mean()) ** -alpha, (d / d.mean()) ** -beta], axis=1)
-            weights, *_ = np.linalg.lstsq(columns / y[:, None], np.ones_like(y), rcond=None)
-            if np.any(weights <= 0):
-                continue
-            error = float(np.square(columns @ weights / y - 1).sum())
-            if error < best:
-                e, a, b = (float(w) for w in weights)
-                best, found = error, Chinchilla(e, a * n.mean() ** alpha, b * d.mean() ** beta, float(alpha), float(beta))
-    return found
+def n_parameters(form: type[Law]) -> int:
+    """How many numbers a law has."""
+    return len(fields(form))  # pyright: ignore
+
+
+def fit(form: type[Law], rows: Rows) -> Fit:
+    """The law of a form that minimises its objective, from several starts. Raises ValueError for fewer rows than parameters."""
+    if len(rows) < n_parameters(form):
+        raise ValueError(f"a law of {n_parameters(form)} parameters needs more than {len(rows)} runs")
+    reached = [refit(start, rows) for start in _starts(form, rows)]
+    best = min(reached, key=lambda fit: fit.minimised)
+    return replace(best, objectives=tuple(fit.minimised for fit in reached))
+
+
+def refit(start: Law, rows: Rows, weights: Floats | None = None, tolerance: float = 1e-8, held: str | None = None) -> Fit:
+    """The law that minimises the (weighted) objective, from one start, until the gradient in units of DELTA^2 is small.
+
+    `held` is a parameter without units (E or an exponent) that keeps the value of the start.
+    """
+    problem = _Problem(type(start), rows, weights)
+    first = problem.vector(start)
+    free = np.array([f.name != held for f in fields(start)])  # pyright: ignore
+
+    def objective(x: Floats) -> tuple[float, Floats]:
+        value, gradient = problem.objective(_filled(first, free, x))
+        return value, gradient[free]
+
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        found = minimize(objective, first[free], jac=True, method="BFGS", options={"gtol": tolerance, "maxiter": 3000})
+        vector = _filled(first, free, found.x)
+        _, slope, jacobian = problem.terms(vector)
+        law, jacobian = problem.law(vector), jacobian[:, free]
+        pull = np.abs(jacobian * slope[:, None]).sum(axis=0)
+        gradient = float((np.abs(jacobian.T @ slope) / np.where(pull > 0, pull, 1)).max())
+        left = float(huber(log_residuals(law, rows)).sum())
+        return Fit(law, left, float(found.fun) * DELTA**2, gradient, (), *_conditioning(jacobian))
+
+
+def _filled(vector: Floats, free: NDArray[np.bool_], values: Floats) -> Floats:
+    filled = vector.copy()
+    filled[free] = values
+    return filled
+
+
+def log_residuals(law: Law, rows: Rows) -> Floats:
+    """ln predicted - ln seen."""
+    return np.log(law.loss(rows.n_params, rows.tokens)) - np.log(rows.loss)
+
+
+def huber(residuals: Floats) -> Floats:
+    """The terms of the objective."""
+    size = np.abs(residuals)
+    return np.where(size <= DELTA, 0.5 * size**2, DELTA * (size - 0.5 * DELTA))
+
+
+class _Problem:
+    """The objective over a vector of parameters: N and D in units of their geometric means, prefactors as logarithms.
+
+    Plain units would make exponents and prefactors one and the same direction.
+    """
+
+    def __init__(self, form: type[Law], rows: Rows, weights: Floats | None) -> None:
+        self.form, self.weights = form, weights
+        self.units = np.exp(np.log(rows.n_params).mean()), np.exp(np.log(rows.tokens).mean())
+        self.n, self.d, self.loss = rows.n_params / self.units[0], rows.tokens / self.units[1], rows.loss
+        self.logged = np.array([f.name in form.LOGGED for f in fields(form)])  # pyright: ignore
+
+    def vector(self, law: Law) -> Floats:
+        """A law in plain units as the vector."""
+        scaled = law.rescaled(1 / self.units[0], 1 / self.units[1])
+        values = np.array([getattr(scaled, f.name) for f in fields(self.form)])  # pyright: ignore
+        return np.where(self.logged, np.log(np.where(self.logged, values, 1)), values)
+
+    def _scaled(self, vector: Floats) -> Law:
+        return self.form(*(float(v) for v in np.where(self.logged, np.exp(np.where(self.logged, vector, 0)), vector)))
+
+    def law(self, vector: Floats) -> Law:
+        """The vector as a law in plain units."""
+        return self._scaled(vector).rescaled(float(self.units[0]), float(self.units[1]))
+
+    def terms(self, vector: Floats) -> tuple[Floats, Floats, Floats]:
+        """Terms of the objective, their slopes by the residual, both weighted, and the residuals' Jacobian by the vector."""
+        law = self._scaled(vector)
+        loss = law.loss(self.n, self.d)
+        chain = np.where(self.logged, np.exp(np.where(self.logged, vector, 0)), 1)
+        jacobian = law.gradient(self.n, self.d) * chain
+        if self.form.SQUARES:
+            residual = loss - self.loss
+            value, slope = 0.5 * residual**2, residual
+        else:
+            residual = np.log(loss / self.loss)
+            value, slope, jacobian = huber(residual), np.clip(residual, -DELTA, DELTA), jacobian / loss[:, None]
+        if self.weights is not None:
+            value, slope = value * self.weights, slope * self.weights
+        return value, slope, jacobian
+
+    def objective(self, vector: Floats) -> tuple[float, Floats]:
+        """In units of the turning point squared: tolerances of the optimiser are made for values around one."""
+        value, slope, jacobian = self.terms(vector)
+        total = float(value.sum())
+        if not np.isfinite(total):
+            return np.inf, np.zeros(len(vector))
+        return total / DELTA**2, jacobian.T @ slope / DELTA**2
+
+
+def _conditioning(jacobian: Floats) -> tuple[float, Floats]:
+    """Condition number, columns scaled, and leverage of every row."""
+    norms = np.linalg.norm(jacobian, axis=0)
+    if not np.all(np.isfinite(jacobian)) or np.any(norms < 1e-9 * norms.max()):
+        return float("inf"), np.zeros(len(jacobian))
+    left, values, _ = np.linalg.svd(jacobian / norms, full_matrices=False)
+    return float(values[0] / max(values[-1], 1e-300)), np.square(left).sum(axis=1)
+
+
+def _starts(form: type[Law], rows: Rows) -> list[Law]:
+    """Independent starts: the best points of the grid of exponents that are no neighbours, and the literature's exponents."""
+    units = np.exp(np.log(rows.n_params).mean()), np.exp(np.log(rows.tokens).mean())
+    n, d = rows.n_params / units[0], rows.tokens / units[1]
+    pairs = [(a, b) for a in EXPONENTS for b in EXPONENTS if form is not Gadre or a == b]
+    ranked = sorted((_project(form, a, b, n, d, rows.loss) for a, b in pairs), key=lambda found: found[0])
+    chosen = list[tuple[float, tuple[float, float], Law]]()
+    for candidate in ranked:
+        apart = all(max(abs(np.subtract(candidate[1], other))) > 0.16 for _, other, _ in chosen)
+        if np.isfinite(candidate[0]) and apart:
+            chosen.append(candidate)
+        if len(chosen) == N_STARTS - 1:
+            break
+    chosen.append(_project(form, *LITERATURE[form], n, d, rows.loss))
+    return [law.rescaled(float(units[0]), float(units[1])) for _, _, law in chosen]
+
+
+def _project(
+    form: type[Law], first: float, second: float, n: Floats, d: Floats, loss: Floats
+) -> tuple[float, tuple[float, float], Law]:
+    """(relative squared error, exponents, law) with the prefactors that are best for given exponents; inf if negative."""
+    if form is Kaplan:
+        columns, target = np.stack([n**-second, 1 / d]), loss ** (1 / first)
+    else:
+        columns, target = np.stack([np.ones_like(n), n**-first, d**-second]), loss
+    scaled = (columns / target).T
+    weights = np.linalg.lstsq(scaled, np.ones_like(target), rcond=None)[0]
+    error = float(np.square(scaled @ weights - 1).sum()) if np.all(weights > 0) else np.inf
+    weights = [float(w) for w in np.maximum(weights, 1e-3 * np.abs(target).min())]
+    if form is Kaplan:
+        law: Law = Kaplan(weights[0] ** (1 / second), weights[1], float(first * second), float(first))
+        return error * first**2, (first, second), law
+    floor, of_n, of_d = weights
+    if form is Gadre:
+        return error, (first, second), Gadre(floor, of_n, of_d * 6 ** (first / 2), -float(first))
+    return error, (first, second), Chinchilla(floor, of_n, of_d, float(first), float(second))

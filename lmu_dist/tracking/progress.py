@@ -36,13 +36,14 @@ class Row:
 
 def rows(store: Store, experiment: str) -> list[Row]:
     """All cells of an experiment, those planned and not begun included; what is being worked on first, the finished last."""
-    found = {run.data.tags[KEY]: _row(run) for run in store.runs(experiment)}
-    missing = {cell["key"]: cell for cell in store.read_plans(experiment) if cell["key"] not in found}
-    elsewhere = {run.data.tags[KEY]: run for run in store.all_runs()} if missing else {}
-    for key, cell in missing.items():
-        found[key] = _row(elsewhere[key], "in another experiment") if key in elsewhere else _planned(cell)
+    own, elsewhere, waiting = store.cells(experiment)
+    found = {run.data.tags[KEY]: _row(run) for run in own}
+    found |= {key: _row(run, "in another experiment") for key, run in elsewhere.items()}
     order = {state: i for i, state in enumerate(ORDER)}
-    return sorted(found.values(), key=lambda row: (order.get(row.state, len(order)), row.planned_tokens, row.name))
+    return sorted(
+        [*found.values(), *map(_planned, waiting)],
+        key=lambda row: (order.get(row.state, len(order)), row.planned_tokens, row.name),
+    )
 
 
 def _planned(cell: dict[str, Any]) -> Row:

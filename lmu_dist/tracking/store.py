@@ -7,23 +7,25 @@ import json
 import logging
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlflow.entities import Run, RunTag, ViewType
+from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from lmu_dist.config import ConfigError
-from lmu_dist.records import VAL_LOSS, WAITING, RunRecord
+from lmu_dist.records import POSITION_LOSS, VAL_LOSS, WAITING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
 FOLDER, ALIVE, CLAIM = "lmu.folder", "lmu.alive_ms", "lmu.claim"
 SILENCE_SECONDS = 90.0  # without a sign of life, after which a run counts as abandoned
 PLAN = "plan.json"  # artifact of a study
+REPORT, REPORT_ANY_CODE, STALE = "lmu.report", "lmu.report_any_code", "lmu.stale"  # of the run that keeps a report
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -124,10 +126,17 @@ class Store:
             found = self._search(self._experiments(), f"tags.`{KEY}` LIKE '%' AND {made_with}")
             return {run.data.tags[KEY]: run for run in sorted(found, key=lambda run: run.info.start_time, reverse=True)}
 
-    def all_runs(self) -> list[Run]:
-        """The cells' runs of all experiments."""
-        with self._answering():
-            return self._search(self._experiments(), f"tags.`{KEY}` LIKE '%'")
+    def cells(self, experiment: str) -> tuple[list[Run], dict[str, Run], list[dict[str, Any]]]:
+        """What belongs to an experiment: its runs, by key those that others made of cells it planned, and cells not begun."""
+        own = self.runs(experiment)
+        keys = {run.data.tags[KEY] for run in own}
+        missing = {cell["key"]: cell for cell in self.read_plans(experiment) if cell["key"] not in keys}
+        elsewhere = dict[str, Run]()
+        if missing:
+            with self._answering():
+                others = self._search(self._experiments(), f"tags.`{KEY}` LIKE '%'")
+            elsewhere = {run.data.tags[KEY]: run for run in reversed(others) if run.data.tags[KEY] in missing}
+        return own, elsewhere, [cell for key, cell in missing.items() if key not in elsewhere]
 
     def tag(self, run_id: str, tags: dict[str, str]) -> None:
         """Sets tags at once, past the spool."""
@@ -188,6 +197,45 @@ class Store:
         with self._answering():
             points = {m.step: m.value for m in self.client.get_metric_history(run_id, VAL_LOSS)}
             return [((step + 1) * batch_tokens, loss) for step, loss in sorted(points.items())]
+
+    def position_losses(self, run_id: str) -> list[float]:
+        """Validation loss at position 1 .. n of a row, in nats; empty if the run has told none."""
+        with self._answering():
+            points = {m.step: m.value for m in self.client.get_metric_history(run_id, POSITION_LOSS)}
+            return [loss for _, loss in sorted(points.items())]
+
+    def write_report(
+        self, experiment: str, digest: str, files: Sequence[Path], params: dict[str, str], metrics: dict[str, float]
+    ) -> tuple[str, list[str]]:
+        """Keeps a report as a run of its experiment: (its id, the reports it makes stale). The same inputs are the same run."""
+        any_code = params["code_digest"] == "any"
+        known = self.reports(experiment)
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            assert found is not None
+            same = [run_id for run_id, old, any_old in known if (old, any_old) == (digest, any_code)]
+            others = [run_id for run_id, old, any_old in known if old != digest and any_old == any_code]
+            tags = {REPORT: digest, REPORT_ANY_CODE: str(any_code), RUN_NAME: "report"}
+            run_id = same[0] if same else self.client.create_run(found.experiment_id, tags=tags).info.run_id
+            now = int(time.time() * 1000)
+            new_params = {} if same else params
+            self.client.log_batch(
+                run_id, [Metric(k, v, now, 0) for k, v in metrics.items()], [Param(k, v) for k, v in new_params.items()]
+            )
+            for file in files:
+                self.client.log_artifact(run_id, str(file))
+            self.client.set_tag(run_id, STALE, "false")
+            self.client.set_terminated(run_id)
+            for other in others:
+                self.client.set_tag(other, STALE, "true")
+            return run_id, others
+
+    def reports(self, experiment: str) -> list[tuple[str, str, bool]]:
+        """(run id, digest of its inputs, whether they may differ in code) of the reports of an experiment, newest first."""
+        with self._answering():
+            found = self.client.get_experiment_by_name(experiment)
+            runs = self._search([found.experiment_id], f"tags.`{REPORT}` LIKE '%'") if found else []
+            return [(r.info.run_id, r.data.tags[REPORT], r.data.tags.get(REPORT_ANY_CODE) == "True") for r in runs]
 
     def _artifacts(self, experiment: str) -> str | None:
         """A folder beside the SQLite file; a server decides for itself."""

@@ -1,0 +1,66 @@
+"""The page: study, results and figures in, one HTML file out that needs nothing else. The layout is page.html."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from lmu_dist import __version__
+from lmu_dist.report.figures import Drawn, look
+from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.laws import parameters
+from lmu_dist.scaling.results import BASE, CLAIM, NEW, WORST, Results
+
+SECTIONS = (
+    ("size", "Loss against size"),
+    ("efficiency", "Data efficiency"),
+    ("tokens", "Loss against tokens"),
+    ("position", "Loss by position"),
+    ("compute", "Compute"),
+    ("fits", "Laws"),
+)
+
+
+def render(study: Study, results: Results, figures: Sequence[Drawn], reproduce: Sequence[tuple[str, str]]) -> str:
+    """The page as text. `reproduce`: what, and the command that gives it again."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "between": _between, "apart": _apart}
+    environment.globals |= {"look": look, "parameters": parameters, "title": title}
+    template = environment.from_string(files("lmu_dist.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        study=study,
+        results=results,
+        figures={name: [f for f in figures if f.section == name] for name, _ in SECTIONS},
+        sections=SECTIONS,
+        reproduce=reproduce,
+        base=BASE,
+        new=NEW,
+        worst=WORST,
+        claim=CLAIM,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+        libraries={name: version(name) for name in ("numpy", "scipy", "mlflow")},
+    )
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:,.{digits}g}" if abs(value) < 1e6 else f"{value:.{digits - 1}e}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2%}"
+
+
+def _thousands(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"
+
+
+def _between(value: tuple[float, float] | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{_number(value[0], digits)} to {_number(value[1], digits)}"
+
+
+def _apart(nats: float) -> str:
+    return f"{_number(abs(nats), 3)} nats {'below' if nats >= 0 else 'above'}"

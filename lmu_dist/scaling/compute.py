@@ -1,0 +1,98 @@
+"""Compute: how a law splits a budget of FLOPs between N and D, under each convention of counting either.
+
+Kaplan's exponent .88 and Chinchilla's .5 differ for a good part by what is counted (Porian et al. 2024, arXiv 2406.19146),
+so the choice is shown with every law. Counts come from the records; nothing is counted here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmu_dist.scaling.certificate import certify, unfit
+from lmu_dist.scaling.collect import Run, rows
+from lmu_dist.scaling.fit import fit
+from lmu_dist.scaling.isoflop import Parabola, frontier, parabolas
+from lmu_dist.scaling.laws import Chinchilla, Floats, Law, parameters
+
+BODY, WITH_HEAD = "without embeddings", "with the head"
+SIX_ND, ALL_PRODUCTS = "6 N D", "every product"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A law of one way of counting. N_opt = prefactor x C^exponent; `n_params` and `tokens` are the optimum at `flops`.
+
+    FLOPs per token are `k` N^`gamma`, within `deviation` (relative, worst run).
+    """
+
+    counting_n: str
+    counting_flops: str
+    parameters: dict[str, float] | None
+    exponent: float | None
+    flops: float
+    n_params: float | None
+    tokens: float | None
+    k: float
+    gamma: float
+    deviation: float
+    parabolas: tuple[Parabola, ...]
+    parabola_exponent: float | None
+    reasons: tuple[str, ...]
+
+
+def conventions(runs: Sequence[Run]) -> list[Convention]:
+    """All four ways of counting for the runs of a family, the usual one (body, 6ND) first."""
+    found = list[Convention]()
+    for counting_n in (BODY, WITH_HEAD):
+        table = rows(runs, with_head=counting_n == WITH_HEAD)
+        reasons, law = unfit(Chinchilla, table), None
+        if not reasons:
+            best = fit(Chinchilla, table)
+            reasons, law = list(certify(best, table).reasons), best.law
+        for counting_flops in (SIX_ND, ALL_PRODUCTS):
+            per_token = _flops_per_token(runs, counting_flops, table.n_params)
+            flops = per_token * table.tokens
+            k, gamma, deviation = _power(table.n_params, per_token)
+            curves = parabolas(table, flops)
+            through = frontier(curves)
+            most = float(flops.max())
+            n, d = (float(v) for v in law.optimum(most, k, gamma)) if law and not reasons else (None, None)
+            found.append(
+                Convention(
+                    counting_n=counting_n,
+                    counting_flops=counting_flops,
+                    parameters=parameters(law) if law and not reasons else None,
+                    exponent=_exponent(law, gamma) if law and not reasons else None,
+                    flops=most,
+                    n_params=n,
+                    tokens=d,
+                    k=k,
+                    gamma=gamma,
+                    deviation=deviation,
+                    parabolas=tuple(curves),
+                    parabola_exponent=through[1] if through else None,
+                    reasons=tuple(reasons),
+                )
+            )
+    return found
+
+
+def _flops_per_token(runs: Sequence[Run], counting: str, n_params: Floats) -> Floats:
+    if counting == ALL_PRODUCTS:
+        return np.array([r.record.training_flops_per_token for r in runs])
+    return 6 * n_params
+
+
+def _exponent(law: Law, gamma: float) -> float:
+    form = law.additive()
+    return form.beta / (form.alpha + gamma * form.beta)
+
+
+def _power(n_params: Floats, per_token: Floats) -> tuple[float, float, float]:
+    """(k, gamma, worst relative deviation) of per_token = k N^gamma."""
+    x, y = np.log(n_params), np.log(per_token)
+    if np.ptp(x) < 1e-9:
+        return float(np.exp(np.mean(y - x))), 1.0, 0.0
+    gamma, offset = np.polyfit(x, y, 1)
+    return float(np.exp(offset)), float(gamma), float(np.abs(np.expm1(y - gamma * x - offset)).max())

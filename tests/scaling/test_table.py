@@ -1,0 +1,96 @@
+"""Anybody's table: what is read, what is left out and said, and one clear line for all else."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmu_dist.config import ConfigError
+from lmu_dist.scaling.table import MOST_ROWS, read_table, rungs
+
+HEADER = "N,D,loss,data\n"
+
+
+def table(tmp_path: Path, text: str, where: tuple[str, ...] = ()):
+    path = tmp_path / "table.csv"
+    path.write_text(text, encoding="utf-8")
+    return read_table(path, "N", "D", "loss", where)
+
+
+def test_rows_come_as_they_stand(tmp_path: Path):
+    rows, numbers, left_out = table(tmp_path, "\ufeff" + HEADER + "1e6, 2e8,3.5,a\n\n1000000,3e8, 3.4 ,b\n")
+    assert (list(rows.n_params), list(rows.tokens), list(rows.loss)) == ([1e6, 1e6], [2e8, 3e8], [3.5, 3.4])
+    assert (numbers, left_out) == ((1, 2), [])
+
+
+def test_rows_without_a_loss_are_left_out_and_said(tmp_path: Path):
+    _, numbers, left_out = table(tmp_path, HEADER + "1,1,nan,a\n1,1,3,a\n1,1,,a\n1,1,inf,a\n1,1,NA,a\n")
+    assert numbers == (2,)
+    assert [(out.reason, out.rows) for out in left_out] == [("loss is missing or not finite", (1, 3, 4, 5))]
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        (("data=a",), (1, 2)),
+        (("data=a", "data=b"), (1, 2, 3)),
+        (("data=a", "N>1"), (2,)),
+        (("N!=1",), (2, 3, 4)),
+        (("N<=2.0", "D>=3"), (3,)),
+        (("data=",), (4,)),
+        (("N=2",), (2, 3)),
+    ],
+    ids=["equal", "any of", "and", "not", "both bounds", "empty", "as numbers"],
+)
+def test_conditions(tmp_path: Path, where: tuple[str, ...], kept: tuple[int, ...]):
+    _, numbers, left_out = table(tmp_path, HEADER + "1,1,3,a\n2,2,3,a\n2,3,3,b\n3,4,3,\n", where)
+    assert numbers == kept
+    assert sum(len(out.rows) for out in left_out) == 4 - len(kept)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "message"),
+    [
+        ("", (), "is empty"),
+        (HEADER, (), "no rows below its header"),
+        ("N,D\n1,1\n", (), "no column 'loss'; there are: N, D"),
+        ("N,N,D,loss\n1,1,1,1\n", (), "two columns of one name"),
+        (HEADER + "1,-5,3,a\n", (), "row 1, column 'D': '-5'; it must be positive"),
+        (HEADER + "1,0,3,a\n", (), "must be positive"),
+        (HEADER + "inf,1,3,a\n", (), "must be positive and finite"),
+        (HEADER + "1,1,-3,a\n", (), "a loss in nats is positive"),
+        (HEADER + "1,1,low,a\n", (), "row 1, column 'loss': 'low' is no number"),
+        (HEADER + "many,1,3,a\n", (), "'many' is no number"),
+        (HEADER + "1,1,3\n", (), "row 1 has 3 cells, the header 4"),
+        (HEADER + "1,1,nan,a\n", (), "none of 1 rows is left"),
+        (HEADER + "1,1,3,a\n", ("data=b",), "none of 1 rows is left"),
+        (HEADER + "1,1,3,a\n", ("data",), "is no condition"),
+        (HEADER + "1,1,3,a\n", ("colour=a",), "no column 'colour'"),
+        (HEADER + "1,1,3,a\n", ("N>a",), "'a' is no number"),
+    ],
+)
+def test_what_is_no_table(tmp_path: Path, text: str, where: tuple[str, ...], message: str):
+    with pytest.raises(ConfigError, match=message):
+        table(tmp_path, text, where)
+
+
+def test_what_is_no_file(tmp_path: Path):
+    with pytest.raises(ConfigError, match="no file"):
+        read_table(tmp_path / "none.csv", "N", "D", "loss")
+    with pytest.raises(ConfigError, match="is no CSV file"):
+        read_table(tmp_path, "N", "D", "loss")
+    (tmp_path / "b.csv").write_bytes(b"N,D,loss\n\xff\xfe\x00,1,1\n")
+    with pytest.raises(ConfigError, match="is no CSV file"):
+        read_table(tmp_path / "b.csv", "N", "D", "loss")
+
+
+def test_training_curves_are_not_runs(tmp_path: Path):
+    lines = (f"{random.choice((1e6, 1e7))},{i + 1},{3 + 1 / (i + 1)},a" for i in range(MOST_ROWS + 1))
+    with pytest.raises(ConfigError, match="not independent"):
+        table(tmp_path, HEADER + "\n".join(lines))
+
+
+def test_rungs_gather_what_is_the_same_size():
+    values = np.array([7990.0, 40000.0, 8010.0, 39000.0, 8000.0])
+    assert list(rungs(values)) == [7990, 39000, 7990, 39000, 7990]
