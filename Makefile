@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-run: setup ## a small scaling study on this machine: 16 cells on Ray, ZeRO 1, MLflow
+run: setup ## a small scaling study on this machine: 16 cells on Ray, ZeRO 1, MLflow; and its report
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
+	$(BIN)/lmu-dist report quickstart -o report
 
 test: setup ## tests, some minutes on two cores
 	$(BIN)/pytest -m 'not slow'

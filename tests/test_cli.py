@@ -1,5 +1,6 @@
 """The command line: help is quick, bad input exits with 2 and one line, and nothing is left behind."""
 
+import json
 import subprocess
 import sys
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmu_dist.cli import main
+from lmu_dist.scaling.laws import HOFFMANN
 
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.yaml")
 
@@ -27,6 +29,9 @@ def test_help_imports_nothing_heavy():
         (["prepare", JOB, "data.tokenizer.kind=file", "data.tokenizer.path=none.json"], "no tokenizer at none.json"),
         (["generate", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "out"], "no-such-run"),
+        (["report", "no-such-experiment", "-o", "out"], "no experiment 'no-such-experiment'"),
+        (["fit", "missing.csv", "--n", "N", "--d", "D", "--loss", "L"], "no file missing.csv"),
+        (["fit", JOB, "--n", "N", "--d", "D", "--loss", "L"], "no column 'N'"),
     ],
 )
 def test_bad_input_exits_with_two(arguments, message, tmp_path, monkeypatch, capfd):
@@ -40,3 +45,53 @@ def test_bad_input_exits_with_two(arguments, message, tmp_path, monkeypatch, cap
     assert not (tmp_path / "out").exists()
     assert not any(p.name.startswith("lmu-") for p in tmp_path.rglob("*"))
     assert time.monotonic() - began < 60
+
+
+def write_table(path: Path, sizes: tuple[float, ...]) -> None:
+    rows = [
+        (n, d, float(HOFFMANN.loss(n, d)) * (1 + 0.002 * (-1) ** i))
+        for n in sizes
+        for i, d in enumerate((1e8, 1e9, 1e10, 1e11))
+    ]
+    path.write_text("N,D,L,kind\n" + "".join(f"{n},{d},{loss},a\n" for n, d, loss in rows) + "1,1,nan,a\n1e7,1e9,9,b\n")
+
+
+def test_a_law_of_anybodys_table(tmp_path: Path, capfd: pytest.CaptureFixture):
+    arguments = [
+        "fit",
+        str(tmp_path / "t.csv"),
+        "--n",
+        "N",
+        "--d",
+        "D",
+        "--loss",
+        "L",
+        "--where",
+        "kind=a",
+        "--resamples",
+        "100",
+    ]
+    write_table(tmp_path / "t.csv", (1e6, 1e7, 1e8, 1e9))
+    assert main([*arguments, "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["law"] == "chinchilla"
+    assert facts["n_rows"] == 16
+    assert facts["parameters"].keys() == facts["intervals"].keys() == {"E", "A", "B", "alpha", "beta"}
+    assert facts["parameters"]["alpha"] == pytest.approx(0.34, rel=0.05)
+    assert facts["certificate"]["ok"] is True
+    assert facts["holdout"]["n_rows"] == 4
+    assert [(out["reason"], out["rows"]) for out in facts["left_out"]] == [
+        ("excluded by --where", [18]),
+        ("L is missing or not finite", [17]),
+    ]
+    assert main(arguments) == 0
+    said = capfd.readouterr().out
+    assert f"{facts['parameters']['alpha']:.6g}" in said
+    assert "left out     1 rows: L is missing" in said
+    write_table(tmp_path / "t.csv", (1e7,))
+    assert main([*arguments, "--json"]) == 3
+    facts = json.loads(capfd.readouterr().out)
+    assert facts["certificate"]["ok"] is False
+    assert facts["parameters"] == facts["intervals"] == {}
+    assert main(arguments) == 3
+    assert "NOT DETERMINED" in capfd.readouterr().out

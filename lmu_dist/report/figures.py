@@ -16,14 +16,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from lmu_dist.scaling.answer import BASE, CLAIM, NEW
 from lmu_dist.scaling.collect import Study, title
 from lmu_dist.scaling.collect import rows as table_of
+from lmu_dist.scaling.compare import Comparison, at_size
 from lmu_dist.scaling.compute import SIX_ND
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.fit import log_residuals
 from lmu_dist.scaling.laws import Floats, paper_loss
 from lmu_dist.scaling.positions import binned
-from lmu_dist.scaling.results import BASE, CLAIM, NEW, Comparison, FamilyFit, Results, at_size
+from lmu_dist.scaling.results import FamilyFit, Results
 
 INK, FAINT = "#1b1f24", "#9aa3ad"
 # family: colour on light, CSS variable, marker, line.

@@ -10,9 +10,10 @@ from jinja2 import Environment, StrictUndefined
 
 from lmu_dist import __version__
 from lmu_dist.report.figures import Drawn, look
+from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study, title
 from lmu_dist.scaling.laws import parameters
-from lmu_dist.scaling.results import BASE, CLAIM, NEW, WORST, Results
+from lmu_dist.scaling.results import Results
 
 SECTIONS = (
     ("size", "Loss against size"),
@@ -39,7 +40,6 @@ def render(study: Study, results: Results, figures: Sequence[Drawn], reproduce: 
         base=BASE,
         new=NEW,
         worst=WORST,
-        claim=CLAIM,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         libraries={name: version(name) for name in ("numpy", "scipy", "mlflow")},

@@ -18,6 +18,7 @@ from lmu_dist.report.figures import draw
 from lmu_dist.report.page import render
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.examine import told
+from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, compared_by_position, largest_budgets
 from lmu_dist.tracking.store import Store
 
@@ -36,7 +37,9 @@ class Written:
     stale: tuple[str, ...]
 
 
-def write_report(store: Store, experiment: str, folder: Path, any_code: bool, show: Show) -> Written:
+def write_report(
+    store: Store, experiment: str, folder: Path, any_code: bool, show: Show, n_resamples: int = N_RESAMPLES
+) -> Written:
     """Collects, analyses, draws and writes. Raises ConfigError if there is nothing to report on; OSError if it cannot write."""
     show("collecting runs", 0, 4)
     study = collect(store, experiment, any_code)
@@ -47,7 +50,7 @@ def write_report(store: Store, experiment: str, folder: Path, any_code: bool, sh
         if len(losses := store.position_losses(run_id)):
             curves[run_id] = np.array(losses)
     show("fitting", 2, 4)
-    results = analyse(study, curves)
+    results = analyse(study, curves, n_resamples)
     show("drawing", 3, 4)
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw(study, results, folder)

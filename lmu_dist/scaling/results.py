@@ -1,5 +1,4 @@
-"""All that a study says, in one value: collected runs in, fits, factors and an answer out. The report shows it, results.json
-is it."""
+"""All that a study says in one value: collected runs in, fits, factors and an answer out. results.json and the page show it."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,26 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmu_dist.scaling import positions
-from lmu_dist.scaling.collect import Run, Study, labels, rows, title
+from lmu_dist.scaling.answer import BASE, NEW, WORST, Answer, answer
+from lmu_dist.scaling.collect import Run, Study, labels, rows
+from lmu_dist.scaling.compare import Comparison, compare
 from lmu_dist.scaling.compute import Convention, conventions
-from lmu_dist.scaling.efficiency import (
-    Curve,
-    Factor,
-    Improvement,
-    SeedNoise,
-    curve,
-    from_curves,
-    from_laws,
-    improvement,
-    seed_noise,
-)
+from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement, seed_noise
 from lmu_dist.scaling.examine import Examination, examine
-from lmu_dist.scaling.intervals import N_RESAMPLES, Interval, around, weights
+from lmu_dist.scaling.intervals import N_RESAMPLES, weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
-
-CLAIM = 10.0  # times the tokens, as the paper has it
-UNKNOWN = "Not determined"
-BASE, NEW, WORST = "transformer", "lmu", "lstm"
 
 Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
 
@@ -40,27 +27,6 @@ class FamilyFit:
     examination: Examination
     conventions: tuple[Convention, ...]
     run_ids: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class AtSize:
-    """The factor at one size: between the curves seen there, and between the laws of all sizes."""
-
-    n_params: int
-    curves: Factor
-    laws: Factor
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A new family against a base, at every size both have. `growth`: by what tenfold N multiplies the laws' factor."""
-
-    base: str
-    new: str
-    sizes: tuple[AtSize, ...]
-    growth: float | None
-    growth_interval: Interval | None
-    remark: str
 
 
 @dataclass(frozen=True)
@@ -81,19 +47,6 @@ class ByPosition:
 
     n_params: int
     bins: tuple[tuple[int, int, Factor], ...]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a reader takes home: a word, a sentence, and what it rests on. `factor` may be unknown."""
-
-    verdict: str
-    sentence: str
-    n_params: int | None
-    factor: Factor | None
-    source: str  # laws | curves | none
-    growth: str
-    caveats: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -132,10 +85,10 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
     fits = tuple(_fit(study, family, n_resamples) for family in study.families)
     laws = {f.family: f.examination for f in fits}
     base = BASE if BASE in study.families else (study.families[-1])
-    comparisons = tuple(_compare(study, laws, base, new, noise) for new in study.families if new != base)
+    comparisons = tuple(compare(study, laws, base, new, noise) for new in study.families if new != base)
     asked = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
     return Results(
-        answer=_answer(study, asked, noise),
+        answer=answer(study, asked, noise),
         fits=fits,
         comparisons=comparisons,
         improvement=_improvement(study, n_resamples),
@@ -143,12 +96,6 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
         positions=tuple(_positions(study, curves)),
         by_position=_by_position(study, curves, noise) if noise else None,
     )
-
-
-def at_size(study: Study, family: str, rung: int) -> Curve:
-    """Loss against tokens of a family at a size."""
-    runs = study.of(family, rung)
-    return curve([r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
 
 
 def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
@@ -163,41 +110,6 @@ def _cells(runs: Sequence[Run]) -> list[list[float]]:
         r = run.record
         groups[r.family, run.rung, r.planned_tokens, r.learning_rate].append(r.val_loss_nats)
     return list(groups.values())
-
-
-def _compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, noise: SeedNoise | None) -> Comparison:
-    b, w = laws[base].law, laws[new].law
-    pairs, widen = list(zip(laws[base].laws, laws[new].laws, strict=False)), max(laws[base].widen, laws[new].widen)
-    sizes, series, drawn = list[AtSize](), list[tuple[float, float]](), list[Floats]()
-    for rung in (n for n in study.rungs if study.of(base, n) and study.of(new, n)):
-        seeds = tuple(len({run.record.seed for run in study.of(family, rung)}) for family in (base, new))
-        curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, (seeds[0], seeds[1]))
-        fitted = Factor(
-            None, None, None, None, None, f"the law of {base if not isinstance(b, Chinchilla) else new} is not determined"
-        )
-        if isinstance(b, Chinchilla) and isinstance(w, Chinchilla):
-            tokens = [[run.record.tokens for run in study.of(family, rung)] for family in (base, new)]
-            seen = ((float(min(tokens[0])), float(max(tokens[0]))), (float(min(tokens[1])), float(max(tokens[1]))))
-            fitted = from_laws(b, w, rung, seen, pairs, widen)  # pyright: ignore
-            if fitted.value and fitted.losses:
-                middle = float(np.sqrt(np.prod(fitted.losses)))
-                series.append((np.log10(rung), np.log(fitted.value)))
-                drawn.append(np.array([np.log(x.tokens_for(middle, rung) / y.tokens_for(middle, rung)) for x, y in pairs]))  # pyright: ignore
-        sizes.append(AtSize(rung, curves, fitted))
-    if len(series) < 2:
-        return Comparison(base, new, tuple(sizes), None, None, "fewer than two sizes have a factor between laws")
-    x, y = np.array(series).T
-    growth = float(np.exp(_slope(x, y)))
-    interval = around(growth, np.exp(_slope(x, np.array(drawn))), widen) if len(pairs) else None
-    return Comparison(
-        base, new, tuple(sizes), growth, interval, "" if interval else "too few resamples have a factor at all sizes"
-    )
-
-
-def _slope(x: Floats, y: Floats) -> Floats:
-    """Least-squares slope along the first axis."""
-    centred = x - x.mean()
-    return centred @ y / (centred @ centred)
 
 
 def _improvement(study: Study, n_resamples: int) -> Improvement:
@@ -232,66 +144,3 @@ def _by_position(study: Study, curves: Curves, noise: SeedNoise) -> ByPosition |
     if not tables[BASE] or not tables[NEW]:
         return None
     return ByPosition(runs[0].rung, tuple(positions.factors(tables[BASE], tables[NEW], noise)))
-
-
-def _answer(study: Study, asked: Comparison | None, noise: SeedNoise | None) -> Answer:
-    caveats = _caveats(study, noise)
-    if asked is None or not asked.sizes:
-        missing = [title(name) for name in (NEW, BASE) if name not in study.families]
-        why = f"no finished run of {' or '.join(missing)}" if missing else "they have no size in common"
-        return Answer(UNKNOWN, f"The study cannot say: {why}.", None, None, "none", "", caveats)
-    n, factor, source = _headline(asked)
-    if factor is None:
-        last = asked.sizes[-1]
-        sense, limit = last.curves.bound or ("", 0.0)
-        known = f"more than {_round(limit)}" if sense == ">" else f"less than {_round(limit)}"
-        told = f"At N = {last.n_params:,} the factor is {known}: {last.curves.remark}."
-        return Answer(UNKNOWN, told, last.n_params, last.curves, "curves", _growth(asked), caveats)
-    assert factor.value is not None
-    times = (
-        f"At N = {n:,} the {title(BASE)} needs {_round(factor.value)} times the tokens of the {title(NEW)} for the same loss"
-    )
-    if factor.interval is None:
-        said = f"{times}, as far as one can see; without an interval, since {factor.remark}, that decides nothing."
-        return Answer(UNKNOWN, said, n, factor, source, _growth(asked), caveats)
-    low, high = factor.interval
-    verdict = "More than ten" if low > CLAIM else "Less than ten" if high < CLAIM else "Ten is possible"
-    fewer = " That it needs fewer is as possible as that it needs more." if low < 1 < high else ""
-    said = f"{times}; 90 % interval {_round(low)} to {_round(high)}, from {source}.{fewer}"
-    return Answer(verdict, said, n, factor, source, _growth(asked), caveats)
-
-
-def _headline(asked: Comparison) -> tuple[int, Factor | None, str]:
-    """The best-founded factor of the largest size: of laws if they have an interval, else of curves, else none."""
-    for pick, source in ((lambda s: s.laws, "laws"), (lambda s: s.curves, "curves")):
-        for need_interval in (True, False):
-            for size in reversed(asked.sizes):
-                factor = pick(size)
-                good = factor.interval is not None if need_interval else source == "curves"
-                if factor.known and good:
-                    return size.n_params, factor, source
-    return asked.sizes[-1].n_params, None, "none"
-
-
-def _growth(asked: Comparison) -> str:
-    if asked.growth is None or asked.growth_interval is None:
-        return f"Whether it holds as models grow is not determined: {asked.remark}."
-    low, high = asked.growth_interval
-    sense = "It grows with the model" if low > 1 else "It shrinks as models grow" if high < 1 else "No change with size is seen"
-    first, last = asked.sizes[0].n_params, asked.sizes[-1].n_params
-    times = f"tenfold N multiplies the factor by {asked.growth:.2f} ({low:.2f} to {high:.2f})"
-    return f"{sense}: {times}, between N = {first:,} and {last:,}."
-
-
-def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
-    sizes, tokens = study.rungs, [run.record.tokens for run in study.runs]
-    budgets = f"{min(tokens):,} to {max(tokens):,} tokens of {study.source}"
-    seen = f"Seen: N from {sizes[0]:,} to {sizes[-1]:,}, {budgets}. Nothing is said beyond."
-    if noise is None:
-        return seen, "One seed: seed noise is unknown."
-    return seen, f"Another seed changes a loss by {noise.deviation:.2%} ({noise.freedom} degrees of freedom)."
-
-
-def _round(value: float) -> str:
-    """Two digits or so, for sentences."""
-    return f"{value:.2f}" if value < 1 else f"{value:.1f}" if value < 10 else f"{value:.0f}"

@@ -1,0 +1,83 @@
+"""A new family against a base at every size both have run: a study and its laws in, factors and their change with size out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, curve, from_curves, from_laws
+from lmu_dist.scaling.examine import Examination
+from lmu_dist.scaling.intervals import Interval, around
+from lmu_dist.scaling.laws import Chinchilla, Floats
+
+
+@dataclass(frozen=True)
+class AtSize:
+    """The factor at one size: between the curves seen there, and between the laws of all sizes."""
+
+    n_params: int
+    curves: Factor
+    laws: Factor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A new family against a base, at every size both have. `growth`: by what tenfold N multiplies the laws' factor."""
+
+    base: str
+    new: str
+    sizes: tuple[AtSize, ...]
+    growth: float | None
+    growth_interval: Interval | None
+    remark: str
+
+
+def at_size(study: Study, family: str, rung: int) -> Curve:
+    """Loss against tokens of a family at a size."""
+    runs = study.of(family, rung)
+    return curve([r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
+
+
+def compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, noise: SeedNoise | None) -> Comparison:
+    """All factors of one pair of families."""
+    sizes = list[AtSize]()
+    for rung in (n for n in study.rungs if study.of(base, n) and study.of(new, n)):
+        seeds = [len({run.record.seed for run in study.of(family, rung)}) for family in (base, new)]
+        curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, (seeds[0], seeds[1]))
+        sizes.append(AtSize(rung, curves, _between_laws(study, laws, base, new, rung)))
+    known = [(size.n_params, size.laws.value, size.laws.losses) for size in sizes if size.laws.value and size.laws.losses]
+    if len(known) < 2:
+        return Comparison(base, new, tuple(sizes), None, None, "fewer than two sizes have a factor between laws")
+    x = np.log10([n for n, _, _ in known])
+    growth = float(np.exp(_slope(x, np.log([value for _, value, _ in known]))))
+    pairs = list(zip(_resamples(laws[base]), _resamples(laws[new]), strict=True))
+    drawn = [_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known]
+    interval = around(growth, np.exp(_slope(x, np.log(np.array(drawn)))), max(laws[base].widen, laws[new].widen))
+    remark = "" if interval else "too few resamples have a factor at all sizes"
+    return Comparison(base, new, tuple(sizes), growth, interval, remark)
+
+
+def _between_laws(study: Study, laws: Mapping[str, Examination], base: str, new: str, rung: int) -> Factor:
+    b, w = laws[base].law, laws[new].law
+    if not (isinstance(b, Chinchilla) and isinstance(w, Chinchilla)):
+        lacking = base if laws[base].law is None else new
+        return Factor(None, None, None, None, None, f"the law of the {title(lacking)} is not determined")
+    tokens = [[run.record.tokens for run in study.of(family, rung)] for family in (base, new)]
+    seen = [(float(min(d)), float(max(d))) for d in tokens]
+    pairs = list(zip(_resamples(laws[base]), _resamples(laws[new]), strict=True))
+    return from_laws(b, w, rung, (seen[0], seen[1]), pairs, max(laws[base].widen, laws[new].widen))
+
+
+def _resamples(seen: Examination) -> list[Chinchilla]:
+    return [law for law in seen.laws if isinstance(law, Chinchilla)]
+
+
+def _factors(pairs: list[tuple[Chinchilla, Chinchilla]], loss: float, n_params: int) -> Floats:
+    return np.array([float(b.tokens_for(loss, n_params) / w.tokens_for(loss, n_params)) for b, w in pairs])
+
+
+def _slope(x: Floats, y: Floats) -> Floats:
+    """Least-squares slope along the first axis."""
+    centred = x - x.mean()
+    return np.asarray(centred @ y / (centred @ centred))

@@ -1,0 +1,33 @@
+"""A simulated ladder, recorded and reported on, once for all tests of the report."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from simulate import record, study, write
+
+from lmu_dist.report.write import Written, write_report
+from lmu_dist.tracking.store import Store, default_uri
+
+EXPERIMENT = "quickstart"
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(default_uri(tmp_path_factory.mktemp("reported")))
+    write(store.client, EXPERIMENT, study(seeds=(0, 1), noise=0.004), curves=True)
+    bad = record("lmu", 10_000, 10**6, 5, 4.0, status="diverged", stop_rule="loss is nan at step 7")
+    write(store.client, EXPERIMENT, [bad, record("lmu", 10_000, 10**6, 6, 4.0, phase="undecayed")])
+    return store
+
+
+@pytest.fixture(scope="session")
+def written(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    return write_report(store, EXPERIMENT, tmp_path_factory.mktemp("report"), False, lambda *_: None, n_resamples=200)
+
+
+@pytest.fixture
+def tracking(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    yield store.uri
+    os.environ.pop("MLFLOW_TRACKING_URI", None)

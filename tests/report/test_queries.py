@@ -1,0 +1,50 @@
+"""docs/mlflow.md: every snippet runs with a bare MLflow client, and every name of the record stands there."""
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+from simulate import record
+
+from lmu_dist import records
+from lmu_dist.records import RunRecord
+from lmu_dist.report.write import Written
+
+PAGE = (Path(__file__).parents[2] / "docs" / "mlflow.md").read_text()
+SNIPPETS = re.findall(r"```(python|filter)\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_snippet_runs(written: Written, tracking: str, capsys: pytest.CaptureFixture):
+    mlflow.set_tracking_uri(tracking)
+    namespace: dict = {}
+    try:
+        for kind, text in SNIPPETS:
+            if kind == "python":
+                exec(text, namespace)
+            else:
+                found = MlflowClient(tracking).search_runs([namespace["experiment"].experiment_id], text.strip())
+                assert found, text
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert {kind for kind, _ in SNIPPETS} == {"python", "filter"}
+    said = capsys.readouterr().out
+    assert "loss is nan at step 7" in said
+    assert "efficiency_factor/lmu_over_transformer/laws/1000000_low" in said
+    assert "report.html" in said
+    assert len(namespace["cells"]) >= 1
+    assert len(namespace["by_position"]) == 256
+
+
+def test_every_name_of_the_record_is_explained():
+    names = [name for kind in ("params", "metrics", "tags") for name in record_names(kind)]
+    names += [value for key, value in vars(records).items() if key.isupper() and isinstance(value, str) and "/" in value]
+    assert len(names) > len(fields(RunRecord))
+    for name in names:
+        assert f"`{name}`" in PAGE, name
+
+
+def record_names(kind: str) -> list[str]:
+    return list(record("lmu", 1000, 1000, 0, 4.0).columns(kind))
