@@ -9,7 +9,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lmu_dist import __version__
-from lmu_dist.report.figures import Drawn, look
+from lmu_dist.report.figures import Drawn
+from lmu_dist.report.panels import look
 from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study, title
 from lmu_dist.scaling.laws import parameters

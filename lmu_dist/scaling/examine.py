@@ -16,6 +16,7 @@ from lmu_dist.scaling.laws import Law, parameters
 from lmu_dist.scaling.table import Rows, rungs
 
 MOST_LEFT_OUT_SINGLY = 400  # refits that the search for influential runs may cost
+MOST_DRAWN = 2_000_000  # runs times resamples; of a long table fewer resamples say as much
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ def examine(
     if not certificate.ok:
         return Examination(form, len(rows), None, found.objective, certificate)
     enough = len(rows) >= 2 * n_parameters(form)  # fewer are met whatever they weigh, and the intervals would be too narrow
+    n_resamples = min(n_resamples, max(200, MOST_DRAWN // len(rows)))
     labels = labels or [str(i) for i in range(len(rows))]
     laws = resampled(found, rows, weights(labels, n_resamples, seed)) if enough else []
     widen = widening(found, rows, len(set(labels)))

@@ -42,14 +42,15 @@ def resampled(fit: Fit, rows: Rows, drawn: Floats) -> list[Law]:
 def widening(fit: Fit, rows: Rows, n_labels: int) -> float:
     """By what a resample's deviation is too small: parameters fitted to few runs, and a t in place of a normal distribution.
 
-    Both hold for least squares. A fit whose residuals are mostly beyond DELTA is one of least absolute errors, of which
+    Both hold for least squares, where leverage shrinks residuals by p/n on average, and resamples with them (White's HC3
+    makes good for the same). A fit whose residuals are mostly beyond DELTA is one of least absolute errors, of which
     resamples tell the deviation, if anything, too wide; between the two it is a matter of shares.
     """
     dof = n_labels - n_parameters(type(fit.law))
     if dof < 1:
         return 1.0
     upper = (1 + LEVEL) / 2
-    full = float(np.sqrt(n_labels / dof) * t_distribution.ppf(upper, dof) / norm.ppf(upper))
+    full = float(n_labels / dof * t_distribution.ppf(upper, dof) / norm.ppf(upper))
     squared = 1.0 if fit.law.SQUARES else float(np.mean(np.abs(log_residuals(fit.law, rows)) <= DELTA))
     return 1 + squared * (full - 1)
 

@@ -15,7 +15,7 @@ from lmu_dist.config import ConfigError
 from lmu_dist.scaling.laws import Floats
 
 MOST_ROWS = 20_000  # a run is a row; a longer table holds steps of curves, which are not independent
-SAME_SIZE = 1.05  # sizes and budgets nearer than this are one rung: families meet a size within 2 %
+SAME_SIZE = 1.05  # sizes and budgets within this ratio are one rung: families meet a size within 2 %
 COMPARISONS = {
     "!=": operator.ne,
     "<=": operator.le,
@@ -60,14 +60,12 @@ def rows_of(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Rows:
 
 
 def rungs(values: Floats) -> Floats:
-    """For each value the least of its rung: values in reach of each other by steps below SAME_SIZE are one."""
-    order = np.argsort(values)
-    rung = np.empty_like(values)
-    start = before = 0.0
-    for i in order:
-        if not before or values[i] > before * SAME_SIZE:
+    """For each value the least of its rung: a rung starts at the least value that is left and reaches as far as SAME_SIZE."""
+    rung, start = np.empty_like(values), 0.0
+    for i in np.argsort(values):
+        if not start or values[i] > start * SAME_SIZE:
             start = values[i]
-        rung[i], before = start, values[i]
+        rung[i] = start
     return rung
 
 

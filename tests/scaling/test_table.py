@@ -94,3 +94,5 @@ def test_training_curves_are_not_runs(tmp_path: Path):
 def test_rungs_gather_what_is_the_same_size():
     values = np.array([7990.0, 40000.0, 8010.0, 39000.0, 8000.0])
     assert list(rungs(values)) == [7990, 39000, 7990, 39000, 7990]
+    dense = np.geomspace(1e6, 1e9, 500)  # steps of 1.4 %: neighbours are near, the ends are not
+    assert 100 < len(set(rungs(dense))) < 150

@@ -1,0 +1,224 @@
+"""Panels: what each figure paints on its axes, numbers in, marks out. And how families look: colour, marker, line."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lmu_dist.scaling.answer import CLAIM, NEW
+from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.collect import rows as table_of
+from lmu_dist.scaling.compare import Comparison, at_size
+from lmu_dist.scaling.compute import SIX_ND
+from lmu_dist.scaling.efficiency import Factor
+from lmu_dist.scaling.fit import log_residuals
+from lmu_dist.scaling.laws import Floats, paper_loss
+from lmu_dist.scaling.positions import binned
+from lmu_dist.scaling.results import FamilyFit, Results
+
+INK, FAINT = "#1b1f24", "#9aa3ad"
+# family: colour on light, CSS variable, marker, line.
+LOOKS = {
+    "lmu": ("#0072b2", "--lmu", "o", "-"),
+    "lmu_attention": ("#00805d", "--lmu-attention", "s", "-."),
+    "transformer": ("#d55e00", "--transformer", "^", "--"),
+    "lstm": ("#a8508a", "--lstm", "D", ":"),
+}
+OTHER = ("#6b5b00", "--other", "v", "-")
+
+
+def look(family: str) -> tuple[str, str, str, str]:
+    """Colour, CSS variable, marker and line of a family."""
+    return LOOKS.get(family, OTHER)
+
+
+def loss_vs_n(axes: Axes, study: Study) -> None:
+    """Loss against N by family, and the paper's curves."""
+    sizes = np.geomspace(study.rungs[0] / 1.3, study.rungs[-1] * 1.3, 60)
+    for family in study.families:
+        colour, _, marker, line = look(family)
+        budget = max(run.record.planned_tokens for run in study.of(family))
+        losses = dict[int, list[float]]()
+        for run in study.of(family):
+            if run.record.planned_tokens == budget:
+                losses.setdefault(run.rung, []).append(np.log(run.record.val_loss_nats))
+        points = sorted((n, float(np.exp(np.mean(logs)))) for n, logs in losses.items())
+        label = f"{title(family)}, {si(budget)} tokens"
+        axes.plot(*zip(*points, strict=True), line, marker=marker, markersize=5, linewidth=1.4, color=colour, label=label)
+        try:
+            axes.plot(sizes, paper_loss(family, sizes), line, color=colour, linewidth=0.7, alpha=0.7)
+        except KeyError:
+            continue
+    _log(axes, x=True, y=True)
+    axes.set_xlabel("parameters N, without embeddings")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def efficiency(axes: Axes, asked: Comparison) -> None:
+    """The factor against N, from curves and from laws, and its bounds."""
+    axes.axhline(CLAIM, color=INK, linestyle=":", linewidth=1)
+    axes.axhline(1, color=INK, linewidth=0.8)
+    colour = look(asked.new)[0]
+    for shift, marker, pick, label in ((0.97, "o", lambda s: s.curves, "curves"), (1.03, "s", lambda s: s.laws, "laws")):
+        first = True
+        for size in asked.sizes:
+            factor: Factor = pick(size)
+            x = size.n_params * shift
+            if factor.value is not None:
+                y, ends = factor.value, factor.interval
+                reach = [[y - ends[0]], [ends[1] - y]] if ends else None
+                fill = colour if marker == "o" else "none"
+                axes.errorbar([x], [y], yerr=reach, fmt=marker, color=colour, markerfacecolor=fill, capsize=3,
+                              label=f"from {label}" if first else None)  # fmt: skip
+                first = False
+            elif factor.bound:
+                up = factor.bound[0] == ">"
+                axes.plot([x], [factor.bound[1]], "^" if up else "v", color=FAINT, markersize=8)
+    axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(15, axes.get_ylim()[1]))
+    _log(axes, x=True, y=True)
+    axes.set_xlabel("parameters N, without embeddings")
+    axes.set_ylabel("times the tokens")
+
+
+def tokens(axes: Axes, study: Study, results: Results, rung: int) -> None:
+    """Loss against tokens at one size, with the laws or lines between the points."""
+    laws = {f.family: f.examination.law for f in results.fits}
+    for family in study.families:
+        runs = study.of(family, rung)
+        if not runs:
+            continue
+        colour, _, marker, line = look(family)
+        tokens = np.array([r.record.tokens for r in runs], np.float64)
+        axes.plot(tokens, [r.record.val_loss_nats for r in runs], marker, color=colour, markersize=4, label=title(family))
+        law = laws[family]
+        if law is not None:
+            dense = np.geomspace(tokens.min(), tokens.max(), 50)
+            axes.plot(dense, law.loss(rung, dense), line, color=colour, linewidth=1)
+        else:
+            curve = at_size(study, family, rung)
+            axes.plot(curve.tokens, curve.loss, line, color=colour, linewidth=1)
+    _log(axes, x=True, y=True)
+    axes.set_xlabel("training tokens D")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def positions(axes: Axes, results: Results, rung: int) -> None:
+    """Loss against position at one size; a thin line where it becomes level."""
+    for position in results.positions:
+        if position.n_params != rung:
+            continue
+        colour, _, marker, line = look(position.family)
+        bins = binned(np.array(position.losses))
+        middle = np.sqrt(np.array(bins.first, float) * np.array(bins.last))
+        axes.plot(
+            middle, bins.loss, line, marker=marker, markersize=3, color=colour, linewidth=1.2, label=title(position.family)
+        )
+        if position.flat_from:
+            axes.axvline(position.flat_from, color=colour, linewidth=0.7, alpha=0.6)
+    _log(axes, x=True)
+    axes.set_xlabel("position in the row (tokens)")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def by_position(axes: Axes, results: Results) -> None:
+    """The factor against position."""
+    assert results.by_position is not None
+    for first, last, factor in results.by_position.bins:
+        if factor.value is not None and factor.interval is not None:
+            reach = [[factor.value - factor.interval[0]], [factor.interval[1] - factor.value]]
+            axes.errorbar(
+                [np.sqrt(first * last)], [factor.value], yerr=reach, fmt="o", color=look(NEW)[0], markersize=4, capsize=2
+            )
+    axes.axhline(1, color=INK, linewidth=0.8)
+    axes.axhline(CLAIM, color=INK, linestyle=":", linewidth=1)
+    _log(axes, x=True, y=True)
+    axes.set_xlabel("position in the row (tokens)")
+    axes.set_ylabel("times the tokens")
+
+
+def frontier(axes: Axes, study: Study, results: Results) -> None:
+    """Loss against compute, and the least loss that the laws give for it."""
+    for fitted in results.fits:
+        colour, _, marker, line = look(fitted.family)
+        runs = study.of(fitted.family)
+        flops = np.array([6.0 * r.record.n_params * r.record.tokens for r in runs])
+        axes.plot(
+            flops,
+            [r.record.val_loss_nats for r in runs],
+            marker,
+            color=colour,
+            markersize=3,
+            alpha=0.6,
+            label=title(fitted.family),
+        )
+        law = fitted.examination.law
+        if law is not None:
+            dense = np.geomspace(flops.min(), flops.max(), 60)
+            axes.plot(dense, law.loss(*law.optimum(dense)), line, color=colour, linewidth=1.2)
+    _log(axes, x=True, y=True)
+    axes.xaxis.set_major_locator(LogLocator(numticks=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}".replace("e+", "e")))
+    axes.set_xlabel("training compute (6 N D FLOPs)")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def isoflop(axes: Axes, fitted: FamilyFit) -> None:
+    """Runs of equal compute and their parabolas."""
+    convention = next(c for c in fitted.conventions if c.counting_flops == SIX_ND)
+    colour = look(fitted.family)[0]
+    curves = [p for p in convention.parabolas if p.coefficients]
+    for i, parabola in enumerate(curves):
+        alpha = 0.35 + 0.65 * i / max(1, len(curves) - 1)
+        axes.plot(parabola.sizes, parabola.losses, "o", color=colour, markersize=3, alpha=alpha)
+        dense = np.geomspace(parabola.sizes[0], parabola.sizes[-1], 50)
+        axes.plot(dense, parabola.loss(dense), "-", color=colour, linewidth=1, alpha=alpha)
+        end = (parabola.sizes[-1], parabola.losses[-1])
+        axes.annotate(f" {parabola.flops:.0e}".replace("e+", "e"), end, fontsize=7, color=INK, va="center")
+        if parabola.n_params:
+            axes.plot([parabola.n_params], parabola.loss(np.array([parabola.n_params])), "*", color=INK, markersize=8)
+    _log(axes, x=True)
+    axes.margins(x=0.12)
+    axes.set_xlabel("parameters N, without embeddings")
+    axes.set_ylabel("validation loss (nats per token)")
+
+
+def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
+    """How far each run is off its law, against N (`n`) or D (`d`)."""
+    axes.axhline(0, color=INK, linewidth=0.8)
+    for i, fitted in enumerate(results.fits):
+        if fitted.examination.law is None:
+            continue
+        colour, _, marker, _ = look(fitted.family)
+        table = table_of(study.of(fitted.family))
+        x: Floats = table.n_params if axis == "n" else table.tokens
+        residual = -log_residuals(fitted.examination.law, table)
+        axes.plot(x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=title(fitted.family))
+    _log(axes, x=True)
+    axes.set_xlabel({"n": "parameters N, without embeddings", "d": "training tokens D"}[axis])
+    axes.set_ylabel("ln(seen / predicted)")
+
+
+def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
+    """Logarithmic axes that label what is between decades where there are few of them."""
+    for wanted, scaled, axis, limits in (
+        (x, axes.set_xscale, axes.xaxis, axes.get_xlim),
+        (y, axes.set_yscale, axes.yaxis, axes.get_ylim),
+    ):
+        if not wanted:
+            continue
+        scaled("log")
+        low, high = limits()
+        if high / low < 3:
+            subs = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
+        else:
+            subs = (1, 2, 5) if high / low < 300 else (1,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=20))
+        axis.set_major_formatter(FuncFormatter(lambda v, _: si(v)))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def si(value: float) -> str:
+    """A number with its decimal prefix; beyond these as a power of ten."""
+    for unit, letter in ((1e12, ""), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= unit:
+            return f"{value:.0e}".replace("e+", "e") if not letter else f"{value / unit:.3g}{letter}"
+    return f"{value:.3g}"
