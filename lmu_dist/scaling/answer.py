@@ -35,7 +35,7 @@ def answer(study: Study, asked: Comparison | None, noise: SeedNoise | None) -> A
     if factor is None:
         last = asked.sizes[-1]
         sense, limit = last.curves.bound or ("", 0.0)
-        known = f"more than {_round(limit)}" if sense == ">" else f"less than {_round(limit)}"
+        known = f"{'more' if sense == '>' else 'less'} than {_round(limit)}"
         told = f"At N = {last.n_params:,} the factor is {known}: {last.curves.remark}."
         return Answer(UNKNOWN, told, last.n_params, last.curves, "curves", _growth(asked), caveats)
     assert factor.value is not None
@@ -46,9 +46,10 @@ def answer(study: Study, asked: Comparison | None, noise: SeedNoise | None) -> A
         said = f"{times}, as far as one can see; without an interval, since {factor.remark}, that decides nothing."
         return Answer(UNKNOWN, said, n, factor, source, _growth(asked), caveats)
     low, high = factor.interval
-    verdict = "More than ten" if low > CLAIM else "Less than ten" if high < CLAIM else "Ten is possible"
+    sense = "More than ten" if low > CLAIM else "Less than ten" if high < CLAIM else "Ten is possible"
+    verdict = f"{sense}: {_round(factor.value)} times ({_round(low)} to {_round(high)})"
     fewer = " That it needs fewer is as possible as that it needs more." if low < 1 < high else ""
-    said = f"{times}; 90 % interval {_round(low)} to {_round(high)}, from {source}.{fewer}"
+    said = f"{times}; the 90 % interval is from {source}.{fewer}"
     return Answer(verdict, said, n, factor, source, _growth(asked), caveats)
 
 
@@ -71,7 +72,7 @@ def _growth(asked: Comparison) -> str:
     sense = "It grows with the model" if low > 1 else "It shrinks as models grow" if high < 1 else "No change with size is seen"
     first, last = asked.sizes[0].n_params, asked.sizes[-1].n_params
     times = f"tenfold N multiplies the factor by {asked.growth:.2f} ({low:.2f} to {high:.2f})"
-    return f"{sense}: {times}, between N = {first:,} and {last:,}."
+    return f"{sense}: {times}, between N = {first:,} and {last:,}, from {asked.growth_from}."
 
 
 def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:

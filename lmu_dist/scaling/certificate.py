@@ -13,12 +13,12 @@ from lmu_dist.scaling.table import Rows, rungs
 
 STEEPEST_GRADIENT = 1e-5  # of what the rows pull in either direction
 AGREEMENT = 1e-6  # relative difference of the objectives of two starts that found one optimum
-WORST_CONDITION = 3e3
+WORST_CONDITION = 1e3
 WHOLE_LEVERAGE = 0.98
 EXPONENTS = (0.01, 3.0)  # beyond, a term is a constant or a step
 LEAST_FLOOR = 1e-3  # of the least loss: a floor below is none
 EXACT = 1e-7  # ln nats: residuals so small are rounding, whose gradient points anywhere
-WIDEST = 10.0  # ratio of the ends of an exponent's interval
+WIDEST = 5.0  # ratio of the ends of an exponent's or a floor's interval; of public tables it is 2.1 at most
 
 
 @dataclass(frozen=True)
@@ -53,31 +53,33 @@ def unfit(form: type[Law], rows: Rows) -> list[str]:
 
 def certify(fit: Fit, rows: Rows) -> Certificate:
     """Looks at a fit; see the constants above for what is asked."""
-    reasons = list[str]()
     exact = len(rows) * EXACT**2
     agreeing = sum(reached <= fit.minimised * (1 + AGREEMENT) + exact for reached in fit.objectives)
+    reasons = _bounds(fit.law, rows.loss) or _doubts(fit, agreeing, exact)  # at a bound the other doubts are its consequence
+    return Certificate(tuple(reasons), len(fit.objectives), agreeing, fit.gradient, fit.condition)
+
+
+def _doubts(fit: Fit, agreeing: int, exact: float) -> list[str]:
+    reasons = list[str]()
     if agreeing < 2:
         reasons.append(f"only one of {len(fit.objectives)} starts came to the best objective: there may be a better one")
     if not fit.gradient <= STEEPEST_GRADIENT and fit.minimised > exact:
         reasons.append(f"the optimiser stopped before the minimum (gradient {fit.gradient:.1g} of what the runs pull)")
     if not fit.condition <= WORST_CONDITION:
-        reasons.append(
-            f"parameters cannot be told apart (condition number {fit.condition:.2g}): sizes and tokens vary little, or together"
-        )
+        told = f"parameters cannot be told apart (condition number {fit.condition:.2g})"
+        reasons.append(f"{told}: sizes and tokens vary little, or together")
     if fit.law.SPARE > 1 and (alone := int(np.sum(fit.leverage > WHOLE_LEVERAGE))):
-        reasons.append(
-            f"{alone} run{'s' * (alone > 1)} alone fix{'es' * (alone == 1)} a parameter: nothing says how far off it is"
-        )
-    reasons += _bounds(fit.law, rows.loss)
-    return Certificate(tuple(reasons), len(fit.objectives), agreeing, fit.gradient, fit.condition)
+        some = "1 run alone fixes a parameter" if alone == 1 else f"{alone} runs fix a parameter each, alone"
+        reasons.append(f"{some}: nothing says how far off it is")
+    return reasons
 
 
 def too_wide(intervals: dict[str, tuple[float, float]], form: type[Law]) -> list[str]:
-    """Exponents that could be about anything."""
+    """Exponents, and floors, that could be about anything. Prefactors go with them and are not asked."""
     return [
         f"{name} lies anywhere between {low:.2g} and {high:.2g} (90 %)"
         for name, (low, high) in intervals.items()
-        if name in form.EXPONENTS and not (low * high > 0 and max(abs(low), abs(high)) <= WIDEST * min(abs(low), abs(high)))
+        if name in (*form.EXPONENTS, "E") and max(abs(low), abs(high)) > WIDEST * min(abs(low), abs(high))
     ]
 
 

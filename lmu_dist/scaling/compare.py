@@ -23,13 +23,17 @@ class AtSize:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A new family against a base, at every size both have. `growth`: by what tenfold N multiplies the laws' factor."""
+    """A new family against a base, at every size both have. `growth`: by what tenfold N multiplies the factor.
+
+    It is that of `growth_from`, `laws` if these have a factor at two sizes or more, else `curves`.
+    """
 
     base: str
     new: str
     sizes: tuple[AtSize, ...]
     growth: float | None
     growth_interval: Interval | None
+    growth_from: str
     remark: str
 
 
@@ -46,16 +50,35 @@ def compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, 
         seeds = [len({run.record.seed for run in study.of(family, rung)}) for family in (base, new)]
         curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, (seeds[0], seeds[1]))
         sizes.append(AtSize(rung, curves, _between_laws(study, laws, base, new, rung)))
+    found = _growth_of_laws(laws[base], laws[new], sizes) or _growth_of_curves(sizes)
+    if found is None:
+        return Comparison(base, new, tuple(sizes), None, None, "", "fewer than two sizes have a factor with an interval")
+    return Comparison(base, new, tuple(sizes), *found, "")
+
+
+def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) -> tuple[float, Interval, str] | None:
     known = [(size.n_params, size.laws.value, size.laws.losses) for size in sizes if size.laws.value and size.laws.losses]
     if len(known) < 2:
-        return Comparison(base, new, tuple(sizes), None, None, "fewer than two sizes have a factor between laws")
-    x = np.log10([n for n, _, _ in known])
-    growth = float(np.exp(_slope(x, np.log([value for _, value, _ in known]))))
-    pairs = list(zip(_resamples(laws[base]), _resamples(laws[new]), strict=True))
-    drawn = [_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known]
-    interval = around(growth, np.exp(_slope(x, np.log(np.array(drawn)))), max(laws[base].widen, laws[new].widen))
-    remark = "" if interval else "too few resamples have a factor at all sizes"
-    return Comparison(base, new, tuple(sizes), growth, interval, remark)
+        return None
+    slope = _slope([n for n, _, _ in known])
+    growth = float(np.exp(slope @ np.log([value for _, value, _ in known])))
+    pairs = list(zip(_resamples(base), _resamples(new), strict=True))
+    drawn = np.array([_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known])
+    interval = around(growth, np.exp(slope @ np.log(drawn)), max(base.widen, new.widen))
+    return (growth, interval, "laws") if interval else None
+
+
+def _growth_of_curves(sizes: list[AtSize]) -> tuple[float, Interval, str] | None:
+    """Their factors are of other runs at every size, so their errors are independent."""
+    known = [
+        (size.n_params, size.curves.value, size.curves.interval) for size in sizes if size.curves.value and size.curves.interval
+    ]
+    if len(known) < 2:
+        return None
+    slope = _slope([n for n, _, _ in known])
+    growth = float(slope @ np.log([value for _, value, _ in known]))
+    reach = float(np.linalg.norm(slope * [np.log(high / low) / 2 for _, _, (low, high) in known]))
+    return float(np.exp(growth)), (float(np.exp(growth - reach)), float(np.exp(growth + reach))), "curves"
 
 
 def _between_laws(study: Study, laws: Mapping[str, Examination], base: str, new: str, rung: int) -> Factor:
@@ -77,7 +100,8 @@ def _factors(pairs: list[tuple[Chinchilla, Chinchilla]], loss: float, n_params: 
     return np.array([float(b.tokens_for(loss, n_params) / w.tokens_for(loss, n_params)) for b, w in pairs])
 
 
-def _slope(x: Floats, y: Floats) -> Floats:
-    """Least-squares slope along the first axis."""
+def _slope(n_params: list[int]) -> Floats:
+    """Weights that make of values at these sizes their least-squares slope per decade of N."""
+    x = np.log10(np.array(n_params, np.float64))
     centred = x - x.mean()
-    return np.asarray(centred @ y / (centred @ centred))
+    return centred / (centred @ centred)

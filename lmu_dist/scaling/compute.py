@@ -9,27 +9,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmu_dist.scaling.certificate import certify, unfit
-from lmu_dist.scaling.collect import Run, rows
-from lmu_dist.scaling.fit import fit
+from lmu_dist.scaling.collect import Run, labels, rows
+from lmu_dist.scaling.examine import Examination, examine
+from lmu_dist.scaling.intervals import Interval, around
 from lmu_dist.scaling.isoflop import Parabola, frontier, parabolas
-from lmu_dist.scaling.laws import Chinchilla, Floats, Law, parameters
+from lmu_dist.scaling.laws import Floats, Law, parameters
 
 BODY, WITH_HEAD = "without embeddings", "with the head"
 SIX_ND, ALL_PRODUCTS = "6 N D", "every product"
+FEW_RESAMPLES = 200  # for the law that is only there to be compared
 
 
 @dataclass(frozen=True)
 class Convention:
-    """A law of one way of counting. N_opt = prefactor x C^exponent; `n_params` and `tokens` are the optimum at `flops`.
+    """A law of one way of counting. N_opt grows as C^exponent; `n_params` and `tokens` are the optimum at `flops`.
 
-    FLOPs per token are `k` N^`gamma`, within `deviation` (relative, worst run).
+    FLOPs per token are `k` N^`gamma`, within `deviation` (relative, worst run). Without a certificate there is no law.
     """
 
     counting_n: str
     counting_flops: str
     parameters: dict[str, float] | None
     exponent: float | None
+    exponent_interval: Interval | None
     flops: float
     n_params: float | None
     tokens: float | None
@@ -41,29 +43,28 @@ class Convention:
     reasons: tuple[str, ...]
 
 
-def conventions(runs: Sequence[Run]) -> list[Convention]:
-    """All four ways of counting for the runs of a family, the usual one (body, 6ND) first."""
+def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
+    """All four ways of counting for the runs of a family, the usual one (body, 6ND) first; `body` is its examined law."""
     found = list[Convention]()
-    for counting_n in (BODY, WITH_HEAD):
+    with_head = examine(body.form, rows(runs, with_head=True), labels(runs), FEW_RESAMPLES)
+    for counting_n, seen in ((BODY, body), (WITH_HEAD, with_head)):
         table = rows(runs, with_head=counting_n == WITH_HEAD)
-        reasons, law = unfit(Chinchilla, table), None
-        if not reasons:
-            best = fit(Chinchilla, table)
-            reasons, law = list(certify(best, table).reasons), best.law
         for counting_flops in (SIX_ND, ALL_PRODUCTS):
             per_token = _flops_per_token(runs, counting_flops, table.n_params)
             flops = per_token * table.tokens
             k, gamma, deviation = _power(table.n_params, per_token)
             curves = parabolas(table, flops)
-            through = frontier(curves)
-            most = float(flops.max())
-            n, d = (float(v) for v in law.optimum(most, k, gamma)) if law and not reasons else (None, None)
+            through, most, law = frontier(curves), float(flops.max()), seen.law
+            n, d = (float(v) for v in law.optimum(most, k, gamma)) if law else (None, None)
+            exponent = _exponent(law, gamma) if law else None
+            drawn = np.array([_exponent(other, gamma) for other in seen.laws])
             found.append(
                 Convention(
                     counting_n=counting_n,
                     counting_flops=counting_flops,
-                    parameters=parameters(law) if law and not reasons else None,
-                    exponent=_exponent(law, gamma) if law and not reasons else None,
+                    parameters=parameters(law) if law else None,
+                    exponent=exponent,
+                    exponent_interval=around(exponent, drawn, seen.widen) if exponent and len(drawn) else None,
                     flops=most,
                     n_params=n,
                     tokens=d,
@@ -72,7 +73,7 @@ def conventions(runs: Sequence[Run]) -> list[Convention]:
                     deviation=deviation,
                     parabolas=tuple(curves),
                     parabola_exponent=through[1] if through else None,
-                    reasons=tuple(reasons),
+                    reasons=seen.certificate.reasons,
                 )
             )
     return found

@@ -101,7 +101,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
 def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
     runs = study.of(family)
     seen = examine(Chinchilla, rows(runs), labels(runs), n_resamples)
-    return FamilyFit(family, seen, tuple(conventions(runs)), tuple(run.run_id for run in runs))
+    return FamilyFit(family, seen, tuple(conventions(runs, seen)), tuple(run.run_id for run in runs))
 
 
 def _cells(runs: Sequence[Run]) -> list[list[float]]:
