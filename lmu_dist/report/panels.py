@@ -140,7 +140,7 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
     for fitted in results.fits:
         colour, _, marker, line = look(fitted.family)
         runs = study.of(fitted.family)
-        flops = np.array([6.0 * r.record.n_params * r.record.tokens for r in runs])
+        flops = np.array([r.record.training_flops_per_token_kaplan * r.record.tokens for r in runs])
         axes.plot(
             flops,
             [r.record.val_loss_nats for r in runs],

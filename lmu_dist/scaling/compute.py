@@ -50,7 +50,7 @@ def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
     for counting_n, seen in ((BODY, body), (WITH_HEAD, with_head)):
         table = rows(runs, with_head=counting_n == WITH_HEAD)
         for counting_flops in (SIX_ND, ALL_PRODUCTS):
-            per_token = _flops_per_token(runs, counting_flops, table.n_params)
+            per_token = _flops_per_token(runs, counting_n, counting_flops)
             flops = per_token * table.tokens
             k, gamma, deviation = _power(table.n_params, per_token)
             curves = parabolas(table, flops)
@@ -79,10 +79,12 @@ def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
     return found
 
 
-def _flops_per_token(runs: Sequence[Run], counting: str, n_params: Floats) -> Floats:
-    if counting == ALL_PRODUCTS:
+def _flops_per_token(runs: Sequence[Run], counting_n: str, counting_flops: str) -> Floats:
+    if counting_flops == ALL_PRODUCTS:
         return np.array([r.record.training_flops_per_token for r in runs])
-    return 6 * n_params
+    if counting_n == BODY:
+        return np.array([r.record.training_flops_per_token_kaplan for r in runs])
+    return np.array([6.0 * r.record.n_params_with_head for r in runs])  # the convention's definition; no record has it
 
 
 def _exponent(law: Law, gamma: float) -> float:
