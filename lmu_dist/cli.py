@@ -241,15 +241,16 @@ def fit(
     table: Path, n_params: str, tokens: str, loss: str, law: str, where: tuple[str, ...], resamples: int, as_json: bool
 ) -> int:
     """A scaling law of anybody's CSV TABLE, one row per finished run. Exit 3: the table does not determine the law."""
-    from lmu_dist.scaling.examine import examine, told
+    from lmu_dist.scaling.examine import examine
     from lmu_dist.scaling.laws import FORMS
     from lmu_dist.scaling.table import read_table
+    from lmu_dist.scaling.tell import told
 
     rows, numbers, left_out = read_table(table, n_params, tokens, loss, where)
     seen = examine(FORMS[law], rows, n_resamples=resamples)
     if as_json:
         facts = told(seen, [str(number) for number in numbers])
-        print(json.dumps(facts | {"left_out": [asdict(out) for out in left_out]}))
+        print(json.dumps(facts | {"left_out": [asdict(out) for out in left_out]}, allow_nan=False))
     else:
         show.fit(seen, numbers, left_out)
     return 0 if seen.law else 3

@@ -173,7 +173,9 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
 def report(written: "Written") -> None:
     """The answer of a report, and where it is."""
     answer = written.answer.answer
-    print(f"answer       {answer.verdict}. {answer.sentence} {answer.growth}".rstrip())
+    print(f"answer       {answer.verdict}. {answer.sentence}")
+    for said in filter(None, (answer.others, answer.growth)):
+        print(f"             {said}")
     for caveat in answer.caveats:
         print(f"             {caveat}")
     for fitted in written.answer.fits:
@@ -206,7 +208,8 @@ def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftO
         ends = [seen.intervals.get(name), seen.profiles.get(name)]
         table.add_row(name, f"{value:.6g}", *(f"{i[0]:.4g} .. {i[1]:.4g}" if i else "" for i in ends))
     _print(table)
-    print(f"objective    {seen.objective:.7g}, sum of Huber terms of ln L")
+    minimised = "; least squares of L was minimised, as its authors do" if seen.form.SQUARES else ""
+    print(f"objective    {seen.objective:.7g}, sum of Huber terms of ln L{minimised}")
     print(
         f"certificate  good: {checked.n_agreeing} of {checked.n_starts} starts agree, gradient {checked.gradient:.1g}, "
         f"condition {checked.condition:.3g}; {seen.n_resamples:,} resamples"

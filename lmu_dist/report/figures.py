@@ -90,7 +90,7 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         "text in another vocabulary, so compare slopes and order, not heights.",
         lambda axes: panels.loss_vs_n(axes, study),
     )
-    asked = next((c for c in results.comparisons if (c.base, c.new) == (BASE, NEW)), None)
+    asked = results.asked
     if asked and any(size.curves.known or size.curves.bound or size.laws.known for size in asked.sizes):
         yield (
             "efficiency",
@@ -115,7 +115,8 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             "position",
             "position",
             f"Loss against position in the row, N = {largest:,}",
-            "Largest budget, seeds averaged, in bins of half a doubling. Where a curve is level, more context does not help.",
+            "Largest budget, seeds averaged, in bins of half a doubling; validation rows are the same for all, so are some of "
+            "the wiggles. A line stands where a loss is level and the bins can tell.",
             lambda axes: panels.positions(axes, results, largest),
         )
     if results.by_position and any(f.known for _, _, f in results.by_position.bins):
@@ -130,7 +131,8 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         "frontier",
         "compute",
         "Loss against compute",
-        "Every run at its 6 N D FLOPs; lines: the least loss a law with a certificate gives for the compute.",
+        "Every run at its 6 N D FLOPs; lines: the least loss a law with a certificate gives for the compute, where its optimum "
+        "is among the sizes and tokens seen.",
         lambda axes: panels.frontier(axes, study, results),
     )
     for fitted in results.fits:

@@ -13,7 +13,7 @@ from lmu_dist.report.figures import Drawn
 from lmu_dist.report.panels import look
 from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study, title
-from lmu_dist.scaling.laws import parameters
+from lmu_dist.scaling.laws import KAPLAN_NS, PAPER, parameters
 from lmu_dist.scaling.results import Results
 
 SECTIONS = (
@@ -43,6 +43,8 @@ def render(study: Study, results: Results, figures: Sequence[Drawn], reproduce: 
         worst=WORST,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
+        codes=sorted({run.record.code_digest[:12] for run in study.runs}),
+        paper_exponents={name: law.exponent for name, law in PAPER.items()} | {"transformer": KAPLAN_NS.alpha_N},
         libraries={name: version(name) for name in ("numpy", "scipy", "mlflow")},
     )
 

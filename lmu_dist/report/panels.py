@@ -8,7 +8,7 @@ from lmu_dist.scaling.answer import CLAIM, NEW
 from lmu_dist.scaling.collect import Study, title
 from lmu_dist.scaling.collect import rows as table_of
 from lmu_dist.scaling.compare import Comparison, at_size
-from lmu_dist.scaling.compute import SIX_ND
+from lmu_dist.scaling.compute import SIX_ND, within
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.fit import log_residuals
 from lmu_dist.scaling.laws import Floats, paper_loss
@@ -112,8 +112,8 @@ def positions(axes: Axes, results: Results, rung: int) -> None:
         axes.plot(
             middle, bins.loss, line, marker=marker, markersize=3, color=colour, linewidth=1.2, label=title(position.family)
         )
-        if position.flat_from:
-            axes.axvline(position.flat_from, color=colour, linewidth=0.7, alpha=0.6)
+        if position.level.position and position.level.determined:
+            axes.axvline(position.level.position, color=colour, linewidth=0.7, alpha=0.6)
     _log(axes, x=True)
     axes.set_xlabel("position in the row (tokens)")
     axes.set_ylabel("validation loss (nats per token)")
@@ -153,7 +153,9 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
         law = fitted.examination.law
         if law is not None:
             dense = np.geomspace(flops.min(), flops.max(), 60)
-            axes.plot(dense, law.loss(*law.optimum(dense)), line, color=colour, linewidth=1.2)
+            n, d = law.optimum(dense)
+            seen = within(table_of(runs), n, d)
+            axes.plot(dense[seen], law.loss(n[seen], d[seen]), line, color=colour, linewidth=1.2)
     _log(axes, x=True, y=True)
     axes.xaxis.set_major_locator(LogLocator(numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}".replace("e+", "e")))

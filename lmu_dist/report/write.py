@@ -5,8 +5,8 @@ of the runs it was made from as a tag: when these change, it is stale.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
+import shlex
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from lmu_dist import __version__
+from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.report.figures import draw
 from lmu_dist.report.page import render
 from lmu_dist.scaling.collect import Study, collect, write_runs
-from lmu_dist.scaling.examine import told
 from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, compared_by_position, largest_budgets
-from lmu_dist.tracking.store import Store
+from lmu_dist.scaling.tell import plain, told
+from lmu_dist.tracking.store import AwayError, Store
 
 Show = Callable[[str, float, float], None]
 
@@ -43,6 +44,7 @@ def write_report(
     """Collects, analyses, draws and writes. Raises ConfigError if there is nothing to report on; OSError if it cannot write."""
     show("collecting runs", 0, 4)
     study = collect(store, experiment, any_code)
+    _make_room(folder)
     wanted = {run.run_id: run for run in [*largest_budgets(study), *compared_by_position(study)]}
     curves = dict[str, np.ndarray]()
     for i, run_id in enumerate(wanted):
@@ -52,7 +54,6 @@ def write_report(
     show("fitting", 2, 4)
     results = analyse(study, curves, n_resamples)
     show("drawing", 3, 4)
-    folder.mkdir(parents=True, exist_ok=True)
     figures = draw(study, results, folder)
     write_runs(folder / "runs.csv", study)
     facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
@@ -69,22 +70,40 @@ def write_report(
         "report.html",
         *(f"{f.name}.{kind}" for f in figures for kind in ("png", "svg")),
     ]
-    run_id, stale = store.write_report(
-        experiment, study.digest, [folder / name for name in names], _params(study, any_code), _metrics(results)
-    )
+    try:
+        kept = [folder / name for name in names]
+        run_id, stale = store.write_report(experiment, study.digest, any_code, kept, _params(study), _metrics(results))
+    except AwayError as e:
+        raise FailedError(f"the report is whole in {folder}, but {e}") from e
     return Written(folder, run_id, study, results, told_results, tuple(stale))
+
+
+def _make_room(folder: Path) -> None:
+    """Makes the folder, and takes the figures of an earlier report out of it. Raises ConfigError if nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "runs.csv").touch()
+    except OSError as e:
+        raise ConfigError(f"a report cannot be written to {folder}: {e.strerror}; choose another folder with -o") from e
+    if (folder / "report.html").exists():
+        for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
+            old.unlink()
 
 
 def stale_reports(store: Store, experiment: str) -> list[str]:
     """Run ids of the reports of an experiment that were made from other runs than it has now."""
-    now = dict[bool, str]()
-    stale = list[str]()
-    for run_id, digest, any_code in store.reports(experiment):
-        if any_code not in now:
-            now[any_code] = collect(store, experiment, any_code).digest
-        if digest != now[any_code]:
-            stale.append(run_id)
-    return stale
+    made = store.reports(experiment)
+    now = {any_code: _digest(store, experiment, any_code) for any_code in {any_code for _, _, any_code in made}}
+    return [run_id for run_id, digest, any_code in made if digest != now[any_code]]
+
+
+def _digest(store: Store, experiment: str, any_code: bool) -> str:
+    try:
+        return collect(store, experiment, any_code).digest
+    except AwayError:
+        raise
+    except ConfigError:  # no finished run any more
+        return ""
 
 
 def _fit(fit: FamilyFit) -> dict[str, Any]:
@@ -94,7 +113,7 @@ def _fit(fit: FamilyFit) -> dict[str, Any]:
 
 def _results(study: Study, results: Results) -> dict[str, Any]:
     left_out = [{"run_id": out.run_id, "name": out.name, "reason": out.reason} for out in study.left_out]
-    parts = ("answer", "comparisons", "improvement", "positions")
+    parts = ("answer", "comparisons", "improvement", "in_size", "positions")
     return {
         **{
             name: [asdict(v) for v in value] if isinstance(value := getattr(results, name), tuple) else asdict(value)
@@ -108,11 +127,10 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
     }
 
 
-def _params(study: Study, any_code: bool) -> dict[str, str]:
-    first = study.runs[0].record
+def _params(study: Study) -> dict[str, str]:
     return {
-        "data_digest": first.data_digest,
-        "code_digest": "any" if any_code else first.code_digest,
+        "data_digest": study.runs[0].record.data_digest,
+        "code_digest": ",".join(sorted({run.record.code_digest[:16] for run in study.runs})),
         "lmu_dist": __version__,
         "n_runs": str(len(study.runs)),
         "n_left_out": str(len(study.left_out)),
@@ -136,7 +154,13 @@ def _metrics(results: Results) -> dict[str, float]:
 
 def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str, str]]:
     flag = " --any-code" if any_code else ""
-    commands = [("this report", f"lmu-dist report {study.experiment}{flag}")]
+    again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}"
+    commands = [
+        ("this report", f"{again}  (MLFLOW_TRACKING_URI names the store)"),
+        ("answer, factors, growth", f"{again} --json: answer, comparisons"),
+        ("ratio, noise, power laws", f"{again} --json: improvement, seed_noise, in_size"),
+        ("loss by position", f"{again} --json: positions, by_position"),
+    ]
     for fit in results.fits:
         conditions = f"--where family={fit.family} --where 'left_out='"
         columns = "--n n_params --d tokens --loss val_loss_nats"
@@ -147,18 +171,5 @@ def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str
     return commands
 
 
-def plain(value: Any) -> Any:
-    """For JSON: tuples as lists, numbers that are not finite as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if isinstance(value, np.generic):
-        return plain(value.item())
-    return value
-
-
 def _write_json(path: Path, facts: dict[str, Any]) -> None:
-    path.write_text(json.dumps(facts, indent=1) + "\n")
+    path.write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")

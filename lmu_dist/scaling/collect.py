@@ -7,8 +7,8 @@ and training code are the same.
 import csv
 import hashlib
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from lmu_dist.tracking.store import STATUS, Store, record_of
 
 # In the order in which they are shown.
 FAMILIES = {"lmu": "LMU", "lmu_attention": "LMU with attention", "transformer": "transformer", "lstm": "LSTM"}
+Settings = tuple[float, int, str, str]
 FEWEST_TRUNKS = 20  # below, budgets are resampled each by itself
 
 
@@ -58,12 +59,12 @@ class Study:
     source: str  # of the data, as configured
     runs: tuple[Run, ...]
     left_out: tuple[LeftOut, ...]
+    tries: Mapping[str, int]  # settings that a family tried at a size, at most; what is used is the best of so many
 
     @property
     def families(self) -> tuple[str, ...]:
         """Families that have runs, in the order they are shown in."""
-        have = {run.record.family for run in self.runs}
-        return tuple(name for name in FAMILIES if name in have) + tuple(sorted(have - FAMILIES.keys()))
+        return tuple(sorted({run.record.family for run in self.runs}, key=_place))
 
     @property
     def rungs(self) -> tuple[int, ...]:
@@ -120,18 +121,15 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
             used.append(Run(run.info.run_id, name, 0, record))
             sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
     used, incomparable = _comparable(used, any_code)
-    used, beaten = _best(used)
+    used, beaten, tries = _best(used)
     if not used:
         told = "; ".join(sorted({o.reason for o in out})[:4]) or "it has none"
         raise ConfigError(f"experiment {experiment!r} has no finished run to report on: {told}")
     sizes = rungs(np.array([run.record.n_params for run in used], np.float64))
     used = [replace(run, rung=int(size)) for run, size in zip(used, sizes, strict=True)]
-    order = {name: i for i, name in enumerate(FAMILIES)}
-    used.sort(
-        key=lambda r: (order.get(r.record.family, len(order)), r.record.n_params, r.record.tokens, r.record.seed, r.run_id)
-    )
+    used.sort(key=lambda r: (_place(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
     left_out = sorted([*out, *incomparable, *beaten], key=lambda o: (o.reason, o.name, o.run_id))
-    return Study(experiment, sources[used[0].run_id], tuple(used), tuple(left_out))
+    return Study(experiment, sources[used[0].run_id], tuple(used), tuple(left_out), tries)
 
 
 def write_runs(path: Path, study: Study) -> None:
@@ -177,13 +175,43 @@ def _comparable(runs: Iterable[Run], any_code: bool) -> tuple[list[Run], list[Le
     return runs, out
 
 
-def _best(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut]]:
-    """Of runs of one family, size, budget and seed that of the lowest loss: the others show what tuning is worth, not size."""
-    best, out = dict[tuple[Any, ...], Run](), list[LeftOut]()
+def _best(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut], dict[str, int]]:
+    """The runs of the best settings of each family and size, the others, and how many settings a family tried at a size at
+    most.
+
+    The same settings for all budgets and seeds: the best of each cell would be the luckiest of each. Best is what has the
+    lowest loss at the largest budget.
+    """
+    sizes = defaultdict[tuple[str, int], dict[Settings, list[Run]]](lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.record.val_loss_nats, run.run_id)):
-        r = run.record
-        first = best.setdefault((r.family, r.n_params, r.planned_tokens, r.seed), run)
-        if first is not run:
-            why = "the same cell" if first.record.key == r.key else f"other settings (rate {r.learning_rate:.3g})"
-            out.append(LeftOut(run.run_id, run.name, f"not the best: {why}; run {first.run_id} has the lower loss", r))
-    return list(best.values()), out
+        sizes[run.record.family, run.record.n_params][_settings(run.record)].append(run)
+    kept, out, tries = dict[tuple[Any, ...], Run](), list[LeftOut](), Counter[str]()
+    for (family, _), tried in sizes.items():
+        tries[family] = max(tries[family], len(tried))
+        best = min(tried, key=lambda settings: _order(tried[settings]))
+        for settings, found in tried.items():
+            for run in found:
+                r = run.record
+                if settings != best:
+                    why = f"not the best settings: rate {r.learning_rate:.3g}, batch {r.batch_tokens:,}"
+                    out.append(LeftOut(run.run_id, run.name, why, r))
+                elif (cell := (family, r.n_params, r.planned_tokens, r.seed)) in kept:
+                    out.append(LeftOut(run.run_id, run.name, f"twice: {kept[cell].run_id} is the same cell", r))
+                else:
+                    kept[cell] = run
+    return list(kept.values()), out, {family: tries[family] for family in sorted(tries, key=_place)}
+
+
+def _settings(r: RunRecord) -> Settings:
+    """What was chosen for a run beside its size, budget and seed. A second try at half the rate goes with the first."""
+    return r.learning_rate * (2 if r.retry_of else 1), r.batch_tokens, r.schedule, r.precision
+
+
+def _order(runs: Sequence[Run]) -> tuple[int, float]:
+    """The largest budget first, then the lowest loss there."""
+    most = max(run.record.planned_tokens for run in runs)
+    return -most, min(run.record.val_loss_nats for run in runs if run.record.planned_tokens == most)
+
+
+def _place(family: str) -> tuple[int, str]:
+    return (list(FAMILIES).index(family) if family in FAMILIES else len(FAMILIES), family)

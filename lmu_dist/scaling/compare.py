@@ -1,5 +1,6 @@
 """A new family against a base at every size both have run: a study and its laws in, factors and their change with size out."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, curve, from_cu
 from lmu_dist.scaling.examine import Examination
 from lmu_dist.scaling.intervals import Interval, around
 from lmu_dist.scaling.laws import Chinchilla, Floats
+
+Growth = tuple[float, Interval, str, tuple[int, int]]  # factor per decade of N, its interval, of what, from and to which N
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Comparison:
     growth: float | None
     growth_interval: Interval | None
     growth_from: str
+    growth_sizes: tuple[int, int]
     remark: str
 
 
@@ -47,16 +51,23 @@ def compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, 
     """All factors of one pair of families."""
     sizes = list[AtSize]()
     for rung in (n for n in study.rungs if study.of(base, n) and study.of(new, n)):
-        seeds = [len({run.record.seed for run in study.of(family, rung)}) for family in (base, new)]
-        curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, (seeds[0], seeds[1]))
+        seeds = (_fewest_seeds(study, base, rung), _fewest_seeds(study, new, rung))
+        curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, seeds)
         sizes.append(AtSize(rung, curves, _between_laws(study, laws, base, new, rung)))
     found = _growth_of_laws(laws[base], laws[new], sizes) or _growth_of_curves(sizes)
     if found is None:
-        return Comparison(base, new, tuple(sizes), None, None, "", "fewer than two sizes have a factor with an interval")
+        return Comparison(
+            base, new, tuple(sizes), None, None, "", (0, 0), "fewer than two sizes have a factor with an interval"
+        )
     return Comparison(base, new, tuple(sizes), *found, "")
 
 
-def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) -> tuple[float, Interval, str] | None:
+def _fewest_seeds(study: Study, family: str, rung: int) -> int:
+    """Of any budget: the point of a curve that is known worst counts."""
+    return min(Counter(run.record.planned_tokens for run in study.of(family, rung)).values())
+
+
+def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) -> Growth | None:
     known = [(size.n_params, size.laws.value, size.laws.losses) for size in sizes if size.laws.value and size.laws.losses]
     if len(known) < 2:
         return None
@@ -65,10 +76,10 @@ def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) ->
     pairs = list(zip(_resamples(base), _resamples(new), strict=True))
     drawn = np.array([_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known])
     interval = around(growth, np.exp(slope @ np.log(drawn)), max(base.widen, new.widen))
-    return (growth, interval, "laws") if interval else None
+    return (growth, interval, "laws", (known[0][0], known[-1][0])) if interval else None
 
 
-def _growth_of_curves(sizes: list[AtSize]) -> tuple[float, Interval, str] | None:
+def _growth_of_curves(sizes: list[AtSize]) -> Growth | None:
     """Their factors are of other runs at every size, so their errors are independent."""
     known = [
         (size.n_params, size.curves.value, size.curves.interval) for size in sizes if size.curves.value and size.curves.interval
@@ -78,7 +89,8 @@ def _growth_of_curves(sizes: list[AtSize]) -> tuple[float, Interval, str] | None
     slope = _slope([n for n, _, _ in known])
     growth = float(slope @ np.log([value for _, value, _ in known]))
     reach = float(np.linalg.norm(slope * [np.log(high / low) / 2 for _, _, (low, high) in known]))
-    return float(np.exp(growth)), (float(np.exp(growth - reach)), float(np.exp(growth + reach))), "curves"
+    interval = float(np.exp(growth - reach)), float(np.exp(growth + reach))
+    return float(np.exp(growth)), interval, "curves", (known[0][0], known[-1][0])
 
 
 def _between_laws(study: Study, laws: Mapping[str, Examination], base: str, new: str, rung: int) -> Factor:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmu_dist.scaling.collect import Run, labels, rows
 from lmu_dist.scaling.examine import Examination, examine
 from lmu_dist.scaling.intervals import Interval, around
 from lmu_dist.scaling.isoflop import Parabola, frontier, parabolas
 from lmu_dist.scaling.laws import Floats, Law, parameters
+from lmu_dist.scaling.table import Rows
 
 BODY, WITH_HEAD = "without embeddings", "with the head"
 SIX_ND, ALL_PRODUCTS = "6 N D", "every product"
@@ -22,7 +24,10 @@ FEW_RESAMPLES = 200  # for the law that is only there to be compared
 
 @dataclass(frozen=True)
 class Convention:
-    """A law of one way of counting. N_opt grows as C^exponent; `n_params` and `tokens` are the optimum at `flops`.
+    """A law of one way of counting. N_opt grows as C^exponent; `n_params` and `tokens` are the optimum at `flops`, the most
+    seen.
+
+    They are None where the optimum lies outside the sizes and tokens seen; the exponent is of the law, wherever that holds.
 
     FLOPs per token are `k` N^`gamma`, within `deviation` (relative, worst run). Without a certificate there is no law.
     """
@@ -55,7 +60,8 @@ def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
             k, gamma, deviation = _power(table.n_params, per_token)
             curves = parabolas(table, flops)
             through, most, law = frontier(curves), float(flops.max()), seen.law
-            n, d = (float(v) for v in law.optimum(most, k, gamma)) if law else (None, None)
+            n, d = law.optimum(most, k, gamma) if law else (np.array(np.nan), np.array(np.nan))
+            inside = bool(within(table, n, d))
             exponent = _exponent(law, gamma) if law else None
             drawn = np.array([_exponent(other, gamma) for other in seen.laws])
             found.append(
@@ -66,8 +72,8 @@ def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
                     exponent=exponent,
                     exponent_interval=around(exponent, drawn, seen.widen) if exponent and len(drawn) else None,
                     flops=most,
-                    n_params=n,
-                    tokens=d,
+                    n_params=float(n) if inside else None,
+                    tokens=float(d) if inside else None,
                     k=k,
                     gamma=gamma,
                     deviation=deviation,
@@ -77,6 +83,12 @@ def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
                 )
             )
     return found
+
+
+def within(table: Rows, n_params: Floats, tokens: Floats) -> NDArray[np.bool_]:
+    """Where sizes and tokens are among those seen; False for nan."""
+    inside = (n_params >= table.n_params.min()) & (n_params <= table.n_params.max())
+    return np.asarray(inside & (tokens >= table.tokens.min()) & (tokens <= table.tokens.max()))
 
 
 def _flops_per_token(runs: Sequence[Run], counting_n: str, counting_flops: str) -> Floats:

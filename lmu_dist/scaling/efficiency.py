@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.intervals import LEVEL, Interval, around
 from lmu_dist.scaling.laws import Chinchilla, Floats
 
-FEWEST_RESAMPLES = 200
-FEWEST_CELLS = 6
+FEWEST_RESAMPLES = 50
+FEWEST_CELLS = 8
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,12 @@ def from_curves(base: Curve, new: Curve, noise: SeedNoise | None = None, n_seeds
 
     That is what it is when budgets share a trunk, and is wide rather than narrow when they do not.
     """
-    top, bottom = min(base.loss[0], new.loss[0]), max(base.loss[-1], new.loss[-1])
-    if not top > bottom:
+    top, bottom = float(min(base.loss[0], new.loss[0])), float(max(base.loss[-1], new.loss[-1]))
+    if top < bottom:
         return _apart(base, new)
+    if top == bottom:
+        value = float(base.tokens_for(top) / new.tokens_for(top))
+        return Factor(value, None, (top, top), (value, value), None, "only one loss was seen of both")
     knots = np.concatenate([base.loss, new.loss, [top, bottom]])
     losses = np.unique(knots[(knots <= top) & (knots >= bottom)])[::-1]
     logs = np.log(base.tokens_for(losses) / new.tokens_for(losses))
@@ -92,7 +96,7 @@ def from_curves(base: Curve, new: Curve, noise: SeedNoise | None = None, n_seeds
         reach = float(t_distribution.ppf((1 + LEVEL) / 2, noise.freedom)) * spread
         interval, remark = (float(np.exp(value - reach)), float(np.exp(value + reach))), ""
     ends = (float(np.exp(logs[0])), float(np.exp(logs[-1])))
-    return Factor(float(np.exp(value)), interval, (float(top), float(bottom)), ends, None, remark)
+    return Factor(float(np.exp(value)), interval, (top, bottom), ends, None, remark)
 
 
 def from_laws(
@@ -133,12 +137,16 @@ def seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
 
 @dataclass(frozen=True)
 class Improvement:
-    """(middle - best) : (worst - middle) of losses at equal size, tokens and seed; 1 says "by as much"."""
+    """(middle - best) : (worst - middle) of losses at equal size, tokens and seed; 1 says "by as much".
+
+    `gains` are the two differences in nats, each with its interval if there are cells enough.
+    """
 
     value: float | None
     interval: Interval | None
     n_cells: int
-    gains: tuple[float, float] | None  # mean gain in nats of best over middle, and of middle over worst
+    gains: tuple[float, float] | None
+    gain_intervals: tuple[Interval, Interval] | None
     remark: str
 
 
@@ -148,21 +156,28 @@ def improvement(losses: ArrayLike, drawn: Floats | None = None) -> Improvement:
     Undetermined if the middle family cannot be told from the worst: the ratio would be anything.
     """
     y = np.asarray(losses, np.float64).reshape(-1, 3)
-    if not len(y):
-        return Improvement(None, None, 0, None, "no size, budget and seed that all three families have run")
+    n = len(y)
+    if not n:
+        return Improvement(None, None, 0, None, None, "no size, budget and seed that all three families have run")
     above, below = y[:, 1] - y[:, 0], y[:, 2] - y[:, 1]
     gains = (float(above.mean()), float(below.mean()))
-    if drawn is None or len(y) < FEWEST_CELLS:
-        return Improvement(
-            None, None, len(y), gains, f"{len(y)} cells in common; a ratio with an interval needs {FEWEST_CELLS}"
-        )
+    if drawn is None or n < FEWEST_CELLS:
+        return Improvement(None, None, n, gains, None, f"{n} cells in common; a ratio with an interval needs {FEWEST_CELLS}")
     share = drawn / drawn.sum(axis=1, keepdims=True)
-    least, most = np.percentile(share @ below, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    if least <= 0:
-        order = "is no better than" if most < 0 else "cannot be told from"
-        return Improvement(None, None, len(y), gains, f"the middle family {order} the worst, so the ratio says nothing")
-    low, high = np.percentile((share @ above) / (share @ below), [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return Improvement(gains[0] / gains[1], (float(low), float(high)), len(y), gains, "")
+    ends = (_widened(gains[0], share @ above, n), _widened(gains[1], share @ below, n))
+    if ends[1][0] <= 0:
+        order = "is no better than" if ends[1][1] < 0 else "cannot be told from"
+        return Improvement(None, None, n, gains, ends, f"the middle family {order} the worst, so the ratio says nothing")
+    value = gains[0] / gains[1]
+    return Improvement(value, _widened(value, (share @ above) / (share @ below), n), n, gains, ends, "")
+
+
+def _widened(best: float, drawn: Floats, n: int) -> Interval:
+    """Percentiles of resampled means, wider by what n cells make a t of a normal distribution."""
+    upper = (1 + LEVEL) / 2
+    wider = float(n / (n - 1) * t_distribution.ppf(upper, n - 1) / norm.ppf(upper))
+    low, high = np.percentile(drawn, [100 * (1 - upper), 100 * upper])
+    return best + wider * (float(low) - best), best + wider * (float(high) - best)
 
 
 def _mean_over(losses: Floats, logs: Floats) -> float:
@@ -173,7 +188,7 @@ def _mean_over(losses: Floats, logs: Floats) -> float:
 
 def _apart(base: Curve, new: Curve) -> Factor:
     """No loss in common: what is known is a bound."""
-    if new.loss[0] <= base.loss[-1]:
+    if new.loss[0] < base.loss[-1]:
         limit = float(base.tokens[-1] / new.tokens[0])
         why = f"the base's best loss, {base.loss[-1]:.4g}, is above the first of the other, {new.loss[0]:.4g}"
         return Factor(

@@ -4,18 +4,18 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lmu_dist.scaling.certificate import Certificate, certify, too_wide, unfit
-from lmu_dist.scaling.fit import Fit, fit, n_parameters, refit
+from lmu_dist.scaling.fit import Fit, fit, n_parameters, refit, unitless_names
 from lmu_dist.scaling.intervals import N_RESAMPLES, Interval, of_parameters, profile, resampled, weights, widening
 from lmu_dist.scaling.laws import Law, parameters
 from lmu_dist.scaling.table import Rows, rungs
 
 MOST_LEFT_OUT_SINGLY = 400  # refits that the search for influential runs may cost
+FIRST_LOOK = 100  # resamples after which what is not determined is given up
 MOST_DRAWN = 2_000_000  # runs times resamples; of a long table fewer resamples say as much
 
 
@@ -54,6 +54,7 @@ class Examination:
     n_resamples: int = 0
     laws: tuple[Law, ...] = ()  # of the resamples
     widen: float = 1.0  # by which the spread of the resamples is too small
+    n_labels: int = 0  # what was resampled: runs, or fewer groups of them
 
 
 def examine(
@@ -66,15 +67,20 @@ def examine(
     certificate = certify(found, rows)
     if not certificate.ok:
         return Examination(form, len(rows), None, found.objective, certificate)
-    enough = len(rows) >= 2 * n_parameters(form)  # fewer are met whatever they weigh, and the intervals would be too narrow
-    n_resamples = min(n_resamples, max(200, MOST_DRAWN // len(rows)))
-    labels = labels or [str(i) for i in range(len(rows))]
-    laws = resampled(found, rows, weights(labels, n_resamples, seed)) if enough else []
-    widen = widening(found, rows, len(set(labels)))
+    labels = labels or rows.copies()
+    n_labels = len(set(labels))
+    widen = widening(found, rows, n_labels)
+    laws = list[Law]()
+    if n_labels >= 2 * n_parameters(form):  # fewer are met whatever they weigh, and the intervals would be too narrow
+        drawn = weights(labels, min(n_resamples, max(200, MOST_DRAWN // len(rows))), seed)
+        laws = resampled(found, rows, drawn[:FIRST_LOOK])
+        if not too_wide(of_parameters(found.law, laws, widen), form):
+            laws += resampled(found, rows, drawn[FIRST_LOOK:])
+    profiles = {name: profile(found, rows, name) for name in unitless_names(form)}
     intervals = of_parameters(found.law, laws, widen) if laws else {}
     missing = [f"too few resamples have a {name}" for name in parameters(found.law) if laws and name not in intervals]
-    certificate = replace(certificate, reasons=tuple(missing + too_wide(intervals, form)))
-    unitless = [*form.EXPONENTS, *(["E"] if form.HAS_FLOOR else [])]
+    known = intervals if laws else {name: profiles[name] or (0.0, np.inf) for name in form.EXPONENTS}
+    certificate = replace(certificate, reasons=tuple(missing + too_wide(known, form)))
     return Examination(
         form=form,
         n_rows=len(rows),
@@ -82,12 +88,13 @@ def examine(
         objective=found.objective,
         certificate=certificate,
         intervals=intervals,
-        profiles={name: profile(found, rows, name) for name in unitless} if certificate.ok else {},
+        profiles=profiles if certificate.ok else {},
         holdout=holdout(form, rows),
         influence=influence(found, rows) if certificate.ok else {},
         n_resamples=len(laws),
         laws=tuple(laws),
         widen=widen,
+        n_labels=n_labels,
     )
 
 
@@ -113,33 +120,8 @@ def influence(found: Fit, rows: Rows) -> dict[str, Influence]:
     most = dict[str, Influence]()
     for row in tried:
         without = parameters(refit(found.law, rows.where(np.arange(len(rows)) != row), tolerance=1e-4).law)
-        for name in [*form.EXPONENTS, *(["E"] if form.HAS_FLOOR else [])]:
+        for name in unitless_names(form):
             here = getattr(found.law, name)
             if name not in most or abs(without[name] - here) > abs(most[name].without - here):
                 most[name] = Influence(int(row), without[name])
     return most
-
-
-def told(seen: Examination, names: Sequence[str]) -> dict[str, Any]:
-    """An examination as JSON has it; `names` say which row is which. Without a certificate no parameter and no interval."""
-    held, exact = seen.holdout, seen.certificate
-    return {
-        "law": seen.form.__name__.lower(),
-        "n_rows": seen.n_rows,
-        "determined": seen.certificate.ok,
-        "objective": seen.objective,
-        "parameters": parameters(seen.law) if seen.law else {},
-        "intervals": {k: list(v) for k, v in seen.intervals.items()} if seen.law else {},
-        "profile_intervals": {k: list(v) if v else None for k, v in seen.profiles.items()},
-        "n_resamples": seen.n_resamples,
-        "certificate": {
-            "ok": exact.ok,
-            "reasons": list(exact.reasons),
-            "n_starts": exact.n_starts,
-            "n_agreeing": exact.n_agreeing,
-            "gradient": exact.gradient,
-            "condition": exact.condition if exact.condition is not None and np.isfinite(exact.condition) else None,
-        },
-        "holdout": None if held is None else asdict(held) | {"reasons": list(held.reasons)},
-        "influence": {k: {"row": names[v.row], "without": v.without} for k, v in seen.influence.items()},
-    }

@@ -9,9 +9,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
+from scipy.optimize import minimize, nnls
 
-from lmu_dist.scaling.laws import Chinchilla, Floats, Gadre, Kaplan, Law
+from lmu_dist.scaling.laws import SQRT_SIX, Chinchilla, Floats, Gadre, Kaplan, Law
 from lmu_dist.scaling.table import Rows
 
 DELTA = 1e-3  # where the Huber term turns from a square to a line, in ln nats
@@ -25,15 +25,16 @@ class Fit:
     """A law and the sum of Huber terms it leaves, which the fit has minimised unless the form asks for least squares of L.
 
     `gradient` is the objective's by the fitted parameters, largest component, as a share of what the single rows pull;
-    `objectives` are those that all starts reached; `condition` is the condition number of the residuals' Jacobian, columns
-    scaled; `leverage` is each run's, 1 for one that the law meets whatever it says.
+    `reached` is what every start came to: the objective minimised, and E and the exponents; `condition` is the condition
+    number of the residuals' Jacobian, columns scaled; `leverage` is each run's, 1 for one that the law meets whatever it
+    says.
     """
 
     law: Law
     objective: float
     minimised: float
     gradient: float
-    objectives: tuple[float, ...]
+    reached: tuple[tuple[float, Floats], ...]
     condition: float
     leverage: Floats
 
@@ -49,10 +50,27 @@ def fit(form: type[Law], rows: Rows) -> Fit:
         raise ValueError(f"a law of {n_parameters(form)} parameters needs more than {len(rows)} runs")
     reached = [refit(start, rows) for start in _starts(form, rows)]
     best = min(reached, key=lambda fit: fit.minimised)
-    return replace(best, objectives=tuple(fit.minimised for fit in reached))
+    return replace(best, reached=tuple((fit.minimised, unitless(fit.law)) for fit in reached))
 
 
-def refit(start: Law, rows: Rows, weights: Floats | None = None, tolerance: float = 1e-8, held: str | None = None) -> Fit:
+def unitless(law: Law) -> Floats:
+    """The parameters that mean the same in any unit of N and D: exponents, and E where there is one."""
+    return np.array([getattr(law, name) for name in unitless_names(type(law))])
+
+
+def unitless_names(form: type[Law]) -> list[str]:
+    """Their names."""
+    return [*form.EXPONENTS, *(["E"] if form.HAS_FLOOR else [])]
+
+
+def refit(
+    start: Law,
+    rows: Rows,
+    weights: Floats | None = None,
+    tolerance: float = 1e-8,
+    held: str | None = None,
+    most_steps: int = 3000,
+) -> Fit:
     """The law that minimises the (weighted) objective, from one start, until the gradient in units of DELTA^2 is small.
 
     `held` is a parameter without units (E or an exponent) that keeps the value of the start.
@@ -66,7 +84,7 @@ def refit(start: Law, rows: Rows, weights: Floats | None = None, tolerance: floa
         return value, gradient[free]
 
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        found = minimize(objective, first[free], jac=True, method="BFGS", options={"gtol": tolerance, "maxiter": 3000})
+        found = minimize(objective, first[free], jac=True, method="BFGS", options={"gtol": tolerance, "maxiter": most_steps})
         vector = _filled(first, free, found.x)
         _, slope, jacobian = problem.terms(vector)
         law, jacobian = problem.law(vector), jacobian[:, free]
@@ -80,6 +98,11 @@ def _filled(vector: Floats, free: NDArray[np.bool_], values: Floats) -> Floats:
     filled = vector.copy()
     filled[free] = values
     return filled
+
+
+def unit_of_loss(rows: Rows) -> float:
+    """What squares of the loss are measured in, so that no tolerance depends on its unit: its geometric mean."""
+    return float(np.exp(np.log(rows.loss).mean()))
 
 
 def log_residuals(law: Law, rows: Rows) -> Floats:
@@ -102,6 +125,7 @@ class _Problem:
     def __init__(self, form: type[Law], rows: Rows, weights: Floats | None) -> None:
         self.form, self.weights = form, weights
         self.units = np.exp(np.log(rows.n_params).mean()), np.exp(np.log(rows.tokens).mean())
+        self.unit_of_loss = unit_of_loss(rows)
         self.n, self.d, self.loss = rows.n_params / self.units[0], rows.tokens / self.units[1], rows.loss
         self.logged = np.array([f.name in form.LOGGED for f in fields(form)])  # pyright: ignore
 
@@ -125,7 +149,7 @@ class _Problem:
         chain = np.where(self.logged, np.exp(np.where(self.logged, vector, 0)), 1)
         jacobian = law.gradient(self.n, self.d) * chain
         if self.form.SQUARES:
-            residual = loss - self.loss
+            residual, jacobian = (loss - self.loss) / self.unit_of_loss, jacobian / self.unit_of_loss
             value, slope = 0.5 * residual**2, residual
         else:
             residual = np.log(loss / self.loss)
@@ -172,19 +196,18 @@ def _starts(form: type[Law], rows: Rows) -> list[Law]:
 def _project(
     form: type[Law], first: float, second: float, n: Floats, d: Floats, loss: Floats
 ) -> tuple[float, tuple[float, float], Law]:
-    """(relative squared error, exponents, law) with the prefactors that are best for given exponents; inf if negative."""
+    """(objective, exponents, law) with the prefactors, none negative, that are best for given exponents by relative squares."""
+    seen = np.maximum(loss, np.median(loss) / 3)  # or one absurdly low loss would be all that a relative fit sees
     if form is Kaplan:
-        columns, target = np.stack([n**-second, 1 / d]), loss ** (1 / first)
+        columns, target = np.stack([n**-second, 1 / d]), seen ** (1 / first)
     else:
-        columns, target = np.stack([np.ones_like(n), n**-first, d**-second]), loss
-    scaled = (columns / target).T
-    weights = np.linalg.lstsq(scaled, np.ones_like(target), rcond=None)[0]
-    error = float(np.square(scaled @ weights - 1).sum()) if np.all(weights > 0) else np.inf
-    weights = [float(w) for w in np.maximum(weights, 1e-3 * np.abs(target).min())]
+        columns, target = np.stack([np.ones_like(n), n**-first, d**-second]), seen
+    found, _ = nnls((columns / target).T, np.ones_like(target))
+    weights = [float(w) for w in np.maximum(found, 1e-3 * target.min())]
     if form is Kaplan:
         law: Law = Kaplan(weights[0] ** (1 / second), weights[1], float(first * second), float(first))
-        return error * first**2, (first, second), law
-    floor, of_n, of_d = weights
-    if form is Gadre:
-        return error, (first, second), Gadre(floor, of_n, of_d * 6 ** (first / 2), -float(first))
-    return error, (first, second), Chinchilla(floor, of_n, of_d, float(first), float(second))
+    elif form is Gadre:
+        law = Gadre(weights[0], weights[1], float(weights[2] / SQRT_SIX**-first), -float(first))
+    else:
+        law = Chinchilla(weights[0], weights[1], weights[2], float(first), float(second))
+    return float(huber(log_residuals(law, Rows(n, d, loss))).sum()), (first, second), law

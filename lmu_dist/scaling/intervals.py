@@ -10,13 +10,14 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from lmu_dist.scaling.fit import DELTA, Fit, log_residuals, n_parameters, refit
+from lmu_dist.scaling.fit import DELTA, Fit, log_residuals, n_parameters, refit, unit_of_loss
 from lmu_dist.scaling.laws import Floats, Law, parameters
 from lmu_dist.scaling.table import Rows
 
 LEVEL = 0.9
 N_RESAMPLES = 1000
 LOOSE = 1e-2  # gradient, in units of DELTA^2, at which a resample is near enough: far inside its interval
+MOST_STEPS = 300  # where a resample needs more, nothing is determined
 FEWEST = 0.95  # share of the resamples that must have an answer for there to be an interval
 
 Interval = tuple[float, float]
@@ -36,7 +37,7 @@ def weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, seed: int = 0
 
 def resampled(fit: Fit, rows: Rows, drawn: Floats) -> list[Law]:
     """The law of every resample, in order."""
-    return [refit(fit.law, rows, weights=w / w.mean(), tolerance=LOOSE).law for w in drawn]
+    return [refit(fit.law, rows, weights=w / w.mean(), tolerance=LOOSE, most_steps=MOST_STEPS).law for w in drawn]
 
 
 def widening(fit: Fit, rows: Rows, n_labels: int) -> float:
@@ -59,11 +60,11 @@ def around(best: float, values: Floats, widen: float = 1.0) -> Interval | None:
     """The interval of a number from its resamples: best x exp(-+ 1.645 deviations of their logarithm), widened.
 
     Not their percentiles: fits bend, so that resamples lie to one side of the fit as fits do of the truth, and percentiles
-    hold the truth too often on wide grids, too seldom on small ones (benchmarks/coverage.py). Resamples beyond four
+    hold the truth too often on wide grids, too seldom on small ones (benchmarks/intervals.py). Resamples beyond four
     deviations, by the middle 68 %, count as if they were there. None when too many are missing for any of this to mean
     something.
     """
-    known = values[np.isfinite(values) & (values * best > 0)]
+    known = values[np.isfinite(values) & (np.sign(values) == np.sign(best)) & (values != 0)]
     if not np.isfinite(best) or len(known) < max(FEWEST * len(values), 20):
         return None
     logs = np.log(np.abs(known))
@@ -127,7 +128,7 @@ def _scale(law: Law, rows: Rows) -> float:
     """E[psi^2] / E[psi'] of the residuals, psi' by a difference over their spread, since Huber's is a spike."""
     loss = law.loss(rows.n_params, rows.tokens)
     if law.SQUARES:
-        return float(np.mean((loss - rows.loss) ** 2))
+        return float(np.mean(((loss - rows.loss) / unit_of_loss(rows)) ** 2))
     residual = np.log(loss / rows.loss)
     spread = 1.4826 * float(np.median(np.abs(residual))) + 1e-300
     step = max(spread * len(residual) ** -0.2, DELTA / 10)

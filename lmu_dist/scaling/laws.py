@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 Floats = NDArray[np.float64]
-PF_DAY = 8.64e19  # FLOPs
+SQRT_SIX = np.sqrt(np.float64(6))  # a numpy number: its powers overflow to infinity and do not raise
 
 
 def _scaled(prefactor: float, unit: float, exponent: float) -> float:
@@ -124,12 +124,12 @@ class Gadre(Law):
     def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
         """Predicted loss in nats."""
         n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
-        return np.asarray(self.E + self.a * n**self.eta + self.b * 6 ** (self.eta / 2) * d**self.eta)
+        return np.asarray(self.E + self.a * n**self.eta + self.b * SQRT_SIX**self.eta * d**self.eta)
 
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
         """dL/d(E, a, b, eta)."""
         n, d = np.broadcast_arrays(np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
-        of_n, of_d = n**self.eta, 6 ** (self.eta / 2) * d**self.eta
+        of_n, of_d = n**self.eta, SQRT_SIX**self.eta * d**self.eta
         by_eta = self.a * of_n * np.log(n) + self.b * of_d * (np.log(d) + np.log(6) / 2)
         return np.stack([np.ones_like(of_n), of_n, of_d, by_eta], axis=-1)
 
@@ -139,7 +139,7 @@ class Gadre(Law):
 
     def additive(self) -> Chinchilla:
         """Chinchilla's form with alpha = beta = -eta."""
-        return Chinchilla(self.E, self.a, self.b * 6 ** (self.eta / 2), -self.eta, -self.eta)
+        return Chinchilla(self.E, self.a, float(self.b * SQRT_SIX**self.eta), -self.eta, -self.eta)
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from lmu_dist.scaling.efficiency import Factor, SeedNoise, curve, from_curves
 from lmu_dist.scaling.laws import Floats
 
 BINS_PER_DOUBLING = 2
-FLAT_NATS = 0.02  # a bin this near to the last ones counts as level with them
-ERRORS = 2.0  # or nearer than so many standard errors
+LEVEL_NATS = 0.02  # a bin this near to the later ones is level with them
+ERRORS = 2.0  # standard errors of a difference that can be told
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,33 @@ def binned(losses: Floats) -> Binned:
     return Binned(tuple(first), tuple(last), tuple(mean), tuple(error))
 
 
-def flat_from(bins: Binned) -> int | None:
-    """The position from which the loss is level: no later bin is lower by 0.02 nats, or two standard errors. None: never.
+@dataclass(frozen=True)
+class Level:
+    """From which position a loss is level: no later bin is lower by more than LEVEL_NATS. None: it falls to the end.
 
-    A row whose last bin but one still falls to the last has not flattened.
+    `resolution` is the difference in nats that bins can tell, two standard errors, at the position or in the last bins;
+    where it is above LEVEL_NATS nothing is determined.
     """
-    loss, error = np.array(bins.loss), np.nan_to_num(np.array(bins.error), nan=np.inf)
-    level = None
-    for i in range(len(loss) - 1, -1, -1):
-        falls = loss[i] - loss[i + 1 :]
-        reach = np.maximum(FLAT_NATS, ERRORS * np.hypot(error[i], error[i + 1 :])) if len(falls) else falls
-        if np.isfinite(error[i]) and np.all(falls <= reach):
-            level = i
-        else:
-            break
-    return None if level is None or level == len(loss) - 1 else bins.first[level]
+
+    position: int | None
+    resolution: float
+
+    @property
+    def determined(self) -> bool:
+        """Whether the bins can tell a level from a fall."""
+        return self.resolution <= LEVEL_NATS
+
+
+def level_from(bins: Binned) -> Level:
+    """Looks from the end for the first bin above a later one."""
+    loss, error = np.array(bins.loss), np.nan_to_num(np.array(bins.error), nan=np.inf)  # a bin of one: who knows
+    start = len(loss) - 1
+    while start > 0 and np.all(loss[start - 1] - loss[start:] <= LEVEL_NATS):
+        start -= 1
+    level = start < len(loss) - 1
+    seen = error[start:] if level else error[-2:]
+    resolution = ERRORS * float(np.max(np.hypot(seen[0], seen[1:])))
+    return Level(bins.first[start] if level else None, resolution)
 
 
 def factors(
@@ -70,13 +82,14 @@ def factors(
     is that of a seed and, since a bin has few tokens, that of its mean.
     """
     means = [{tokens: binned(np.mean(list(seeds), axis=0)) for tokens, seeds in family.items()} for family in (base, new)]
-    n_seeds = [max(len(seeds) for seeds in family.values()) for family in (base, new)]
+    n_seeds = [min(len(seeds) for seeds in family.values()) for family in (base, new)]
     some, found = next(iter(means[0].values())), list[tuple[int, int, Factor]]()
     for i, (first, last) in enumerate(zip(some.first, some.last, strict=True)):
         relative = [bins.error[i] / bins.loss[i] for family in means for bins in family.values()]
         if not np.all(np.isfinite(relative)):  # a bin of one position
             continue
-        spread = SeedNoise(float(np.hypot(noise.deviation, np.mean(relative))), noise.freedom)
+        # Seeds see the same validation rows, so the error of a bin does not shrink with them as their noise does.
+        spread = SeedNoise(float(np.hypot(noise.deviation, np.mean(relative) * np.sqrt(min(n_seeds)))), noise.freedom)
         curves = [curve(list(family), [bins.loss[i] for bins in family.values()]) for family in means]
         found.append((first, last, from_curves(curves[0], curves[1], spread, (n_seeds[0], n_seeds[1]))))
     return found

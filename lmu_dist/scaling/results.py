@@ -15,6 +15,8 @@ from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvem
 from lmu_dist.scaling.examine import Examination, examine
 from lmu_dist.scaling.intervals import N_RESAMPLES, weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.positions import Level
+from lmu_dist.scaling.sizes import InSize, power_law
 
 Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
 
@@ -38,7 +40,7 @@ class Position:
     tokens: int
     n_seeds: int
     losses: tuple[float, ...]
-    flat_from: int | None
+    level: Level
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,15 @@ class ByPosition:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report shows."""
+    """Everything the report shows. `asked` is the comparison that the question is about, one of `comparisons`."""
 
+    asked: Comparison | None
     answer: Answer
     fits: tuple[FamilyFit, ...]
     comparisons: tuple[Comparison, ...]
     improvement: Improvement
     noise: SeedNoise | None
+    in_size: tuple[InSize, ...]
     positions: tuple[Position, ...]
     by_position: ByPosition | None
 
@@ -88,11 +92,13 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
     comparisons = tuple(compare(study, laws, base, new, noise) for new in study.families if new != base)
     asked = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
     return Results(
+        asked=asked,
         answer=answer(study, asked, noise),
         fits=fits,
         comparisons=comparisons,
         improvement=_improvement(study, n_resamples),
         noise=noise,
+        in_size=tuple(_in_size(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
         by_position=_by_position(study, curves, noise) if noise else None,
     )
@@ -105,10 +111,10 @@ def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
 
 
 def _cells(runs: Sequence[Run]) -> list[list[float]]:
-    groups = defaultdict[tuple[str, int, int, float], list[float]](list)
+    """Losses of cells that differ in the seed only."""
+    groups = defaultdict[tuple[str, int, int], list[float]](list)
     for run in runs:
-        r = run.record
-        groups[r.family, run.rung, r.planned_tokens, r.learning_rate].append(r.val_loss_nats)
+        groups[run.record.family, run.record.n_params, run.record.planned_tokens].append(run.record.val_loss_nats)
     return list(groups.values())
 
 
@@ -122,6 +128,18 @@ def _improvement(study: Study, n_resamples: int) -> Improvement:
     return improvement(np.array(table), drawn)
 
 
+def _in_size(study: Study, family: str) -> InSize:
+    runs = [run for run in largest_budgets(study) if run.record.family == family]
+    most = max(run.record.planned_tokens for run in runs)
+    losses = defaultdict[int, list[float]](list)
+    for run in runs:
+        if run.record.planned_tokens == most:
+            losses[run.record.n_params].append(np.log(run.record.val_loss_nats))
+    sizes = sorted(losses)
+    means = np.exp([np.mean(losses[n]) for n in sizes])
+    return power_law(family, most, np.array(sizes, np.float64), means)
+
+
 def _positions(study: Study, curves: Curves) -> list[Position]:
     groups = defaultdict[tuple[str, int], list[Run]](list)
     for run in largest_budgets(study):
@@ -130,7 +148,7 @@ def _positions(study: Study, curves: Curves) -> list[Position]:
     found = []
     for (family, rung), runs in groups.items():
         mean = np.mean([curves[run.run_id] for run in runs], axis=0)
-        level = positions.flat_from(positions.binned(mean))
+        level = positions.level_from(positions.binned(mean))
         tokens = runs[0].record.planned_tokens
         found.append(Position(family, rung, tokens, len(runs), tuple(float(v) for v in mean), level))
     return found

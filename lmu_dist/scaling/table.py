@@ -15,6 +15,7 @@ from lmu_dist.config import ConfigError
 from lmu_dist.scaling.laws import Floats
 
 MOST_ROWS = 20_000  # a run is a row; a longer table holds steps of curves, which are not independent
+LEAST, MOST = 1e-100, 1e100  # beyond, products of them are no numbers any more
 SAME_SIZE = 1.05  # sizes and budgets within this ratio are one rung: families meet a size within 2 %
 COMPARISONS = {
     "!=": operator.ne,
@@ -40,6 +41,12 @@ class Rows:
     def where(self, keep: NDArray[np.bool_]) -> "Rows":
         """Some of the rows, by a mask."""
         return Rows(self.n_params[keep], self.tokens[keep], self.loss[keep])
+
+    def copies(self) -> list[str]:
+        """For each row the number of the first that is the same: a row pasted twice is one run."""
+        first = dict[tuple[float, float, float], str]()
+        triples = zip(self.n_params.tolist(), self.tokens.tolist(), self.loss.tolist(), strict=True)
+        return [first.setdefault(triple, str(i)) for i, triple in enumerate(triples)]
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def read_table(
     """
     lines, header = _read(path, (n_params, tokens, loss))
     conditions = [_condition(text, header, path) for text in where]
-    kept, numbers, excluded, lossless = list[tuple[float, float, float]](), list[int](), list[int](), list[int]()
+    kept, numbers, excluded, lossless = list[tuple[float, ...]](), list[int](), list[int](), list[int]()
     for number, line in enumerate(lines, 1):
         if len(line) != len(header):
             raise ConfigError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}; mend the row")
@@ -92,9 +99,7 @@ def read_table(
             lossless.append(number)
             continue
         numbers.append(number)
-        kept.append((_positive(cells[n_params], path, number, n_params), _positive(cells[tokens], path, number, tokens), y))
-        if y <= 0:
-            raise ConfigError(f"{path}: row {number}, column {loss!r}: {y:g}; a loss in nats is positive")
+        kept.append(tuple(_positive(cells[column], path, number, column) for column in (n_params, tokens, loss)))
     if not kept:
         raise ConfigError(f"{path}: none of {len(lines)} rows is left; loosen --where, or look at column {loss!r}")
     if len(kept) > MOST_ROWS:
@@ -109,7 +114,7 @@ def read_table(
 def _read(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if line]
+            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
     except FileNotFoundError as e:
         raise ConfigError(f"no file {path}") from e
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as e:
@@ -117,6 +122,9 @@ def _read(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]
     if len(lines) < 2:
         raise ConfigError(f"{path} has no rows below its header" if lines else f"{path} is empty")
     header = [name.strip() for name in lines[0]]
+    while header and not header[-1] and all(len(line) < len(header) or not line[len(header) - 1].strip() for line in lines):
+        header.pop()  # what spreadsheets leave at the end of each line
+        lines = [line[: len(header)] for line in lines]
     if len(set(header)) != len(header):
         raise ConfigError(f"{path}: two columns of one name; rename one")
     for column in needed:
@@ -126,10 +134,11 @@ def _read(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]
 
 
 def _condition(text: str, header: Sequence[str], path: Path) -> tuple[str, str, str]:
-    parts = re.match(r"(.*?)(!=|<=|>=|=|<|>)(.*)", text)
+    parts = re.match(r"(.*?)(!=|<=|>=|==?|<|>)(.*)", text)
     if not parts:
         raise ConfigError(f"--where {text!r} is no condition; write --where 'column=value', or with != < <= > >=")
     column, sign, value = (part.strip() for part in parts.groups())
+    sign = sign.replace("==", "=")
     if column not in header:
         raise ConfigError(f"--where {text!r}: {path} has no column {column!r}; there are: {', '.join(header)}")
     if sign in ("<", "<=", ">", ">=") and _as_number(value) is None:
@@ -170,8 +179,7 @@ def _number(text: str, path: Path, row: int, column: str, missing_ok: bool = Fal
 
 def _positive(text: str, path: Path, row: int, column: str) -> float:
     value = _number(text, path, row, column)
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigError(
-            f"{path}: row {row}, column {column!r}: {text!r}; it must be positive and finite. Mend it, or use --where"
-        )
+    if not LEAST < value < MOST:
+        asked = "it must be positive and finite, from 1e-100 to 1e100"
+        raise ConfigError(f"{path}: row {row}, column {column!r}: {text!r}; {asked}. Mend it, or use --where")
     return value

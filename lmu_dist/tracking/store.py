@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from lmu_dist.config import ConfigError
-from lmu_dist.records import POSITION_LOSS, VAL_LOSS, WAITING, RunRecord
+from lmu_dist.records import COMPLETE, POSITION_LOSS, VAL_LOSS, WAITING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
 FOLDER, ALIVE, CLAIM = "lmu.folder", "lmu.alive_ms", "lmu.claim"
@@ -135,7 +135,9 @@ class Store:
         if missing:
             with self._answering():
                 others = self._search(self._experiments(), f"tags.`{KEY}` LIKE '%'")
-            elsewhere = {run.data.tags[KEY]: run for run in reversed(others) if run.data.tags[KEY] in missing}
+            # Of several with one key that which is done, and else the first made: the last one written stays.
+            others.sort(key=lambda run: (run.data.tags.get(STATUS) == COMPLETE, -run.info.start_time))
+            elsewhere = {run.data.tags[KEY]: run for run in others if run.data.tags[KEY] in missing}
         return own, elsewhere, [cell for key, cell in missing.items() if key not in elsewhere]
 
     def tag(self, run_id: str, tags: dict[str, str]) -> None:
@@ -205,30 +207,40 @@ class Store:
             return [loss for _, loss in sorted(points.items())]
 
     def write_report(
-        self, experiment: str, digest: str, files: Sequence[Path], params: dict[str, str], metrics: dict[str, float]
+        self,
+        experiment: str,
+        digest: str,
+        any_code: bool,
+        files: Sequence[Path],
+        params: dict[str, str],
+        metrics: dict[str, float],
     ) -> tuple[str, list[str]]:
-        """Keeps a report as a run of its experiment: (its id, the reports it makes stale). The same inputs are the same run."""
-        any_code = params["code_digest"] == "any"
+        """Keeps a report as a run of its experiment: (its id, the reports it makes stale). The same inputs are the same run.
+
+        Raises AwayError, also if the files cannot be kept; the run is FAILED then.
+        """
         known = self.reports(experiment)
+        same = [run_id for run_id, old, any_old in known if (old, any_old) == (digest, any_code)]
+        others = [run_id for run_id, old, any_old in known if old != digest and any_old == any_code]
         with self._answering():
             found = self.client.get_experiment_by_name(experiment)
             assert found is not None
-            same = [run_id for run_id, old, any_old in known if (old, any_old) == (digest, any_code)]
-            others = [run_id for run_id, old, any_old in known if old != digest and any_old == any_code]
             tags = {REPORT: digest, REPORT_ANY_CODE: str(any_code), RUN_NAME: "report"}
             run_id = same[0] if same else self.client.create_run(found.experiment_id, tags=tags).info.run_id
             now = int(time.time() * 1000)
-            new_params = {} if same else params
-            self.client.log_batch(
-                run_id, [Metric(k, v, now, 0) for k, v in metrics.items()], [Param(k, v) for k, v in new_params.items()]
-            )
-            for file in files:
-                self.client.log_artifact(run_id, str(file))
+            told = [] if same else [Param(k, v) for k, v in params.items()]
+            self.client.log_batch(run_id, [Metric(k, v, now, 0) for k, v in metrics.items()], told)
+            try:
+                for file in files:
+                    self.client.log_artifact(run_id, str(file))
+            except (OSError, ImportError) as e:  # of whatever store artifacts are in
+                self.client.set_terminated(run_id, "FAILED")
+                raise AwayError(f"MLflow at {self.uri} cannot keep files of run {run_id}: {one_line(e)}") from e
             self.client.set_tag(run_id, STALE, "false")
             self.client.set_terminated(run_id)
             for other in others:
                 self.client.set_tag(other, STALE, "true")
-            return run_id, others
+        return run_id, others
 
     def reports(self, experiment: str) -> list[tuple[str, str, bool]]:
         """(run id, digest of its inputs, whether they may differ in code) of the reports of an experiment, newest first."""

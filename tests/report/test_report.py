@@ -6,10 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 from simulate import TRUTH, WORTH, record, write
 
 from lmu_dist.cli import main
 from lmu_dist.report.write import Written, stale_reports, write_report
+from lmu_dist.scaling.answer import answer
+from lmu_dist.scaling.compare import AtSize, Comparison
+from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
 from lmu_dist.tracking.store import Store, default_uri
 
@@ -38,9 +42,12 @@ def test_it_finds_the_truth(written: Written):
     ratio = results["improvement"]
     assert ratio["interval"][0] < ratio["value"] < ratio["interval"][1]
     assert results["seed_noise"]["deviation"] == pytest.approx(0.004, rel=0.3)
-    flat = {(p["family"], p["n_params"]): p["flat_from"] for p in results["positions"]}
-    assert flat["lmu", 1_000_000] == pytest.approx(64, rel=0.5)
-    assert flat["transformer", 1_000_000] is None or flat["transformer", 1_000_000] > 100
+    levels = {(p["family"], p["n_params"]): p["level"] for p in results["positions"]}
+    assert levels["lmu", 1_000_000]["position"] == pytest.approx(64, rel=0.5)
+    assert levels["transformer", 1_000_000]["position"] is None or levels["transformer", 1_000_000]["position"] > 100
+    slopes = {found["family"]: found for found in results["in_size"]}
+    assert slopes["lmu"]["interval"][0] < slopes["lmu"]["law"]["exponent"] < slopes["lmu"]["interval"][1]
+    assert slopes["lmu"]["bends"]  # towards the floor of the law it is drawn from
     for size in next(c for c in results["comparisons"] if c["new"] == "lmu")["sizes"]:
         assert size["curves"]["interval"][0] < truth < size["curves"]["interval"][1]
 
@@ -99,7 +106,9 @@ def test_a_report_is_stale_once_there_are_other_runs(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     assert main(["status", "e", "--once"]) == 0
     assert f"report {first.run_id} is stale" in " ".join(capsys.readouterr().err.split())
+    (tmp_path / "a" / "tokens_77.png").write_text("of an earlier study")
     second = write_report(store, "e", tmp_path / "a", False, silent)
+    assert not (tmp_path / "a" / "tokens_77.png").exists()
     assert second.stale == (first.run_id,)
     assert store.client.get_run(first.run_id).data.tags["lmu.stale"] == "true"
     assert stale_reports(store, "e") == [first.run_id]
@@ -111,19 +120,69 @@ def test_a_study_too_small_says_so(tmp_path: Path, capsys: pytest.CaptureFixture
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     assert main(["report", "e", "-o", str(tmp_path / "r")]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "Not determined. The study cannot say: no finished run of transformer" in said
+    assert "Not determined. The study cannot say: there is no finished run of transformer that may be compared" in said
     assert "lmu-dist fit" in (tmp_path / "r" / "report.html").read_text()
     assert main(["report", "nothing", "-o", str(tmp_path / "r2")]) == 2
     assert not (tmp_path / "r2").exists()
 
 
-def test_without_curves_in_common_there_is_a_bound(tmp_path: Path):
+def test_what_cannot_be_written_or_kept(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     store = Store(default_uri(tmp_path))
-    losses = {("lmu", 10**6): 3.9, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}
+    write(store.client, "e", [record("lmu", 10_000, 10**6, 0, 4.0)])
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    (tmp_path / "file").touch()
+    assert main(["report", "e", "-o", str(tmp_path / "file")]) == 2
+    assert "choose another folder with -o" in " ".join(capsys.readouterr().err.split())
+
+    def refuses(*_: object) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuses)
+    assert main(["report", "e", "-o", str(tmp_path / "r")]) == 1
+    assert "the report is whole in" in " ".join(capsys.readouterr().err.split())
+    assert (tmp_path / "r" / "report.html").exists()
+    assert [store.client.get_run(run_id).info.status for run_id, _, _ in store.reports("e")] == ["FAILED"]
+
+
+def test_an_experiment_whose_runs_are_gone_has_stale_reports(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
+    ids = write(store.client, "e", [record("lmu", 10_000, 10**6, 0, 4.0)])
+    made = write_report(store, "e", tmp_path / "r", False, silent)
+    store.client.delete_run(ids[0])
+    assert stale_reports(store, "e") == [made.run_id]
+
+
+def comparison(*sizes: tuple[int, Factor]) -> Comparison:
+    unknown = Factor(None, None, None, None, None, "no law")
+    return Comparison(
+        "transformer", "lmu", tuple(AtSize(n, factor, unknown) for n, factor in sizes), None, None, "", (0, 0), "few"
+    )
+
+
+def known(value: float, low: float, high: float) -> Factor:
+    return Factor(value, (low, high), (5.0, 4.0), (value, value), None, "")
+
+
+def test_the_answer_is_that_of_the_largest_size_and_tells_of_others(written: Written):
+    above = Factor(None, None, None, None, (">", 100.0), "the base never came so far")
+    said = answer(written.study, comparison((10_000, known(2.2, 2, 2.5)), (100_000, above)), None)
+    assert said.verdict == "Not determined"
+    assert "more than 100 times" in said.sentence
+    assert "At N = 10,000: less than ten, 2.2 times (2 to 2.5)." in said.others
+    said = answer(written.study, comparison((10_000, known(2.2, 2, 2.5)), (100_000, known(14, 12, 16))), None)
+    assert said.verdict == "More than ten: 14 times (12 to 16)"
+    assert "less than ten" in said.others
+    assert answer(written.study, comparison((10_000, known(9, 7, 11))), None).verdict.startswith("Ten is possible")
+    assert "fewer is as possible" in answer(written.study, comparison((10_000, known(1.1, 0.9, 1.3))), None).sentence
+
+
+def test_one_loss_in_common_is_no_interval(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
+    losses = {("lmu", 10**6): 4.0, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}
     write(store.client, "e", [record(family, 10_000, tokens, 0, loss) for (family, tokens), loss in losses.items()])
     written = write_report(store, "e", tmp_path / "r", False, silent)
     assert written.answer.answer.verdict == "Not determined"
-    assert "more than 10" in written.answer.answer.sentence
+    assert written.answer.answer.sentence.startswith("At N = 10,000 the transformer needs 10 times")  # one loss of both
     assert analyse(written.study, {}).positions == ()
 
 

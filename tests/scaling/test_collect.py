@@ -48,7 +48,7 @@ def test_what_is_left_out_and_why(store: Store):
         "other data": {"data_digest": "e" * 64, "seed": 4},
         "other code": {"code_digest": "e" * 64, "seed": 5},
         "other sequence length": {"sequence_tokens": 64, "seed": 6},
-        "not the best": {"learning_rate": 0.5, "val_loss_nats": 4.5},
+        "not the best settings: rate 0.5": {"learning_rate": 0.5, "val_loss_nats": 4.5},
         "no loss": {"val_loss_nats": float("nan"), "seed": 8},
     }
     made = [good, record("transformer", 10_000, 10**6, 0, 4.2)]
@@ -84,6 +84,31 @@ def test_cells_of_the_plan_that_another_experiment_had_done(store: Store):
     assert {run.record.key for run in found.runs} >= {r.key for r in SMALL[:2]}
     assert len(found.runs) == 3
     assert [out.reason for out in found.left_out] == ["no result: planned, not begun"]
+
+
+def test_one_rate_for_all_budgets_and_seeds(store: Store):
+    cells = [(10**6, 0), (10**6, 1), (10**7, 0), (10**7, 1)]
+    good = [record("lmu", 10_000, tokens, seed, 5 - 0.1 * (tokens > 10**6)) for tokens, seed in cells]
+    lucky = [
+        record("lmu", 10_000, tokens, seed, loss, learning_rate=0.5)
+        for (tokens, seed), loss in zip(cells, (4.0, 5.5, 5.5, 5.6), strict=True)
+    ]
+    retried = record("lmu", 10_000, 10**7, 2, 5.1, learning_rate=0.005, retry_of="k")
+    write(store.client, "e", [*good, *lucky, retried])
+    found = collect(store, "e")
+    assert {run.record.key for run in found.runs} == {r.key for r in [*good, retried]}
+    assert found.tries == {"lmu": 2}
+    assert found.reasons() == {"not the best settings": 4}
+
+
+def test_of_two_runs_of_a_cell_elsewhere_the_finished_one_counts(store: Store):
+    cell = record("lmu", 10_000, 10**6, 0, 4.0)
+    done = write(store.client, "first", [cell])[0]
+    experiment_id, study_id = store.open_study("third", "ladder")
+    store.create_run(experiment_id, study_id, "later", cell.key, "/nowhere")
+    write(store.client, "second", [record("lmu", 10**6, 10**6, 0, 3.0)])
+    store.write_plan("second", "ladder", [{"key": cell.key, "name": "cell", "planned_tokens": 1, "n_workers": 1}])
+    assert done in {run.run_id for run in collect(store, "second").runs}
 
 
 def test_nothing_to_report_on(store: Store):

@@ -10,8 +10,9 @@ from lmu_dist.scaling.examine import examine
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.intervals import weights
 from lmu_dist.scaling.isoflop import frontier, parabolas
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
-from lmu_dist.scaling.positions import binned, factors, flat_from
+from lmu_dist.scaling.laws import HOFFMANN, PAPER, Chinchilla
+from lmu_dist.scaling.positions import binned, factors, level_from
+from lmu_dist.scaling.sizes import power_law
 from lmu_dist.scaling.table import rows_of
 
 TOKENS = np.logspace(6, 9, 10)
@@ -64,8 +65,9 @@ def test_nothing_is_said_beyond_what_was_seen():
     assert not back.known
     assert back.bound == ("<", 0.1)
     assert "would tell" in there.remark
-    touching = from_curves(slow, curve([1e6, 1e7], [4.0, 3.0]))
-    assert touching.bound == (">", 10)
+    touching = from_curves(slow, curve([1e6, 1e7], [4.0, 3.0]), SeedNoise(0.01, 9))
+    assert (touching.value, touching.interval, touching.bound) == (pytest.approx(10), None, None)
+    assert "only one loss" in touching.remark
     assert np.isnan(slow.tokens_for([5.01, 3.99])).all()
     laws = HOFFMANN, replace(HOFFMANN, B=HOFFMANN.B * 50**-HOFFMANN.beta)
     assert not from_laws(*laws, 1e8, ((1e9, 1e10), (1e9, 1e10))).known
@@ -111,6 +113,8 @@ def test_the_ratio_of_improvements():
     assert "cannot be told" in improvement(level, drawn).remark
     assert "no better" in improvement(losses[:, [0, 2, 1]], drawn).remark
     assert improvement(losses[:3], drawn[:, :3]).value is None
+    assert found.gain_intervals is not None
+    assert found.gain_intervals[0][0] < 0.2 < found.gain_intervals[0][1]
     assert improvement(np.empty((0, 3))).remark.startswith("no size")
 
 
@@ -139,15 +143,18 @@ def test_parabolas_find_the_size_and_know_when_not():
 def test_where_a_loss_by_position_is_level():
     rng = np.random.default_rng(0)
     t = np.arange(1, 1025)
-    falling = 3 + 2 * t**-0.5
     level = 3 + 2 * np.minimum(t, 100) ** -0.5
-    assert flat_from(binned(level + rng.normal(0, 0.01, 1024))) == pytest.approx(100, rel=0.45)
-    steep = 6 - 0.3 * np.log(t)
-    assert flat_from(binned(steep + rng.normal(0, 0.01, 1024))) is None
-    assert 64 <= (flat_from(binned(falling)) or 1024) <= 1024
+    found = level_from(binned(level + rng.normal(0, 0.01, 1024)))
+    assert found.determined
+    assert found.position == pytest.approx(100, rel=0.45)
+    falling = level_from(binned(6 - 0.3 * np.log(t) + rng.normal(0, 0.01, 1024)))
+    assert (falling.position, falling.determined) == (None, True)
+    noisy = level_from(binned(level + rng.normal(0, 1, 1024)))
+    assert not noisy.determined
+    assert noisy.resolution > 0.02
     bins = binned(level)
     assert (bins.first[0], bins.last[-1]) == (1, 1024)
-    assert all(a + 1 == b for a, b in zip(bins.last, bins.first[1:], strict=False))
+    assert [last + 1 for last in bins.last[:-1]] == list(bins.first[1:])
 
 
 def test_the_factor_by_position():
@@ -162,3 +169,16 @@ def test_the_factor_by_position():
     for _, _, factor in found:
         assert factor.value == pytest.approx(5, rel=0.15)  # straight lines between three budgets
         assert factor.interval is not None
+
+
+def test_whether_loss_is_a_power_law_in_size():
+    sizes = np.logspace(3, 6, 6)
+    noise = np.exp(np.random.default_rng(1).normal(0, 0.003, 6))
+    found = power_law("lmu", 10**6, sizes, PAPER["lmu"].loss(sizes) * noise)
+    assert found.law is not None
+    assert found.interval is not None
+    assert found.interval[0] < 0.072 < found.interval[1]
+    assert found.law.scale == pytest.approx(1.95e14, rel=3)
+    assert (found.bends, found.worst_residual) == (False, pytest.approx(0.005, abs=0.005))
+    assert power_law("lmu", 10**6, sizes, 2 + PAPER["lmu"].loss(sizes / 1e3) * noise).bends
+    assert power_law("lmu", 10**6, sizes[:3], sizes[:3]).remark.startswith("3 sizes")

@@ -59,7 +59,7 @@ def test_conditions(tmp_path: Path, where: tuple[str, ...], kept: tuple[int, ...
         (HEADER + "1,-5,3,a\n", (), "row 1, column 'D': '-5'; it must be positive"),
         (HEADER + "1,0,3,a\n", (), "must be positive"),
         (HEADER + "inf,1,3,a\n", (), "must be positive and finite"),
-        (HEADER + "1,1,-3,a\n", (), "a loss in nats is positive"),
+        (HEADER + "1,1,-3,a\n", (), "column 'loss': '-3'; it must be positive"),
         (HEADER + "1,1,low,a\n", (), "row 1, column 'loss': 'low' is no number"),
         (HEADER + "many,1,3,a\n", (), "'many' is no number"),
         (HEADER + "1,1,3\n", (), "row 1 has 3 cells, the header 4"),
