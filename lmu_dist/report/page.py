@@ -65,5 +65,8 @@ def _between(value: tuple[float, float] | None, digits: int = 3) -> str:
     return "-" if value is None else f"{_number(value[0], digits)} to {_number(value[1], digits)}"
 
 
-def _apart(nats: float) -> str:
-    return f"{_number(abs(nats), 3)} nats {'below' if nats >= 0 else 'above'}"
+def _apart(nats: float, interval: tuple[float, float] | None) -> str:
+    """As in "0.13 (0.10 to 0.16) nats below"."""
+    sign = 1 if nats >= 0 else -1
+    ends = f" ({_between((min(sign * end for end in interval), max(sign * end for end in interval)), 2)})" if interval else ""
+    return f"{_number(abs(nats), 2)}{ends} nats {'below' if sign > 0 else 'above'}"
