@@ -216,7 +216,7 @@ def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftO
     )
     if (held := seen.holdout) and held.mean_error is not None:
         print(
-            f"holdout      without its {held.n_rows} runs the law predicts N = {held.n_params:,.0f} "
+            f"holdout      without its {held.n_rows} run{'s' * (held.n_rows > 1)} the law predicts N = {held.n_params:,.0f} "
             f"{held.mean_error:+.2%} off on average, {held.worst_error:+.2%} at worst"
         )
     elif held:

@@ -76,15 +76,16 @@ def refit(
     `held` is a parameter without units (E or an exponent) that keeps the value of the start.
     """
     problem = _Problem(type(start), rows, weights)
-    first = problem.vector(start)
     free = np.array([f.name != held for f in fields(start)])  # pyright: ignore
+    with np.errstate(all="ignore"):  # what overflows on the way is turned down by the optimiser
+        first = problem.vector(start)
 
-    def objective(x: Floats) -> tuple[float, Floats]:
-        value, gradient = problem.objective(_filled(first, free, x))
-        return value, gradient[free]
+        def objective(x: Floats) -> tuple[float, Floats]:
+            value, gradient = problem.objective(_filled(first, free, x))
+            return value, gradient[free]
 
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        found = minimize(objective, first[free], jac=True, method="BFGS", options={"gtol": tolerance, "maxiter": most_steps})
+        options = {"gtol": tolerance, "maxiter": most_steps}
+        found = minimize(objective, first[free], jac=True, method="BFGS", options=options)
         vector = _filled(first, free, found.x)
         _, slope, jacobian = problem.terms(vector)
         law, jacobian = problem.law(vector), jacobian[:, free]

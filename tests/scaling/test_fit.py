@@ -212,10 +212,10 @@ def test_holdout_needs_enough_without_the_largest():
 def test_noise_gives_no_number(form: type[Law]):
     for seed in range(6):
         rng = np.random.default_rng(seed)
-        n, d = 10 ** rng.uniform(7, 9, 5 + seed * 3), 10 ** rng.uniform(9, 11, 5 + seed * 3)
+        n, d = 10 ** rng.uniform(7, 9, 5 + seed * 2), 10 ** rng.uniform(9, 11, 5 + seed * 2)
         seen = examine(form, rows_of(n, d, 3 * np.exp(rng.normal(0, 0.1, len(n)))), n_resamples=100)
         facts = json.dumps(told(seen, [str(i) for i in range(len(n))]), allow_nan=False)
-        assert seen.law is None, facts
+        assert seen.law is None, facts  # and no warning: pytest makes errors of them
 
 
 def test_the_unit_of_loss_changes_nothing():
