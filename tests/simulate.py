@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 from mlflow.entities import Metric, Param, RunTag
@@ -96,7 +97,8 @@ def write(
 ) -> list[str]:
     """Writes runs as the trainer would have them, through MLflow's own API: their ids, in order."""
     found = client.get_experiment_by_name(experiment)
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment)
+    beside = Path(client.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts" / experiment  # not where tests are run
+    experiment_id = found.experiment_id if found else client.create_experiment(experiment, beside.as_uri())
     parent = client.create_run(experiment_id, tags={"lmu.study": study_name, "mlflow.runName": study_name}).info.run_id
     ids = []
     for r in records:
