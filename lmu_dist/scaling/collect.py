@@ -176,8 +176,7 @@ def _comparable(runs: Iterable[Run], any_code: bool) -> tuple[list[Run], list[Le
 
 
 def _best(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut], dict[str, int]]:
-    """The runs of the best settings of each family and size, the others, and how many settings a family tried at a size at
-    most.
+    """The runs of the best settings of each family and size; the others; how many settings a family tried at a size, at most.
 
     The same settings for all budgets and seeds: the best of each cell would be the luckiest of each. Best is what has the
     lowest loss at the largest budget.

@@ -56,9 +56,8 @@ def compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, 
         sizes.append(AtSize(rung, curves, _between_laws(study, laws, base, new, rung)))
     found = _growth_of_laws(laws[base], laws[new], sizes) or _growth_of_curves(sizes)
     if found is None:
-        return Comparison(
-            base, new, tuple(sizes), None, None, "", (0, 0), "fewer than two sizes have a factor with an interval"
-        )
+        why = "fewer than two sizes have a factor with an interval"
+        return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), why)
     return Comparison(base, new, tuple(sizes), *found, "")
 
 
@@ -73,7 +72,7 @@ def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) ->
         return None
     slope = _slope([n for n, _, _ in known])
     growth = float(np.exp(slope @ np.log([value for _, value, _ in known])))
-    pairs = list(zip(_resamples(base), _resamples(new), strict=True))
+    pairs = _pairs(base, new)
     drawn = np.array([_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known])
     interval = around(growth, np.exp(slope @ np.log(drawn)), max(base.widen, new.widen))
     return (growth, interval, "laws", (known[0][0], known[-1][0])) if interval else None
@@ -100,12 +99,13 @@ def _between_laws(study: Study, laws: Mapping[str, Examination], base: str, new:
         return Factor(None, None, None, None, None, f"the law of the {title(lacking)} is not determined")
     tokens = [[run.record.tokens for run in study.of(family, rung)] for family in (base, new)]
     seen = [(float(min(d)), float(max(d))) for d in tokens]
-    pairs = list(zip(_resamples(laws[base]), _resamples(laws[new]), strict=True))
-    return from_laws(b, w, rung, (seen[0], seen[1]), pairs, max(laws[base].widen, laws[new].widen))
+    return from_laws(b, w, rung, (seen[0], seen[1]), _pairs(laws[base], laws[new]), max(laws[base].widen, laws[new].widen))
 
 
-def _resamples(seen: Examination) -> list[Chinchilla]:
-    return [law for law in seen.laws if isinstance(law, Chinchilla)]
+def _pairs(base: Examination, new: Examination) -> list[tuple[Chinchilla, Chinchilla]]:
+    """Laws of the same draw of runs; as many as both have, which is fewer for a longer table."""
+    both = zip(base.laws, new.laws, strict=False)
+    return [(b, w) for b, w in both if isinstance(b, Chinchilla) and isinstance(w, Chinchilla)]
 
 
 def _factors(pairs: list[tuple[Chinchilla, Chinchilla]], loss: float, n_params: int) -> Floats:
