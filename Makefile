@@ -30,7 +30,7 @@ run: setup ## a small scaling study on this machine: 16 cells on Ray, ZeRO 1, ML
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
 	$(BIN)/lmu-dist report quickstart -o report
 
-test: setup ## tests, some minutes on two cores
+test: setup ## tests, some twenty minutes on two cores
 	$(BIN)/pytest -m 'not slow'
 
 test-all: setup ## also the slow tests

@@ -4,6 +4,7 @@ Legend: N parameters, D training tokens, S optimizer steps, B batch in tokens, C
 Every law gives its prediction, its gradient by its parameters, and the split of a compute budget that it calls optimal.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import ClassVar, cast
@@ -25,7 +26,7 @@ def _root(function: Callable[[float], float], low: float, high: float) -> float:
     return cast(float, brentq(function, low, high, xtol=1e-13))
 
 
-class Law:
+class Law(ABC):
     """A law L(N, D). Its fields are its parameters; those in LOGGED are positive and fitted by their logarithm.
 
     EXPONENTS and E (where HAS_FLOOR) mean the same in any unit of N and D. SQUARES says that its authors fit it by least
@@ -38,21 +39,21 @@ class Law:
     SQUARES: ClassVar[bool] = False
     SPARE: ClassVar[int] = 5
 
+    @abstractmethod
     def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
         """Predicted loss in nats; inputs broadcast."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
         """dL/dparameter, (rows, parameters), in the order of the fields."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rescaled(self, n_params: float, tokens: float) -> "Law":
         """The same law for N and D in plain units, if this one takes them in units of (n_params, tokens)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def additive(self) -> "Chinchilla":
         """A law of the form E + A/N^alpha + B/D^beta that has the same optimal split of compute."""
-        raise NotImplementedError
 
     def optimum(self, flops: ArrayLike, k: float = 6.0, gamma: float = 1.0) -> tuple[Floats, Floats]:
         """(N, D) of least loss at C = k N^gamma D FLOPs: closed form, from dL = 0 along constant C.
