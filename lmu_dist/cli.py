@@ -14,7 +14,8 @@ from pathlib import Path
 import click
 
 from lmu_dist import __version__, show
-from lmu_dist.config import ConfigError, FailedError, load
+from lmu_dist.config import ConfigError, FailedError, Folder, load, open_folder
+from lmu_dist.storage import local_first
 
 job = click.argument("config")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -58,11 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 @as_json
 def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text to packed token rows; resumable; skips what is done."""
-    from lmu_dist.data.prepare import prepare as prepare_corpus
+    from lmu_dist.launch.corpus import prepared
 
     merged = load(config, overrides)
     with show.bars() as bars:
-        corpus = prepare_corpus(merged.data, merged.storage_folder, bars.show)
+        corpus = prepared(merged, bars.show)
     manifest = corpus.manifest
     if as_json:
         print(json.dumps({"folder": str(corpus.folder), **asdict(manifest)}))
@@ -136,11 +137,9 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_j
 @cli.command()
 @job
 @settings
-@click.option(
-    "-o", "--output", default="tuned.yaml", show_default=True, type=click.Path(path_type=Path), help="Where the winners go."
-)
+@click.option("-o", "--output", default="tuned.yaml", show_default=True, help="Where the winners go.")
 @as_json
-def tune(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) -> int:
+def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) -> int:
     """Hyper-parameter search with ASHA, per family and size; writes the winners as a YAML fragment for ladders."""
     merged = load(config, overrides)
     from lmu_dist.launch.tune import tune as search
@@ -148,13 +147,16 @@ def tune(config: str, overrides: tuple[str, ...], output: Path, as_json: bool) -
 
     with show.bars() as bars:
         searches, notes = search(merged, _tracking_uri(), bars.show)
-    write_winners(output, merged, searches)
-    figure = sensitivity(output.with_suffix(".png"), merged, searches)
+    winners = open_folder(output)
+    figure = winners.with_suffix(".png")
+    with local_first(winners.parent) as folder:
+        write_winners(folder / winners.name, merged, searches)
+        sensitivity(folder / figure.name, merged, searches)
     _tell(notes)
     if as_json:
-        print(json.dumps({"searches": [asdict(s) for s in searches], "winners": str(output), "figure": str(figure)}))
+        print(json.dumps({"searches": [asdict(s) for s in searches], "winners": str(winners), "figure": str(figure)}))
     else:
-        show.tune(searches, output, figure)
+        show.tune(searches, winners, figure)
     return 0 if all(s.best and not s.failures for s in searches) else 1
 
 
@@ -208,24 +210,22 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("experiment")
-@click.option(
-    "-o", "--output", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder the report goes to."
-)
+@click.option("-o", "--output", default="report", show_default=True, help="Folder the report goes to.")
 @click.option("--any-code", is_flag=True, help="Compare runs made by different training code too.")
 @as_json
-def report(experiment: str, output: Path, any_code: bool, as_json: bool) -> None:
+def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
     """What an experiment says: fits, data-efficiency factor, figures, one-file report.html; kept in MLflow too."""
     from lmu_dist.report.write import write_report
     from lmu_dist.tracking.delivery import set_client_limits
     from lmu_dist.tracking.store import Store
 
     set_client_limits()
-    with show.bars() as bars:
-        written = write_report(Store(_tracking_uri()), experiment, output, any_code, bars.show)
+    with show.bars() as bars, local_first(open_folder(output)) as folder:
+        written = write_report(Store(_tracking_uri()), experiment, folder, any_code, bars.show)
     if as_json:
         print(json.dumps(written.results))
     else:
-        show.report(written)
+        show.report(written, open_folder(output))
 
 
 @cli.command()
@@ -288,15 +288,15 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int,
 
 @cli.command()
 @click.argument("run")
-@click.argument("folder", type=click.Path(path_type=Path))
-def export(run: str, folder: Path) -> None:
+@click.argument("folder")
+def export(run: str, folder: str) -> None:
     """Write a model as safetensors + config + tokenizer, reload it, compare.
 
     RUN is the folder of a run or an MLflow run id; FOLDER must be new.
     """
     from lmu_dist.train.export import export as write
 
-    _tell(write(_run_folder(run), folder))
+    _tell(write(_run_folder(run), open_folder(folder)))
     print(f"wrote {folder}: model.safetensors, config.json, tokenizer.json; read back, logits equal")
 
 
@@ -306,10 +306,10 @@ def _tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path.cwd())
 
 
-def _run_folder(run: str) -> Path:
+def _run_folder(run: str) -> Folder:
     """A folder as given, or that of an MLflow run."""
-    if Path(run).is_dir():
-        return Path(run)
+    if "://" in run or Path(run).is_dir():
+        return open_folder(run)
     from lmu_dist.tracking.delivery import set_client_limits
     from lmu_dist.tracking.store import Store
 

@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,7 +12,7 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lmu_dist.config import Config, PlanConfig
+from lmu_dist.config import Config, Folder, PlanConfig
 from lmu_dist.records import ENDED
 
 if TYPE_CHECKING:  # heavy; a command has imported what it shows
@@ -56,7 +55,7 @@ def ladder(result: "LadderResult", tracking_uri: str) -> None:
         console.print(f"failed {name}: {reason}")
 
 
-def tune(searches: "Sequence[Search]", winners: Path, figure: Path) -> None:
+def tune(searches: "Sequence[Search]", winners: Folder, figure: Folder) -> None:
     """The tries of every search, best first."""
     for search in searches:
         keys = list(dict.fromkeys(key for trial in search.trials for key in trial.settings))
@@ -170,8 +169,8 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         print(text)
 
 
-def report(written: "Written") -> None:
-    """The answer of a report, and where it is."""
+def report(written: "Written", folder: Folder) -> None:
+    """The answer of a report, and where it was put."""
     answer = written.answer.answer
     print(f"answer       {answer.verdict}. {answer.sentence}")
     for said in filter(None, (answer.others, answer.growth)):
@@ -188,7 +187,7 @@ def report(written: "Written") -> None:
         print(f"left out     {count:,} {reason}")
     for run_id in written.stale:
         print(f"stale now    report {run_id}, made from other runs")
-    print(f"report       {written.folder / 'report.html'}; MLflow run {written.run_id}")
+    print(f"report       {folder / 'report.html'}; MLflow run {written.run_id}")
 
 
 def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftOut]") -> None:

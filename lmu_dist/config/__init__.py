@@ -3,7 +3,7 @@
 from lmu_dist.config.load import Config, flatten, load, parse, to_dict, with_settings
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from lmu_dist.config.study import LadderConfig, Law, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
-from lmu_dist.config.types import ConfigError, FailedError, Family
+from lmu_dist.config.types import ConfigError, FailedError, Family, Folder, open_folder
 
 __all__ = [
     "ClusterConfig",
@@ -12,6 +12,7 @@ __all__ = [
     "DataConfig",
     "FailedError",
     "Family",
+    "Folder",
     "LadderConfig",
     "Law",
     "ModelConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "WorkersFrom",
     "flatten",
     "load",
+    "open_folder",
     "parse",
     "to_dict",
     "with_settings",

@@ -17,7 +17,7 @@ from ruamel.yaml.error import YAMLError
 
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from lmu_dist.config.study import LadderConfig, PlanConfig, TuneConfig
-from lmu_dist.config.types import STRICT, ConfigError, Name, whole
+from lmu_dist.config.types import STRICT, ConfigError, Folder, Name, open_folder, whole
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -25,7 +25,9 @@ class Config:
     """Everything a run, or a grid of runs, is made from."""
 
     experiment: Name = "lmu-dist"
-    storage: str = "runs"  # prepared data, checkpoints, spools; shared by all nodes of the cluster
+    storage: str = (
+        "runs"  # prepared data, checkpoints, spools: a folder that all nodes share, or a URI such as s3://bucket/runs
+    )
     seed: Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)] = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -36,14 +38,16 @@ class Config:
     plan: PlanConfig = PlanConfig()
 
     @property
-    def storage_folder(self) -> Path:
-        """Storage as an absolute path: Ray's workers run in folders of their own."""
-        return Path(self.storage).expanduser().absolute()
+    def storage_folder(self) -> Folder:
+        """Storage as an absolute path, or as what stands for one at a URI."""
+        return open_folder(self.storage)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
-        if "://" in self.storage:
-            raise ValueError(f"storage: {self.storage!r} is no folder; give a path on a disk that all nodes share")
+        try:
+            open_folder(self.storage)
+        except ConfigError as e:
+            raise ValueError(f"storage: {e}") from e
         train = self.train
         if self.ladder is None and train.warmup_steps >= train.n_steps:  # the ladder has budgets of its own
             raise ValueError(f"train.warmup_tokens ({train.warmup_tokens}) must be less than train.tokens ({train.tokens})")

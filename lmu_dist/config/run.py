@@ -126,6 +126,7 @@ class ClusterConfig:
 
     address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, else a local one for this command
     n_workers: Count = 2
+    min_workers: Count | None = None  # go on with as few while there is no room for all; None: wait for room
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
@@ -133,3 +134,9 @@ class ClusterConfig:
     max_failures: Natural = 3  # restarts after a lost worker
     checkpoint_every_steps: Count = 100
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ClusterConfig":
+        if self.min_workers and self.min_workers > self.n_workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not be more than n_workers ({self.n_workers})")
+        return self

@@ -43,10 +43,10 @@ def row_indices(
     """Numbers of the rows that `rank` trains on at `step`: its part of the global batch, in order.
 
     Every epoch goes through all rows once, in an order of its own; a batch may span two epochs. The ranks' parts, one
-    after the other, are the batch of a single worker.
+    after the other, are the batch of a single worker; they differ by a row where the workers do not divide it.
     """
-    share = batch_rows // world_size
-    positions = np.arange(share, dtype=np.uint64) + np.uint64(step * batch_rows + rank * share)
+    first, last = (step * batch_rows + r * batch_rows // world_size for r in (rank, rank + 1))
+    positions = np.arange(first, last, dtype=np.uint64)
     epochs, places = np.divmod(positions, np.uint64(n_rows))
     return np.concatenate([shuffle(places[epochs == e], n_rows, seed, int(e)) for e in np.unique(epochs)])
 

@@ -4,12 +4,12 @@ A folder with one token stream per split, tokenizer.json, problems.jsonl and man
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from lmu_dist.config import ConfigError
+from lmu_dist import storage
+from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.batches import Rows
 from lmu_dist.data.manifest import TOKENIZER, Manifest, read_manifest
@@ -19,18 +19,22 @@ from lmu_dist.data.manifest import TOKENIZER, Manifest, read_manifest
 class Corpus:
     """A prepared corpus on disk."""
 
-    folder: Path
+    folder: Folder
     manifest: Manifest
 
     def rows(self, split: str, sequence_tokens: int) -> Rows:
-        """A split as rows. Raises ConfigError if it has none of that length."""
-        rows = Rows(self.folder / f"{split}.bin", self.manifest.dtype, sequence_tokens)
-        if not len(rows):
+        """A split as rows, fetched to this machine if it is not there. Raises ConfigError as `check_rows` does."""
+        self.check_rows(split, sequence_tokens)
+        stream = storage.fetched(self.folder / f"{split}.bin", self.manifest.splits[split]["sha256"])
+        return Rows(stream, self.manifest.dtype, sequence_tokens)
+
+    def check_rows(self, split: str, sequence_tokens: int) -> None:
+        """Raises ConfigError if a split has no row of that length."""
+        if (tokens := self.manifest.splits[split]["tokens"]) <= sequence_tokens:
             raise ConfigError(
-                f"the {split} split has {self.manifest.splits[split]['tokens']} tokens, too few for one row of "
-                f"{sequence_tokens}; give more text, or a smaller train.sequence_tokens"
+                f"the {split} split has {tokens} tokens, too few for one row of {sequence_tokens}; give more text, or a "
+                "smaller train.sequence_tokens"
             )
-        return rows
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
@@ -43,7 +47,7 @@ class Corpus:
         return tokenizer
 
 
-def open_corpus(folder: Path) -> Corpus:
+def open_corpus(folder: Folder) -> Corpus:
     """A prepared corpus, checked for whole files. Raises ConfigError."""
     manifest = read_manifest(folder)
     for split, facts in manifest.splits.items():

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmu_dist.config import ConfigError, DataConfig
+from lmu_dist.config import ConfigError, DataConfig, Folder
 from lmu_dist.data.sources import Unit, list_units
 
 FORMAT = 1  # of what prepare writes; part of every key
@@ -36,7 +36,7 @@ class Manifest:
         return self.splits[split]["bytes"] / self.splits[split]["tokens"]
 
 
-def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> Path:
+def locate(data: DataConfig, storage: Folder, units: list[Unit] | None = None) -> Folder:
     """Where a corpus is (to be) prepared: a folder named by the digest of the config and of the files it names."""
     units = list_units(data) if units is None else units
     settings = asdict(replace(data, max_bad_share=0.0))
@@ -46,12 +46,12 @@ def locate(data: DataConfig, storage: Path, units: list[Unit] | None = None) -> 
     return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_prepared(data: DataConfig, storage: Path) -> bool:
+def is_prepared(data: DataConfig, storage: Folder) -> bool:
     """Whether `prepare` has nothing left to do."""
     return (locate(data, storage) / MANIFEST).exists()
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Folder) -> Manifest:
     """The manifest of a prepared corpus. Raises ConfigError."""
     try:
         return Manifest(**json.loads((folder / MANIFEST).read_text()))

@@ -1,33 +1,33 @@
 """Text to tokens, once: a DataConfig in; one memory-mapped stream per split, tokenizer.json and manifest.json out.
 
-Restartable: each unit of the corpus becomes a part of its own, parts are joined in a fixed order, and every file
-appears whole or not at all. Kill it anywhere and call it again: it goes on, and the result is the same byte for byte.
+Restartable: each unit of the corpus becomes a part of its own, on any machine, parts are joined in a fixed order, and every
+file appears whole or not at all. Kill it anywhere and call it again: it goes on, and the result is the same byte for byte.
 """
 
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock, Timeout
 from tokenizers import Tokenizer
 
-from lmu_dist.config import ConfigError, DataConfig, FailedError
+from lmu_dist import storage as places
+from lmu_dist.config import ConfigError, DataConfig, FailedError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.corpus import Corpus, open_corpus
 from lmu_dist.data.manifest import FORMAT, MANIFEST, PROBLEMS, TOKENIZER, Manifest, locate
-from lmu_dist.data.sources import Document, Problem, Unit, list_units, read
+from lmu_dist.data.sources import Document, Problem, Unit, check_unchanged, list_units, read
 
 SPLITS = {"train": range(96), "validation": range(96, 99), "test": range(99, 100)}
 SPLIT_RULE = "sha256 of the document's UTF-8, first 8 bytes as a number, modulo 100: 0-95 train, 96-98 validation, 99 test"
@@ -36,22 +36,54 @@ ENCODE_BYTES = 1_000_000  # of text given to the tokenizer at once
 Progress = Callable[..., None]  # what is being done, how much is done (here in bytes), of how much, and words about it
 
 
-def prepare(data: DataConfig, storage: Path, progress: Progress = lambda *_: None) -> Corpus:
+@dataclass(frozen=True)
+class Part:
+    """One unit of a corpus to be tokenized, on this machine or another of the cluster."""
+
+    data: DataConfig
+    unit: Unit
+    index: int
+    folder: Folder  # of the corpus
+    threads: int = 1
+
+
+Spread = Callable[[Sequence[Part]], Iterator[Part]]  # runs `tokenize` on each, in any order, and yields what is done
+
+
+def in_processes(parts: Sequence[Part]) -> Iterator[Part]:
+    """Spreads parts over the cores of this machine."""
+    cpus = len(os.sched_getaffinity(0))
+    n_processes = min(cpus, len(parts))
+    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn")) as pool:
+        threads = max(1, cpus // n_processes)
+        futures = {pool.submit(tokenize, replace(part, threads=threads)): part for part in parts}
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool as e:
+            raise FailedError("preparing failed: a tokenizing process was killed, for want of memory perhaps") from e
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def prepare(data: DataConfig, storage: Folder, progress: Progress = lambda *_: None, spread: Spread = in_processes) -> Corpus:
     """Prepares a corpus, or finds it prepared; what is half done is never mistaken for done. Raises ConfigError."""
     units = list_units(data)
     folder = locate(data, storage, units)
     if (folder / MANIFEST).exists() and not (folder / "parts").exists():
         return open_corpus(folder)
-    parts = folder / "parts"
-    folder.mkdir(parents=True, exist_ok=True)
+    here = places.beside(folder)
+    places.make_folder(here)
     try:
-        with FileLock(folder / "lock", timeout=0):
+        with FileLock(here / "lock", timeout=0):
             if not (folder / MANIFEST).exists():
                 _ensure_tokenizer(data, units, folder, progress)
-                facts = _tokenize(data, units, folder, progress)
+                facts = _tokenize(data, units, folder, progress, spread)
                 _check_problems(data, units, facts, folder)
                 _join(data, len(units), facts, folder)
-            shutil.rmtree(parts, ignore_errors=True)
+            places.remove(folder / "parts")
     except Timeout as e:
         raise ConfigError(f"{folder} is being prepared by another process; wait for it, then start again") from e
     return open_corpus(folder)
@@ -63,7 +95,7 @@ def split_of(text: str) -> str:
     return next(name for name, buckets in SPLITS.items() if bucket in buckets)
 
 
-def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progress: Progress) -> None:
+def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Folder, progress: Progress) -> None:
     path = folder / TOKENIZER
     if path.exists():
         return
@@ -83,64 +115,59 @@ def _ensure_tokenizer(data: DataConfig, units: list[Unit], folder: Path, progres
             done += unit.size_bytes
             progress("training the tokenizer", done, total)
 
-    _write(path, vocabulary.make(data.tokenizer, texts).to_str().encode())
+    places.write_whole(path, vocabulary.make(data.tokenizer, texts).to_str().encode())
 
 
-def _tokenize(data: DataConfig, units: list[Unit], folder: Path, progress: Progress) -> list[dict[str, Any]]:
+def _tokenize(data: DataConfig, units: list[Unit], folder: Folder, progress: Progress, spread: Spread) -> list[dict[str, Any]]:
     """Facts about every part, after making those that are missing."""
-    (folder / "parts").mkdir(exist_ok=True)
-    todo = [i for i in range(len(units)) if not _part(folder, i, "json").exists()]
-    total, done = sum(u.size_bytes for u in units), sum(u.size_bytes for u in units) - sum(units[i].size_bytes for i in todo)
-    cpus = len(os.sched_getaffinity(0))
-    n_processes = min(cpus, len(todo))
-    if todo:
-        threads = max(1, cpus // n_processes)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(n_processes, context, _start_process, (folder / TOKENIZER, threads)) as pool:
-            futures = {pool.submit(_tokenize_unit, data, units[i], folder, i): i for i in todo}
-            try:
-                for future in as_completed(futures):
-                    future.result()
-                    done += units[futures[future]].size_bytes
-                    progress("tokenizing", done, total)
-            except BrokenProcessPool as e:
-                raise FailedError("preparing failed: a tokenizing process was killed, for want of memory perhaps") from e
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    places.make_folder(folder / "parts")
+    made = {path.name for path in (folder / "parts").glob("*.json")}
+    todo = [Part(data, unit, i, folder) for i, unit in enumerate(units) if _part(folder, i, "json").name not in made]
+    total = sum(u.size_bytes for u in units)
+    done = total - sum(part.unit.size_bytes for part in todo)
+    for part in spread(todo) if todo else ():
+        done += part.unit.size_bytes
+        progress("tokenizing", done, total)
     return [json.loads(_part(folder, i, "json").read_text()) for i in range(len(units))]
 
 
-_tokenizer: Tokenizer  # of a pool process
-
-
-def _start_process(path: Path, threads: int) -> None:
-    global _tokenizer
+@functools.cache
+def _tokenizer(path: Folder, threads: int) -> Tokenizer:
+    """Loaded once in a process: a corpus never changes its tokenizer."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-    _tokenizer = vocabulary.load(path)
+    return vocabulary.load(path)
 
 
-def _tokenize_unit(data: DataConfig, unit: Unit, folder: Path, index: int) -> None:
-    """One part: a stream per split, the list of problems, and last the facts, whose presence says the part is whole."""
-    end = vocabulary.end_of_text_id(_tokenizer)
-    dtype = token_dtype(vocabulary.size(_tokenizer))
+def tokenize(part: Part) -> None:
+    """Makes one part: a stream per split, the list of problems, and last the facts, whose presence says the part is whole.
+
+    Raises FailedError if the files of the unit are not those that were listed.
+    """
+    check_unchanged(part.unit)
+    folder, index = part.folder, part.index
+    tokenizer = _tokenizer(folder / TOKENIZER, part.threads)
+    end = vocabulary.end_of_text_id(tokenizer)
+    dtype = token_dtype(vocabulary.size(tokenizer))
     facts: dict[str, Any] = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
     problems: Counter[str] = Counter()
-    with ExitStack() as files:
-        listing = files.enter_context(open(_part(folder, index, "problems"), "w", encoding="utf-8"))
-        streams = {split: files.enter_context(open(_part(folder, index, f"{split}.bin"), "wb")) for split in SPLITS}
-        items = read(unit, data)
-        while batch := _take(items, listing, problems):
-            for text, encoding in zip(batch, _tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
-                split = split_of(text)
-                ids = encoding.ids
-                ids.append(end)
-                np.asarray(ids, dtype).tofile(streams[split])
-                facts[split]["tokens"] += len(ids)
-                facts[split]["bytes"] += len(text.encode())
-                facts[split]["documents"] += 1
-    _write(_part(folder, index, "json"), json.dumps(facts | {"problems": problems}).encode())
+    with places.staging(folder / "parts") as local:
+        with ExitStack() as files:
+            listing = files.enter_context(open(local / "problems", "w", encoding="utf-8"))
+            streams = {split: files.enter_context(open(local / f"{split}.bin", "wb")) for split in SPLITS}
+            items = read(part.unit, part.data)
+            while batch := _take(items, listing, problems):
+                for text, encoding in zip(batch, tokenizer.encode_batch_fast(batch, add_special_tokens=False), strict=True):
+                    split = split_of(text)
+                    ids = encoding.ids
+                    ids.append(end)
+                    np.asarray(ids, dtype).tofile(streams[split])
+                    facts[split]["tokens"] += len(ids)
+                    facts[split]["bytes"] += len(text.encode())
+                    facts[split]["documents"] += 1
+        for name in ("problems", *(f"{split}.bin" for split in SPLITS)):
+            places.put(local / name, _part(folder, index, name))
+    places.write_whole(_part(folder, index, "json"), json.dumps(facts | {"problems": problems}).encode())
 
 
 def _take(items: Iterator[Document | Problem], listing: Any, problems: Counter[str]) -> list[str]:
@@ -159,7 +186,7 @@ def _take(items: Iterator[Document | Problem], listing: Any, problems: Counter[s
     return batch
 
 
-def _check_problems(data: DataConfig, units: list[Unit], facts: list[dict[str, Any]], folder: Path) -> None:
+def _check_problems(data: DataConfig, units: list[Unit], facts: list[dict[str, Any]], folder: Folder) -> None:
     """Raises ConfigError when more than the allowed share of documents, or of files, could not be read."""
     problems = sum((Counter(f["problems"]) for f in facts), Counter())
     documents = sum(f[split]["documents"] for f in facts for split in SPLITS)
@@ -180,7 +207,7 @@ def _check_problems(data: DataConfig, units: list[Unit], facts: list[dict[str, A
             raise ConfigError(f"none of the {documents} documents falls into the {split} split; give a larger corpus")
 
 
-def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: Path) -> None:
+def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: Folder) -> None:
     splits: dict[str, dict[str, Any]] = {}
     for split in SPLITS:
         names = [_part(folder, i, f"{split}.bin") for i in range(n_parts)]
@@ -201,7 +228,7 @@ def _join(data: DataConfig, n_parts: int, facts: list[dict[str, Any]], folder: P
         problems=dict(sum((Counter(f["problems"]) for f in facts), Counter())),
         data_digest=hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
     )
-    _write(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
+    places.write_whole(folder / MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
 
 def token_dtype(vocab_tokens: int) -> str:
@@ -209,28 +236,17 @@ def token_dtype(vocab_tokens: int) -> str:
     return "<u2" if vocab_tokens <= 2**16 else "<u4"
 
 
-def _part(folder: Path, index: int, suffix: str) -> Path:
+def _part(folder: Folder, index: int, suffix: str) -> Folder:
     return folder / "parts" / f"{index:06d}.{suffix}"
 
 
-def _concatenate(paths: list[Path], to: Path) -> str:
+def _concatenate(paths: list[Folder], to: Folder) -> str:
     """Joins files into one that appears at once, and returns its sha256."""
     sha = hashlib.sha256()
-    partial = to.with_name(to.name + ".partial")
-    with open(partial, "wb") as out:
+    with places.writing(to) as out:
         for path in paths:
-            with open(path, "rb") as part:
+            with path.open("rb") as part:
                 while chunk := part.read(1 << 22):
                     sha.update(chunk)
                     out.write(chunk)
-        os.fsync(out.fileno())
-    partial.replace(to)
     return sha.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as out:
-        out.write(content)
-        os.fsync(out.fileno())
-    partial.replace(path)

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import platform
 import sysconfig
 import tarfile
 import zlib
@@ -105,6 +106,21 @@ def read(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
                     yield from _read_stream(file, path, place, data.text_field)
         except (OSError, EOFError, zlib.error, zstd.ZstdError, tarfile.TarError, pyarrow.ArrowException) as e:
             yield Problem(f"unreadable: {type(e).__name__}", place)
+
+
+def check_unchanged(unit: Unit) -> None:
+    """Raises FailedError if the files of a unit are not, on this machine, what they were when they were listed."""
+    if unit.shard is not None:
+        return
+    try:
+        same = _unit(list(unit.paths)).stamp == unit.stamp
+    except OSError:
+        same = False
+    if not same:
+        raise FailedError(
+            f"preparing failed: {unit.paths[0]} on {platform.node()} is not the file that was listed; put the corpus where all "
+            "nodes see the same files, and leave it as it is meanwhile"
+        )
 
 
 def _list_paths(data: DataConfig) -> list[str]:

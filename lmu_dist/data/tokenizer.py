@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from lmu_dist.config import ConfigError, TokenizerConfig
+from lmu_dist.config import ConfigError, Folder, TokenizerConfig
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_TOKENS = 50257  # END_OF_TEXT included
@@ -37,12 +37,12 @@ def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeniz
     return _for_corpus(tokenizer)
 
 
-def load(path: Path) -> Tokenizer:
+def load(path: Folder) -> Tokenizer:
     """A tokenizer from its tokenizer.json. Raises ConfigError if it is missing, broken or has no end-of-text token."""
     if not path.is_file():
         raise ConfigError(f"no tokenizer at {path}; give data.tokenizer.path the path of a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as e:  # the library raises bare Exception
         raise ConfigError(f"{path} is not a tokenizer.json: {e}") from e
     end_of_text_id(tokenizer)

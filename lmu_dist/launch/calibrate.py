@@ -6,9 +6,8 @@ One Ray Train run for every number of workers, on token ids drawn at random; a f
 import json
 import platform
 import statistics
-import tempfile
+import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from lmu_dist.config import Config
+from lmu_dist import storage
+from lmu_dist.config import Config, Folder
 from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch.cluster import check_before, cluster
@@ -33,7 +33,7 @@ FIRST_STEPS = 5  # not counted
 MOST_STEPS = 200
 
 
-def calibrate(config: Config, progress: Progress = lambda *_: None) -> Path:
+def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
     """Measures a step of every cell, whatever its budget and seed. Returns the file it wrote."""
     cells, _ = grid(config, vocab_tokens(config))
     distinct = {json.dumps(step_of(cell), sort_keys=True): cell for cell in cells}
@@ -41,16 +41,18 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Path:
     groups: dict[int, list[Planned]] = {}
     for cell in distinct.values():
         groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
-    storage = config.storage_folder
-    storage.mkdir(parents=True, exist_ok=True)
+    scratch = config.storage_folder / f"calibration-{time.time_ns():x}"
     with cluster([cell.config for cell in distinct.values()]):
         for i, group in enumerate(groups.values()):
             progress("measuring", i, len(groups))
-            with tempfile.TemporaryDirectory(dir=storage) as scratch:
-                out = Path(scratch) / "measured.json"
-                fit(_measure_worker, {"cells": group, "out": str(out)}, group[0].config, Path(scratch) / "run")
-                write_calibration(storage, [Measured(**row) for row in json.loads(out.read_text())])
-    return storage / CALIBRATION
+            storage.make_folder(scratch)
+            try:
+                out = scratch / "measured.json"
+                fit(_measure_worker, {"cells": group, "out": out}, group[0].config, scratch / "run")
+                write_calibration(config.storage_folder, [Measured(**row) for row in json.loads(out.read_text())])
+            finally:
+                storage.remove(scratch)
+    return config.storage_folder / CALIBRATION
 
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
@@ -62,7 +64,7 @@ def _measure_worker(arguments: dict[str, Any]) -> None:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
     measured = [_measure(cell, device, name) for cell in cells]
     if rank == 0:
-        Path(arguments["out"]).write_text(json.dumps([asdict(m) for m in measured]))
+        arguments["out"].write_text(json.dumps([asdict(m) for m in measured]))
     dist.barrier()
 
 

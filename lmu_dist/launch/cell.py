@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lmu_dist
-from lmu_dist.config import Config, to_dict, with_settings
+from lmu_dist.config import Config, Folder, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import shape_of, shared_settings
@@ -40,14 +40,14 @@ class Cell:
         return f"{model.family}-{_short(model.n_params)}-{_short(self.config.train.tokens)}-s{self.config.seed}-{self.key[:12]}"
 
     @property
-    def trunk_folder(self) -> Path:
+    def trunk_folder(self) -> Folder:
         """Where the cells of this trunk, and its forks, have their folders."""
         model = self.config.model
         name = f"{model.family}-{_short(model.n_params)}-s{self.config.seed}-{self.trunk[:12]}"
         return self.config.storage_folder / name
 
     @property
-    def folder(self) -> Path:
+    def folder(self) -> Folder:
         """Where the run keeps its checkpoints and its spool."""
         return self.trunk_folder / f"{_short(self.config.train.tokens)}-{self.key[:12]}"
 
@@ -57,8 +57,8 @@ def make_cell(config: Config, corpus: Corpus) -> Cell:
     # Absolute: the processes of a cluster have working folders of their own.
     config = with_settings(config, {"storage": str(config.storage_folder)})
     shape = shape_of(config, corpus.manifest.vocab_tokens)
-    corpus.rows("train", config.train.sequence_tokens)
-    corpus.rows("validation", config.train.sequence_tokens)
+    corpus.check_rows("train", config.train.sequence_tokens)
+    corpus.check_rows("validation", config.train.sequence_tokens)
     code, tree = code_digest(), to_dict(config)
 
     def digest(train: dict[str, Any]) -> str:

@@ -1,10 +1,11 @@
 """Exactly once: whether a cell has ended, who may work on it, and which MLflow run it is. Called by trainer, ladder, tune.
 
-Drivers that share a storage keep out of each other's way by a lock on the trunk's folder; drivers that share only an MLflow
-store by the sign of life that a run's courier leaves there.
+Drivers that share a disk keep out of each other's way by a lock on the trunk's folder; drivers that share only an MLflow
+store, or a storage at a URI, by the sign of life that a run's courier leaves in MLflow.
 """
 
 import json
+import platform
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -20,9 +21,10 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, tell_result, write_record
 from lmu_dist.launch.recorder import spool_lock
 from lmu_dist.records import RunRecord
+from lmu_dist.storage import beside, is_remote, make_folder, write_whole
 from lmu_dist.tracking.delivery import Courier
 from lmu_dist.tracking.spool import Spool
-from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, SILENCE_SECONDS, Store, alive_now, record_of
+from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, PLACE, SILENCE_SECONDS, Store, alive_now, record_of
 from lmu_dist.train import checkpoint
 
 DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
@@ -98,8 +100,7 @@ def close(cell: Cell, store: Store, how: str | Outcome, patience_seconds: float 
     run_id = _remembered(cell, store)
     if run_id is None:
         return
-    lock = FileLock(cell.trunk_folder / "lock", timeout=patience_seconds)
-    with lock, spool_lock(cell.folder).acquire(timeout=patience_seconds):
+    with _trunk_lock(cell, patience_seconds), spool_lock(cell.folder).acquire(timeout=patience_seconds):
         if record_path(cell).exists():
             return
         spool = Spool(cell.folder, run_id)
@@ -114,17 +115,17 @@ def close(cell: Cell, store: Store, how: str | Outcome, patience_seconds: float 
         else:
             tell("tags", {"lmu.status": how})
         tell("end", how.status if isinstance(how, Outcome) else how)
+        spool.copy()
         Courier(spool, store.uri).close(patience_seconds)
 
 
 def check_resumable(cell: Cell) -> list[str]:
     """The damaged checkpoints that will be passed over. Raises ConfigError if the one to go on from does not fit."""
     path, meta, passed_over = checkpoint.newest_intact(cell.folder)
-    wanted = cell.config.cluster
-    if meta is not None and (meta.world_size, meta.zero_stage) != (wanted.n_workers, wanted.zero_stage):
+    if meta is not None and not checkpoint.loadable(meta, cell.config.cluster.zero_stage):
         raise ConfigError(
-            f"{path} was written by {meta.world_size} workers at ZeRO stage {meta.zero_stage}; go on with "
-            f"cluster.n_workers={meta.world_size} cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
+            f"{path} was written at ZeRO stage {meta.zero_stage}, and DeepSpeed converts only 1 to 2 and back; go on "
+            f"with cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
         )
     return passed_over
 
@@ -132,9 +133,8 @@ def check_resumable(cell: Cell) -> list[str]:
 @contextmanager
 def alone(cell: Cell) -> Iterator[None]:
     """Holds the trunk's folder against a second driver. Raises BusyError."""
-    cell.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(cell.trunk_folder / "lock", timeout=0):
+        with _trunk_lock(cell, 0):
             yield
     except Timeout as e:
         raise BusyError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
@@ -155,14 +155,14 @@ def open_run(cell: Cell, store: Store, study: str) -> str:
     try:
         run = store.find_run(cell.key)
         if run is not None and _is_alive_elsewhere(cell, run):
-            raise BusyError(f"{cell.name} is being run in {run.data.tags['lmu.folder']}; wait for it")
+            raise BusyError(f"{cell.name} is being run in {_place_of(run)}; wait for it")
         if run is not None:
             run_id = run.info.run_id
-            if run.data.tags.get(FOLDER) not in (None, str(cell.folder)):
+            if _place_of(run) not in (None, _place(cell)):
                 _take_over(cell, run_id, store)
         else:
             experiment_id, study_id = store.open_study(cell.config.experiment, study)
-            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder))
+            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder), _place(cell))
             # Two drivers may have looked at the same moment. Who sees the other's run takes back his own: at least one does.
             if len(store.runs_of(cell.key)) > 1:
                 store.drop_run(run_id)
@@ -173,15 +173,15 @@ def open_run(cell: Cell, store: Store, study: str) -> str:
         if (known := _remembered(cell, store)) is not None:
             return known
         raise
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "run.json").write_text(json.dumps({"tracking_uri": store.uri, "run_id": run_id}))
+    make_folder(cell.folder)
+    write_whole(cell.folder / "run.json", json.dumps({"tracking_uri": store.uri, "run_id": run_id}).encode())
     return run_id
 
 
 def _take_over(cell: Cell, run_id: str, store: Store) -> None:
-    """Makes a run that was abandoned in another storage ours. Raises BusyError if somebody else does so now."""
+    """Makes a run that was abandoned in another place ours. Raises BusyError if somebody else does so now."""
     claim = uuid.uuid4().hex
-    store.tag(run_id, {CLAIM: claim, FOLDER: str(cell.folder), ALIVE: alive_now()})
+    store.tag(run_id, {CLAIM: claim, FOLDER: str(cell.folder), PLACE: _place(cell), ALIVE: alive_now()})
     time.sleep(CLAIM_SECONDS)
     if store.tag_of(run_id, CLAIM) != claim:
         raise BusyError(f"{cell.name} was taken over by another driver; wait for it")
@@ -189,9 +189,23 @@ def _take_over(cell: Cell, run_id: str, store: Store) -> None:
 
 def _is_alive_elsewhere(cell: Cell, run: Any) -> bool:
     tags = run.data.tags
-    folder, heard = tags.get(FOLDER), float(tags.get(ALIVE, "0")) / 1000
-    ended = tags.get("lmu.status") in records.ENDED
-    return not ended and folder not in (None, str(cell.folder)) and time.time() - heard < SILENCE_SECONDS
+    heard, ended = float(tags.get(ALIVE, "0")) / 1000, tags.get("lmu.status") in records.ENDED
+    return not ended and _place_of(run) not in (None, _place(cell)) and time.time() - heard < SILENCE_SECONDS
+
+
+def _place(cell: Cell) -> str:
+    """What drivers that can see each other's locks have in common: the folder, and if that is at a URI, the machine."""
+    return f"{platform.node()}:{beside(cell.folder)}" if is_remote(cell.folder) else str(cell.folder)
+
+
+def _place_of(run: Any) -> str | None:
+    return run.data.tags.get(PLACE, run.data.tags.get(FOLDER))
+
+
+def _trunk_lock(cell: Cell, patience_seconds: float) -> FileLock:
+    here = beside(cell.trunk_folder)
+    make_folder(here)
+    return FileLock(here / "lock", timeout=patience_seconds)
 
 
 def _remembered(cell: Cell, store: Store) -> str | None:

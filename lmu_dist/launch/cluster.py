@@ -17,7 +17,7 @@ from lmu_dist.config import Config, ConfigError
 
 def check_before(configs: Sequence[Config]) -> None:
     """What can be told without starting anything: raises ConfigError if one of the runs could never be."""
-    address = _address(configs[0])
+    address = address_of(configs[0])
     if ray.is_initialized():
         return
     if address is not None:
@@ -42,7 +42,19 @@ def cluster(configs: Sequence[Config]) -> Iterator[None]:
         _check_all_fit(configs)
         yield
         return
-    address = _address(configs[0])
+    with joined(configs[0]):
+        _check_all_fit(configs)
+        with redirect_stdout(sys.stderr):
+            yield
+
+
+@contextmanager
+def joined(config: Config) -> Iterator[None]:
+    """The cluster this process is in, or that of the configuration, else a local one; whatever it has room for."""
+    if ray.is_initialized():
+        yield
+        return
+    address = address_of(config)
     if address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         cpus = len(os.sched_getaffinity(0))
@@ -53,9 +65,7 @@ def cluster(configs: Sequence[Config]) -> Iterator[None]:
         except (OSError, ValueError, RuntimeError, RayError) as e:
             raise _unreachable(address, e) from e
     try:
-        _check_all_fit(configs)
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     finally:
         ray.shutdown()
 
@@ -65,7 +75,8 @@ def room(config: Config) -> int:
     return _room(config, _nodes())
 
 
-def _address(config: Config) -> str | None:
+def address_of(config: Config) -> str | None:
+    """Of the cluster to be joined; None if one is to be started for the command."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
@@ -107,7 +118,7 @@ def _room(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
 
 def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
     wanted, each, found = config.cluster, _each(config), _room(config, nodes)
-    if found < wanted.n_workers:
+    if found < (wanted.min_workers or wanted.n_workers):
         have = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in each)
         raise ConfigError(
             f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "

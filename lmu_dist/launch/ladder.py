@@ -5,7 +5,6 @@ alone, so the same command goes on after anything. Called by the command line; p
 """
 
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -16,13 +15,14 @@ from typing import Any
 from filelock import Timeout
 from ray import tune
 
-from lmu_dist import records
+from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError
-from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import FORKS, Cell, at_half_rate, make_cell
 from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
+from lmu_dist.launch.corpus import prepared
 from lmu_dist.launch.record import record_path
 from lmu_dist.launch.series import run_series
 from lmu_dist.launch.trials import Slots, Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
@@ -56,7 +56,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     store = Store(tracking_uri)
     store.check()
     check_before([planned.config for planned in grid(config, vocab_tokens(config))[0]])
-    corpus = prepare(config.data, config.storage_folder, progress)
+    corpus = prepared(config, progress)
     corpus.tokenizer()
     planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
@@ -71,7 +71,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
             for cell in again:
                 _retire(cell, store)
                 driver.forget(cell)
-            driver.run(config.storage_folder / "tune")
+            driver.run(storage.beside(config.storage_folder) / "tune")
             notes = still_reserved()
     except BaseException:
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
@@ -111,7 +111,8 @@ class _Driver:
         n_slots = room(self.cells[0].config)
         while trunks := self.missing():
             self.works, self.running = [tuple(trunk) for trunk in trunks], set()
-            sizes = [work[0].config.cluster.n_workers for work in self.works]
+            # A run that can do with fewer workers takes what there is.
+            sizes = [min(n_slots, work[0].config.cluster.n_workers) for work in self.works]
             results = run_trials(
                 _run_trunk,
                 {"works": self.works, "tracking_uri": self.store.uri, "environment": driver_environment()},
@@ -220,8 +221,9 @@ def _retire(cell: Cell, store: Store) -> None:
         with claim.alone(tried):
             if (run := store.find_run(tried.key)) is not None:
                 store.retire_run(run.info.run_id)
-            shutil.rmtree(tried.folder, ignore_errors=True)
-            shutil.rmtree(tried.trunk_folder / FORKS, ignore_errors=True)
+            storage.remove(tried.folder)
+            storage.remove(storage.beside(tried.folder))
+            storage.remove(tried.trunk_folder / FORKS)
 
 
 def _plan_row(cell: Cell) -> dict[str, Any]:

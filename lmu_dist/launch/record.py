@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from lmu_dist import config as configuration
 from lmu_dist import records
+from lmu_dist.config import Folder
 from lmu_dist.launch.cell import Cell, git_commit
 from lmu_dist.models import accounting
 from lmu_dist.records import EvalMetrics, RunRecord
+from lmu_dist.storage import write_whole
 from lmu_dist.train import checkpoint
 
 Tell = Callable[..., Any]  # a method of Spool by name, and its arguments
@@ -99,7 +100,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
     )
 
 
-def record_path(cell: Cell) -> Path:
+def record_path(cell: Cell) -> Folder:
     """The record of a cell that has ended: its being there is what says so."""
     return cell.folder / "record.json"
 
@@ -111,6 +112,4 @@ def read_record(cell: Cell) -> RunRecord:
 
 def write_record(cell: Cell, record: RunRecord) -> None:
     """Ends a cell. Comes after the telling, so that what ended is told."""
-    partial = record_path(cell).with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(record), indent=1))
-    partial.replace(record_path(cell))
+    write_whole(record_path(cell), json.dumps(asdict(record), indent=1).encode())

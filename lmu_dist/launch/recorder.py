@@ -5,11 +5,12 @@ Workers need no MLflow, no credentials and no shared disk for it, and it outlive
 
 import os
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from filelock import FileLock
 
+from lmu_dist import storage
+from lmu_dist.config import Folder
 from lmu_dist.tracking.delivery import Courier, set_client_limits
 from lmu_dist.tracking.spool import Spool
 
@@ -17,7 +18,7 @@ from lmu_dist.tracking.spool import Spool
 class Recorded(NamedTuple):
     """A run to be recorded: its folder, its MLflow run, the steps MLflow has of it where the folder has no spool."""
 
-    folder: str
+    folder: Folder
     run_id: str
     last_steps: dict[str, int]
 
@@ -30,18 +31,22 @@ class Recorder:
         os.environ.update(environment)
         set_client_limits()
         # The recorder of a driver that was killed a moment ago may still live; two would tell everything twice.
-        self._locks = [spool_lock(Path(run.folder)) for run in runs]
+        self._locks = [spool_lock(run.folder) for run in runs]
         for lock in self._locks:
             lock.acquire(timeout=120)
-        self._spools = [Spool(Path(run.folder), run.run_id, run.last_steps) for run in runs]
+        self._spools = [Spool(run.folder, run.run_id, run.last_steps) for run in runs]
         self._couriers = [Courier(spool, uri) for spool in self._spools]
         self._latest: dict[str, float] = {}
 
     def tell(self, index: int, kind: str, *arguments: Any) -> None:
-        """Spools one thing of a run; `kind` is a method of Spool. When this has returned, it is on disk."""
+        """Spools one thing of a run; `kind` is a method of Spool. When this has returned, it is on disk; if it is no metric, it
+        and all before it are in the run's folder.
+        """
         getattr(self._spools[index], kind)(*arguments)
         if kind == "metrics":
             self._latest |= {"step": arguments[0], **arguments[1]}
+        else:
+            self._spools[index].copy()
 
     def latest(self) -> dict[str, float]:
         """The newest value of every metric, and its step."""
@@ -51,10 +56,13 @@ class Recorder:
         """Delivers what is left; "" or the reason why something still waits in a spool."""
         deadline = time.monotonic() + timeout_seconds
         reasons = [courier.close(max(0.1, deadline - time.monotonic())) for courier in self._couriers]
+        for spool in self._spools:
+            spool.copy()
         return next((reason for reason in reasons if reason), "")
 
 
-def spool_lock(folder: Path) -> FileLock:
+def spool_lock(folder: Folder) -> FileLock:
     """Held by whoever writes a run's spool."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / "spool.lock")
+    here = storage.beside(folder)
+    storage.make_folder(here)
+    return FileLock(here / "spool.lock")

@@ -4,7 +4,6 @@ Called by trainer (a series of one), and inside a Ray Tune trial by ladder and t
 """
 
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import ray
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lmu_dist import records
-from lmu_dist.config import Config, FailedError
+from lmu_dist import records, storage
+from lmu_dist.config import Config, FailedError, Folder
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell
@@ -57,7 +57,7 @@ def run_series(
             run_ids = [claim.open_run(cell, store, study) for cell in missing]
             for cell in missing:
                 record_path(cell).unlink(missing_ok=True)  # of a run that was stopped and is to go on
-                shutil.copyfile(cell.corpus.folder / TOKENIZER, cell.folder / TOKENIZER)
+                storage.write_whole(cell.folder / TOKENIZER, (cell.corpus.folder / TOKENIZER).read_bytes())
             undelivered = _run(missing, run_ids, store, listener, callbacks)
             for cell, run_id in zip(missing, run_ids, strict=True):
                 remarks = claim.notes(passed_over[cell.key], undelivered)
@@ -68,7 +68,7 @@ def run_series(
 def _run(cells: list[Cell], run_ids: list[str], store: Store, listener: Listener, callbacks: Sequence[Any]) -> str:
     """Runs the workers to their end. Returns what of the record still waits for MLflow."""
     runs = [
-        Recorded(str(cell.folder), run_id, {} if Spool.exists(cell.folder) else store.last_steps(run_id))
+        Recorded(cell.folder, run_id, {} if Spool.exists(cell.folder) else store.last_steps(run_id))
         for cell, run_id in zip(cells, run_ids, strict=True)
     ]
     here: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -106,7 +106,7 @@ def fit(
     worker: Callable[[dict[str, Any]], None],
     arguments: dict[str, Any],
     config: Config,
-    folder: Path,
+    folder: Folder,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Runs a worker function to its end with Ray Train, on the workers that `config.cluster` asks for; Ray keeps its files in
@@ -124,13 +124,15 @@ def fit(
         train_loop_config=arguments,
         torch_config=TorchConfig(timeout_s=600),
         scaling_config=ScalingConfig(
-            num_workers=cluster.n_workers,
+            num_workers=(cluster.min_workers, cluster.n_workers) if cluster.min_workers else cluster.n_workers,
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
         ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=str(folder.parent) if isinstance(folder, Path) else folder.parent.path,
+            # The same client as elsewhere: pyarrow's own reads fewer of the settings in the environment.
+            storage_filesystem=None if isinstance(folder, Path) else PyFileSystem(FSSpecHandler(folder.fs)),
             failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
             worker_runtime_env={"env_vars": environment},
             callbacks=list(callbacks),

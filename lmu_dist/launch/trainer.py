@@ -5,11 +5,12 @@
 
 from lmu_dist.config import Config
 from lmu_dist.data.manifest import is_prepared
-from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import make_cell
 from lmu_dist.launch.claim import Finished
 from lmu_dist.launch.cluster import check_before, cluster
+from lmu_dist.launch.corpus import prepared
 from lmu_dist.launch.series import Listener, run_series
 from lmu_dist.tracking.delivery import set_client_limits
 from lmu_dist.tracking.store import Store
@@ -27,7 +28,7 @@ def train(
     check_before([config])
     if not is_prepared(config.data, config.storage_folder):
         store.check()  # before hours of preparing; later an absent store is no obstacle to a run it knows
-    cell = make_cell(config, prepare(config.data, config.storage_folder, progress))
+    cell = make_cell(config, prepared(config, progress))
     cell.corpus.tokenizer()
     if (done := claim.find_done(cell, store, "train")) is not None:
         return done

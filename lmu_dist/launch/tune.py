@@ -17,14 +17,15 @@ from filelock import Timeout
 from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
-from lmu_dist import records
+from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
-from lmu_dist.data.prepare import Progress, prepare
+from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim, space
 from lmu_dist.launch.cell import Cell, code_digest, make_cell
 from lmu_dist.launch.claim import BusyError, Finished
 from lmu_dist.launch.cluster import check_before, cluster, room
+from lmu_dist.launch.corpus import prepared
 from lmu_dist.launch.record import Outcome, read_record, record_path
 from lmu_dist.launch.series import run_series
 from lmu_dist.launch.space import LOSS, TOKENS
@@ -70,7 +71,7 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
     store = Store(tracking_uri)
     store.check()
     check_before([config])
-    corpus = prepare(config.data, config.storage_folder, progress)
+    corpus = prepared(config, progress)
     corpus.tokenizer()
     searches = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
     for search in searches:
@@ -107,7 +108,7 @@ class _Driver:
         self.ended = (*claim.RESULTS, records.STOPPED_EARLY) if first_rung else claim.RESULTS
         content = json.dumps([to_dict(self.base), to_dict(config)["tune"], corpus.manifest.data_digest, code_digest()])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        self.journal = self.base.storage_folder / "tune" / f"{family}-{n_params}-{digest}.jsonl"
+        self.journal = self.base.storage_folder / "tune" / f"{family}-{n_params}-{digest}.json"
         self.drawn = self._drawn_before()
 
     def check(self) -> None:
@@ -132,7 +133,7 @@ class _Driver:
                 "environment": driver_environment(),
                 "ended": self.ended,
             },
-            self.base.storage_folder / "tune",
+            storage.beside(self.base.storage_folder) / "tune",
             ray_tune.TuneConfig(
                 metric=LOSS,
                 mode="min",
@@ -191,15 +192,12 @@ class _Driver:
     def _remember(self, settings: dict[str, Any]) -> None:
         if self.tune.search == "optuna" and settings not in self.drawn:
             self.drawn.append(settings)
-            self.journal.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.journal, "a") as file:
-                file.write(json.dumps(settings) + "\n")
+            storage.make_folder(self.journal.parent)
+            storage.write_whole(self.journal, json.dumps(self.drawn).encode())
 
     def _drawn_before(self) -> list[dict[str, Any]]:
         """What an earlier start of this search has drawn, in order: it goes on with that."""
-        if not self.journal.exists():
-            return []
-        return [json.loads(line) for line in self.journal.read_text().splitlines() if line.endswith("}")]
+        return json.loads(self.journal.read_text()) if self.journal.exists() else []
 
     def close_interrupted(self) -> None:
         """Says in MLflow that what was begun here is over for now."""

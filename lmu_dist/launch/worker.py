@@ -6,6 +6,7 @@ Started by launch/series with a Job, a row of cells that share a trunk; tells th
 import json
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -22,12 +23,14 @@ import torch.distributed as dist
 
 from lmu_dist import config as configuration
 from lmu_dist import records
+from lmu_dist.config import Folder
 from lmu_dist.data.batches import Rows, row_indices
 from lmu_dist.launch.cell import FORKS, Cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, tell_result, write_record
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.records import EvalMetrics
+from lmu_dist.storage import fetch_folder
 from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import diverged, running_mean
 from lmu_dist.train.schedule import learning_rate, phase
@@ -46,7 +49,7 @@ class Start(NamedTuple):
     """Where a cell begins: a checkpoint to load (none: at step 0), whether it is the cell's own, the state it holds, and a word
     that no other attempt uses."""
 
-    folder: Path | None
+    folder: Folder | None
     own: bool
     state: checkpoint.Meta
     attempt: str
@@ -71,13 +74,13 @@ def train_worker(arguments: dict[str, Job]) -> None:
         if engine is None or start.folder is None:
             engine = Engine(LanguageModel(cell.shape, cell.config.seed), cell.config.train, cell.config.cluster, device)
         if start.folder is not None:
-            engine.load(start.folder)
+            _load(engine, start)
         run = _Run(job, index, engine, rank, start.attempt)
         if wild is not None and not start.own:
             # This cell would take the very same steps to the same end.
             outcome = replace(wild, state=_of_cell(wild.state, cell, fork_step=wild.state.step))
         else:
-            outcome = run.train(start.state)
+            outcome = run.train(replace(start.state, world_size=dist.get_world_size()))
         if outcome.status == records.DIVERGED:
             # A step that was given up has left gradients, and a count of micro-batches, that loading does not reset.
             engine = None
@@ -149,7 +152,7 @@ class _Run:
     def is_forked(self, state: checkpoint.Meta) -> bool:
         """Whether the trunk has a fork at this step already, from before an interruption."""
         forks = self.cell.trunk_folder / FORKS
-        _, found = _agree(lambda: checkpoint.newest_fork(forks, state.step, state.world_size, state.zero_stage), self.rank)
+        _, found = _agree(lambda: checkpoint.newest_fork(forks, state.step, state.zero_stage), self.rank)
         return found is not None and found.step == state.step
 
     def evaluate(self, state: checkpoint.Meta) -> checkpoint.Meta:
@@ -170,7 +173,7 @@ class _Run:
         n_rows = min(len(self.held_out), max(1, n_tokens // self.cell.config.train.sequence_tokens))
         return evaluate(self.engine, self.held_out, n_rows, self.rank, self.world_size, step, self.bytes_per_token)
 
-    def save(self, state: checkpoint.Meta, to: Path) -> None:
+    def save(self, state: checkpoint.Meta, to: Folder) -> None:
         """Writes this rank's files to a folder of its own; Ray merges those of all ranks in storage."""
         name = checkpoint.folder_name(state.step, state.world_size, self.attempt)
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +182,7 @@ class _Run:
             ray.train.report(
                 {"step": state.step},
                 checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=str((to / name).relative_to(self.cell.trunk_folder)),
+                checkpoint_dir_name=f"{to.name}/{name}",  # below the trunk's folder
             )
         dist.barrier()  # all ranks' files are in their place
         if self.rank == 0 and to == self.cell.folder:
@@ -206,6 +209,27 @@ def find_ninja() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
+def _load(engine: Any, start: Start) -> None:
+    """Loads a checkpoint. What must be fetched, or converted for another number of workers, is so once on every node."""
+    from lmu_dist.train.engine import to_universal
+
+    assert start.folder is not None
+    scratch, first = Path(tempfile.gettempdir()) / f"lmu-dist-{start.attempt}", os.environ["LOCAL_RANK"] == "0"
+    convert = start.state.zero_stage > 0 and start.state.world_size != dist.get_world_size()
+    here = start.folder if isinstance(start.folder, Path) else scratch / "fetched"
+    try:
+        if first and here != start.folder:
+            fetch_folder(start.folder, here)
+        if first and convert:
+            to_universal(here, scratch / "universal")
+        dist.barrier()
+        engine.load(scratch / "universal" if convert else here, convert)
+        dist.barrier()
+    finally:
+        if first:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _start(cell: Cell) -> Start:
     """From the cell's own newest whole checkpoint, else from the trunk's latest fork it can use, else from the beginning."""
     attempt, cluster = f"{time.time_ns():x}", cell.config.cluster
@@ -214,7 +238,7 @@ def _start(cell: Cell) -> Start:
         return Start(folder, True, state, attempt)
     if cell.config.train.schedule == "wsd":
         forks, stable = cell.trunk_folder / FORKS, cell.config.train.decay_start
-        folder, state = checkpoint.newest_fork(forks, stable, cluster.n_workers, cluster.zero_stage)
+        folder, state = checkpoint.newest_fork(forks, stable, cluster.zero_stage)
         if state is not None and state.key == cell.key:
             return Start(folder, True, state, attempt)
         if state is not None:
@@ -223,7 +247,7 @@ def _start(cell: Cell) -> Start:
     fresh = checkpoint.Meta(
         step=0,
         key=cell.key,
-        world_size=cluster.n_workers,
+        world_size=dist.get_world_size(),
         zero_stage=cluster.zero_stage,
         data_digest=manifest.data_digest,
         tokenizer_digest=manifest.tokenizer_digest,

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-from lmu_dist.config import Config, ConfigError, to_dict
+from lmu_dist.config import Config, ConfigError, Folder, to_dict
 from lmu_dist.data.manifest import is_prepared, locate, read_manifest
 from lmu_dist.data.tokenizer import nominal_size
 from lmu_dist.models import accounting
@@ -170,13 +169,13 @@ def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:
     return flops / math.exp(_interpolate(points, math.log(accounting.parameters(cell.shape).non_embedding)))
 
 
-def read_calibration(storage: Path) -> list[Measured]:
+def read_calibration(storage: Folder) -> list[Measured]:
     """What was measured, oldest first; nothing if nothing was."""
     path = storage / CALIBRATION
     return [Measured(**row) for row in json.loads(path.read_text())] if path.exists() else []
 
 
-def write_calibration(storage: Path, measured: Sequence[Measured]) -> Path:
+def write_calibration(storage: Folder, measured: Sequence[Measured]) -> Folder:
     """Adds measurements, in place of older ones of the same cells."""
     latest = {json.dumps(m.step, sort_keys=True): asdict(m) for m in [*read_calibration(storage), *measured]}
     path = storage / CALIBRATION

@@ -1,6 +1,7 @@
 """What is to be told of one run, in a file: entries in, the same entries out, each once, in order. Knows no MLflow.
 
-Written by launch/recorder, emptied by tracking/delivery.
+Written by launch/recorder, emptied by tracking/delivery. The file is on the writer's machine, since it grows; where the run's
+folder is at a URI, what is new is copied there whenever it must not be lost.
 """
 
 import json
@@ -9,8 +10,11 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
+
+from lmu_dist import storage
+from lmu_dist.config import Folder
 
 logger = logging.getLogger(__name__)
 
@@ -22,14 +26,16 @@ class Spool:
     already told, and must not be heard twice.
     """
 
-    def __init__(self, folder: Path, run_id: str, last_steps: Mapping[str, int] | None = None) -> None:
+    def __init__(self, folder: Folder, run_id: str, last_steps: Mapping[str, int] | None = None) -> None:
         self.run_id = run_id
-        self._path, self._delivered_path = folder / "spool.jsonl", folder / f"spool.delivered.{run_id}"
+        here, self._copies = storage.beside(folder), folder / "spool" if storage.is_remote(folder) else None
+        self._path, self._delivered_path = here / "spool.jsonl", here / f"spool.delivered.{run_id}"
         self._lock = threading.Lock()
         self._last = dict(last_steps or {})
         self.attempts = 0
-        folder.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(here)
         self._path.touch()
+        self._copied = self._take_copies() if self._copies is not None else 0
         whole = 0
         with open(self._path, "r+b") as file:
             for line in file:
@@ -43,9 +49,10 @@ class Spool:
         self._delivered = int(self._delivered_path.read_text()) if self._delivered_path.exists() else 0
 
     @staticmethod
-    def exists(folder: Path) -> bool:
-        """Whether a run in this folder has told anything yet."""
-        return (folder / "spool.jsonl").exists()
+    def exists(folder: Folder) -> bool:
+        """Whether this machine has all that was told of the run in this folder."""
+        path = storage.beside(folder) / "spool.jsonl"
+        return path.exists() and (not storage.is_remote(folder) or path.read_bytes().startswith(_copied(folder / "spool")))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Metric values of a step, less those already told."""
@@ -106,6 +113,27 @@ class Spool:
         with open(self._path.with_name("spool.refused.jsonl"), "a") as file:
             file.write(json.dumps(entry | {"reason": reason}) + "\n")
 
+    def copy(self) -> None:
+        """Copies what is new to a run's folder at a URI, each time as a file of its own, named by its place in the whole."""
+        if self._copies is None:
+            return
+        with self._lock, open(self._path, "rb") as file:
+            file.seek(self._copied)
+            if new := file.read():
+                (self._copies / f"{self._copied:015d}.jsonl").write_bytes(new)
+                self._copied += len(new)
+            (self._copies / self._delivered_path.name).write_text(str(self._delivered))
+
+    def _take_copies(self) -> int:
+        """Takes over what another machine has told of the run since. Returns how many bytes are in the run's folder."""
+        assert self._copies is not None
+        copied = _copied(self._copies)
+        if not self._path.read_bytes().startswith(copied):
+            self._path.write_bytes(copied)
+            with suppress(FileNotFoundError):
+                self._delivered_path.write_bytes((self._copies / self._delivered_path.name).read_bytes())
+        return len(copied)
+
     def _append(self, entry: dict[str, Any]) -> None:
         with self._lock:
             with open(self._path, "ab") as file:
@@ -118,3 +146,7 @@ class Spool:
         if entry["kind"] == "metrics":
             self._last |= dict.fromkeys(entry["values"], entry["step"])
         self.attempts += "lmu.attempt" in entry.get("values", {})
+
+
+def _copied(copies: Folder) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(copies.glob("*.jsonl"), key=lambda path: path.name))

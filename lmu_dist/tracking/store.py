@@ -18,11 +18,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from lmu_dist.config import ConfigError
+from lmu_dist.config import ConfigError, Folder, open_folder
 from lmu_dist.records import COMPLETE, POSITION_LOSS, VAL_LOSS, WAITING, RunRecord
 
 PARENT, RUN_NAME, KEY, STATUS, STUDY = "mlflow.parentRunId", "mlflow.runName", "lmu.key", "lmu.status", "lmu.study"
-FOLDER, ALIVE, CLAIM = "lmu.folder", "lmu.alive_ms", "lmu.claim"
+FOLDER, PLACE, ALIVE, CLAIM = "lmu.folder", "lmu.place", "lmu.alive_ms", "lmu.claim"
 SILENCE_SECONDS = 90.0  # without a sign of life, after which a run counts as abandoned
 PLAN = "plan.json"  # artifact of a study
 REPORT, REPORT_ANY_CODE, STALE = "lmu.report", "lmu.report_any_code", "lmu.stale"  # of the run that keeps a report
@@ -82,10 +82,18 @@ class Store:
             experiments = self._experiments()
             return self._search(experiments, f"tags.`{KEY}` = '{key}'") if experiments else []
 
-    def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str) -> str:
-        """A new child run of a study, tagged with its key and the folder it will be trained in."""
+    def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str, place: str) -> str:
+        """A new child run of a study, tagged with its key, its folder, and where the locks of its drivers are."""
         with self._answering():
-            tags = {PARENT: study_id, RUN_NAME: name, KEY: key, STATUS: WAITING, FOLDER: folder, ALIVE: alive_now()}
+            tags = {
+                PARENT: study_id,
+                RUN_NAME: name,
+                KEY: key,
+                STATUS: WAITING,
+                FOLDER: folder,
+                PLACE: place or folder,
+                ALIVE: alive_now(),
+            }
             return self.client.create_run(experiment_id, tags=tags).info.run_id
 
     def drop_run(self, run_id: str) -> None:
@@ -93,7 +101,7 @@ class Store:
         with self._answering():
             self.client.delete_run(run_id)
 
-    def folder_of(self, run_id: str) -> Path:
+    def folder_of(self, run_id: str) -> Folder:
         """The folder with a run's checkpoints."""
         if self.uri.startswith("sqlite:///") and not Path(self.uri.removeprefix("sqlite:///")).exists():
             raise ConfigError(f"{run_id} is no folder, and there is no {self.uri} that could know a run of that name")
@@ -101,9 +109,9 @@ class Store:
             folder = self.client.get_run(run_id).data.tags.get("lmu.folder")
         except MlflowException as e:
             raise ConfigError(f"no run {run_id!r} in {self.uri}, nor a folder of that name: {one_line(e)}") from e
-        if not folder or not Path(folder).is_dir():
+        if not folder or not open_folder(folder).is_dir():
             raise ConfigError(f"run {run_id} has no folder on this machine (recorded: {folder}); give the path of its folder")
-        return Path(folder)
+        return open_folder(folder)
 
     def runs(self, experiment: str) -> list[Run]:
         """All cells' runs of an experiment, begun or ended."""

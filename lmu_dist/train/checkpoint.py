@@ -4,11 +4,9 @@ Every rank writes its files into a folder of its own; they are merged into one (
 checkpoint is whole when the manifest of every rank is there and every file has the digest it names.
 """
 
-import hashlib
 import json
 import math
 import re
-import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,10 +15,11 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from lmu_dist.config import ConfigError
+from lmu_dist import storage
+from lmu_dist.config import ConfigError, Folder
 
 META, WEIGHTS = "meta.json", "model.safetensors"
-NAME = re.compile(r"^step-(\d{8})-")
+NAME = re.compile(r"^step-(\d{8})-w\d+-([0-9a-f]+)$")
 
 
 class CheckpointError(ConfigError):
@@ -67,11 +66,11 @@ def seal(folder: Path, meta: Meta, rank: int, weights: dict[str, Tensor]) -> Non
         safetensors.torch.save_file(weights, folder / WEIGHTS)
         (folder / META).write_text(json.dumps(asdict(meta)))
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = {str(p.relative_to(folder)): [p.stat().st_size, _digest(p)] for p in files}
+    listing = {str(p.relative_to(folder)): [p.stat().st_size, storage.digest(p)] for p in files}
     (folder / _manifest(rank)).write_text(json.dumps({"world_size": meta.world_size, "files": listing}))
 
 
-def verify(folder: Path, digests: bool = True) -> Meta:
+def verify(folder: Folder, digests: bool = True) -> Meta:
     """Reads meta.json after checking every file of the checkpoint, its size and its digest. Raises CheckpointError."""
     rank, world_size = 0, 1
     while rank < world_size:
@@ -83,25 +82,32 @@ def verify(folder: Path, digests: bool = True) -> Meta:
                 raise TornError(f"checkpoint {folder} lacks {name}")
             if path.stat().st_size < size:
                 raise TornError(f"checkpoint {folder}: {name} is not whole")
-            if path.stat().st_size != size or (digests and _digest(path) != digest):
+            if path.stat().st_size != size or (digests and storage.digest(path) != digest):
                 raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
         rank += 1
     return Meta(**_read_json(folder / META))
 
 
-def newest_fork(forks: Path, before_step: int, world_size: int, zero_stage: int) -> tuple[Path | None, Meta | None]:
-    """The latest whole state of a trunk up to step `before_step` that these workers can load, damaged ones passed over."""
+def loadable(meta: Meta, zero_stage: int) -> bool:
+    """Whether workers at this ZeRO stage, however many, can load it: DeepSpeed converts stages 1 and 2, and no others, into
+    each other.
+    """
+    return meta.zero_stage == zero_stage or {meta.zero_stage, zero_stage} == {1, 2}
+
+
+def newest_fork(forks: Folder, before_step: int, zero_stage: int) -> tuple[Folder | None, Meta | None]:
+    """The latest whole state of a trunk up to step `before_step` that can be loaded at this stage, damaged ones passed over."""
     for folder in _found(forks):
         if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]
             continue
         with suppress(CheckpointError):
             meta = verify(folder)
-            if (meta.world_size, meta.zero_stage) == (world_size, zero_stage):
+            if loadable(meta, zero_stage):
                 return folder, meta
     return None, None
 
 
-def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]]:
+def newest_intact(run_folder: Folder) -> tuple[Folder | None, Meta | None, list[str]]:
     """The latest checkpoint of a run that is whole, its meta, and what was passed over and why.
 
     (None, None, ...) for a run that has none yet, or none that was ever written to its end. Raises CheckpointError if there
@@ -122,42 +128,37 @@ def newest_intact(run_folder: Path) -> tuple[Path | None, Meta | None, list[str]
     return None, None, passed_over
 
 
-def prune(run_folder: Path, keep: int) -> None:
+def prune(run_folder: Folder, keep: int) -> None:
     """Deletes checkpoints older than the `keep` newest whole ones. What is damaged but newer stays for a person to see."""
     whole = 0
     for folder in _found(run_folder):
         if whole >= keep:
-            shutil.rmtree(folder)
+            storage.remove(folder)
             continue
         with suppress(CheckpointError):
             verify(folder, digests=False)  # run after every checkpoint, which may be large
             whole += 1
 
 
-def _found(run_folder: Path) -> list[Path]:
-    """Folders of checkpoints, whole or not, newest first."""
-    found = [p for p in run_folder.glob("step-*") if NAME.match(p.name)] if run_folder.is_dir() else []
-    return sorted(found, key=lambda p: (p.name[:13], p.stat().st_mtime), reverse=True)
+def _found(run_folder: Folder) -> list[Folder]:
+    """Folders of checkpoints, whole or not, newest first: by step, then by attempt, whose word is the time it began."""
+    found = [(match.groups(), p) for p in run_folder.glob("step-*") if (match := NAME.match(p.name))]
+    return [p for _, p in sorted(found, key=lambda pair: pair[0], reverse=True)]
 
 
-def read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Folder) -> dict[str, Tensor]:
     """Weights of a checkpoint by parameter name, without unpickling anything."""
-    return safetensors.torch.load_file(folder / WEIGHTS)
+    return safetensors.torch.load((folder / WEIGHTS).read_bytes())
 
 
 def _manifest(rank: int) -> str:
     return f"manifest-{rank:05d}.json"
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Folder) -> Any:
     try:
         return json.loads(path.read_text())
     except OSError as e:
         raise TornError(f"checkpoint {path.parent} lacks {path.name}") from e
     except ValueError as e:
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is damaged") from e
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

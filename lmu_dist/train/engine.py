@@ -4,7 +4,10 @@ Needs a process group (Ray makes it for workers, tests make their own). Built by
 """
 
 import math
+import os
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +31,9 @@ class Engine:
     def __init__(self, model: LanguageModel, train: TrainConfig, cluster: ClusterConfig, device: torch.device) -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.device = device
-        self.share_rows = train.batch_rows // dist.get_world_size()
-        self.micro_rows = cluster.micro_batch_rows or self.share_rows
+        self.batch_rows, largest_share = train.batch_rows, -(-train.batch_rows // dist.get_world_size())
+        self.micro_rows = min(cluster.micro_batch_rows or largest_share, largest_share)
+        self._n_micro = -(-largest_share // self.micro_rows)
         self.model = model.to(device)
         self._ds: Any
         self._optimizer: Any
@@ -38,7 +42,7 @@ class Engine:
             optimizer=_adam(self.model, train),
             config={
                 "train_micro_batch_size_per_gpu": self.micro_rows,
-                "gradient_accumulation_steps": self.share_rows // self.micro_rows,
+                "gradient_accumulation_steps": self._n_micro,
                 "gradient_clipping": train.clip_norm,
                 "bf16": {"enabled": train.precision == "bf16"},
                 "zero_optimization": {
@@ -52,22 +56,27 @@ class Engine:
         )
 
     def step(self, batch: Batch, learning_rate: float) -> tuple[float, float]:
-        """One optimizer step on this rank's share of the global batch: (mean loss over all ranks in nats, gradient norm).
+        """One optimizer step on this rank's share of the global batch: (mean loss over all rows in nats, gradient norm).
 
-        A loss that is not finite leaves the weights as they were, on every rank.
+        Shares may differ by a row. A loss that is not finite leaves the weights as they were, on every rank.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._ds.train()
         total = torch.zeros((), dtype=torch.float64)
-        micro_batches = zip(batch.inputs.split(self.micro_rows), batch.targets.split(self.micro_rows), strict=True)
+        n_ranks = dist.get_world_size()
+        micro_batches = zip(batch.inputs.tensor_split(self._n_micro), batch.targets.tensor_split(self._n_micro), strict=True)
         for i, (inputs, targets) in enumerate(micro_batches):
             if i:
                 self._ds.step()  # closes the micro-batch before; weights move after the last one only
-            loss = self._ds(inputs.to(self.device), targets.to(self.device)).mean()
+            # DeepSpeed takes the mean over micro-batches and ranks; where they have not equally many rows these are weighed.
+            weight = len(inputs) * self._n_micro * n_ranks / self.batch_rows
+            if not weight:  # passes are collective: a rank with nothing left runs one that counts for nothing
+                inputs, targets = batch.inputs[:1], batch.targets[:1]
+            loss = self._ds(inputs.to(self.device), targets.to(self.device)).mean() * weight
             self._ds.backward(loss)
-            total += loss.detach().double().cpu() * (len(inputs) / self.share_rows)
-        mean = self.sum_over_ranks(total) / dist.get_world_size()
+            total += loss.detach().double().cpu() / self._n_micro
+        mean = self.sum_over_ranks(total) / n_ranks
         if not torch.isfinite(mean):
             return mean.item(), math.nan
         unsharded_norm = self._gradient_norm()
@@ -111,8 +120,9 @@ class Engine:
         """Writes this rank's shards below `folder`."""
         self._ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
-    def load(self, folder: Path) -> None:
-        """Takes weights and optimizer state from a folder with the shards of all ranks."""
+    def load(self, folder: Path, universal: bool = False) -> None:
+        """Takes weights and optimizer state from the shards of as many ranks, or from what `to_universal` made of others."""
+        self._ds._config.load_universal_checkpoint = universal  # else an engine could load one of the two only
         loaded, _ = self._ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise ValueError(f"DeepSpeed found no checkpoint in {folder}")
@@ -122,6 +132,17 @@ class Engine:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def to_universal(folder: Path, to: Path) -> None:
+    """Makes from the shards of any number of ranks, at stage 1 to 3, a checkpoint that any other number can load."""
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command += ["--input_folder", str(folder / TAG), "--output_folder", str(to / TAG)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"DS_ACCELERATOR": "cpu"})
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ValueError(f"DeepSpeed cannot convert {folder} for another number of workers: {lines[-1] if lines else ''}")
 
 
 def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:

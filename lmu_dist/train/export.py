@@ -5,7 +5,6 @@ Nothing is unpickled on the way. Called by the commands export and generate.
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -14,7 +13,8 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lmu_dist.config import ConfigError
+from lmu_dist import storage
+from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.models.lm import LanguageModel
@@ -34,7 +34,7 @@ class Trained:
     passed_over: tuple[str, ...]  # damaged checkpoints newer than the one taken
 
 
-def open_trained(folder: Path) -> Trained:
+def open_trained(folder: Folder) -> Trained:
     """A model from an exported folder, or from the newest whole checkpoint of a run's. Raises ConfigError."""
     try:
         facts, weights, passed_over = _read_export(folder) if (folder / CONFIG).is_file() else _read_run(folder)
@@ -53,11 +53,11 @@ def open_trained(folder: Path) -> Trained:
     return Trained(model.eval(), tokenizer, facts, tuple(passed_over))
 
 
-def _read_export(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    return json.loads((folder / CONFIG).read_text()), safetensors.torch.load_file(folder / checkpoint.WEIGHTS), []
+def _read_export(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+    return json.loads((folder / CONFIG).read_text()), checkpoint.read_weights(folder), []
 
 
-def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
+def _read_run(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
     path, meta, passed_over = checkpoint.newest_intact(folder)
     if path is None or meta is None:
         raise ConfigError("; ".join([*passed_over, f"no whole checkpoint in {folder}; train the run first"]))
@@ -66,7 +66,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], list[str
     return facts, checkpoint.read_weights(path), passed_over
 
 
-def export(run_folder: Path, to: Path) -> tuple[str, ...]:
+def export(run_folder: Folder, to: Folder) -> tuple[str, ...]:
     """Writes a run's model to a new folder, reads it back and compares logits; returns which checkpoints were passed over.
 
     Raises ConfigError if the folder exists or the model read back computes anything else.
@@ -74,10 +74,10 @@ def export(run_folder: Path, to: Path) -> tuple[str, ...]:
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise ConfigError(f"{to} exists and is not an empty folder; name a new one")
     trained = open_trained(run_folder)
-    to.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(trained.model.state_dict(), to / checkpoint.WEIGHTS)
-    (to / TOKENIZER).write_text(trained.tokenizer.to_str())
-    (to / CONFIG).write_text(json.dumps(trained.facts | {"shape": asdict(trained.model.shape)}, indent=1))
+    storage.make_folder(to)
+    storage.write_whole(to / checkpoint.WEIGHTS, safetensors.torch.save(trained.model.state_dict()))
+    storage.write_whole(to / TOKENIZER, trained.tokenizer.to_str().encode())
+    storage.write_whole(to / CONFIG, json.dumps(trained.facts | {"shape": asdict(trained.model.shape)}, indent=1).encode())
     shape = trained.model.shape
     tokens = torch.arange(min(shape.sequence_tokens, 64))[None] * 7919 % shape.vocab_tokens
     with torch.no_grad():

@@ -92,6 +92,18 @@ def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[flo
     return results
 
 
+def train_and_save(
+    stage: int, folder: str, first: int, last: int, loaded_from: str = "", converted: bool = False
+) -> list[float]:
+    """Losses of some steps, from a folder if one is named; the state after them goes to another."""
+    engine = _engine(stage)
+    if loaded_from:
+        engine.load(Path(loaded_from), converted)
+    metrics = _train(engine, first, last)
+    engine.save(Path(folder))
+    return [m.loss_nats for m in metrics]
+
+
 def bf16_stages() -> dict[int, list[float]]:
     """Losses under bf16, per stage."""
     train = TrainConfig(**{**TRAIN.__dict__, "precision": "bf16"})

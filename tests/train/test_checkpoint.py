@@ -91,13 +91,13 @@ def test_a_run_killed_in_its_first_checkpoint_has_none(tmp_path: Path, harm: str
 
 
 def test_the_latest_fork_that_these_workers_can_load_is_taken(run: Path):
-    assert newest_fork(run, 15, 2, 1)[1].step == 10  # pyright: ignore[reportOptionalMemberAccess]
-    assert newest_fork(run, 100, 2, 1)[1].step == 100  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 15, 1)[1].step == 10  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 100, 1)[1].step == 100  # pyright: ignore[reportOptionalMemberAccess]
     flip(run / folder_name(100, 2, "a1") / WEIGHTS)
-    assert newest_fork(run, 100, 2, 1)[1].step == 20  # pyright: ignore[reportOptionalMemberAccess]
-    assert newest_fork(run, 5, 2, 1) == (None, None)
-    assert newest_fork(run, 100, 4, 1) == (None, None)
-    assert newest_fork(run, 100, 2, 3) == (None, None)
+    assert newest_fork(run, 100, 1)[1].step == 20  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 5, 1) == (None, None)
+    assert newest_fork(run, 100, 2)[1].step == 20  # pyright: ignore[reportOptionalMemberAccess]
+    assert newest_fork(run, 100, 3) == newest_fork(run, 100, 0) == (None, None)
 
 
 def test_a_new_run_has_none(tmp_path: Path):

@@ -10,6 +10,8 @@ import tasks
 import torch
 from gang import gang
 
+from lmu_dist.train.engine import to_universal
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -45,6 +47,25 @@ def test_bf16_trains_like_fp32_at_every_stage(plain):
 def test_resume_is_bitwise_at_every_stage(world_size: int, tmp_path: Path):
     for stage, (uninterrupted, resumed) in gang(world_size, tasks.train_and_resume, [0, 1, 2, 3], str(tmp_path)).items():
         assert resumed == uninterrupted, stage
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_workers_come_and_go(plain, stage: int, tmp_path: Path):
+    """From 2 to 1, and on with 3, which do not divide the batch: the curve is that of one process all along."""
+    two, one = (str(tmp_path / name) for name in ("two", "one"))
+    losses = gang(2, tasks.train_and_save, stage, two, 0, 6)
+    to_universal(tmp_path / "two", tmp_path / "two-universal")
+    losses += gang(1, tasks.train_and_save, stage, one, 6, 12, f"{two}-universal", True)
+    to_universal(tmp_path / "one", tmp_path / "one-universal")
+    losses += gang(3, tasks.train_and_save, stage, str(tmp_path / "three"), 12, 20, f"{one}-universal", True)
+    assert np.abs(np.array(losses) - plain).max() < 1e-5
+
+
+def test_stage_0_needs_no_conversion(plain, tmp_path: Path):
+    losses = gang(2, tasks.train_and_save, 0, str(tmp_path / "two"), 0, 10)
+    losses += gang(1, tasks.train_and_save, 0, str(tmp_path / "one"), 10, 20, str(tmp_path / "two"))
+    assert np.abs(np.array(losses) - plain).max() < 1e-5
 
 
 @pytest.mark.parametrize("stage", [0, 2])
