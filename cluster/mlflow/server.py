@@ -5,8 +5,8 @@ Run by hand, by compose.yaml beside it and by cluster/kuberay, with the options 
 Listens on loopback unless --host says otherwise. Bad input: one line that names the fix, exit 2, nothing was started.
 
 PGHOST, PGPORT, PGDATABASE, PGUSER name the database. Secrets come from variables or, by NAME_FILE, from files, and never from
-the command line, which everyone on a machine can read: MLFLOW_AUTH_ADMIN_PASSWORD is the password the user `admin` gets when the
-database is new, MLFLOW_FLASK_SERVER_SECRET_KEY a random key, PGPASSWORD the database's (libpq's own PGPASSFILE will do as well).
+the command line, which everyone on a machine can read: MLFLOW_AUTH_ADMIN_PASSWORD, which the user `admin` gets when the
+database is new; MLFLOW_FLASK_SERVER_SECRET_KEY, random; PGPASSWORD, the database's (libpq's own PGPASSFILE will do too).
 """
 
 import os
@@ -29,7 +29,7 @@ def prepare(options: Sequence[str], environment: Mapping[str, str]) -> tuple[lis
             try:
                 environment[name] = Path(path).read_text(encoding="utf-8").strip()
             except OSError as e:
-                raise ValueError(f"cannot read {path}: {e.strerror}; give {name}_FILE the path of a file with the secret") from e
+                raise ValueError(f"cannot read {path}: {e.strerror}; make {name}_FILE a file that holds the secret") from e
     for name in NEEDED:
         if not environment.get(name):
             raise ValueError(f"set {name}, or {name}_FILE to a file that holds it: nothing is served without authentication")

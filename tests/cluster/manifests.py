@@ -25,7 +25,7 @@ HEADER = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomizatio
 
 
 def read(text: str) -> list[Any]:
-    """The documents of a YAML text, aliases resolved to copies of their own. YAML 1.1, which is what Kubernetes and Ray read."""
+    """The documents of a YAML text, aliases as copies of their own; YAML 1.1, as Kubernetes and Ray read it."""
     return [json.loads(json.dumps(document)) for document in yaml.load_all(text, yaml.CSafeLoader)]
 
 
