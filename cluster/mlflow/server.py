@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 NEEDED = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")
-OPTIONAL = ("PGPASSWORD",)
 OURS = ("--backend-store-uri", "--registry-store-uri", "--read-replica-backend-store-uri", "--app-name")
 
 
@@ -24,7 +23,7 @@ def prepare(options: Sequence[str], environment: Mapping[str, str]) -> tuple[lis
     if given := [name for name in OURS if any(option.split("=")[0] == name for option in options)]:
         raise ValueError(f"leave {given[0]} out; the PG* variables name the database, and basic auth is always on")
     environment = dict(environment)
-    for name in (*NEEDED, *OPTIONAL):
+    for name in (*NEEDED, "PGPASSWORD"):
         if path := environment.pop(f"{name}_FILE", None):
             try:
                 environment[name] = Path(path).read_text(encoding="utf-8").strip()
@@ -46,5 +45,6 @@ if __name__ == "__main__":
     try:
         command, environment = prepare(sys.argv[1:], os.environ)
     except ValueError as e:
-        sys.exit(print(f"server.py: {e}", file=sys.stderr) or 2)
+        print(f"server.py: {e}", file=sys.stderr)
+        sys.exit(2)
     os.execve(command[0], command, environment)

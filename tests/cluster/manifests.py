@@ -108,6 +108,10 @@ def _closed(schema: Any) -> Any:
     closed = {key: _closed(value) for key, value in schema.items()}
     if schema.get("x-kubernetes-int-or-string"):
         closed["type"] = ["integer", "string"]
-    if isinstance(schema.get("properties"), dict) and "type" in schema:
+    if (
+        isinstance(schema.get("properties"), dict)
+        and "type" in schema
+        and not schema.get("x-kubernetes-preserve-unknown-fields")
+    ):
         closed.setdefault("additionalProperties", False)
     return closed

@@ -90,13 +90,13 @@ def test_kubectl_renders_the_same(overlay: str):
 def test_pods_have_no_rights_they_do_not_need(documents: list[Document]):
     for name, pod in pods(documents):
         spec = pod["spec"]
+        assert spec.get("serviceAccountName", "lmu") in named(documents, "ServiceAccount"), name
         assert spec["securityContext"]["runAsNonRoot"], name
         assert spec["securityContext"]["runAsUser"] > 0, name
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}, name
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec), name
-    # The head's autoscaler asks the Kubernetes API for workers; nobody else has anything to ask it.
     asking = [name for name, pod in pods(documents) if pod["spec"].get("automountServiceAccountToken") is not False]
-    assert asking == ["RayCluster lmu"]
+    assert asking == ["RayCluster lmu"], "the head alone, whose autoscaler asks the Kubernetes API for workers"
     contexts = list(containers(documents))
     contexts.append(("autoscaler", named(documents, "RayCluster")["lmu"]["spec"]["autoscalerOptions"]))
     for name, container in contexts:

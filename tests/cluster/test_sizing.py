@@ -17,10 +17,8 @@ FLOPS_PER_SECOND = 1e14  # that a GPU is taken to keep up
 
 def table() -> str:
     """One row per job and size: what its cells of all families and budgets take, and a row for all of the job."""
-    rows = ["job | N | GPUs | ZeRO | smallest | GB per GPU | GPU-hours | hours", "---|--:|--:|--:|--:|--:|--:|--:"]
-    for job in JOBS:
-        rows += _rows(job)
-    return "".join(f"| {row} |\n" for row in rows)
+    header = "| job | N | GPUs | ZeRO | smallest | GB per GPU | GPU-hours | hours |\n|---|--:|--:|--:|--:|--:|--:|--:|\n"
+    return header + "".join(f"| {row} |\n" for job in JOBS for row in _rows(job))
 
 
 def _rows(job: str) -> Iterator[str]:
