@@ -1,0 +1,163 @@
+"""Dockerfile, launcher files, SLURM script and compose file: valid, without secrets, closed to strangers; faults are found."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import compose_spec
+import pytest
+from manifests import Document, read
+
+from lmu_dist import __version__
+from lmu_dist.cli import cli
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+DOCKERFILE, COMPOSE, SLURM = CLUSTER / "Dockerfile", CLUSTER / "mlflow" / "compose.yaml", CLUSTER / "slurm.sbatch"
+LAUNCHER_FILES = [CLUSTER / "ray-up-aws.yaml", CLUSTER / "ray-up-onprem.yaml"]
+
+
+def linted(tool: str, text: str) -> str:
+    """What a linter installed beside Python says of a text; empty if nothing."""
+    command = [Path(sys.executable).with_name(tool), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False).stdout
+
+
+def validate_launcher(config: Document) -> Document:
+    from ray.autoscaler._private.util import prepare_config, validate_config  # seconds of import
+
+    full = prepare_config(config)
+    validate_config(full)
+    return full
+
+
+def instructions(kind: str) -> list[str]:
+    """The arguments of all instructions of a kind."""
+    text = re.sub(r"\\\n", " ", re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE))
+    return re.findall(rf"^{kind} (.*)$", text, re.MULTILINE)
+
+
+def test_dockerfile_passes_its_linter():
+    assert linted("hadolint", DOCKERFILE.read_text()) == ""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"), [("FROM python", "DL3006"), ("RUN cd /opt && sudo ls", "DL3004"), ("WORKDIR opt", "DL3000")]
+)
+def test_a_fault_in_a_dockerfile_is_found(wrong: str, code: str):
+    assert code in linted("hadolint", f"{DOCKERFILE.read_text()}\n{wrong}\n")
+
+
+def test_image_runs_as_nobody_special_and_has_only_what_it_copies():
+    assert instructions("USER") == ["1000:1000"]
+    assert re.search(r"^BASE=\S+:\d+\.\d+\.\d+-\S+$", "\n".join(instructions("ARG")), re.MULTILINE)
+    copied = {source.rstrip("/") for line in instructions("COPY") for source in line.split()[:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    within = {source for source in copied if any(source == a or source.startswith(f"{a}/") for a in allowed)}
+    assert within == copied
+    assert {a for a in allowed if any(source == a or source.startswith(f"{a}/") for source in copied)} == allowed
+    assert all((ROOT / source).exists() for source in copied)
+
+
+def test_image_finds_ninja_also_in_login_shells_and_asks_for_a_token():
+    [settings] = instructions("ENV")
+    assert "PATH=/opt/venv/bin:$PATH" in settings
+    assert 'echo "PATH=/opt/venv/bin:\\$PATH" >/etc/profile.d/' in "".join(instructions("RUN"))
+    assert "RAY_AUTH_MODE=token" in settings
+
+
+@pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
+def test_launcher_files_are_valid_and_install_nothing_at_start(path: Path):
+    full = validate_launcher(*read(path.read_text()))
+    assert [full[f"{which}setup_commands"] for which in ("", "head_", "worker_")] == [[], [], []]
+    for image in (full["docker"]["image"], full["docker"]["head_image"]):
+        assert image.rpartition(":")[2] in (f"{__version__}-cpu", f"{__version__}-cuda")
+
+
+@pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
+def test_launched_clusters_ask_for_a_token_and_show_the_dashboard_to_nobody(path: Path):
+    [config] = read(path.read_text())
+    starts = [c for c in config["head_start_ray_commands"] + config["worker_start_ray_commands"] if "ray start" in c]
+    assert all("RAY_AUTH_MODE=token" in command for command in starts)
+    assert any("--dashboard-host=127.0.0.1" in command and "--num-cpus=0" in command for command in starts)
+    assert not any(re.search(r"AUTH_TOKEN=|PASSWORD|SECRET", command) for command in starts)
+    assert config["file_mounts"]["/home/lmu/.ray/auth_token"].startswith("~/")
+    rules = config["provider"].get("security_group", {}).get("IpPermissions", [])
+    assert not any(r["CidrIp"] == "0.0.0.0/0" for rule in rules for r in rule["IpRanges"])
+
+
+def test_spot_workers_come_from_nothing():
+    types = validate_launcher(*read(LAUNCHER_FILES[0].read_text()))["available_node_types"]
+    assert types["head"]["resources"]["CPU"] == 0
+    assert types["gpu"]["min_workers"] == 0 < types["gpu"]["max_workers"]
+    assert types["gpu"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+
+
+@pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("section", ["", "docker", "auth"])
+def test_a_fault_in_a_launcher_file_is_found(path: Path, section: str):
+    [config] = read(path.read_text())
+    (config[section] if section else config)["imagee"] = "x"
+    with pytest.raises(Exception, match="imagee"):
+        validate_launcher(config)
+
+
+def test_slurm_script_passes_its_linter():
+    assert linted("shellcheck", SLURM.read_text()) == ""
+
+
+@pytest.mark.parametrize("wrong", ["cd $HOME/x y", 'if [ "$a" == b ]; then', "echo $undefined_here"])
+def test_a_fault_in_a_shell_script_is_found(wrong: str):
+    assert linted("shellcheck", f"{SLURM.read_text()}\n{wrong}\n")
+
+
+def test_slurm_script_keeps_its_token_and_names_a_command():
+    text = SLURM.read_text()
+    assert text.index("umask 077") < text.index('>"$RAY_AUTH_TOKEN_PATH"')
+    assert "RAY_AUTH_TOKEN=" not in text
+    last = shlex.split(text.replace("\\\n", " ").rstrip().splitlines()[-1])
+    program, command, *_ = last[last.index("--") + 1 :]
+    assert (program, command in cli.commands) == ("lmu-dist", True)
+
+
+def test_compose_file_is_valid():
+    compose_spec.PyCompose.from_yaml(COMPOSE.read_text())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("restart:", "restrt:"),
+        lambda text: text.replace("interval:", "intervall:"),
+        lambda text: text.replace("service_healthy", "service_helthy"),
+    ],
+)
+def test_a_fault_in_a_compose_file_is_found(change: Callable[[str], str]):
+    with pytest.raises(ValueError, match="services"):
+        compose_spec.PyCompose.from_yaml(change(COMPOSE.read_text()))
+
+
+def test_composed_services_are_closed_to_strangers_and_told_no_secret():
+    [compose] = read(COMPOSE.read_text())
+    for name, service in compose["services"].items():
+        assert service["user"] == "1000:1000", name
+        assert service["cap_drop"] == ["ALL"], name
+        assert {"cpus", "memory"} == set(service["deploy"]["resources"]["limits"]), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        secret = {key for key in service["environment"] if re.search("PASSWORD|SECRET", key)}
+        assert secret, name
+        assert all(key.endswith("_FILE") for key in secret), name
+        assert set(service["secrets"]) <= set(compose["secrets"]), name
+    told = (CLUSTER / "README.md").read_text()
+    for secret in compose["secrets"].values():
+        assert secret["file"].startswith("${HOME}/.lmu-dist/"), "outside the repository, so that nothing packs it"
+        assert Path(secret["file"]).name in told
+
+
+def test_readme_names_files_that_are_there():
+    text = (CLUSTER / "README.md").read_text()
+    for name in re.findall(r"\]\(([\w./-]+)\)", text) + re.findall(r"(?:cluster|jobs|tests)/[\w/-]+\.\w+", text):
+        assert (CLUSTER / name).exists() or (ROOT / name).exists(), name
