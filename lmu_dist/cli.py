@@ -205,10 +205,10 @@ def submit(config: str, overrides: tuple[str, ...], address: str | None, command
     _tell(drafted.notes)
     client = cluster.connect(address)
     name, new = cluster.submit(client, drafted)
-    _tell([] if new else [f"{name} has the same content and has not ended: nothing was submitted"])
+    print(f"job         {name}{'' if new else ', there already with the same content: not submitted again'}")
     if follow:
         return _follow(client, name)
-    print(f"job         {name}\nfollow      lmu-dist jobs follow {name} --address {client.get_address()}")
+    print(f"follow      lmu-dist jobs follow {name} --address {client.get_address()}")
     return 0
 
 

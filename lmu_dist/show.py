@@ -91,7 +91,7 @@ def jobs(rows: "Sequence[Job]") -> None:
     """The table of a cluster's jobs."""
     table = _table("job", "status", "started (UTC)", "time", "config", "commit", "remark")
     for row in rows:
-        commit = row.git_commit[:8] + ("+" if row.git_dirty == "true" else "")
+        commit = row.git_commit[:8] + "+" * row.git_dirty
         started = row.started.removesuffix("+00:00").replace("T", " ")
         table.add_row(row.id, row.status, started, _duration(row.seconds), row.config, commit, row.message)
     _print(table)

@@ -29,6 +29,7 @@ REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 SILENCE_SECONDS = 60.0  # of a log, after which its connection is made anew: it may be dead
 PAUSES_SECONDS = (1.0, 30.0)  # between two attempts to reach a cluster that is away: at first, at most
+MOST_UNREAD = 5  # attempts to read the log of a job that has ended
 Listener = Callable[[str], None]
 
 for _name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):  # which tell of every upload and close
@@ -53,7 +54,7 @@ class Job:
     experiment: str
     config: str
     git_commit: str
-    git_dirty: str
+    git_dirty: bool
     started: str
     seconds: float | None
     message: str
@@ -134,13 +135,9 @@ def submit(client: Client, drafted: Draft) -> tuple[str, bool]:
         )
     except AwayError:
         # Perhaps it arrived and only the answer was lost; or another took the name a moment before.
-        try:
-            client.get_job_info(new)
-        except (AwayError, UnknownJobError):
-            pass
-        else:
-            return new, False
-        raise
+        if new not in {job.submission_id for job in client.list_jobs()}:
+            raise
+        return new, False
     return new, True
 
 
@@ -168,14 +165,16 @@ def follow(client: Client, name: str, write: Listener, tell: Listener) -> Job | 
     Tells when the cluster goes away and when it is back. Returns the job, or None if the cluster came back without it.
     Raises UnknownJobError if it never had it.
     """
-    log, known, pause = _Log(client.get_address(), write, tell), False, PAUSES_SECONDS[0]
+    log, known, unread, pause = _Log(client.get_address(), write, tell), False, 0, PAUSES_SECONDS[0]
     while True:
+        job, ended = None, False
         try:
-            log.rewind(client.get_job_info(name).start_time)
-            known = True
+            job = client.get_job_info(name)
+            known, ended = True, job.status.is_terminal()
+            log.rewind(job.start_time)
             asyncio.run(_tail(client, name, log))
             job = client.get_job_info(name)
-            if job.status.is_terminal() and log.whole:
+            if log.whole and job.status.is_terminal():
                 return _row(job)
             pause = PAUSES_SECONDS[0]
         except UnknownJobError:
@@ -183,6 +182,10 @@ def follow(client: Client, name: str, write: Listener, tell: Listener) -> Job | 
                 raise
             return None
         except AwayError as e:
+            unread += ended
+            if job is not None and unread == MOST_UNREAD:  # as when the node with the log is gone
+                tell(f"{e}; the rest of it cannot be read")
+                return _row(job)
             pause = min(2 * pause, PAUSES_SECONDS[1]) if log.away else PAUSES_SECONDS[0]
             log.lost(e)
         time.sleep(pause)
@@ -220,7 +223,7 @@ class _Log:
     def lost(self, error: Exception) -> None:
         """Says once that the log broke off."""
         if not self.away:
-            self._tell(f"{error}; waiting for it, the job goes on meanwhile")
+            self._tell(f"{error}; waiting until the cluster answers")
         self.away = True
 
     def _back(self) -> None:
@@ -253,7 +256,7 @@ def _row(job: JobDetails) -> Job:
         experiment=facts.get("experiment", ""),
         config=facts.get("config", ""),
         git_commit=facts.get("git_commit", ""),
-        git_dirty=facts.get("git_dirty", ""),
+        git_dirty=facts.get("git_dirty") == "true",
         started=datetime.fromtimestamp(job.start_time / 1000, UTC).isoformat(timespec="seconds") if job.start_time else "",
         seconds=(until - job.start_time) / 1000 if job.start_time else None,
         message=(job.message or "").partition("\n")[0] if job.status in (JobStatus.FAILED, JobStatus.STOPPED) else "",

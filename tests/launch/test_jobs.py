@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -283,7 +284,7 @@ def test_what_has_not_ended_is_not_submitted_again(fake: Fake, folder: Path, cap
     assert submit(client, job) == (job.name, True)
     assert main(["submit", "job.yaml", "--address", fake.address, "--follow"]) == 0
     said = capfd.readouterr()
-    assert "has not ended: nothing was submitted" in said.err
+    assert "not submitted again" in said.out
     assert LOG in said.out
 
 
@@ -321,6 +322,18 @@ def test_a_log_is_whole_whatever_happens_to_the_connection(fake: Fake, folder: P
     follow(client, name, written.append, told.append)
     assert "".join(written) == LOG
     assert told == []
+
+
+def test_the_end_of_a_job_is_told_though_its_log_cannot_be_read(fake: Fake, folder: Path):
+    client = connect(fake.address)
+    name, _ = submit(client, drafted(folder))
+    fake.end("FAILED")
+    fake.cuts, written, told = [300] * 10, list[str](), list[str]()
+    ended = follow(client, name, written.append, told.append)
+    assert "".join(written) == LOG[:300]
+    assert ended is not None
+    assert ended.status == "FAILED"
+    assert "cannot be read" in told[-1]
 
 
 def test_a_cluster_that_was_started_anew_is_told_from_one_that_is_away(fake: Fake, folder: Path, capfd, monkeypatch):
@@ -372,14 +385,12 @@ def test_progress_in_a_log_has_a_line_when_it_says_more_and_now_and_then(monkeyp
 
 
 @pytest.fixture
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def head() -> Iterator[str]:
     """A Ray head with a dashboard and a token, on ports of its own, as `ray start` gives; the dashboard's address."""
     ports = [_free_port() for _ in range(4)]
     names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port")
     options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-    scratch = tmp_path_factory.mktemp("r")
-    # Ray's sockets bear no long paths.
-    short = Path("/tmp") / f"lmu{os.getpid()}"
+    scratch = tempfile.mkdtemp(prefix="lmu")  # Ray's sockets bear no long paths
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_API_SERVER_ADDRESS")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = subprocess.Popen(
@@ -391,7 +402,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             "--head",
             "--block",
             "--num-cpus=2",
-            f"--temp-dir={short}",
+            f"--temp-dir={scratch}",
             *options,
         ],
         env=environment,
@@ -413,7 +424,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             with suppress(psutil.NoSuchProcess):
                 member.kill()
         process.wait()
-        shutil.rmtree(short, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _free_port() -> int:
@@ -427,7 +438,6 @@ def _listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.timeout(180)
 def test_a_job_runs_on_a_cluster_with_the_code_that_was_sent(head: str, folder: Path, monkeypatch, capfd):
     shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(folder / "lmu_dist" / "__init__.py", "a") as file:
@@ -448,7 +458,7 @@ def test_a_job_runs_on_a_cluster_with_the_code_that_was_sent(head: str, folder: 
         assert "RAY_AUTH_TOKEN" in refused.stderr
     assert main(["submit", "job.yaml", "--address", head, "--follow"]) == 0
     said = capfd.readouterr()
-    assert "has not ended: nothing was submitted" in said.err
+    assert "not submitted again" in said.out
     assert "the code that was sent" in said.out
     assert "complete    lmu-3k-25.6k-s0-" in said.out
     assert main(["jobs", "list", "--json", "--address", head]) == 0
