@@ -10,16 +10,21 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lmu_dist import __version__, show
-from lmu_dist.config import ConfigError, FailedError, Folder, load, open_folder
+from lmu_dist.config import Config, ConfigError, FailedError, Folder, load, open_folder, with_settings
 from lmu_dist.storage import local_first
+
+if TYPE_CHECKING:
+    from lmu_dist.launch.jobs import Client
 
 job = click.argument("config")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+at = click.option("--address", metavar="URL", help="The cluster's dashboard; else $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -61,7 +66,7 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Text to packed token rows; resumable; skips what is done."""
     from lmu_dist.launch.corpus import prepared
 
-    merged = load(config, overrides)
+    merged = _load(config, overrides)
     with show.bars() as bars:
         corpus = prepared(merged, bars.show)
     manifest = corpus.manifest
@@ -81,7 +86,7 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @as_json
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """One run on the cluster (or a local one started for it); resumable; skips what is done."""
-    merged = load(config, overrides)
+    merged = _load(config, overrides)
     from lmu_dist.launch.trainer import train as train_run
 
     with show.bars() as bars:
@@ -117,7 +122,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
 @as_json
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
     """Every missing cell of a size x token x family x seed grid, exactly once; resumable."""
-    merged = load(config, overrides)
+    merged = _load(config, overrides)
     from lmu_dist.launch.ladder import ladder as run_ladder
 
     with show.bars() as bars:
@@ -141,13 +146,13 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_j
 @as_json
 def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) -> int:
     """Hyper-parameter search with ASHA, per family and size; writes the winners as a YAML fragment for ladders."""
-    merged = load(config, overrides)
+    merged = _load(config, overrides)
     from lmu_dist.launch.tune import tune as search
     from lmu_dist.launch.winners import sensitivity, write_winners
 
     with show.bars() as bars:
         searches, notes = search(merged, _tracking_uri(), bars.show)
-    winners = open_folder(output)
+    winners = open_folder(_place(output))
     figure = winners.with_suffix(".png")
     with local_first(winners.parent) as folder:
         write_winners(folder / winners.name, merged, searches)
@@ -167,7 +172,7 @@ def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) ->
 @as_json
 def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool) -> None:
     """The whole ladder without running it: cells, parameters, FLOPs, memory, time, cost, and what it could tell."""
-    merged = load(config, overrides)
+    merged = _load(config, overrides)
     from lmu_dist.planning.cost import plan as cost_of
     from lmu_dist.planning.power import power
 
@@ -181,6 +186,74 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
         print(json.dumps({"cells": [asdict(line) for line in costs.lines], "power": asdict(told), **costs.totals()}))
     else:
         show.plan(costs, told, merged.plan)
+
+
+@cli.command()
+@job
+@settings
+@at
+@click.option(
+    "--command", type=click.Choice(["ladder", "tune", "train"]), help="Default: what CONFIG has a section for, else train."
+)
+@click.option("--follow", is_flag=True, help="Print the job's log until it ends; Ctrl-C leaves the job running.")
+def submit(config: str, overrides: tuple[str, ...], address: str | None, command: str | None, follow: bool) -> int:
+    """Send the current folder to a cluster and run a command there as a Ray job; the same again goes on with it."""
+    merged = load(config, overrides)
+    from lmu_dist.launch import jobs as cluster
+    from lmu_dist.launch.submission import draft
+
+    drafted = draft(merged, Path(config), overrides, command, Path.cwd())
+    show.package(drafted.package)
+    _tell(drafted.notes)
+    client = cluster.connect(address)
+    name, new = cluster.submit(client, drafted)
+    print(f"job         {name}{'' if new else ', there already with the same content: not submitted again'}")
+    if follow:
+        return _follow(client, name)
+    print(f"follow      lmu-dist jobs follow {name} --address {client.get_address()}")
+    return 0
+
+
+@cli.group()
+def jobs() -> None:
+    """The jobs of a cluster: list, follow and stop them."""
+
+
+@jobs.command("list")
+@at
+@as_json
+def list_jobs(address: str | None, as_json: bool) -> None:
+    """All jobs the cluster knows, latest first."""
+    from lmu_dist.launch.jobs import connect, listed
+
+    rows = listed(connect(address))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        show.jobs(rows)
+
+
+@jobs.command("follow")
+@click.argument("name", metavar="ID")
+@at
+def follow_job(name: str, address: str | None) -> int:
+    """Print a job's log until it ends, whatever happens to the connection; Ctrl-C leaves the job running.
+
+    Exit code: 0 it succeeded, 1 it did not, or is not followed to its end.
+    """
+    from lmu_dist.launch.jobs import connect
+
+    return _follow(connect(address), name)
+
+
+@jobs.command("stop")
+@click.argument("name", metavar="ID")
+@at
+def stop_job(name: str, address: str | None) -> None:
+    """Interrupt a job, as Ctrl-C would, and wait for its end."""
+    from lmu_dist.launch.jobs import connect, stop
+
+    show.job(stop(connect(address), name))
 
 
 @cli.command()
@@ -220,12 +293,12 @@ def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
     from lmu_dist.tracking.store import Store
 
     set_client_limits()
-    with show.bars() as bars, local_first(open_folder(output)) as folder:
+    with show.bars() as bars, local_first(open_folder(_place(output))) as folder:
         written = write_report(Store(_tracking_uri()), experiment, folder, any_code, bars.show)
     if as_json:
         print(json.dumps(written.results))
     else:
-        show.report(written, open_folder(output))
+        show.report(written, open_folder(_place(output)))
 
 
 @cli.command()
@@ -300,10 +373,47 @@ def export(run: str, folder: str) -> None:
     print(f"wrote {folder}: model.safetensors, config.json, tokenizer.json; read back, logits equal")
 
 
+def _root() -> str:
+    """What relative names of storage and results are relative to: $LMU_DIST_HOME, else this folder; not that of a Ray job, which
+    Ray deletes.
+    """
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return os.environ.get("LMU_DIST_HOME") or str(Path.home() / "lmu-dist" if in_job else Path.cwd())
+
+
+def _place(name: str) -> str:
+    return name if "://" in name or Path(name).expanduser().is_absolute() else f"{_root().rstrip('/')}/{name}"
+
+
+def _load(path: str, overrides: Sequence[str]) -> Config:
+    config = load(path, overrides)
+    return with_settings(config, {"storage": _place(config.storage)})
+
+
 def _tracking_uri() -> str:
     from lmu_dist.tracking.store import default_uri
 
-    return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path.cwd())
+    if given := os.environ.get("MLFLOW_TRACKING_URI"):
+        return given
+    folder = Path.cwd() if "://" in _root() else Path(_root())
+    folder.mkdir(parents=True, exist_ok=True)
+    return default_uri(folder)
+
+
+def _follow(client: "Client", name: str) -> int:
+    """Follows a job to its end. Exit code 0 if it succeeded."""
+    from lmu_dist.launch.jobs import follow
+
+    try:
+        ended = follow(client, name, show.log, lambda said: _tell([said]))
+    except KeyboardInterrupt:
+        _tell([f"the job goes on; lmu-dist jobs follow {name} --address {client.get_address()} follows it again"])
+        return 1
+    if ended is None:
+        _tell([f"the cluster was started anew and knows no {name}: submit the same again, it goes on from what is on record"])
+        return 1
+    show.job(ended)
+    return 0 if ended.status == "SUCCEEDED" else 1
 
 
 def _run_folder(run: str) -> Folder:
