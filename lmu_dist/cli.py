@@ -374,8 +374,8 @@ def export(run: str, folder: str) -> None:
 
 
 def _root() -> str:
-    """What relative names of storage and results are relative to: $LMU_DIST_HOME, else this folder; not that of a Ray job, which
-    Ray deletes.
+    """What relative names of storage and results are relative to: $LMU_DIST_HOME, else this folder, unless it is that of a Ray
+    job, which Ray deletes.
     """
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return os.environ.get("LMU_DIST_HOME") or str(Path.home() / "lmu-dist" if in_job else Path.cwd())

@@ -21,9 +21,7 @@ STEPS = 2000
 
 
 @pytest.mark.timeout(600)
-def test_all_of_it_on_s3(
-    corpus_glob: str, bucket: str, tmp_path: Path, machine, capfd: pytest.CaptureFixture[str], monkeypatch
-):
+def test_all_of_it_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine, capfd, monkeypatch):
     job, storage = tmp_path / "job.yaml", f"{bucket}/{tmp_path.name}"
     tree = {
         "experiment": "on-s3",
@@ -63,7 +61,7 @@ def test_all_of_it_on_s3(
     for finished_store, run_id in ((store, run.info.run_id), (Store(undisturbed.tracking_uri), undisturbed.run_id)):
         points = finished_store.client.get_metric_history(run_id, records.TRAIN_LOSS)
         assert sorted(p.step for p in points) == list(range(STEPS))
-    assert "attempt" in " ".join(store.client.get_run(run_id := run.info.run_id).data.tags)
+    run_id = run.info.run_id
     assert store.client.get_run(run_id).data.tags["lmu.attempt"] == "2"
 
     capfd.readouterr()

@@ -1,0 +1,89 @@
+"""Workers come and go on Ray: a node is lost for good, later another joins; the loss curve is that of two workers all along."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from lmu_dist import records
+from lmu_dist.config import load
+from lmu_dist.launch.claim import Finished
+from lmu_dist.launch.trainer import train
+from lmu_dist.tracking.store import Store, default_uri
+
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
+STEPS = 3000
+JOB = """
+experiment: elastic
+data: {{source: files, files: ["{corpus}"], tokenizer: {{vocab_tokens: 400}}}}
+model: {{n_params: 30000}}
+train: {{tokens: {tokens}, batch_tokens: 1024, sequence_tokens: 64, warmup_tokens: 20000, learning_rate: 3e-3,
+         eval_every_tokens: 512000, eval_tokens: 2048}}
+cluster: {{n_workers: 2, min_workers: 1, checkpoint_every_steps: 50}}
+"""
+
+
+def wait_until(what: Any, seconds: float = 240) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.timeout(1200)
+def test_a_run_goes_on_with_one_worker_and_again_with_two(corpus_glob: str, tmp_path: Path):
+    job = tmp_path / "job.yaml"
+    job.write_text(JOB.format(corpus=corpus_glob, tokens=STEPS * 1024))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
+    ray.init(cluster.address, log_to_driver=False)
+    try:
+        calm = train(load(job, [f"storage={tmp_path / 'calm'}"]), default_uri(tmp_path / "calm"))
+
+        latest, ended = {"step": 0.0}, list[Finished | BaseException]()
+        uri = default_uri(tmp_path / "rough")
+
+        def run() -> None:
+            try:
+                ended.append(train(load(job, [f"storage={tmp_path / 'rough'}"]), uri, listener=latest.update))
+            except BaseException as e:
+                ended.append(e)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        wait_until(lambda: latest["step"] > 200 or ended)
+        cluster.remove_node(nodes.pop(), allow_graceful=False)
+        store = Store(uri)
+
+        def workers() -> str:
+            [found] = store.runs("elastic")
+            return found.data.tags["lmu.attempt"] + ":" + found.data.tags["lmu.n_workers"]
+
+        wait_until(lambda: workers() == "2:1" or ended)
+        alone_from = latest["step"]
+        wait_until(lambda: latest["step"] > alone_from + 200 or ended)
+        cluster.add_node(num_cpus=1)
+        wait_until(lambda: workers() == "3:2" or ended)
+        together_from = latest["step"]
+        assert together_from < STEPS - 100
+        thread.join()
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    [rough] = ended
+    assert isinstance(rough, Finished), rough
+
+    def losses(finished: Finished) -> list[float]:
+        points = Store(finished.tracking_uri).client.get_metric_history(finished.run_id, records.TRAIN_LOSS)
+        assert sorted(p.step for p in points) == list(range(STEPS))  # each step heard once
+        return [p.value for p in sorted(points, key=lambda p: p.step)]
+
+    apart = [abs(a - b) for a, b in zip(losses(calm), losses(rough), strict=True)]
+    print(f"alone from step {alone_from:.0f}, together from {together_from:.0f}; largest difference {max(apart):.2e} nats")
+    assert max(apart[: int(alone_from)]) < 1e-4
+    assert max(apart) < 0.02
+    assert rough.record.val_loss_nats == pytest.approx(calm.record.val_loss_nats, abs=0.005)
