@@ -10,7 +10,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lmu_dist import records
-from lmu_dist.config import load
+from lmu_dist.config import ConfigError, FailedError, load
 from lmu_dist.launch.claim import Finished
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
@@ -38,19 +38,21 @@ def wait_until(what: Any, seconds: float = 240) -> None:
 def test_a_run_goes_on_with_one_worker_and_again_with_two(corpus_glob: str, tmp_path: Path):
     job = tmp_path / "job.yaml"
     job.write_text(JOB.format(corpus=corpus_glob, tokens=STEPS * 1024))
+    for name in ("calm", "rough"):
+        (tmp_path / name).mkdir()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     nodes = [cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)]
     ray.init(cluster.address, log_to_driver=False)
     try:
         calm = train(load(job, [f"storage={tmp_path / 'calm'}"]), default_uri(tmp_path / "calm"))
 
-        latest, ended = {"step": 0.0}, list[Finished | BaseException]()
+        latest, ended = {"step": 0.0}, list[Finished | Exception]()
         uri = default_uri(tmp_path / "rough")
 
         def run() -> None:
             try:
                 ended.append(train(load(job, [f"storage={tmp_path / 'rough'}"]), uri, listener=latest.update))
-            except BaseException as e:
+            except (ConfigError, FailedError, OSError) as e:
                 ended.append(e)
 
         thread = threading.Thread(target=run)

@@ -33,6 +33,7 @@ def test_all_of_it_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine,
     }
     tree["train"] |= {"eval_every_tokens": 25_600, "eval_tokens": 512}
     job.write_text(json.dumps(tree))
+    (tmp_path / "runs").mkdir()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(tmp_path))
     undisturbed = train(load(job, [f"storage={tmp_path / 'runs'}"]), default_uri(tmp_path / "runs"))
 
