@@ -36,11 +36,12 @@ test: setup ## tests, some twenty minutes on two cores
 test-all: setup ## also the slow tests
 	$(BIN)/pytest
 
-check: setup ## format, lint, types, import rules
+check: setup ## format, lint, types, import rules, known holes
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tests/audit.py
 
 bench: setup ## speed of this machine, as JSON
 	$(BIN)/python benchmarks/prepare.py

@@ -127,6 +127,7 @@ class ClusterConfig:
     address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, else a local one for this command
     n_workers: Count = 2
     min_workers: Count | None = None  # go on with as few while there is no room for all; None: wait for room
+    wait_seconds: Natural = 0  # for a cluster that scales itself to make room, before a run that has none is refused
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1

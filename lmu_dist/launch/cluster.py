@@ -6,10 +6,12 @@ import secrets
 import shutil
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
 from lmu_dist.config import Config, ConfigError
@@ -38,11 +40,8 @@ def cluster(configs: Sequence[Config]) -> Iterator[None]:
     else a local one until the end. Raises ConfigError when the workers of one can never fit. While it is held, what Ray says on
     stdout goes to stderr: stdout is for results.
     """
-    if ray.is_initialized():
-        _check_all_fit(configs)
-        yield
-        return
     with joined(configs[0]):
+        _wait_for_room(configs)
         _check_all_fit(configs)
         with redirect_stdout(sys.stderr):
             yield
@@ -99,6 +98,16 @@ def _knock(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
 
 
+def _wait_for_room(configs: Sequence[Config]) -> None:
+    """Asks a cluster that scales itself for what the largest of the runs takes, and waits as long as they allow."""
+    largest = max(configs, key=lambda config: config.cluster.n_workers)
+    deadline = time.monotonic() + largest.cluster.wait_seconds
+    if room(largest) < largest.cluster.n_workers and largest.cluster.wait_seconds:
+        request_resources(bundles=[_each(largest)] * largest.cluster.n_workers)
+    while room(largest) < largest.cluster.n_workers and time.monotonic() < deadline:
+        time.sleep(2)
+
+
 def _check_all_fit(configs: Sequence[Config]) -> None:
     nodes = _nodes()
     for config in configs:
@@ -123,5 +132,6 @@ def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
         raise ConfigError(
             f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "
             f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
-            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster"
+            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster; one that scales itself "
+            "needs cluster.wait_seconds"
         )

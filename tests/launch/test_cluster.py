@@ -1,0 +1,34 @@
+"""Room for runs: a cluster that scales itself is asked and waited for, another refuses at once."""
+
+import time
+
+import pytest
+
+from lmu_dist.config import ClusterConfig, Config, ConfigError
+from lmu_dist.launch import cluster as clusters
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """The nodes of a cluster this process is in; what is asked of its autoscaler comes at once."""
+    found = [{"CPU": 0.0}]
+    monkeypatch.setattr(clusters.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(clusters, "_nodes", lambda: found)
+    monkeypatch.setattr(clusters, "request_resources", lambda bundles: found.extend(dict(b) for b in bundles))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    return found
+
+
+def test_a_cluster_at_zero_grows(nodes: list[dict[str, float]]):
+    config = Config(cluster=ClusterConfig(n_workers=4, wait_seconds=600))
+    with clusters.cluster([Config(), config]):
+        assert clusters.room(config) == 4
+
+
+def test_a_cluster_that_stays_small_is_said(nodes: list[dict[str, float]]):
+    config = Config(cluster=ClusterConfig(n_workers=4, min_workers=2))
+    with pytest.raises(ConfigError, match=r"n_workers=4 .* room for \(0; .*wait_seconds"), clusters.cluster([config]):
+        pass
+    nodes.append({"CPU": 2.0})
+    with clusters.cluster([config]):  # two are enough to begin with
+        assert clusters.room(config) == 2
