@@ -82,8 +82,8 @@ class Store:
             experiments = self._experiments()
             return self._search(experiments, f"tags.`{KEY}` = '{key}'") if experiments else []
 
-    def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str, place: str) -> str:
-        """A new child run of a study, tagged with its key, its folder, and where the locks of its drivers are."""
+    def create_run(self, experiment_id: str, study_id: str, name: str, key: str, folder: str, place: str = "") -> str:
+        """A new child run of a study, tagged with its key, its folder, and where its drivers have their locks (there, too)."""
         with self._answering():
             tags = {
                 PARENT: study_id,
