@@ -37,6 +37,10 @@ class BusyError(ConfigError):
     """Another driver works on the cell."""
 
 
+class PerhapsGoneError(BusyError):
+    """Another driver gave a sign of life a moment ago; if it is gone, SILENCE_SECONDS will tell."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """A run that ended, for the summary."""
@@ -155,7 +159,7 @@ def open_run(cell: Cell, store: Store, study: str) -> str:
     try:
         run = store.find_run(cell.key)
         if run is not None and _is_alive_elsewhere(cell, run):
-            raise BusyError(f"{cell.name} is being run in {_place_of(run)}; wait for it")
+            raise PerhapsGoneError(f"{cell.name} is being run in {_place_of(run)}; wait for it")
         if run is not None:
             run_id = run.info.run_id
             if _place_of(run) not in (None, _place(cell)):

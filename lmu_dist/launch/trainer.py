@@ -3,17 +3,21 @@
 `train` does what `lmu-dist train` does; progress goes to a listener, so nothing here prints.
 """
 
+import time
+
 from lmu_dist.config import Config
 from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import make_cell
-from lmu_dist.launch.claim import Finished
+from lmu_dist.launch.claim import Finished, PerhapsGoneError
 from lmu_dist.launch.cluster import check_before, cluster
 from lmu_dist.launch.corpus import prepared
 from lmu_dist.launch.series import Listener, run_series
 from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import SILENCE_SECONDS, Store
+
+PAUSE_SECONDS = 5.0  # between two looks at whether another driver is gone
 
 
 def train(
@@ -34,6 +38,14 @@ def train(
         return done
     with claim.alone(cell):  # nobody is writing the checkpoints
         claim.check_resumable(cell)
+    deadline = time.monotonic() + SILENCE_SECONDS + PAUSE_SECONDS
     with cluster([config]):
-        [finished] = run_series([cell], store, listener=listener)
-    return finished
+        while True:
+            try:
+                [finished] = run_series([cell], store, listener=listener)
+                return finished
+            except PerhapsGoneError:
+                if time.monotonic() > deadline:
+                    raise
+                progress("waiting for a driver elsewhere that may be gone", 0, 1)
+                time.sleep(PAUSE_SECONDS)
