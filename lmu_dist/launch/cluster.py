@@ -132,6 +132,6 @@ def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
         raise ConfigError(
             f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "
             f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
-            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster; one that scales itself "
-            "needs cluster.wait_seconds"
+            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster (one that scales "
+            "itself needs cluster.wait_seconds)"
         )
