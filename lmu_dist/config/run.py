@@ -128,6 +128,7 @@ class ClusterConfig:
     n_workers: Count = 2
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # workers on few nodes, on many, or on a node each
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     micro_batch_rows: Count | None = None  # rows of one forward pass; None: the worker's whole share
     max_failures: Natural = 3  # restarts after a lost worker

@@ -9,7 +9,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import RayError
 
 from lmu_dist.config import Config, ConfigError
@@ -23,7 +27,7 @@ def check_before(configs: Sequence[Config]) -> None:
     if address is not None:
         try:
             _knock(address)
-        except OSError as e:
+        except (OSError, RayError) as e:
             raise _unreachable(address, e) from e
     elif not configs[0].cluster.gpus_per_worker:
         for config in configs:
@@ -72,7 +76,7 @@ def _address(config: Config) -> str | None:
 def _unreachable(address: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"cannot join a Ray cluster at {address}: {' '.join(str(error).split())[:200]}; start it, or leave cluster.address "
-        "out; set RAY_AUTH_TOKEN to its token, or RAY_AUTH_MODE=disabled if it has none"
+        "out; set RAY_AUTH_TOKEN to its token (RAY_AUTH_TOKEN_PATH to a file with it), or RAY_AUTH_MODE=disabled if it has none"
     )
 
 
@@ -82,10 +86,20 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port: Ray itself would try for five minutes."""
+    """Raises OSError if nobody listens at host:port, or not to this token: Ray itself would go on trying, for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not (host and port.isdigit()):
+        return
+    socket.create_connection((host, int(port)), timeout=10).close()
+    if address.startswith("ray://"):
+        return  # another protocol
+    channel = init_grpc_channel(address)
+    try:
+        NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
+    except grpc.RpcError as e:
+        raise OSError(e.details() if isinstance(e, grpc.Call) else str(e)) from e
+    finally:
+        channel.close()
 
 
 def _check_all_fit(configs: Sequence[Config]) -> None:
@@ -102,7 +116,11 @@ def _each(config: Config) -> dict[str, int]:
 
 def _room(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
     """A worker lives on one node: each node holds as many as its scarcest resource allows."""
-    return sum(min(int(node.get(name, 0) // n) for name, n in _each(config).items()) for node in nodes)
+    return sum(_fitting(config, node) for node in nodes)
+
+
+def _fitting(config: Config, node: Mapping[str, float]) -> int:
+    return min(int(node.get(name, 0) // n) for name, n in _each(config).items())
 
 
 def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -113,4 +131,10 @@ def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
             f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "
             f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
             "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster"
+        )
+    apart = sum(_fitting(config, node) > 0 for node in nodes)
+    if wanted.placement == "STRICT_SPREAD" and apart < wanted.n_workers:
+        raise ConfigError(
+            f"cluster.placement=STRICT_SPREAD wants a node for each of {wanted.n_workers} workers, and {apart} of the "
+            f"{len(nodes)} nodes could hold one; set cluster.placement=SPREAD, or use a larger cluster"
         )
