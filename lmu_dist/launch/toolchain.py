@@ -32,8 +32,8 @@ class KernelBaton:
 
 
 def prepare_builds() -> None:
-    """Makes builds of torch extensions work, and end, in this process. Programs that build in the same folder at the same time and
-    did not call this are not waited for.
+    """Makes builds of torch extensions work, and end, in this process. Programs that build in the same folder without having
+    called this are not waited for.
     """
     # A worker is started by its interpreter's full path; ninja stands beside it, and need not be on PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -14,5 +14,5 @@ def test_workers_on_a_node_each_need_as_many_nodes():
 
 
 def test_a_cluster_that_is_not_there_is_named_at_once():
-    with pytest.raises(ConfigError, match="cannot join a Ray cluster at 127.0.0.1:9"):
+    with pytest.raises(ConfigError, match=r"cannot join a Ray cluster at 127\.0\.0\.1:9"):
         check_before([parse({"cluster": {"address": "127.0.0.1:9"}})])
