@@ -10,16 +10,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lmu_dist import __version__, show
 from lmu_dist.config import ConfigError, FailedError, load
 
+if TYPE_CHECKING:
+    from lmu_dist.launch.jobs import Client
+
 job = click.argument("config")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+at = click.option("--address", metavar="URL", help="The cluster's dashboard; else $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -180,6 +184,74 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
         print(json.dumps({"cells": [asdict(line) for line in costs.lines], "power": asdict(told), **costs.totals()}))
     else:
         show.plan(costs, told, merged.plan)
+
+
+@cli.command()
+@job
+@settings
+@at
+@click.option(
+    "--command", type=click.Choice(["ladder", "tune", "train"]), help="Default: what CONFIG has a section for, else train."
+)
+@click.option("--follow", is_flag=True, help="Print the job's log until it ends; Ctrl-C leaves the job running.")
+def submit(config: str, overrides: tuple[str, ...], address: str | None, command: str | None, follow: bool) -> int:
+    """Send the current folder to a cluster and run a command there as a Ray job; the same again goes on with it."""
+    merged = load(config, overrides)
+    from lmu_dist.launch import jobs as cluster
+    from lmu_dist.launch.submission import draft
+
+    drafted = draft(merged, Path(config), overrides, command, Path.cwd())
+    show.package(drafted.package)
+    _tell(drafted.notes)
+    client = cluster.connect(address)
+    name, new = cluster.submit(client, drafted)
+    _tell([] if new else [f"{name} has the same content and has not ended: nothing was submitted"])
+    if follow:
+        return _follow(client, name)
+    print(f"job         {name}\nfollow      lmu-dist jobs follow {name} --address {client.get_address()}")
+    return 0
+
+
+@cli.group()
+def jobs() -> None:
+    """The jobs of a cluster: list, follow and stop them."""
+
+
+@jobs.command("list")
+@at
+@as_json
+def list_jobs(address: str | None, as_json: bool) -> None:
+    """All jobs the cluster knows, latest first."""
+    from lmu_dist.launch.jobs import connect, listed
+
+    rows = listed(connect(address))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        show.jobs(rows)
+
+
+@jobs.command("follow")
+@click.argument("name", metavar="ID")
+@at
+def follow_job(name: str, address: str | None) -> int:
+    """Print a job's log until it ends, whatever happens to the connection; Ctrl-C leaves the job running.
+
+    Exit code: 0 it succeeded, 1 it did not, or is not followed to its end.
+    """
+    from lmu_dist.launch.jobs import connect
+
+    return _follow(connect(address), name)
+
+
+@jobs.command("stop")
+@click.argument("name", metavar="ID")
+@at
+def stop_job(name: str, address: str | None) -> None:
+    """Interrupt a job, as Ctrl-C would, and wait for its end."""
+    from lmu_dist.launch.jobs import connect, stop
+
+    show.job(stop(connect(address), name))
 
 
 @cli.command()
@@ -352,6 +424,22 @@ def _tracking_uri() -> str:
     from lmu_dist.tracking.store import default_uri
 
     return os.environ.get("MLFLOW_TRACKING_URI") or default_uri(Path.cwd())
+
+
+def _follow(client: "Client", name: str) -> int:
+    """Follows a job to its end. Exit code 0 if it succeeded."""
+    from lmu_dist.launch.jobs import follow
+
+    try:
+        ended = follow(client, name, show.log, lambda said: _tell([said]))
+    except KeyboardInterrupt:
+        _tell([f"the job goes on; lmu-dist jobs follow {name} --address {client.get_address()} follows it again"])
+        return 1
+    if ended is None:
+        _tell([f"the cluster was started anew and knows no {name}: submit the same again, it goes on from what is on record"])
+        return 1
+    show.job(ended)
+    return 0 if ended.status == "SUCCEEDED" else 1
 
 
 def _run_folder(run: str) -> Path:

@@ -18,8 +18,10 @@ from lmu_dist.config import Config, PlanConfig
 from lmu_dist.records import ENDED
 
 if TYPE_CHECKING:  # heavy; a command has imported what it shows
+    from lmu_dist.launch.jobs import Job
     from lmu_dist.launch.ladder import LadderResult
     from lmu_dist.launch.local import Part
+    from lmu_dist.launch.submission import Package
     from lmu_dist.launch.tune import Search
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import Power
@@ -76,6 +78,35 @@ def tune(searches: "Sequence[Search]", winners: Path, figure: Path) -> None:
         for reason in search.failures:
             console.print(f"failed: {reason}")
     print(f"winners  {winners}, for `include` in a ladder's configuration\nfigure   {figure}")
+
+
+def package(package: "Package") -> None:
+    """What a submission sends, and what it does not."""
+    print(f"sends       {len(package.files):,} files, {_size(package.size_bytes)}, of {package.folder}")
+    if package.left_out:
+        names = sorted(package.left_out, key=lambda name: -package.left_out[name])
+        some = ", ".join(f"{name} ({_size(package.left_out[name])})" for name in names[:5])
+        print(f"leaves out  by .gitignore or .rayignore: {some}{f', and {len(names) - 5} more' if len(names) > 5 else ''}")
+
+
+def jobs(rows: "Sequence[Job]") -> None:
+    """The table of a cluster's jobs."""
+    table = _table("job", "status", "started (UTC)", "time", "config", "commit", "remark")
+    for row in rows:
+        commit = row.git_commit[:8] + ("+" if row.git_dirty == "true" else "")
+        started = row.started.removesuffix("+00:00").replace("T", " ")
+        table.add_row(row.id, row.status, started, _duration(row.seconds), row.config, commit, row.message)
+    _print(table)
+
+
+def job(job: "Job") -> None:
+    """How a job stands."""
+    print(f"job         {job.id} {job.status} after {_duration(job.seconds)}{f': {job.message}' if job.message else ''}")
+
+
+def log(text: str) -> None:
+    """A piece of a log, as it came."""
+    print(text, end="", flush=True)
 
 
 def status(rows: "Callable[[], list[Row]]", live: bool) -> None:
@@ -239,8 +270,8 @@ def cluster(parts: "Sequence[Part]", exports: Mapping[str, str]) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        words = name in ("family", "cell", "state", "status", "remark", "parameter")
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name == "cell")
+        words = name in ("family", "cell", "state", "status", "remark", "parameter", "job", "config")
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name in ("cell", "job"))
     return table
 
 
@@ -261,11 +292,16 @@ def _duration(seconds: float | None) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"
+
+
 class Bars:
-    """Progress of long work: bars on a terminal, a line every ten seconds elsewhere."""
+    """Progress of long work: bars on a terminal; elsewhere a line every ten seconds, every thirty while nothing changes."""
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._tasks, self._printed = progress, dict[str, TaskID](), 0.0
+        self._progress, self._tasks = progress, dict[str, TaskID]()
+        self._printed, self._line = 0.0, ""
 
     def show(self, what: str, done: float, total: float, detail: str = "") -> None:
         """Brings one bar up to date."""
@@ -273,9 +309,10 @@ class Bars:
         if first:
             self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
         self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
-        if not console.is_terminal and (first or time.monotonic() - self._printed > 10):
-            self._printed = time.monotonic()
-            console.print(f"{what} {done / (total or 1):.0%} {detail}")
+        line, now = f"{what} {done / (total or 1):.0%} {detail}", time.monotonic()
+        if not console.is_terminal and (first or now - self._printed > (30 if line == self._line else 10)):
+            self._printed, self._line = now, line
+            console.print(line)
 
     def show_training(self, config: Config, latest: dict[str, float]) -> None:
         """The newest step of a run; before the first one, that its workers are starting."""

@@ -1,6 +1,6 @@
 """Configuration: what a run, and a grid of runs, is made from. Sections in run and study, reading and checking in load."""
 
-from lmu_dist.config.load import Config, flatten, load, parse, to_dict, with_settings
+from lmu_dist.config.load import Config, flatten, load, parse, sources, to_dict, with_settings
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
 from lmu_dist.config.study import LadderConfig, Law, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
 from lmu_dist.config.types import ConfigError, FailedError, Family
@@ -26,6 +26,7 @@ __all__ = [
     "flatten",
     "load",
     "parse",
+    "sources",
     "to_dict",
     "with_settings",
 ]

@@ -72,7 +72,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse(_override(_read(Path(path)), overrides))
 
 
+def sources(path: Path) -> list[Path]:
+    """The YAML file and all that it includes, for who sends them elsewhere. Raises ConfigError."""
+    return [path, *(source for name in _parts(path)[1] for source in sources(path.parent / name))]
+
+
 def _read(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    tree, names = _parts(path)
+    merged: dict[str, Any] = {}
+    for name in names:
+        other = path.parent / name
+        if other.resolve() in including:
+            raise ConfigError(f"{path} includes {name}, which includes it; take one of the two out")
+        merged = _merge(merged, _read(other, (*including, path.resolve())))
+    return _merge(merged, tree)
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """What a file says itself, and the names it includes."""
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-3 is a number, a key given twice is an error
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"))
@@ -87,13 +104,7 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{path}: include must be the name of a file, or a list of names")
-    merged: dict[str, Any] = {}
-    for name in names:
-        other = path.parent / name
-        if other.resolve() in including:
-            raise ConfigError(f"{path} includes {name}, which includes it; take one of the two out")
-        merged = _merge(merged, _read(other, (*including, path.resolve())))
-    return _merge(merged, tree)
+    return tree, names
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

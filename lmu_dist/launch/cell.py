@@ -85,9 +85,8 @@ def code_digest() -> str:
     return sha.hexdigest()
 
 
-def git_commit() -> str:
-    """Commit of the code that runs, with + if it was changed since; "unknown" outside a checkout."""
-    root = Path(__file__).parent
+def git_commit(root: Path = Path(__file__).parent) -> str:
+    """Commit of the code that runs (or of another folder), with + if it was changed since; "unknown" outside a checkout."""
     try:
         commit = subprocess.run(
             ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
