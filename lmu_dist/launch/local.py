@@ -142,7 +142,7 @@ def _start(folder: Path, settings: Settings, name: str, mlflow_environment: Mapp
         processes.start(folder, name, parts.mlflow_command(settings, folder), mlflow_environment)
         return
     command = parts.ray_command(settings, name, _scratch(folder, new=name == HEAD))
-    processes.start(folder, name, command, parts.ray_environment(settings, os.environ, folder / "token"))
+    processes.start(folder, name, command, parts.ray_environment(os.environ, folder / "token", settings.mlflow))
 
 
 def _wait(folder: Path, names: Sequence[str]) -> None:

@@ -97,15 +97,17 @@ def ray_command(settings: Settings, part: str, scratch: Path) -> list[str]:
     return [*ray_start(ip_of(part), 0, options), "--head"]
 
 
-def ray_environment(settings: Settings, ours: Mapping[str, str], token: Path) -> dict[str, str]:
-    """Of Ray's processes, and so of jobs and workers: ours, without what would lead them to other clusters."""
+def ray_environment(ours: Mapping[str, str], token: Path, mlflow: str, interface: str = "lo") -> dict[str, str]:
+    """Of Ray's processes, and so of jobs and workers: ours, without what would lead them to other clusters. `interface`: the one
+    by which workers reach each other.
+    """
     others = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", *SECRETS)
     return {name: value for name, value in ours.items() if name not in others} | {
         # Jobs are started by the name of their command, DeepSpeed builds with ninja: both stand beside this Python.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours.get('PATH', '')}",
         # Else gloo takes the address that the host's name has, which need not be one at all.
-        "GLOO_SOCKET_IFNAME": "lo",
-        "MLFLOW_TRACKING_URI": settings.mlflow,
+        "GLOO_SOCKET_IFNAME": interface,
+        "MLFLOW_TRACKING_URI": mlflow,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -115,7 +115,7 @@ def test_a_password_stays_with_mlflow(tmp_path: Path, monkeypatch: pytest.Monkey
     assert environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "secret"
     assert "secret" not in json.dumps([parts.mlflow_command(wide, tmp_path), parts.basic_auth(tmp_path)])
     assert "--app-name=basic-auth" in parts.mlflow_command(wide, tmp_path)
-    assert "secret" not in json.dumps(parts.ray_environment(wide, ours, tmp_path / "token"))
+    assert "secret" not in json.dumps(parts.ray_environment(ours, tmp_path / "token", wide.mlflow))
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path):
