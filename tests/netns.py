@@ -38,7 +38,7 @@ CUT_SECONDS = 30.0
 SMALL = (
     "data.tokenizer.vocab_tokens=400 train.sequence_tokens=32 train.batch_tokens=256 train.warmup_tokens=2560 "
     "train.eval_every_tokens=64_000 train.eval_tokens=2048 ladder.families=[lmu,transformer] ladder.n_params=[3000] "
-    "ladder.tokens=[128_000,512_000] cluster.checkpoint_every_steps=100"
+    "ladder.tokens=[64_000,256_000] cluster.checkpoint_every_steps=100"
 )
 Table = dict[tuple[str, int, int, int], tuple[str, int, float]]  # family, N, planned tokens, seed: status, tokens, nats
 
@@ -80,6 +80,7 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
+        os.system(f"rm -rf /tmp/hCx/last; cp -r {self.folder} /tmp/hCx/last")
         for name in HOSTS:
             self.kill(name)
         sweep()
@@ -98,14 +99,15 @@ class World:
 
     def start_head(self) -> None:
         """Starts Ray's head, and waits until it answers to the token."""
-        options = {"--port": 6379, "--dashboard-host": f"{NET}.1", "--dashboard-port": 8265, "--temp-dir": self.folder / "ray"}
+        options = {"--port": 6379, "--dashboard-host": f"{NET}.1", "--dashboard-port": 8265, "--temp-dir": self.folder / "head"}
         self.start("head", [*ray_start(f"{NET}.1", 0, options), "--head"])
         wait(lambda: self.living() == 1, 120, "the head answers")
 
     def start_node(self, name: str) -> None:
         """Starts a node of one CPU, and waits until Ray counts it."""
         before = self.living()
-        self.start(name, ray_start(f"{NET}.{HOSTS[name]}", 1, {"--address": f"{NET}.1:6379"}))
+        options = {"--address": f"{NET}.1:6379", "--temp-dir": self.folder / name}
+        self.start(name, ray_start(f"{NET}.{HOSTS[name]}", 1, options))
         wait(lambda: self.living() > before, 120, f"{name} has joined")
 
     def living(self) -> int:
@@ -272,10 +274,11 @@ def ip(arguments: str) -> None:
 def sweep() -> None:
     """Removes bridge, links and namespaces, also those of a run that was killed."""
     for name in HOSTS:
-        if Path(f"/run/netns/lmu-{name}").exists():
-            ip(f"netns del lmu-{name}")
+        # The link first: it would go with its namespace, at some later moment.
         if Path(f"/sys/class/net/lmu-{name}").exists():
             ip(f"link del lmu-{name}")
+        if Path(f"/run/netns/lmu-{name}").exists():
+            ip(f"netns del lmu-{name}")
     if Path(f"/sys/class/net/{BRIDGE}").exists():
         ip(f"link del {BRIDGE}")
 

@@ -84,15 +84,18 @@ def ray_start(ip: str, cpus: int, options: Mapping[str, object]) -> list[str]:
 
 
 def ray_command(settings: Settings, part: str, scratch: Path) -> list[str]:
-    """The command of the head or a node; `scratch`: Ray's folder, with a short path, since it holds sockets."""
+    """The command of the head or a node; `scratch`: a folder for Ray's, with a short path, since they hold sockets.
+
+    Each has a folder of its own: a node unpacks a job's files anew where it finds them, under the feet of the job.
+    """
+    folder = {"--temp-dir": scratch / part}
     if part != HEAD:
-        return ray_start(ip_of(part), settings.cpus, {"--address": settings.gcs})
-    options = {
+        return ray_start(ip_of(part), settings.cpus, folder | {"--address": settings.gcs})
+    options = folder | {
         "--port": settings.port,
         "--dashboard-host": settings.host,
         "--dashboard-port": settings.dashboard_port,
         "--ray-client-server-port": _listen("127.0.0.1", 0),
-        "--temp-dir": scratch,
     }
     return [*ray_start(ip_of(part), 0, options), "--head"]
 
