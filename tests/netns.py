@@ -59,6 +59,7 @@ class World:
         (self.folder / "token").write_text(secrets.token_hex(32))
         self.environment = ray_environment(os.environ, self.folder / "token", MLFLOW, interface="eth0")
         self.environment["DS_ACCELERATOR"] = "cpu"
+        self.drivers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "World":
         try:
@@ -80,7 +81,9 @@ class World:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.system(f"rm -rf /tmp/hCx/last; cp -r {self.folder} /tmp/hCx/last")
+        for driver in self.drivers:
+            driver.kill()
+            driver.wait()
         for name in HOSTS:
             self.kill(name)
         sweep()
@@ -124,21 +127,25 @@ class World:
         command = [sys.executable, "-m", "lmu_dist.cli", "submit", "jobs/quickstart.yaml", *self.overrides]
         command += ["--address", DASHBOARD, "--follow"]
         with open(self.folder / "submit.log", "a") as log:
-            return subprocess.Popen(
-                command, cwd=ROOT, env=self.environment | environment, stdout=log, stderr=subprocess.STDOUT, text=True
-            )
+            environment = self.environment | environment
+            driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+        self.drivers.append(driver)
+        return driver
 
-    def finish(self, driver: subprocess.Popen[str], seconds: float) -> Table:
-        """The table MLflow has, once the submission has ended well."""
+    def finish(self, driver: subprocess.Popen[str], seconds: float) -> tuple[Table, int]:
+        """The table MLflow has once the submission has ended well, and how many attempts of cells it took."""
         try:
             code = driver.wait(seconds)
         except subprocess.TimeoutExpired as e:
-            driver.kill()
             raise BrokenError(f"not done after {seconds:.0f} s: {self.said()}") from e
         if code:
             raise BrokenError(f"exit {code}: {self.said()}")
-        records = Store(MLFLOW).records("quickstart").values()
-        return {(r.family, r.n_params, r.planned_tokens, r.seed): (r.status, r.tokens, r.val_loss_nats) for r in records}
+        store = Store(MLFLOW)
+        found = store.records("quickstart")
+        attempts = sum(int(store.client.get_run(run_id).data.tags["lmu.attempt"]) for run_id in found)
+        return {
+            (r.family, r.n_params, r.planned_tokens, r.seed): (r.status, r.tokens, r.val_loss_nats) for r in found.values()
+        }, attempts
 
     def said(self) -> str:
         """The last lines of the submission."""
@@ -237,13 +244,13 @@ def main() -> int:
             began = time.monotonic()
             try:
                 with World(asked.whole) as world:
-                    table = world.finish(SCENARIOS[name](world), 3600 if asked.whole else 600)
+                    table, attempts = world.finish(SCENARIOS[name](world), 3600 if asked.whole else 600)
                 if any(status != "complete" for status, _, _ in table.values()):
                     raise BrokenError(f"not all cells are complete: {table}")
                 reference = reference or table
                 if table != reference:
                     raise BrokenError(f"another table: {table}, and not {reference}")
-                how = f"ok, {len(table)} cells, losses equal"
+                how = f"ok, {len(table)} cells in {attempts} attempts, losses equal"
             except BrokenError as e:
                 how, failed = f"FAILED: {e}", True
             print(f"{name:<16}{time.monotonic() - began:6.0f} s  {how}", flush=True)
