@@ -5,11 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup run test test-all check bench clean tools
+.PHONY: help setup run test test-all check bench cluster-up cluster-status cluster-down clean tools
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 tools:
 	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or say make PYTHON=/path/to/python"; exit 1; }
@@ -45,6 +45,15 @@ check: setup ## format, lint, types, import rules, known holes
 
 bench: setup ## speed of this machine, as JSON
 	$(BIN)/python benchmarks/prepare.py
+
+cluster-up: setup ## Ray nodes, a token and MLflow on this machine; NODES=2 CPUS=1; what to export is printed
+	@$(BIN)/lmu-dist cluster up $(if $(NODES),--nodes $(NODES)) $(if $(CPUS),--cpus $(CPUS))
+
+cluster-status: setup ## what runs of it
+	@$(BIN)/lmu-dist cluster status
+
+cluster-down: setup ## ends it, and no other Ray on this machine
+	@$(BIN)/lmu-dist cluster down
 
 clean: ## removes the environment and caches; runs and records stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

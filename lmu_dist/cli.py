@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -371,6 +371,53 @@ def export(run: str, folder: str) -> None:
 
     _tell(write(_run_folder(run), open_folder(folder)))
     print(f"wrote {folder}: model.safetensors, config.json, tokenizer.json; read back, logits equal")
+
+
+@cli.group()
+def cluster() -> None:
+    """A cluster of several Ray nodes on this machine, with a token, and MLflow beside it."""
+
+
+cluster_folder = click.option(
+    "--folder", default=".cluster", show_default=True, type=click.Path(path_type=Path), help="Where its token and logs are."
+)
+port = click.IntRange(1024, 65535)
+
+
+@cluster.command()
+@cluster_folder
+@click.option("--nodes", default=2, show_default=True, type=click.IntRange(1, 250), help="Beside the head, which has no CPUs.")
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of each node.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address on which dashboard and MLflow listen.")
+@click.option("--port", default=6379, show_default=True, type=port, help="Of Ray.")
+@click.option("--dashboard-port", default=8265, show_default=True, type=port, help="Of the dashboard and the Jobs API.")
+@click.option("--mlflow-port", default=5000, show_default=True, type=port)
+def up(folder: Path, **settings: Any) -> None:
+    """Start what does not run of it; prints what to say in the shell that will use it: eval "$(lmu-dist cluster up)"."""
+    from lmu_dist.launch import local
+    from lmu_dist.launch.parts import Settings
+
+    show.cluster(local.up(folder, Settings(**settings), show.console.print), local.exports(folder))
+
+
+@cluster.command(name="status")
+@cluster_folder
+def cluster_status(folder: Path) -> int:
+    """What runs of it; exit 1 if something does not."""
+    from lmu_dist.launch import local
+
+    parts = local.status(folder)
+    show.cluster(parts, local.exports(folder))
+    return 0 if all(part.state == "alive" for part in parts) else 1
+
+
+@cluster.command()
+@cluster_folder
+def down(folder: Path) -> None:
+    """End it, and nothing else on this machine; token, logs, and what MLflow has, stay."""
+    from lmu_dist.launch import local
+
+    print(f"ended {', '.join(local.down(folder)) or 'nothing: it did not run'}")
 
 
 def _root() -> str:

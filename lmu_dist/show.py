@@ -1,9 +1,10 @@
 """What commands show: progress on stderr, tables on stdout. Values in, text out; called by the command line only."""
 
 import math
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from lmu_dist.records import ENDED
 if TYPE_CHECKING:  # heavy; a command has imported what it shows
     from lmu_dist.launch.jobs import Job
     from lmu_dist.launch.ladder import LadderResult
+    from lmu_dist.launch.local import Part
     from lmu_dist.launch.submission import Package
     from lmu_dist.launch.tune import Search
     from lmu_dist.planning.cost import Plan
@@ -253,6 +255,15 @@ def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftO
         print(f"holdout      none: {'; '.join(held.reasons)}")
     moved = [f"row {numbers[i.row]}: {name} {i.without:.4g}" for name, i in seen.influence.items()]
     print(f"influence    without the run that matters most: {', '.join(moved)}")
+
+
+def cluster(parts: "Sequence[Part]", exports: Mapping[str, str]) -> None:
+    """A local cluster, as lines that a shell can be given: the variables, and the state in comments."""
+    for part in parts:
+        print(f"# {part.name:<9} {part.state:<7}{f' pid {part.pid}' if part.pid else ''}")
+    for name, value in exports.items():
+        print(f"export {name}={shlex.quote(value)}")
+    print("unset RAY_AUTH_TOKEN  # it would go before the file")
 
 
 def _table(*columns: str) -> Table:

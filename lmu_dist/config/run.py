@@ -130,6 +130,7 @@ class ClusterConfig:
     wait_seconds: Natural = 0  # for a cluster that scales itself to make room, before a run that has none is refused
     cpus_per_worker: Count = 1
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # workers on few nodes, on many, or on a node each
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     micro_batch_rows: Count | None = None  # rows of one forward pass; None: the worker's whole share
     max_failures: Natural = 3  # restarts after a lost worker

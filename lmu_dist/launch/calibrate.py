@@ -22,7 +22,7 @@ from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch.cluster import check_before, cluster
 from lmu_dist.launch.series import fit
-from lmu_dist.launch.worker import find_ninja
+from lmu_dist.launch.toolchain import prepare_builds
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.planning.cost import CALIBRATION, Measured, step_of, vocab_tokens, write_calibration
@@ -57,7 +57,7 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Runs on every worker; rank 0 writes what it measured."""
-    find_ninja()
+    prepare_builds()
     cells: list[Planned] = arguments["cells"]
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
     torch.set_num_threads(cells[0].config.cluster.cpus_per_worker)

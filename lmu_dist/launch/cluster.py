@@ -10,8 +10,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
+import grpc
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 from ray.autoscaler.sdk import request_resources
+from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # pyright: ignore[reportAttributeAccessIssue]
+from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import RayError
 
 from lmu_dist.config import Config, ConfigError
@@ -25,7 +29,7 @@ def check_before(configs: Sequence[Config]) -> None:
     if address is not None:
         try:
             _knock(address)
-        except OSError as e:
+        except (OSError, RayError) as e:
             raise _unreachable(address, e) from e
     elif not configs[0].cluster.gpus_per_worker:
         for config in configs:
@@ -82,7 +86,7 @@ def address_of(config: Config) -> str | None:
 def _unreachable(address: str, error: BaseException) -> ConfigError:
     return ConfigError(
         f"cannot join a Ray cluster at {address}: {' '.join(str(error).split())[:200]}; start it, or leave cluster.address "
-        "out; set RAY_AUTH_TOKEN to its token, or RAY_AUTH_MODE=disabled if it has none"
+        "out; set RAY_AUTH_TOKEN to its token (RAY_AUTH_TOKEN_PATH to a file with it), or RAY_AUTH_MODE=disabled if it has none"
     )
 
 
@@ -92,10 +96,20 @@ def _nodes() -> list[dict[str, float]]:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port: Ray itself would try for five minutes."""
+    """Raises OSError if nobody listens at host:port, or not to this token: Ray itself would go on trying, for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=10).close()
+    if not (host and port.isdigit()):
+        return
+    socket.create_connection((host, int(port)), timeout=10).close()
+    if address.startswith("ray://"):
+        return  # another protocol
+    channel = init_grpc_channel(address)
+    try:
+        NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
+    except grpc.RpcError as e:
+        raise OSError(e.details() if isinstance(e, grpc.Call) else str(e)) from e
+    finally:
+        channel.close()
 
 
 def _wait_for_room(configs: Sequence[Config]) -> None:
@@ -122,7 +136,11 @@ def _each(config: Config) -> dict[str, int]:
 
 def _room(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
     """A worker lives on one node: each node holds as many as its scarcest resource allows."""
-    return sum(min(int(node.get(name, 0) // n) for name, n in _each(config).items()) for node in nodes)
+    return sum(_fitting(config, node) for node in nodes)
+
+
+def _fitting(config: Config, node: Mapping[str, float]) -> int:
+    return min(int(node.get(name, 0) // n) for name, n in _each(config).items())
 
 
 def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
@@ -134,4 +152,10 @@ def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
             f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
             "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster (one that scales "
             "itself needs cluster.wait_seconds)"
+        )
+    apart = sum(_fitting(config, node) > 0 for node in nodes)
+    if wanted.placement == "STRICT_SPREAD" and apart < (needed := wanted.min_workers or wanted.n_workers):
+        raise ConfigError(
+            f"cluster.placement=STRICT_SPREAD wants a node for each of {needed} workers, and {apart} of the "
+            f"{len(nodes)} nodes could hold one; set cluster.placement=SPREAD, or use a larger cluster"
         )

@@ -127,6 +127,7 @@ def fit(
             num_workers=(cluster.min_workers, cluster.n_workers) if cluster.min_workers else cluster.n_workers,
             use_gpu=bool(cluster.gpus_per_worker),
             resources_per_worker=resources,
+            placement_strategy=cluster.placement,
         ),
         run_config=RunConfig(
             name=folder.name,

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from lmu_dist.config import Folder
 from lmu_dist.data.batches import Rows, row_indices
 from lmu_dist.launch.cell import FORKS, Cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, tell_result, write_record
+from lmu_dist.launch.toolchain import prepare_builds
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.records import EvalMetrics
@@ -58,7 +58,7 @@ class Start(NamedTuple):
 def train_worker(arguments: dict[str, Job]) -> None:
     """Trains the cells of a job to their ends, each from its newest whole checkpoint. Runs on every worker; collective."""
     job = arguments["job"]
-    find_ninja()
+    prepare_builds()
     # Imported here since the driver, which imports this file too, has no use for DeepSpeed's four seconds.
     from lmu_dist.train.engine import Engine
 
@@ -202,11 +202,6 @@ class _Run:
     def tell(self, kind: str, *arguments: Any) -> ray.ObjectRef | None:
         """Hands something to the recorder, from rank 0, without waiting."""
         return self.job.recorder.tell.remote(self.index, kind, *arguments) if self.rank == 0 else None
-
-
-def find_ninja() -> None:
-    """Puts the ninja that stands beside this Python on PATH: DeepSpeed builds its CPU collectives with it."""
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def _load(engine: Any, start: Start) -> None:

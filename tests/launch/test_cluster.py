@@ -1,11 +1,12 @@
-"""Room for runs: a cluster that scales itself is asked and waited for, another refuses at once."""
+"""What a cluster has room for, and what is refused before it is joined; one that scales itself is asked and waited for."""
 
 import time
 
 import pytest
 
-from lmu_dist.config import ClusterConfig, Config, ConfigError
+from lmu_dist.config import ClusterConfig, Config, ConfigError, parse
 from lmu_dist.launch import cluster as clusters
+from lmu_dist.launch.cluster import check_before
 
 
 @pytest.fixture
@@ -32,3 +33,15 @@ def test_a_cluster_that_stays_small_is_said(nodes: list[dict[str, float]]):
     nodes.append({"CPU": 2.0})
     with clusters.cluster([config]):  # two are enough to begin with
         assert clusters.room(config) == 2
+
+
+def test_workers_on_a_node_each_need_as_many_nodes():
+    apart = {"n_workers": 2, "placement": "STRICT_SPREAD"}
+    with pytest.raises(ConfigError, match="a node for each of 2 workers, and 1 of the 1 nodes could hold one"):
+        check_before([parse({"cluster": apart})])
+    check_before([parse({"cluster": apart | {"placement": "SPREAD"}})])
+
+
+def test_a_cluster_that_is_not_there_is_named_at_once():
+    with pytest.raises(ConfigError, match=r"cannot join a Ray cluster at 127\.0\.0\.1:9"):
+        check_before([parse({"cluster": {"address": "127.0.0.1:9"}})])
