@@ -154,9 +154,9 @@ class World:
     def midway(self) -> None:
         """Waits until a cell has ended and the next, of the same trunk, has a checkpoint."""
         runs = self.folder / "runs"
-        wait(lambda: list(runs.glob("*/*/record.json")), 400, "a cell has ended")
+        wait(lambda: list(runs.glob("*/*/record.json")), 900, "a cell has ended")
         ended = {path.parent for path in runs.glob("*/*/record.json")}
-        wait(lambda: {path.parents[1] for path in runs.glob("*/*/step-*/meta.json")} - ended, 400, "another has a checkpoint")
+        wait(lambda: {path.parents[1] for path in runs.glob("*/*/step-*/meta.json")} - ended, 900, "another has a checkpoint")
 
 
 def plain(world: World) -> subprocess.Popen[str]:
@@ -244,7 +244,7 @@ def main() -> int:
             began = time.monotonic()
             try:
                 with World(asked.whole) as world:
-                    table, attempts = world.finish(SCENARIOS[name](world), 3600 if asked.whole else 600)
+                    table, attempts = world.finish(SCENARIOS[name](world), 7200 if asked.whole else 1200)
                 if any(status != "complete" for status, _, _ in table.values()):
                     raise BrokenError(f"not all cells are complete: {table}")
                 reference = reference or table

@@ -101,8 +101,9 @@ def ray_command(settings: Settings, part: str, scratch: Path) -> list[str]:
 
 
 def ray_environment(ours: Mapping[str, str], token: Path, mlflow: str, interface: str = "lo") -> dict[str, str]:
-    """Of Ray's processes, and so of jobs and workers: ours, without what would lead them to other clusters. `interface`: the one
-    by which workers reach each other.
+    """Of Ray's processes, and so of jobs and workers: ours, without what would lead them to other clusters.
+
+    `interface`: the one by which workers reach each other.
     """
     others = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", *SECRETS)
     return {name: value for name, value in ours.items() if name not in others} | {
