@@ -52,7 +52,7 @@ class World:
 
     def __init__(self, whole: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmu-netns-"))
-        self.overrides = [f"storage={self.folder}/runs", "cluster.placement=STRICT_SPREAD"]
+        self.overrides = ["cluster.placement=STRICT_SPREAD"]  # storage is relative: below the token's folder
         if not whole:
             write_corpus(self.folder / "corpus")
             self.overrides += ["data.source=files", f"data.files=[{self.folder}/corpus/*.jsonl]", *SMALL.split()]
@@ -154,9 +154,9 @@ class World:
     def midway(self) -> None:
         """Waits until a cell has ended and the next, of the same trunk, has a checkpoint."""
         runs = self.folder / "runs"
-        wait(lambda: list(runs.glob("*/*/record.json")), 400, "a cell has ended")
+        wait(lambda: list(runs.glob("*/*/record.json")), 900, "a cell has ended")
         ended = {path.parent for path in runs.glob("*/*/record.json")}
-        wait(lambda: {path.parents[1] for path in runs.glob("*/*/step-*/meta.json")} - ended, 400, "another has a checkpoint")
+        wait(lambda: {path.parents[1] for path in runs.glob("*/*/step-*/meta.json")} - ended, 900, "another has a checkpoint")
 
 
 def plain(world: World) -> subprocess.Popen[str]:
@@ -244,7 +244,7 @@ def main() -> int:
             began = time.monotonic()
             try:
                 with World(asked.whole) as world:
-                    table, attempts = world.finish(SCENARIOS[name](world), 3600 if asked.whole else 600)
+                    table, attempts = world.finish(SCENARIOS[name](world), 7200 if asked.whole else 1200)
                 if any(status != "complete" for status, _, _ in table.values()):
                     raise BrokenError(f"not all cells are complete: {table}")
                 reference = reference or table

@@ -110,6 +110,7 @@ def ray_environment(ours: Mapping[str, str], token: Path, mlflow: str, interface
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours.get('PATH', '')}",
         # Else gloo takes the address that the host's name has, which need not be one at all.
         "GLOO_SOCKET_IFNAME": interface,
+        "LMU_DIST_HOME": ours.get("LMU_DIST_HOME", str(token.parent)),
         "MLFLOW_TRACKING_URI": mlflow,
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

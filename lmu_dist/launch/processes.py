@@ -32,6 +32,9 @@ def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[
             start_new_session=True,
         )
     (folder / f"{name}.pid").write_text(f"{process.pid}\n")
+    # Popen returns when the command begins to take the place of its child, a moment before the environment is to be seen.
+    while process.poll() is None and _mark_of(psutil.Process(process.pid)) is None:
+        time.sleep(0.01)
 
 
 def pid_of(folder: Path, name: str) -> int | None:
