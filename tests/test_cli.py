@@ -98,15 +98,15 @@ def test_a_law_of_anybodys_table(tmp_path: Path, capfd: pytest.CaptureFixture):
 
 
 def test_relative_names_in_a_job_are_kept_where_ray_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from lmu_dist import cli
+    from lmu_dist.cli import common
 
     monkeypatch.chdir(tmp_path)
-    assert cli._place("runs") == str(tmp_path / "runs")
+    assert common.place("runs") == str(tmp_path / "runs")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert cli._place("runs") == str(tmp_path / "home" / "lmu-dist" / "runs")
-    assert cli._tracking_uri() == f"sqlite:///{tmp_path}/home/lmu-dist/mlflow.db"
+    assert common.place("runs") == str(tmp_path / "home" / "lmu-dist" / "runs")
+    assert common.tracking_uri() == f"sqlite:///{tmp_path}/home/lmu-dist/mlflow.db"
     monkeypatch.setenv("LMU_DIST_HOME", "s3://bucket/studies/")
-    assert cli._place("runs") == "s3://bucket/studies/runs"
-    assert cli._place("/data/runs") == "/data/runs"
-    assert cli._place("s3://other/runs") == "s3://other/runs"
+    assert common.place("runs") == "s3://bucket/studies/runs"
+    assert common.place("/data/runs") == "/data/runs"
+    assert common.place("s3://other/runs") == "s3://other/runs"

@@ -1,0 +1,7 @@
+"""`python -m lmu_dist.cli`, for where `lmu-dist` is not on PATH."""
+
+import sys
+
+from lmu_dist.cli import main
+
+sys.exit(main())
