@@ -1,7 +1,7 @@
 """A cluster of machines that are network namespaces, and what breaks in one: a ladder submitted from outside ends with the same
 table after each of the scenarios.
 
-    python tests/netns.py [--whole] [SCENARIO ...]        as root; all of them take some ten minutes on two cores
+    python tests/netns.py [--whole] [--postgres] [SCENARIO ...]       as root; all of them take some ten minutes on two cores
 
 The head (no CPUs), the nodes (1 CPU each, a worker on each by STRICT_SPREAD) and MLflow have addresses of their own behind a
 bridge, from which the root namespace, being outside, reaches them. One line per scenario; exit 1 if one failed, 3 if this
@@ -18,12 +18,15 @@ import tempfile
 import time
 import urllib.request
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import databases  # noqa: E402
 from conftest import write_corpus  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
@@ -50,7 +53,7 @@ class BrokenError(Exception):
 class World:
     """Namespaces, a cluster in them, and a storage that all see. A context: what it made is gone afterwards."""
 
-    def __init__(self, whole: bool) -> None:
+    def __init__(self, whole: bool, postgres: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmu-netns-"))
         self.overrides = ["cluster.placement=STRICT_SPREAD"]  # storage is relative: below the token's folder
         if not whole:
@@ -59,6 +62,11 @@ class World:
         (self.folder / "token").write_text(secrets.token_hex(32))
         self.environment = ray_environment(os.environ, self.folder / "token", MLFLOW, interface="eth0")
         self.environment["DS_ACCELERATOR"] = "cpu"
+        self.cleanup, self.postgres = ExitStack(), postgres
+        if postgres:  # passwords are in the environment of this cluster's nodes, as Secrets would be
+            password = {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(16)}
+            self.environment |= password
+            os.environ |= password
         self.drivers: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> "World":
@@ -67,10 +75,7 @@ class World:
             ip(f"link add {BRIDGE} type bridge")
             ip(f"addr add {NET}.254/24 dev {BRIDGE}")
             ip(f"link set {BRIDGE} up")
-            server = [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db"]
-            server += [f"--artifacts-destination={self.folder}/artifacts", "--workers=1", "--port=5000"]
-            server += [f"--host={NET}.{HOSTS['mlflow']}", f"--allowed-hosts={MLFLOW.removeprefix('http://')}"]
-            self.start("mlflow", server)
+            self.start_mlflow()
             self.start_head()
             self.start_node("node-1")
             self.start_node("node-2")
@@ -86,10 +91,25 @@ class World:
             driver.wait()
         for name in HOSTS:
             self.kill(name)
+        self.cleanup.close()
         sweep()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, name: str, command: Sequence[str]) -> None:
+    def start_mlflow(self) -> None:
+        """Starts the tracking server: MLflow's own on SQLite, or that of cluster/ on PostgreSQL, behind passwords."""
+        listen = ["--workers=1", "--port=5000", f"--host={NET}.{HOSTS['mlflow']}"]
+        listen += [f"--allowed-hosts={MLFLOW.removeprefix('http://')}", f"--artifacts-destination={self.folder}/artifacts"]
+        if not self.postgres:
+            self.start(
+                "mlflow", [sys.executable, "-m", "mlflow", "server", f"--backend-store-uri=sqlite:///{self.folder}/db", *listen]
+            )
+            return
+        database = self.cleanup.enter_context(databases.postgresql(f"{NET}.254", f"{NET}.0/24"))
+        admin = {"MLFLOW_AUTH_ADMIN_PASSWORD": self.environment["MLFLOW_TRACKING_PASSWORD"]}
+        keys = {"MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16)}
+        self.start("mlflow", [sys.executable, str(ROOT / "cluster/mlflow/server.py"), *listen], database | admin | keys)
+
+    def start(self, name: str, command: Sequence[str], more: Mapping[str, str] = MappingProxyType({})) -> None:
         """Starts a machine, unless it is there, and a command on it."""
         if not Path(f"/run/netns/lmu-{name}").exists():
             ip(f"netns add lmu-{name}")
@@ -98,7 +118,7 @@ class World:
             ip(f"-n lmu-{name} addr add {NET}.{HOSTS[name]}/24 dev eth0")
             ip(f"-n lmu-{name} link set eth0 up")
             ip(f"-n lmu-{name} link set lo up")
-        processes.start(self.folder, name, ["ip", "netns", "exec", f"lmu-{name}", *command], self.environment)
+        processes.start(self.folder, name, ["ip", "netns", "exec", f"lmu-{name}", *command], self.environment | more)
 
     def start_head(self) -> None:
         """Starts Ray's head, and waits until it answers to the token."""
@@ -142,6 +162,9 @@ class World:
             raise BrokenError(f"exit {code}: {self.said()}")
         store = Store(MLFLOW)
         found = store.records("quickstart")
+        report = [sys.executable, "-m", "lmu_dist.cli", "report", "quickstart", "-o", str(self.folder / "report")]
+        if subprocess.run(report, env=self.environment, capture_output=True).returncode:
+            raise BrokenError("no report of it")
         attempts = sum(int(store.client.get_run(run_id).data.tags["lmu.attempt"]) for run_id in found)
         return {
             (r.family, r.n_params, r.planned_tokens, r.seed): (r.status, r.tokens, r.val_loss_nats) for r in found.values()
@@ -219,8 +242,23 @@ def head_restarted(world: World) -> subprocess.Popen[str]:
     return world.submit()
 
 
+def wrong_password(world: World) -> subprocess.Popen[str]:
+    """MLflow refuses a wrong password, in a line and before anything starts (with --postgres); a report reads from it."""
+    wrong = {"MLFLOW_TRACKING_PASSWORD": "wrong"}
+    for command in (["ladder", "jobs/quickstart.yaml", *world.overrides], ["report", "quickstart"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "lmu_dist.cli", *command],
+            cwd=ROOT, env=world.environment | wrong, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        if done.returncode != 2 or done.stderr.count("\n") != 1 or "refuses the user or the password" not in done.stderr:
+            raise BrokenError(f"{command[0]} with a wrong password: exit {done.returncode}: {done.stderr}")
+    if (world.folder / "runs").exists():
+        raise BrokenError("something was started with a wrong password")
+    return world.submit()
+
+
 SCENARIOS: dict[str, Callable[[World], subprocess.Popen[str]]] = {
-    f.__name__.replace("_", "-"): f for f in (plain, wrong_token, node_killed, cut, head_restarted)
+    f.__name__.replace("_", "-"): f for f in (plain, wrong_token, wrong_password, node_killed, cut, head_restarted)
 }
 
 
@@ -228,6 +266,7 @@ def main() -> int:
     """Runs the scenarios asked for, `plain` first: its table is what the others' must be, to the last bit."""
     parser = ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--whole", action="store_true", help="the whole of jobs/quickstart.yaml, eight minutes each")
+    parser.add_argument("--postgres", action="store_true", help="MLflow on PostgreSQL, behind passwords")
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     asked = parser.parse_args()
     if unknown := set(asked.scenarios) - set(SCENARIOS):
@@ -237,13 +276,15 @@ def main() -> int:
         return 3
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     os.environ["RAY_AUTH_MODE"] = "token"
+    if not asked.postgres:
+        del SCENARIOS["wrong-password"]
     reference: Table | None = None
     failed = False
     with FileLock(Path(tempfile.gettempdir()) / "lmu-netns.lock"):
         for name in dict.fromkeys(["plain", *(asked.scenarios or SCENARIOS)]):
             began = time.monotonic()
             try:
-                with World(asked.whole) as world:
+                with World(asked.whole, asked.postgres) as world:
                     table, attempts = world.finish(SCENARIOS[name](world), 7200 if asked.whole else 1200)
                 if any(status != "complete" for status, _, _ in table.values()):
                     raise BrokenError(f"not all cells are complete: {table}")

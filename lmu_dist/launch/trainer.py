@@ -15,7 +15,7 @@ from lmu_dist.launch.cluster import check_before, cluster
 from lmu_dist.launch.corpus import prepared
 from lmu_dist.launch.series import Listener, run_series
 from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import SILENCE_SECONDS, Store
+from lmu_dist.tracking.store import SILENCE_SECONDS, AwayError, Store
 
 PAUSE_SECONDS = 5.0  # between two looks at whether another driver is gone
 
@@ -30,8 +30,11 @@ def train(
     set_client_limits()
     store = Store(tracking_uri)
     check_before([config])
-    if not is_prepared(config.data, config.storage_folder):
-        store.check()  # before hours of preparing; later an absent store is no obstacle to a run it knows
+    try:
+        store.check()
+    except AwayError:
+        if not is_prepared(config.data, config.storage_folder):
+            raise  # before hours of preparing; later an absent store is no obstacle to a run it knows
     cell = make_cell(config, prepared(config, progress))
     cell.corpus.tokenizer()
     if (done := claim.find_done(cell, store, "train")) is not None:

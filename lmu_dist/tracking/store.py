@@ -277,6 +277,13 @@ class _Answering:
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, MlflowException) and (
+            error.error_code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in str(error)
+        ):
+            raise ConfigError(
+                f"MLflow at {self.uri} refuses the user or the password; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD, or put them into ~/.mlflow/credentials"
+            ) from error
         if isinstance(error, MlflowException | SQLAlchemyError):
             raise AwayError(
                 f"MLflow at {self.uri} does not answer, or refuses; start it, or set MLFLOW_TRACKING_URI: {one_line(error)}"

@@ -3,17 +3,15 @@
 import importlib.util
 import os
 import secrets
-import shutil
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import mkdtemp
 from types import ModuleType
 
+import databases
 import pytest
 
 SERVER = Path(__file__).parents[2] / "cluster" / "mlflow" / "server.py"
@@ -64,12 +62,6 @@ def test_bad_input_is_one_line_and_exit_2():
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def answers(url: str) -> bool:
     try:
         return urllib.request.urlopen(url, timeout=5).status == 200
@@ -79,38 +71,10 @@ def answers(url: str) -> bool:
 
 @pytest.fixture
 def database() -> Iterator[dict[str, str]]:
-    """A PostgreSQL of this test's own, as libpq's variables."""
-    found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *filter(None, [shutil.which("initdb")])]
-    if not found:
+    if databases.tools() is None:
         pytest.skip("no PostgreSQL here; apt-get install postgresql")
-    tools = Path(found[-1]).parent
-    folder = Path(mkdtemp())  # others than root cannot reach pytest's folder
-    user: dict[str, str] = {}
-    if os.geteuid() == 0:  # PostgreSQL will not be root
-        user = {"user": "nobody"}
-        shutil.chown(folder, "nobody")
-    password = folder / "password"
-    password.write_text("p@ss/word:1")  # what would have to be quoted in a URI
-    password.chmod(0o644)
-    port = str(free_port())
-    begin = [tools / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={password}"]
-    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-    try:
-        subprocess.run(begin, check=True, capture_output=True, cwd=folder, **user)
-        subprocess.run(
-            [tools / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start"],
-            check=True, capture_output=True, cwd=folder, **user,
-        )  # fmt: skip
-        yield {
-            "PGHOST": "127.0.0.1",
-            "PGPORT": port,
-            "PGUSER": "mlflow",
-            "PGDATABASE": "postgres",
-            "PGPASSWORD_FILE": str(password),
-        }
-    finally:
-        subprocess.run([tools / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], check=False, cwd=folder, **user)
-        shutil.rmtree(folder)
+    with databases.postgresql() as settings:
+        yield settings
 
 
 @pytest.mark.slow
@@ -120,7 +84,7 @@ def test_records_on_a_real_postgresql_and_refuses_strangers(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    port = free_port()
+    port = databases.free_port()
     key = tmp_path / "key"
     key.write_text(secrets.token_hex(16))
     environment = os.environ | database | GIVEN | {"MLFLOW_FLASK_SERVER_SECRET_KEY_FILE": str(key)}

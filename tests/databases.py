@@ -1,0 +1,61 @@
+"""A real PostgreSQL for tests, of their own and gone afterwards."""
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import mkdtemp
+
+
+def tools() -> Path | None:
+    """The folder with initdb; None if PostgreSQL is not installed (apt-get install postgresql)."""
+    found = [*Path("/usr/lib/postgresql").glob("*/bin/initdb"), *map(Path, filter(None, [shutil.which("initdb")]))]
+    return found[-1].parent if found else None
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def postgresql(address: str = "127.0.0.1", clients: str = "127.0.0.1/32") -> Iterator[dict[str, str]]:
+    """A server with a password at an address, for clients of a network; as libpq's variables."""
+    bin_folder = tools()
+    assert bin_folder is not None
+    folder = Path(mkdtemp())  # others than root cannot reach pytest's folder
+    user: dict[str, str] = {}
+    if os.geteuid() == 0:  # PostgreSQL will not be root
+        user = {"user": "nobody"}
+        shutil.chown(folder, "nobody")
+    password = folder / "password"
+    password.write_text("p@ss/word:1")  # what would have to be quoted in a URI
+    password.chmod(0o644)
+    port = str(free_port())
+    begin = [bin_folder / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={password}"]
+    options = f"-p {port} -k {folder} -c listen_addresses={address}"
+    try:
+        subprocess.run(begin, check=True, capture_output=True, cwd=folder, **user)
+        with (folder / "data" / "pg_hba.conf").open("a") as rules:
+            rules.write(f"host all all {clients} scram-sha-256\n")
+        subprocess.run(
+            [bin_folder / "pg_ctl", "-D", folder / "data", "-w", "-l", folder / "log", "-o", options, "start"],
+            check=True, capture_output=True, cwd=folder, **user,
+        )  # fmt: skip
+        yield {
+            "PGHOST": address,
+            "PGPORT": port,
+            "PGUSER": "mlflow",
+            "PGDATABASE": "postgres",
+            "PGPASSWORD_FILE": str(password),
+        }
+    finally:
+        subprocess.run(
+            [bin_folder / "pg_ctl", "-D", folder / "data", "-m", "immediate", "stop"], check=False, cwd=folder, **user
+        )
+        shutil.rmtree(folder)
