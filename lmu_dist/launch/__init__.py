@@ -6,8 +6,6 @@ import os
 # by which every later cluster of this user changes its behaviour.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-# Whether a run can ever fit is checked before it starts; then it may have to wait for nodes to come up or for others to end.
-os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "1800")
 # Of a Ray started here: a run has some ten processes, most of which take no CPU of their own, and Ray warns when more come up
 # at once than there are CPUs.
 os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "16")

@@ -119,6 +119,9 @@ def fit(
     # A cluster that runs already does not inherit what is set here.
     environment = {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
     environment["DS_ACCELERATOR"] = "cuda" if cluster.gpus_per_worker else "cpu"
+    # Whether a run can ever fit is checked before it starts; then it may have to wait for nodes to come up or for others to end.
+    # One that can do with fewer workers counts again soon: Ray may have counted on a node that is dead already.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if cluster.min_workers else "1800"
     trainer = TorchTrainer(
         worker,
         train_loop_config=arguments,
@@ -134,7 +137,9 @@ def fit(
             storage_path=str(folder.parent) if isinstance(folder, Path) else folder.parent.path,
             # The same client as elsewhere: pyarrow's own reads fewer of the settings in the environment.
             storage_filesystem=None if isinstance(folder, Path) else PyFileSystem(FSSpecHandler(folder.fs)),
-            failure_config=FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=FailureConfig(
+                max_failures=cluster.max_failures, controller_failure_limit=20 if cluster.min_workers else 3
+            ),
             worker_runtime_env={"env_vars": environment},
             callbacks=list(callbacks),
         ),
