@@ -119,7 +119,7 @@ def fit(
     # A cluster that runs already does not inherit what is set here.
     environment = {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
     environment["DS_ACCELERATOR"] = "cuda" if cluster.gpus_per_worker else "cpu"
-    # Whether a run can ever fit is checked before it starts; then it may have to wait for nodes to come up or for others to end.
+    # Whether a run can ever fit is checked before it starts; then it may have to wait for nodes or for others to end.
     # One that can do with fewer workers counts again soon: Ray may have counted on a node that is dead already.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "30" if cluster.min_workers else "1800"
     trainer = TorchTrainer(
