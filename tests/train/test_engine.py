@@ -50,7 +50,7 @@ def test_resume_is_bitwise_at_every_stage(world_size: int, tmp_path: Path):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_workers_come_and_go(plain, stage: int, tmp_path: Path):
     """From 2 to 1, and on with 3, which do not divide the batch: the curve is that of one process all along."""
     two, one = (str(tmp_path / name) for name in ("two", "one"))
