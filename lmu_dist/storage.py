@@ -21,14 +21,27 @@ from lmu_dist.config import ConfigError, Folder
 def check_writable(folder: Folder) -> None:
     """Raises ConfigError if nothing can be put there: better now than after hours of work."""
     probe = folder / f".writable-{os.getpid()}"
-    try:
+    with _answering(folder, "write to"):
         make_folder(folder)
         probe.write_bytes(b"")
         probe.unlink()
+
+
+def check_reachable(folder: Folder) -> None:
+    """Raises ConfigError if a URI does not answer; of a folder nothing is asked."""
+    if is_remote(folder):
+        with _answering(folder, "reach"):
+            folder.exists()
+
+
+@contextmanager
+def _answering(folder: Folder, what: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as e:  # every kind of storage has errors of its own
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         where = "; for s3 set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL"
-        raise ConfigError(f"storage: cannot write to {folder}: {reason}{where if is_remote(folder) else ''}") from e
+        raise ConfigError(f"storage: cannot {what} {folder}: {reason}{where if is_remote(folder) else ''}") from e
 
 
 def is_remote(path: Folder) -> bool:

@@ -1,6 +1,9 @@
 """Storage at a URI does what a folder does: on an S3 server on loopback, without Ray (with it: tests/launch/test_s3.py)."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -136,3 +139,14 @@ def test_a_storage_that_cannot_be_is_one_line(uri: str, reason: str, bucket: str
         storage.check_writable(load(tmp_path / "job.yaml").storage_folder)
     assert "\n" not in str(e.value)
     assert "secret" not in str(e.value)
+
+
+def test_a_storage_that_does_not_answer_is_one_line(tmp_path: Path):
+    away = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    (tmp_path / "job.yaml").write_text(json.dumps({"storage": "s3://away/x"}))
+    # In a process of its own, since clients remember where they have been.
+    command = [sys.executable, "-m", "lmu_dist.cli", "plan", str(tmp_path / "job.yaml")]
+    done = subprocess.run(command, env=os.environ | away | {"AWS_MAX_ATTEMPTS": "1"}, capture_output=True, text=True)
+    [line] = done.stderr.splitlines()
+    assert done.returncode == 2
+    assert line.startswith("lmu-dist: storage: cannot reach s3://away/x: Could not connect")

@@ -8,6 +8,7 @@ import click
 
 from lmu_dist import __version__, show
 from lmu_dist.config import Config, load, with_settings
+from lmu_dist.storage import check_reachable
 
 job = click.argument("config")
 settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -39,7 +40,9 @@ def place(name: str) -> str:
 def loaded(path: str, overrides: Sequence[str]) -> Config:
     """A configuration whose storage is where this command keeps things. Raises ConfigError."""
     config = load(path, overrides)
-    return with_settings(config, {"storage": place(config.storage)})
+    config = with_settings(config, {"storage": place(config.storage)})
+    check_reachable(config.storage_folder)
+    return config
 
 
 def tracking_uri() -> str:
