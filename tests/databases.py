@@ -16,6 +16,11 @@ def tools() -> Path | None:
     return found[-1].parent if found else None
 
 
+def missing() -> str:
+    """What to do for a PostgreSQL; "" if there is one."""
+    return "" if tools() else "no PostgreSQL here; apt-get install postgresql"
+
+
 def free_port() -> int:
     """A port of loopback that nobody listens on."""
     with socket.socket() as s:

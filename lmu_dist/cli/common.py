@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from lmu_dist import __version__, show
-from lmu_dist.config import Config, load, with_settings
+from lmu_dist.config import Config, ConfigError, load, with_settings
 from lmu_dist.storage import check_reachable
 
 job = click.argument("config")
@@ -51,7 +51,9 @@ def tracking_uri() -> str:
 
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    folder = Path.cwd() if "://" in root() else Path(root())
+    if "://" in root():
+        raise ConfigError(f"set MLFLOW_TRACKING_URI: no database can be at LMU_DIST_HOME, {root()}")
+    folder = Path(root())
     folder.mkdir(parents=True, exist_ok=True)
     return default_uri(folder)
 

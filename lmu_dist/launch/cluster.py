@@ -116,10 +116,15 @@ def _wait_for_room(configs: Sequence[Config]) -> None:
     """Asks a cluster that scales itself for what the largest of the runs takes, and waits as long as they allow."""
     largest = max(configs, key=lambda config: config.cluster.n_workers)
     deadline = time.monotonic() + largest.cluster.wait_seconds
-    if room(largest) < largest.cluster.n_workers and largest.cluster.wait_seconds:
-        request_resources(bundles=[_each(largest)] * largest.cluster.n_workers)
-    while room(largest) < largest.cluster.n_workers and time.monotonic() < deadline:
-        time.sleep(2)
+    if room(largest) >= largest.cluster.n_workers or not largest.cluster.wait_seconds:
+        return
+    request_resources(bundles=[_each(largest)] * largest.cluster.n_workers)
+    try:
+        while room(largest) < largest.cluster.n_workers and time.monotonic() < deadline:
+            time.sleep(2)
+    finally:
+        # Such a request lasts until the next; from now on the runs themselves are what keeps nodes up.
+        request_resources(bundles=[])
 
 
 def _check_all_fit(configs: Sequence[Config]) -> None:

@@ -130,7 +130,11 @@ def submit(client: Client, drafted: Draft) -> tuple[str, bool]:
         client.submit_job(
             entrypoint=drafted.entrypoint,
             submission_id=new,
-            runtime_env={"working_dir": str(drafted.package.folder), "env_vars": drafted.environment},
+            runtime_env={
+                "working_dir": str(drafted.package.folder),
+                "excludes": list(drafted.package.excludes),
+                "env_vars": drafted.environment,
+            },
             metadata=dict(drafted.metadata),
         )
     except AwayError:

@@ -11,8 +11,9 @@ import logging
 import os
 import re
 import shlex
+import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from lmu_dist.config import Config, ConfigError, sources, to_dict
 from lmu_dist.launch.cell import git_commit
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
+from lmu_dist.tracking.store import check_no_password
 
 # An interrupted driver says so in MLflow, which Ray's SIGTERM and its three seconds leave no time for.
 STOPPING = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
@@ -38,7 +40,8 @@ class Package:
 
     folder: Path
     files: dict[str, int]
-    left_out: dict[str, int]  # by .gitignore or .rayignore; a folder of which nothing travels is one entry that ends in /
+    excludes: tuple[str, ...]  # what git ignores by rules that Ray does not know
+    left_out: dict[str, int]  # by git or .rayignore; a folder of which nothing travels is one entry that ends in /
 
     @property
     def size_bytes(self) -> int:
@@ -79,17 +82,16 @@ def draft(config: Config, path: Path, overrides: Iterable[str], command: str | N
     if tokenizer is None or Path(tokenizer).is_file():  # else it is the cluster's, and what it holds is not known here
         grid(config, vocab_tokens(config))
     tracking_uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if "@" in urlsplit(tracking_uri).netloc:
-        raise ConfigError(
-            "MLFLOW_TRACKING_URI holds credentials, which everybody who sees the dashboard could read; take them out of it and "
-            "give MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD to the cluster's nodes"
-        )
+    check_no_password(tracking_uri)
+    # What only this machine can reach would lead the job to itself.
+    elsewhere = urlsplit(tracking_uri).hostname not in (None, "localhost", "127.0.0.1", "::1")
+    environment = STOPPING | ({"MLFLOW_TRACKING_URI": tracking_uri} if elsewhere else {})
     package = _pack(folder)
     job = _check_travels(package, config, path)
     words = ["python", "-m", "lmu_dist.cli", command, job, *overrides]
     if command == "tune":  # the job's own folder goes when the job has gone
         words += ["-o", f"{config.storage}/{config.experiment}-tuned.yaml"]
-    content = json.dumps([words, to_dict(config), package.digest()], sort_keys=True)
+    content = json.dumps([words, to_dict(config), package.digest(), environment], sort_keys=True)
     commit = git_commit(folder)
     return Draft(
         name=f"{command}-{config.experiment}-{hashlib.sha256(content.encode()).hexdigest()[:8]}",
@@ -103,24 +105,26 @@ def draft(config: Config, path: Path, overrides: Iterable[str], command: str | N
             "git_commit": commit.rstrip("+"),
             "git_dirty": str(commit.endswith("+")).lower(),
         },
-        environment=STOPPING | ({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {}),
-        notes=tuple(_notes(config, tracking_uri)),
+        environment=environment,
+        notes=tuple(_notes(config, environment)),
     )
 
 
-def _notes(config: Config, tracking_uri: str) -> Iterable[str]:
+def _notes(config: Config, environment: Mapping[str, str]) -> Iterable[str]:
     where = "in $LMU_DIST_HOME of the cluster's nodes, else in ~/lmu-dist on the head"
     if "://" not in config.storage and not Path(config.storage).expanduser().is_absolute():
         yield f"storage {config.storage!r} will be {where}; several nodes need a folder that all of them share, or a URI"
-    if not tracking_uri:
-        yield f"MLFLOW_TRACKING_URI is not set: the cluster's own is taken, else a file {where}"
+    if "MLFLOW_TRACKING_URI" not in environment:
+        yield "no MLFLOW_TRACKING_URI that others could reach: the cluster's own is taken, else a file beside its storage"
     if kept := sorted(name for name in os.environ if SECRET.fullmatch(name)):
         yield f"not sent, since all who see the dashboard could read it: {', '.join(kept)}; set it on the cluster's nodes"
 
 
 def _pack(folder: Path) -> Package:
     """Looks at what of a folder travels. Raises ConfigError if it is more than Ray takes."""
+    excludes = _ignored_by_git(folder)
     usual = _get_excludes(folder, get_runtime_env_default_excludes())  # .git, .venv and the like
+    unusual = _get_excludes(folder, list(excludes))
     files: dict[str, int] = {}
 
     def take(path: Path) -> None:
@@ -128,8 +132,8 @@ def _pack(folder: Path) -> Package:
             files[str(path.relative_to(folder))] = path.stat().st_size
 
     honours_gitignore = os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") != "1"
-    _dir_travel(folder, [usual], take, include_gitignore=honours_gitignore)
-    package = Package(folder, files, _left_out(folder, files, usual))
+    _dir_travel(folder, [usual, unusual], take, include_gitignore=honours_gitignore)
+    package = Package(folder, files, excludes, _left_out(folder, files, usual))
     if package.size_bytes >= GCS_STORAGE_MAX_SIZE:
         largest = ", ".join(sorted(files, key=lambda name: -files[name])[:3])
         raise ConfigError(
@@ -137,6 +141,18 @@ def _pack(folder: Path) -> Package:
             f"what the job can do without into .gitignore or .rayignore; the largest are {largest}"
         )
     return package
+
+
+def _ignored_by_git(folder: Path) -> tuple[str, ...]:
+    """Patterns for what git ignores here, by rules of folders above and of the user too, which Ray does not read."""
+    if os.environ.get(RAY_RUNTIME_ENV_IGNORE_GITIGNORE, "0") == "1":
+        return ()
+    command = ["git", "ls-files", "-z", "--others", "--ignored", "--exclude-standard", "--directory"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # no git, or no work tree
+        return ()
+    return tuple("/" + re.sub(r"([*?!#[ ])", r"\\\1", name) for name in sorted(filter(None, done.stdout.split("\0"))))
 
 
 def _check_travels(package: Package, config: Config, path: Path) -> str:

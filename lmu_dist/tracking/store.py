@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -36,6 +37,16 @@ def default_uri(folder: Path) -> str:
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
 
 
+def check_no_password(uri: str) -> None:
+    """Raises ConfigError if a store's URI holds a password: it is told to people, logged and kept with every run."""
+    parts = urlsplit(uri)
+    if parts.password or "password=" in parts.query:
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI holds a password, which all who see the record could read; take it out and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD, or a password file)"
+        )
+
+
 class AwayError(ConfigError):
     """The store does not answer, or refuses."""
 
@@ -44,6 +55,7 @@ class Store:
     """An MLflow tracking store, by URI. Methods raise AwayError when it does not answer."""
 
     def __init__(self, uri: str) -> None:
+        check_no_password(uri)
         if uri.startswith("sqlite:///"):
             # The recorder lives in another folder, where a relative path would mean another file.
             uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"

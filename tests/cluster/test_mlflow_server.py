@@ -71,8 +71,8 @@ def answers(url: str) -> bool:
 
 @pytest.fixture
 def database() -> Iterator[dict[str, str]]:
-    if databases.tools() is None:
-        pytest.skip("no PostgreSQL here; apt-get install postgresql")
+    if databases.missing():
+        pytest.skip(databases.missing())
     with databases.postgresql() as settings:
         yield settings
 

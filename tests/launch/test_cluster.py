@@ -8,6 +8,8 @@ from lmu_dist.config import ClusterConfig, Config, ConfigError, parse
 from lmu_dist.launch import cluster as clusters
 from lmu_dist.launch.cluster import check_before
 
+asked: list[int] = []  # of the autoscaler
+
 
 @pytest.fixture
 def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
@@ -15,7 +17,10 @@ def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
     found = [{"CPU": 0.0}]
     monkeypatch.setattr(clusters.ray, "is_initialized", lambda: True)
     monkeypatch.setattr(clusters, "_nodes", lambda: found)
-    monkeypatch.setattr(clusters, "request_resources", lambda bundles: found.extend(dict(b) for b in bundles))
+    monkeypatch.setattr(
+        clusters, "request_resources", lambda bundles: (asked.append(len(bundles)), found.extend(map(dict, bundles)))
+    )
+    asked.clear()
     monkeypatch.setattr(time, "sleep", lambda _: None)
     return found
 
@@ -24,6 +29,7 @@ def test_a_cluster_at_zero_grows(nodes: list[dict[str, float]]):
     config = Config(cluster=ClusterConfig(n_workers=4, wait_seconds=600))
     with clusters.cluster([Config(), config]):
         assert clusters.room(config) == 4
+        assert asked == [4, 0]  # and not kept up for ever
 
 
 def test_a_cluster_that_stays_small_is_said(nodes: list[dict[str, float]]):

@@ -86,6 +86,8 @@ def test_a_run_goes_on_with_one_worker_and_again_with_two(corpus_glob: str, tmp_
 
     apart = [abs(a - b) for a, b in zip(losses(calm), losses(rough), strict=True)]
     print(f"alone from step {alone_from:.0f}, together from {together_from:.0f}; largest difference {max(apart):.2e} nats")
-    assert max(apart[: int(alone_from)]) < 1e-4
-    assert max(apart) < 0.02
+    # The order of sums differs from the first step alone on, and training makes more of it, as of any rounding.
+    assert max(apart[: int(alone_from) + 50]) < 1e-5
+    assert sum(apart) / STEPS < 0.005
+    assert max(apart) < 0.05
     assert rough.record.val_loss_nats == pytest.approx(calm.record.val_loss_nats, abs=0.005)

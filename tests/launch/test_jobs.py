@@ -196,6 +196,30 @@ def test_what_is_said_to_travel_is_what_ray_packs(folder: Path, tmp_path: Path):
     assert package.left_out["runs/"] == len("runs/x/deep.bin")
 
 
+def test_what_git_ignores_by_rules_of_elsewhere_stays_here(folder: Path, tmp_path: Path):
+    subprocess.run(["git", "init", "-q", folder.parent], check=True)
+    (folder.parent / ".gitignore").write_text(".env\nweights \\[1\\]*\n")
+    for name in (".env", "weights [1].bin", "weights.txt"):
+        (folder / name).write_text(name)
+    package = drafted(folder).package
+    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True, excludes=list(package.excludes))
+    with ZipFile(tmp_path / "package.zip") as packed:
+        assert {entry.filename for entry in packed.infolist() if not entry.is_dir()} == set(package.files)
+    assert package.left_out.keys() == {".env", "weights [1].bin"}
+    assert "weights.txt" in package.files
+
+
+def test_a_store_that_only_this_machine_reaches_is_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    for uri in ("http://127.0.0.1:5000", "http://localhost:5000", f"sqlite:///{folder}/mlflow.db"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        job = drafted(folder)
+        assert "MLFLOW_TRACKING_URI" not in job.environment
+        assert any("the cluster's own is taken" in note for note in job.notes)
+    name = job.name
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
+    assert drafted(folder).name != name
+
+
 def test_a_name_is_of_the_content_alone(folder: Path):
     (folder / ".gitignore").write_text("runs/\n")
     name = drafted(folder).name
@@ -391,6 +415,7 @@ def head() -> Iterator[str]:
     options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
     scratch = tempfile.mkdtemp(prefix="lmu")  # Ray's sockets bear no long paths
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_API_SERVER_ADDRESS")}
+    environment["LMU_DIST_HOME"] = scratch
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     process = subprocess.Popen(
         [
@@ -441,7 +466,6 @@ def test_a_job_runs_on_a_cluster_with_the_code_that_was_sent(head: str, folder: 
     shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(folder / "lmu_dist" / "__init__.py", "a") as file:
         file.write('print("the code that was sent")\n')
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder.parent}/mlflow.db")
     assert main(["submit", "job.yaml", "--address", head]) == 0
     for token, answer in (("f" * 64, "refuses the token"), ("", "there is no token")):
         refused = subprocess.run(
