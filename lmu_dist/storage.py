@@ -5,6 +5,7 @@ Both kinds are handled as paths; here is what differs between them. Called by da
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -40,8 +41,13 @@ def _answering(folder: Folder, what: str) -> Iterator[None]:
         yield
     except Exception as e:  # every kind of storage has errors of its own
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        where = "; for s3 set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL"
-        raise ConfigError(f"storage: cannot {what} {folder}: {reason}{where if is_remote(folder) else ''}") from e
+        where = "; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL"
+        raise ConfigError(f"storage: cannot {what} {folder}: {reason}{where if str(folder).startswith('s3') else ''}") from e
+
+
+def is_from_storage(error: BaseException) -> bool:
+    """Whether an error that is no OSError comes from the client of a storage at a URI."""
+    return type(error).__module__.partition(".")[0] in ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google")
 
 
 def is_remote(path: Folder) -> bool:
@@ -131,6 +137,8 @@ def fetched(path: Folder, sha256: str) -> Path:
     """The file on this machine: itself, or a copy that is made once on each, known by its digest. Raises ConfigError."""
     if isinstance(path, Path):
         return path
+    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it names a file here
+        raise ConfigError(f"{path.parent} has a damaged manifest; delete {path.parent} and prepare again")
     local = user_cache_path("lmu-dist") / "files" / f"{sha256}{path.suffix}"
     if not local.exists():
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +149,8 @@ def fetched(path: Folder, sha256: str) -> Path:
                 if digest(partial) != sha256:
                     partial.unlink()
                     raise ConfigError(f"{path} is damaged: its sha256 is not {sha256}; delete {path.parent} and prepare again")
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
                 partial.replace(local)
     return local
 

@@ -11,6 +11,7 @@ from lmu_dist import show
 from lmu_dist.cli import clusters, results, runs
 from lmu_dist.cli.common import cli
 from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.storage import is_from_storage
 
 __all__ = ["cli", "clusters", "main", "results", "runs"]
 
@@ -31,6 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as e:
         show.console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
+        return 1
+    except Exception as e:
+        if not is_from_storage(e):
+            raise
+        show.console.print(f"lmu-dist: the storage does not answer, or refuses: {' '.join(str(e).split())[:300]}")
         return 1
     except (KeyboardInterrupt, click.Abort):
         show.console.print("lmu-dist: interrupted; the same command goes on from where it stood")

@@ -20,6 +20,7 @@ Folder = Path | UPath  # of this machine (or a disk all nodes share), or at a UR
 
 def open_folder(text: str) -> Folder:
     """The folder, or file, that a path or a URI names. Raises ConfigError for a kind of storage that is not to be had."""
+    text = text.removeprefix("file://")
     if "://" not in text:
         # Absolute: the processes of a cluster have working folders of their own.
         return Path(text).expanduser().absolute()
@@ -30,7 +31,7 @@ def open_folder(text: str) -> Folder:
     try:
         # Other machines change what lies there: a listing is never to be remembered.
         folder = UPath(text, use_listings_cache=False)
-        assert folder.fs  # its library is loaded only now
+        _ = folder.fs  # loads its library, which may not be installed
         return folder
     except (ValueError, ImportError) as e:
         raise ConfigError(f"{text!r} cannot be used: {e}; for s3:// pip install 'lmu-dist[s3]', for gs:// gcsfs") from e

@@ -84,6 +84,10 @@ def prepare(data: DataConfig, storage: Folder, progress: Progress = lambda *_: N
                 _check_problems(data, units, facts, folder)
                 _join(data, len(units), facts, folder)
             places.remove(folder / "parts")
+    except FileNotFoundError:
+        # At a URI the lock is one machine's: another may have been at it too, and have finished.
+        if not (folder / MANIFEST).exists():
+            raise
     except Timeout as e:
         raise ConfigError(f"{folder} is being prepared by another process; wait for it, then start again") from e
     return open_corpus(folder)

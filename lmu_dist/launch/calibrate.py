@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from lmu_dist import storage
-from lmu_dist.config import Config, Folder
+from lmu_dist.config import Config, Folder, with_settings
 from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch.cluster import check_before, cluster
@@ -35,6 +35,7 @@ MOST_STEPS = 200
 
 def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
     """Measures a step of every cell, whatever its budget and seed. Returns the file it wrote."""
+    config = with_settings(config, {"cluster.min_workers": None})  # a step of fewer workers is another step
     cells, _ = grid(config, vocab_tokens(config))
     distinct = {json.dumps(step_of(cell), sort_keys=True): cell for cell in cells}
     check_before([cell.config for cell in distinct.values()])

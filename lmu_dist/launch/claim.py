@@ -9,7 +9,7 @@ import platform
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,10 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, tell_result, write_record
 from lmu_dist.launch.recorder import spool_lock
 from lmu_dist.records import RunRecord
-from lmu_dist.storage import beside, is_remote, make_folder, write_whole
+from lmu_dist.storage import beside, make_folder, write_whole
 from lmu_dist.tracking.delivery import Courier
 from lmu_dist.tracking.spool import Spool
-from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, PLACE, SILENCE_SECONDS, Store, alive_now, record_of
+from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, PLACE, SILENCE_SECONDS, AwayError, Store, alive_now, record_of
 from lmu_dist.train import checkpoint
 
 DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
@@ -102,7 +102,7 @@ def close(cell: Cell, store: Store, how: str | Outcome, patience_seconds: float 
     time waits in the spool.
     """
     run_id = _remembered(cell, store)
-    if run_id is None:
+    if run_id is None or not _is_ours(cell, run_id, store):
         return
     with _trunk_lock(cell, patience_seconds), spool_lock(cell.folder).acquire(timeout=patience_seconds):
         if record_path(cell).exists():
@@ -197,13 +197,35 @@ def _is_alive_elsewhere(cell: Cell, run: Any) -> bool:
     return not ended and _place_of(run) not in (None, _place(cell)) and time.time() - heard < SILENCE_SECONDS
 
 
+def check_not_elsewhere(cell: Cell, run: Any) -> None:
+    """Raises BusyError if a driver whose locks are not seen here is at work on the MLflow run of a cell."""
+    if _is_alive_elsewhere(cell, run):
+        raise BusyError(f"{cell.name} is being run in {_place_of(run)}; wait for it, or stop it there")
+
+
 def _place(cell: Cell) -> str:
-    """What drivers that can see each other's locks have in common: the folder, and if that is at a URI, the machine."""
-    return f"{platform.node()}:{beside(cell.folder)}" if is_remote(cell.folder) else str(cell.folder)
+    """What drivers that see each other's locks have in common: a word in a file beside these, made by the first of them."""
+    folder = beside(cell.config.storage_folder)
+    make_folder(folder)
+    word, made = folder / "place", folder / f"place.{uuid.uuid4().hex}"
+    if not word.exists():
+        made.write_text(f"{platform.node()}:{folder}:{uuid.uuid4().hex[:12]}")
+        with suppress(FileExistsError):
+            word.hardlink_to(made)  # whole, and only once
+        made.unlink()
+    return word.read_text()
 
 
 def _place_of(run: Any) -> str | None:
     return run.data.tags.get(PLACE, run.data.tags.get(FOLDER))
+
+
+def _is_ours(cell: Cell, run_id: str, store: Store) -> bool:
+    """Whether it was this place's drivers that had the run last; taken for granted while the store is away."""
+    try:
+        return store.tag_of(run_id, PLACE) in (None, "", _place(cell))
+    except AwayError:
+        return True
 
 
 def _trunk_lock(cell: Cell, patience_seconds: float) -> FileLock:

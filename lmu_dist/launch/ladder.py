@@ -33,6 +33,7 @@ from lmu_dist.tracking.store import AwayError, Store
 
 STUDY = "ladder"
 CLOSING_SECONDS = 30.0  # what an interrupted ladder takes to say so in MLflow
+LOOK_SECONDS = 60.0  # between two looks at a storage at a URI for the sake of a progress bar
 PAUSE_SECONDS = 5.0  # between two looks at what another driver is doing
 
 
@@ -89,6 +90,7 @@ class _Driver:
         self.works: list[tuple[Cell, ...]] = []
         self.running: set[int] = set()  # trials, by the index of their work; those whose process died stay
         self.known: dict[str, Any] = {}
+        self._told = -LOOK_SECONDS
         self._look()
         self.before = frozenset(self.done)
 
@@ -157,7 +159,10 @@ class _Driver:
         return claim.finished_elsewhere(cell, known, self.store)
 
     def tell(self, remark: str = "") -> None:
-        """Brings the progress up to date."""
+        """Brings the progress up to date; seldom where it takes a request for every cell."""
+        if not remark and time.monotonic() - self._told < (LOOK_SECONDS if storage.is_remote(self.cells[0].folder) else 0):
+            return
+        self._told = time.monotonic()
         ended = sum(1 for cell in self.cells if cell.key in self.done or record_path(cell).exists())
         self.progress("ladder", ended, len(self.cells), f"{ended} of {len(self.cells)} cells ended {remark}".strip())
 
@@ -220,6 +225,7 @@ def _retire(cell: Cell, store: Store) -> None:
             continue
         with claim.alone(tried):
             if (run := store.find_run(tried.key)) is not None:
+                claim.check_not_elsewhere(tried, run)
                 store.retire_run(run.info.run_id)
             storage.remove(tried.folder)
             storage.remove(storage.beside(tried.folder))

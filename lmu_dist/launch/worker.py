@@ -209,7 +209,9 @@ def _load(engine: Any, start: Start) -> None:
     from lmu_dist.train.engine import to_universal
 
     assert start.folder is not None
-    scratch, first = Path(tempfile.gettempdir()) / f"lmu-dist-{start.attempt}", os.environ["LOCAL_RANK"] == "0"
+    # By node, since several may be on one machine.
+    name = f"lmu-dist-{start.attempt}-{ray.get_runtime_context().get_node_id()[:12]}"
+    scratch, first = Path(tempfile.gettempdir()) / name, os.environ["LOCAL_RANK"] == "0"
     convert = start.state.zero_stage > 0 and start.state.world_size != dist.get_world_size()
     here = start.folder if isinstance(start.folder, Path) else scratch / "fetched"
     try:

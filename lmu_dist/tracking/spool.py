@@ -9,6 +9,7 @@ import logging
 import math
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -30,7 +31,7 @@ class Spool:
         self.run_id = run_id
         here, self._copies = storage.beside(folder), folder / "spool" if storage.is_remote(folder) else None
         self._path, self._delivered_path = here / "spool.jsonl", here / f"spool.delivered.{run_id}"
-        self._lock = threading.Lock()
+        self._lock, self._word = threading.Lock(), uuid.uuid4().hex[:8]
         self._last = dict(last_steps or {})
         self.attempts = 0
         storage.make_folder(here)
@@ -120,7 +121,8 @@ class Spool:
         with self._lock, open(self._path, "rb") as file:
             file.seek(self._copied)
             if new := file.read():
-                (self._copies / f"{self._copied:015d}.jsonl").write_bytes(new)
+                # The word keeps a second writer, should there ever be one, from writing over what the first has told.
+                (self._copies / f"{self._copied:015d}-{self._word}.jsonl").write_bytes(new)
                 self._copied += len(new)
             (self._copies / self._delivered_path.name).write_text(str(self._delivered))
 

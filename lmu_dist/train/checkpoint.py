@@ -78,11 +78,13 @@ def verify(folder: Folder, digests: bool = True) -> Meta:
         world_size = manifest["world_size"]
         for name, (size, digest) in manifest["files"].items():
             path = folder / name
-            if not path.is_file():
-                raise TornError(f"checkpoint {folder} lacks {name}")
-            if path.stat().st_size < size:
+            try:
+                found = path.stat().st_size
+            except FileNotFoundError as e:  # any other error says nothing of the checkpoint, and ends the search
+                raise TornError(f"checkpoint {folder} lacks {name}") from e
+            if found < size:
                 raise TornError(f"checkpoint {folder}: {name} is not whole")
-            if path.stat().st_size != size or (digests and storage.digest(path) != digest):
+            if found != size or (digests and storage.digest(path) != digest):
                 raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
         rank += 1
     return Meta(**_read_json(folder / META))
@@ -158,7 +160,7 @@ def _manifest(rank: int) -> str:
 def _read_json(path: Folder) -> Any:
     try:
         return json.loads(path.read_text())
-    except OSError as e:
+    except FileNotFoundError as e:
         raise TornError(f"checkpoint {path.parent} lacks {path.name}") from e
     except ValueError as e:
         raise CheckpointError(f"checkpoint {path.parent}: {path.name} is damaged") from e
