@@ -62,16 +62,22 @@ class Flops:
 
 @dataclass(frozen=True)
 class ZeroMemory:
-    """Bytes of model state on one worker."""
+    """Bytes on one worker, of the one that holds most: model state, and what DeepSpeed and Adam need beside it for a while."""
 
     weights_bytes: float
-    gradients_bytes: float
+    gradients_bytes: float  # when backward has ended
     optimizer_bytes: float
+    backward_buffers_bytes: float  # buckets, and single tensors on their way through them, while activations are there
+    update_buffers_bytes: float  # after them: what is reduced at once, float32 copies of gradients, Adam's temporaries
 
     @property
-    def total_bytes(self) -> float:
-        """Sum of the three."""
+    def state_bytes(self) -> float:
+        """Weights, gradients and optimizer state."""
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
+
+    def peak_bytes(self, activation_bytes: float) -> float:
+        """The most a step needs; activations and what the update needs are never there together."""
+        return self.state_bytes + max(activation_bytes + self.backward_buffers_bytes, self.update_buffers_bytes)
 
 
 def _sublayer_parameters(name: str, s: Shape) -> int:
@@ -157,16 +163,53 @@ def flops(shape: Shape) -> Flops:
     )
 
 
-def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = "fp32") -> ZeroMemory:
-    """Weights, gradients and Adam's state on one of `n_workers` (Rajbhandari et al. 2020, section 3).
-
-    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too.
+def bucket_parameters(n: int) -> int:
+    """How many of a model's `n` parameters are reduced, or gathered ahead, at once: a small share, since buckets are memory
+    that ZeRO is to save; but from a million bytes on a collective's latency no longer counts, and no more than DeepSpeed's default.
     """
-    total = parameters(shape).total
-    width = 4 if precision == "fp32" else 2
+    return min(n, max(2**18, n // 16), 500_000_000)
+
+
+def largest_parameter(s: Shape) -> int:
+    """Elements of the largest tensor of weights: what DeepSpeed cannot do in parts."""
+    sizes = {
+        "ffn": s.d_model * s.d_ff,
+        "attention": 3 * s.d_model**2,
+        "lstm": 4 * s.d_hidden * max(s.d_model, s.d_hidden),
+        "lmu": 3 * s.reduced_order * s.order,
+    }
+    counts = parameters(s)
+    return max(counts.head, counts.position, *(sizes[name] for name in s.sublayers))
+
+
+def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = "fp32") -> ZeroMemory:
+    """Weights, gradients and Adam's state on one of `n_workers` (Rajbhandari et al. 2020, section 3), and what DeepSpeed 0.19
+    needs to move them. Held to what workers really hold by benchmarks/memory.py.
+
+    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too. At stage 2 a worker
+    keeps the gradients of whole parameters, its share of which may end within one.
+    """
+    total, largest = parameters(shape).total, largest_parameter(shape)
+    bucket, width = bucket_parameters(total), 4 if precision == "fp32" else 2
+    share = total / n_workers
+    whole = min(total, share + largest) if n_workers > 1 else total  # of parameters that are in a share, if only in part
     master = 4 if precision != "fp32" or zero_stage >= 1 else 0
+    gradients = width * (total, total, whole, share)[zero_stage]
+    # On their way through a bucket: its copy, or that of a tensor larger than it, and the next tensor's gradient. If one bucket
+    # holds all gradients they are copied once all are there, and none was kept before.
+    reduced = bucket + max(bucket, largest) + largest
+    if bucket == total:
+        reduced = 2 * bucket - (whole if zero_stage == 2 else 0)
+    # The weights in use, and those fetched ahead, first in the ranks' order and then in their own.
+    gathered = min(total, largest + 2 * (bucket + largest))
+    # Adam works on float32 gradients of its share, with as much again for the root of its second moment. By then the others are
+    # gone, but for those of stage 0 in bf16, and the buffer for them at stage 3.
+    adam = {0: 4 * total if precision == "fp32" else 8 * total, 3: 8 * share + width * bucket}
+    update = adam.get(zero_stage, max(8 * share, width * whole) - gradients)
     return ZeroMemory(
-        weights_bytes=width * total / (n_workers if zero_stage >= 3 else 1),
-        gradients_bytes=width * total / (n_workers if zero_stage >= 2 else 1),
-        optimizer_bytes=(master + 8) * total / (n_workers if zero_stage >= 1 else 1),
+        weights_bytes=width * (share if zero_stage == 3 else total),
+        gradients_bytes=gradients,
+        optimizer_bytes=(master + 8) * (share if zero_stage else total),
+        backward_buffers_bytes=width * (0, bucket, reduced, reduced + gathered)[zero_stage],
+        update_buffers_bytes=max(update, width * max(whole, bucket) if zero_stage == 1 else 0),
     )

@@ -80,7 +80,7 @@ class Line:
     n_workers: int
     flops: float
     flops_kaplan: float  # 6 N per token
-    memory_bytes: tuple[float, float, float, float]  # model state and activations of one worker at ZeRO stage 0 .. 3
+    memory_bytes: tuple[float, float, float, float]  # the most a worker needs in a step at ZeRO stage 0 .. 3
     smallest_stage: int | None  # that fits plan.worker_memory_bytes
     zero_stage: int
     step_seconds: float | None
@@ -227,8 +227,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, measured)
     micro_rows = config.cluster.micro_batch_rows or train.batch_rows // workers
     activations = accounting.activation_bytes(shape, micro_rows, train.precision)
-    states = [accounting.zero_memory(shape, stage, workers, train.precision).total_bytes for stage in STAGES]
-    memory = tuple(state + activations for state in states)
+    memory = tuple(accounting.zero_memory(shape, stage, workers, train.precision).peak_bytes(activations) for stage in STAGES)
     seconds = seconds_each * steps if seconds_each is not None else None
     return Line(
         family=shape.family,

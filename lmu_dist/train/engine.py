@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmu_dist.config import ClusterConfig, TrainConfig
 from lmu_dist.data.batches import Batch
+from lmu_dist.models.accounting import bucket_parameters
 from lmu_dist.models.lm import LanguageModel
 
 TAG = "zero"  # DeepSpeed's folder inside a checkpoint
@@ -37,6 +38,8 @@ class Engine:
         self.model = model.to(device)
         self._ds: Any
         self._optimizer: Any
+        n_parameters = sum(p.numel() for p in model.parameters())
+        bucket = bucket_parameters(n_parameters)
         self._ds, self._optimizer, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=_adam(self.model, train),
@@ -47,8 +50,12 @@ class Engine:
                 "bf16": {"enabled": train.precision == "bf16"},
                 "zero_optimization": {
                     "stage": cluster.zero_stage,
-                    # DeepSpeed's default of 5e8 reserves 2 GB however small the model is.
-                    "reduce_bucket_size": min(500_000_000, sum(p.numel() for p in model.parameters())),
+                    # With DeepSpeed's defaults buckets are larger than most models, and weights that will be needed again,
+                    # as all are in backward, stay whole at stage 3: no stage would save anything.
+                    "reduce_bucket_size": bucket,
+                    "stage3_prefetch_bucket_size": bucket,
+                    "stage3_max_reuse_distance": bucket,
+                    "stage3_param_persistence_threshold": min(100_000, n_parameters // 100),
                 },
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**31,
@@ -147,7 +154,8 @@ def to_universal(folder: Path, to: Path) -> None:
 
 def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
     """torch's AdamW; with weight_decay 0 it is Adam. Biases, norms and other vectors never decay."""
-    settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps}
+    # Foreach is how torch does it on GPUs; on CPUs it saves one of two temporaries.
+    settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps, "foreach": True}
     if not train.weight_decay:
         return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **settings)
     matrices = [p for p in model.parameters() if p.ndim >= 2]

@@ -1,0 +1,209 @@
+"""What a worker holds under ZeRO against what `lmu-dist plan` says: bytes in JSON out, a table on stderr.
+
+    PYTHONPATH=tests python benchmarks/memory.py --workers 1 2 4 --n-params 1e6
+
+For every stage, number of workers and precision, the largest of all workers: the model state by what it is for, found by walking
+the engine's own attributes when backward has ended and again before weights move; and the peak of all live tensors in a step.
+Tokens are so few that activations hardly count. Called by tests/train/test_memory.py too, on a small model.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from gang import gang
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.data.batches import Batch
+from lmu_dist.models import accounting
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.sizing import shape_for
+from lmu_dist.train.engine import Engine
+
+STAGES = (0, 1, 2, 3)
+VOCAB, LENGTH = 61, 4
+STEPS_BEFORE = 3  # DeepSpeed has Adam's state after the first, and knows what to prefetch at stage 3 after the second
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes of one worker, measured and planned."""
+
+    zero_stage: int
+    n_workers: int
+    precision: str
+    parameters: int
+    weights: int
+    gradients: int
+    optimizer: int
+    peak: int  # of everything, activations too
+    planned_weights: float
+    planned_gradients: float
+    planned_optimizer: float
+    planned_peak: float  # what `plan` shows: model state, buffers and activations
+
+    @property
+    def state_ratio(self) -> float:
+        """Weights, gradients and optimizer state as measured over what was planned."""
+        measured = self.weights + self.gradients + self.optimizer
+        return measured / (self.planned_weights + self.planned_gradients + self.planned_optimizer)
+
+    @property
+    def peak_ratio(self) -> float:
+        """The peak as measured over what was planned."""
+        return self.peak / self.planned_peak
+
+
+class Watch(TorchDispatchMode):
+    """Bytes of all tensors that are alive, and the most they have been: of those given, and of what operators return."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = set[int]()
+        for tensor in tensors:
+            self._see(tensor)
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs an operator and looks at what it returned."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self._see(leaf)
+        return result
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._known or tensor.device.type == "meta":
+            return
+        self._known.add(storage._cdata)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+
+    def _gone(self, storage: int, n_bytes: int) -> None:
+        self._known.discard(storage)
+        self.live -= n_bytes
+
+
+def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_params: int) -> list[Row]:
+    """The rows of some stages and precisions, on the workers of this process group; collective."""
+    n_workers = dist.get_world_size()
+    shape = shape_for(family, n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+    tokens = n_workers * LENGTH
+    train = TrainConfig(tokens=tokens, batch_tokens=tokens, sequence_tokens=LENGTH, warmup_tokens=0)
+    rows = []
+    for precision, stage in itertools.product(precisions, stages):
+        elsewhere = {_storage(t) for t in _tensors()}
+        settings = replace(train, precision=precision)
+        engine = Engine(LanguageModel(shape), settings, ClusterConfig(zero_stage=stage), torch.device("cpu"))
+        planned = accounting.zero_memory(shape, stage, n_workers, precision)
+        found = _measure(engine, elsewhere)
+        rows.append(
+            Row(
+                zero_stage=stage,
+                n_workers=n_workers,
+                precision=precision,
+                parameters=accounting.parameters(shape).total,
+                **{name: int(engine.max_over_ranks(n_bytes)) for name, n_bytes in found.items()},
+                planned_weights=planned.weights_bytes,
+                planned_gradients=planned.gradients_bytes,
+                planned_optimizer=planned.optimizer_bytes,
+                planned_peak=planned.peak_bytes(accounting.activation_bytes(shape, 1, precision)),
+            )
+        )
+        engine._ds.destroy()
+    return rows
+
+
+def _measure(engine: Engine, elsewhere: set[int]) -> dict[str, int]:
+    """Bytes by what they are for, on this rank, in one step; storages `elsewhere` are not counted."""
+    ids = torch.arange(LENGTH + 1).remainder(VOCAB)[None]
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+    for _ in range(STEPS_BEFORE):
+        engine.step(batch, 1e-3)
+    found = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+
+    def looking(method: Callable[..., Any]) -> Callable[..., Any]:
+        def look_and_go_on(*args: Any, **kwargs: Any) -> Any:
+            for name, n_bytes in _state(engine).items():
+                found[name] = max(found[name], n_bytes)
+            return method(*args, **kwargs)
+
+        return look_and_go_on
+
+    ds = engine._ds
+    ds.allreduce_gradients = looking(ds.allreduce_gradients)  # called where autograd has ended
+    ds.step = looking(ds.step)
+    gc.collect()
+    with Watch(t for t in _tensors() if _storage(t) not in elsewhere) as watch:
+        engine.step(batch, 1e-3)
+    return found | {"peak": watch.peak}
+
+
+def _state(engine: Engine) -> dict[str, int]:
+    """Bytes of the model state that the engine holds now. What is reached first is not counted again."""
+    zero, parameters = engine._optimizer, list(engine.model.parameters())
+    adam = engine._ds.basic_optimizer
+    masters = list(adam.state)
+    names = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer")
+    buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    seen = {_storage(t) for t in tree_leaves(buckets) if isinstance(t, torch.Tensor)}
+    kinds = {
+        "weights": [parameters, [getattr(p, "ds_tensor", None) for p in parameters]],
+        "optimizer": [masters, list(adam.state.values())],
+        "gradients": [[p.grad for p in parameters + masters], [getattr(zero, name, None) for name in names]],
+    }
+    held = {}
+    for kind, roots in kinds.items():
+        storages = {_storage(t): t.untyped_storage().nbytes() for t in tree_leaves(roots) if isinstance(t, torch.Tensor)}
+        held[kind] = sum(n_bytes for storage, n_bytes in storages.items() if storage not in seen)
+        seen |= storages.keys()
+    return held
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [o for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def main() -> None:
+    """Prints the JSON object, and a table beside it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--n-params", type=float, default=1e6)
+    parser.add_argument("--family", default="transformer")
+    given = parser.parse_args()
+    result = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed's processes say things on stdout
+    rows = list[Row]()
+    form = "{:>5} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}"
+    print("bytes per parameter of the model, of the worker that holds most; ratios: measured / planned", file=sys.stderr)
+    names = ("stage", "workers", "precision", "weights", "gradients", "optimizer", "peak", "state", "peak")
+    print(form.format(*names), file=sys.stderr)
+    for n_workers in given.workers:
+        for row in gang(n_workers, measure, STAGES, ("fp32", "bf16"), given.family, int(given.n_params)):
+            rows.append(row)
+            each = [f"{n / row.parameters:.2f}" for n in (row.weights, row.gradients, row.optimizer, row.peak)]
+            ratios = [f"{ratio:.3f}" for ratio in (row.state_ratio, row.peak_ratio)]
+            print(form.format(row.zero_stage, n_workers, row.precision, *each, *ratios), file=sys.stderr, flush=True)
+    out = [asdict(row) | {"state_ratio": row.state_ratio, "peak_ratio": row.peak_ratio} for row in rows]
+    print(json.dumps({"family": given.family, "rows": out}, indent=1), file=result)
+
+
+if __name__ == "__main__":
+    main()
