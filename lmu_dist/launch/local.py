@@ -14,10 +14,12 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lmu_dist import storage
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.launch import parts, processes
 from lmu_dist.launch.parts import HEAD, MLFLOW, Settings
@@ -49,8 +51,9 @@ def up(folder: Path, settings: Settings, progress: Callable[[str], None] = lambd
             missing = [name for name in settings.parts if name != MLFLOW or name in missing]
         _end(folder, missing)
         parts.check_ports(settings, missing)
-        _write_once(folder / "token", secrets.token_hex(32))
-        (folder / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+        _keep_out_of_packages(folder)
+        _make_token(folder / "token")
+        storage.write_whole(folder / "settings.json", json.dumps(asdict(settings), indent=1).encode())
         (folder / "basic_auth.ini").write_text(parts.basic_auth(folder))
         try:
             for name in missing:
@@ -85,7 +88,7 @@ def down(folder: Path) -> list[str]:
     with _alone(folder):
         ran = [name for name in names if processes.pid_of(folder, name) is not None]
         _end(folder, names)
-        shutil.rmtree(_scratch(folder), ignore_errors=True)
+        _remove_scratch(folder)
     return ran
 
 
@@ -102,10 +105,15 @@ def exports(folder: Path) -> dict[str, str]:
 
 
 def _settings(folder: Path) -> Settings:
+    path = folder / "settings.json"
     try:
-        return Settings(**json.loads((folder / "settings.json").read_text()))
+        return Settings(**json.loads(path.read_text()))
     except FileNotFoundError as e:
         raise ConfigError(f"there is no cluster in {folder}; start one with lmu-dist cluster up") from e
+    except (ValueError, TypeError) as e:  # no JSON, or not these fields
+        raise ConfigError(
+            f"{path} is cut short or of another version; lmu-dist cluster up, with the options it had, writes it anew"
+        ) from e
 
 
 def _check_same(folder: Path, settings: Settings) -> None:
@@ -123,18 +131,32 @@ def _scratch(folder: Path, new: bool = False) -> Path:
     """Ray's folder, which only this user can enter; the link `ray` leads there, since sockets need a shorter path than that."""
     link = folder / "ray"
     if new:
-        if link.is_symlink():
-            shutil.rmtree(link.readlink(), ignore_errors=True)
-            link.unlink()
+        _remove_scratch(folder)
         link.symlink_to(tempfile.mkdtemp(prefix="lmu-ray-"))
     return link.readlink()
 
 
-def _write_once(path: Path, secret: str) -> None:
+def _remove_scratch(folder: Path) -> None:
+    """Nothing to do where the head was never started."""
+    link = folder / "ray"
+    if link.is_symlink():
+        shutil.rmtree(link.readlink(), ignore_errors=True)
+        link.unlink()
+
+
+def _keep_out_of_packages(folder: Path) -> None:
+    """Git and Ray pass over what is here, also where the project does not ask for it: jobs would bring the token."""
+    if not (folder / ".gitignore").exists():
+        (folder / ".gitignore").write_text("*\n")
+
+
+def _make_token(path: Path) -> None:
     """For this user's eyes only; what a token opens today it opens tomorrow."""
-    if not path.exists():
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secret)
+    if path.exists() and path.stat().st_size:
+        return
+    with storage.writing(path) as file:
+        os.fchmod(file.fileno(), 0o600)  # before there is anything to read
+        file.write(secrets.token_hex(32).encode())
 
 
 def _start(folder: Path, settings: Settings, name: str, mlflow_environment: Mapping[str, str]) -> None:
@@ -158,10 +180,13 @@ def _wait(folder: Path, names: Sequence[str]) -> None:
 
 
 def _living_nodes(settings: Settings, token: Path) -> set[str]:
-    """Addresses of the nodes that Ray takes for alive."""
+    """Addresses of the nodes that Ray takes for alive; none if it is not Ray that answers."""
     answer = _answer(f"{settings.dashboard}/api/v0/nodes", {"Authorization": f"Bearer {token.read_text()}"})
-    nodes = json.loads(answer)["data"]["result"]["result"] if answer else []
-    return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+    try:
+        nodes = json.loads(answer or b"")["data"]["result"]["result"]
+        return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
+    except (ValueError, KeyError, TypeError):
+        return set()
 
 
 def _answer(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
@@ -170,7 +195,7 @@ def _answer(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
     try:
         with direct.open(urllib.request.Request(url, headers=dict(headers or {})), timeout=5) as response:
             return response.read()
-    except OSError:
+    except (OSError, HTTPException):
         return None
 
 

@@ -17,6 +17,7 @@ from lmu_dist.config import ConfigError
 HEAD, MLFLOW = "head", "mlflow"
 STORE_BYTES = 200_000_000  # shared memory of a node: what a run puts there is small, and Ray would take 30 % of the machine
 SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")  # what MLflow's own authentication asks for
+LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # with which jobs then come to it
 
 
 @dataclass(frozen=True)
@@ -127,14 +128,15 @@ def mlflow_command(settings: Settings, folder: Path) -> list[str]:
 
 
 def mlflow_environment(settings: Settings, ours: Mapping[str, str], folder: Path) -> dict[str, str]:
-    """Of the tracking server. Raises ConfigError if it would be open to everybody who reaches this machine."""
+    """Of the tracking server. Raises ConfigError if all who reach this machine could use it, or its own jobs could not."""
     environment = {name: value for name, value in ours.items() if not name.startswith("MLFLOW_TRACKING_")}
     environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     if settings.is_open:
-        if any(not ours.get(name) for name in SECRETS) or importlib.util.find_spec("flask_wtf") is None:
+        wanted = (*SECRETS, *LOGIN)
+        if any(not ours.get(name) for name in wanted) or importlib.util.find_spec("flask_wtf") is None:
             raise ConfigError(
-                f"--host {settings.host} opens MLflow to others, so it must ask for a password: set {' and '.join(SECRETS)}, "
-                "and pip install 'mlflow[auth]'; or leave --host out and come through ssh -L"
+                f"--host {settings.host} opens MLflow to others, so it must ask for a password: set {', '.join(wanted)} "
+                "(the last two for jobs), and pip install 'mlflow[auth]'; or leave --host out and come through ssh -L"
             )
         environment["MLFLOW_AUTH_CONFIG_PATH"] = str(folder / "basic_auth.ini")
     return environment

@@ -1,5 +1,6 @@
 """Dockerfile, launcher files, SLURM script and compose file: valid, without secrets, closed to strangers; faults are found."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -118,9 +119,48 @@ def test_slurm_script_keeps_its_token_and_names_a_command():
     text = SLURM.read_text()
     assert text.index("umask 077") < text.index('>"$RAY_AUTH_TOKEN_PATH"')
     assert "RAY_AUTH_TOKEN=" not in text
-    last = shlex.split(text.replace("\\\n", " ").rstrip().splitlines()[-1])
-    program, command, *_ = last[last.index("--") + 1 :]
+    [line] = re.findall(r"^srun (.*)$", text.replace("\\\n", " "), re.MULTILINE)
+    words = shlex.split(line)
+    shell, option, script, *_ = words[words.index("--") + 1 :]
+    assert (shell, option) == ("bash", "-c")
+    program, command, *_ = shlex.split(script)
     assert (program, command in cli.commands) == ("lmu-dist", True)
+
+
+@pytest.mark.parametrize(
+    ("starts", "ladder", "code"),
+    [(True, 'echo "$@" >"$HOME/asked"', 0), (True, "exit 3", 3), (False, "exit 0", 1)],
+    ids=["done", "ladder fails", "ray does not start"],
+)
+def test_slurm_script_ends_well_only_where_the_ladder_did(tmp_path: Path, starts: bool, ladder: str, code: int):
+    programs = {
+        "scontrol": "echo node-1",
+        "srun": 'exec "$@"',
+        "ray": 'while [ "$1" != -- ]; do shift; done; shift; "$@"' if starts else "exit 0",  # as symmetric-run does
+        "lmu-dist": ladder,
+        "python": f'exec {sys.executable} "$@"',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / ".lmu-dist").mkdir()
+    (tmp_path / ".lmu-dist" / "slurm-7.done").touch()  # of the same job, killed and requeued
+    slurm = {
+        "JOB_ID": "7",
+        "JOB_NODELIST": "node-[1-2]",
+        "JOB_NUM_NODES": "2",
+        "CPUS_PER_TASK": "4",
+        "SUBMIT_DIR": str(tmp_path),
+    }
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    environment |= {"HOME": str(tmp_path), "LMU_VENV": str(tmp_path), "PATH": os.environ["PATH"]}
+    command = ["bash", SLURM, "jobs/paper.yaml", "storage=/a b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == code, done.stderr
+    assert not list((tmp_path / ".lmu-dist").iterdir())
+    if code == 0:
+        assert (tmp_path / "asked").read_text() == "ladder jobs/paper.yaml storage=/a b cluster.address=node-1:20007\n"
 
 
 def test_compose_file_is_valid():
@@ -155,6 +195,28 @@ def test_composed_services_are_closed_to_strangers_and_told_no_secret():
     for secret in compose["secrets"].values():
         assert secret["file"].startswith("${HOME}/.lmu-dist/"), "outside the repository, so that nothing packs it"
         assert Path(secret["file"]).name in told
+
+
+def test_composed_postgres_makes_a_folder_of_its_own_in_the_volume():
+    [compose] = read(COMPOSE.read_text())
+    postgres = compose["services"]["postgres"]
+    [volume] = postgres["volumes"]
+    mounted = Path(volume.partition(":")[2])
+    assert mounted in Path(postgres["environment"]["PGDATA"]).parents, "the volume itself belongs to the image's own user"
+
+
+def test_secrets_are_made_once_for_their_owner_alone(tmp_path: Path):
+    [block] = [b for b in re.findall(r"```\n(.*?)```", (CLUSTER / "README.md").read_text(), re.DOTALL) if "umask" in b]
+    seen = []
+    for _ in range(2):
+        command = ["bash", "-c", f"umask 022\n{block}\numask; pwd"]
+        environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+        assert done.stdout.split() == ["0022", str(ROOT)]  # the shell it was pasted into is as it was
+        seen.append({path.name: path.read_text() for path in (tmp_path / ".lmu-dist").iterdir()})
+    assert seen[0] == seen[1]
+    assert {name for name, secret in seen[0].items() if len(secret) == 64} == {*seen[0]} - {"mlflow.ini"}
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / ".lmu-dist").iterdir()} == {0o600}
 
 
 def test_readme_names_files_that_are_there():

@@ -171,6 +171,12 @@ def test_services_and_policies_find_their_pods(documents: list[Document]):
     assert set(hosts) <= set(named(documents, "Service"))
 
 
+def test_mlflow_answers_to_the_names_it_is_called_by(documents: list[Document]):
+    [container] = named(documents, "Deployment")["mlflow"]["spec"]["template"]["spec"]["containers"]
+    [hosts] = [arg.partition("=")[2].split(",") for arg in container["args"] if arg.startswith("--allowed-hosts=")]
+    assert set(hosts) == {"mlflow:5000", "localhost:5000", "127.0.0.1:5000"}  # in the cluster; through port-forward
+
+
 def test_images_are_pinned_to_this_version(documents: list[Document]):
     for name, container in containers(documents):
         image, _, tag = container["image"].rpartition(":")

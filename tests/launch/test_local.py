@@ -6,14 +6,15 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lmu_dist.cli import main
-from lmu_dist.config import ConfigError, parse
-from lmu_dist.launch import local, parts, processes
+from lmu_dist.config import ConfigError, FailedError, parse
+from lmu_dist.launch import local, parts, processes, submission
 from lmu_dist.launch.cluster import check_before
 from lmu_dist.launch.parts import Settings
 
@@ -99,10 +100,15 @@ def test_a_stranger_under_the_same_pid_is_left_alone(tmp_path: Path):
 
 
 def test_nothing_listens_wider_without_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    for name in parts.SECRETS:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    for name in (*parts.SECRETS, *parts.LOGIN):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=r"--host 0\.0\.0\.0 opens MLflow to others, so it must ask for a password"):
         local.up(tmp_path / "cluster", settings(host="0.0.0.0"))
+    for name in parts.SECRETS:
+        monkeypatch.setenv(name, "secret")
+    with pytest.raises(ConfigError, match=r"set .*MLFLOW_TRACKING_USERNAME, MLFLOW_TRACKING_PASSWORD .*or leave --host out"):
+        local.up(tmp_path / "cluster", settings(host="0.0.0.0"))  # where every job would be refused
     with pytest.raises(ConfigError, match="--host laptop is no IPv4 address"):
         local.up(tmp_path / "cluster", settings(host="laptop"))
     assert not (tmp_path / "cluster").exists()
@@ -110,12 +116,65 @@ def test_nothing_listens_wider_without_a_password(tmp_path: Path, monkeypatch: p
 
 def test_a_password_stays_with_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    wide, ours = settings(host="0.0.0.0"), dict.fromkeys(parts.SECRETS, "secret") | {"RAY_AUTH_TOKEN": "secret", "HOME": "/"}
+    wide, login = settings(host="0.0.0.0"), dict.fromkeys(parts.LOGIN, "login")
+    ours = dict.fromkeys(parts.SECRETS, "secret") | {"RAY_AUTH_TOKEN": "secret", "HOME": "/"} | login
     environment = parts.mlflow_environment(wide, ours, tmp_path)
     assert environment["MLFLOW_AUTH_ADMIN_PASSWORD"] == "secret"
     assert "secret" not in json.dumps([parts.mlflow_command(wide, tmp_path), parts.basic_auth(tmp_path)])
     assert "--app-name=basic-auth" in parts.mlflow_command(wide, tmp_path)
-    assert "secret" not in json.dumps(parts.ray_environment(ours, tmp_path / "token", wide.mlflow))
+    assert not login.items() & environment.items()
+    of_ray = parts.ray_environment(ours, tmp_path / "token", wide.mlflow)
+    assert "secret" not in json.dumps(of_ray)
+    assert of_ray.items() >= login.items()  # of the jobs, which have no other
+
+
+def fail_to_start(folder: Path, wanted: Settings) -> None:
+    """Everything up to the head, which ends at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "mlflow_command", lambda *_: SLEEP)
+        patch.setattr(parts, "ray_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such thing')"])
+        patch.setattr(local, "UP_SECONDS", 10.0)
+        with pytest.raises(FailedError, match="head ended at once: no such thing"):
+            local.up(folder, wanted)
+
+
+def test_an_up_that_failed_can_be_taken_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    wanted = settings()
+    (tmp_path / "settings.json").write_text(json.dumps(asdict(wanted)))
+    assert local.down(tmp_path) == []
+    assert main(["cluster", "down", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_files_cut_short_are_one_line_or_made_anew(tmp_path: Path):
+    for text in ("", '{"nodes": 2, "cp', '{"nodes": 2}', '{"knots": 2}', "[2]"):
+        (tmp_path / "settings.json").write_text(text)
+        for ask in (local.status, local.down, local.exports):
+            with pytest.raises(ConfigError, match=r"settings\.json is cut short or of another version; lmu-dist cluster up"):
+                ask(tmp_path)
+    (tmp_path / "token").touch(0o644)
+    wanted = settings()
+    fail_to_start(tmp_path, wanted)
+    assert [part.state for part in local.status(tmp_path)] == ["dead"] * 4
+    token = (tmp_path / "token").read_text()
+    assert len(token) == 64
+    assert stat.S_IMODE((tmp_path / "token").stat().st_mode) == 0o600
+    fail_to_start(tmp_path, wanted)
+    assert (tmp_path / "token").read_text() == token
+
+
+def test_no_job_brings_the_token_along(tmp_path: Path):
+    (tmp_path / "job.yaml").touch()
+    fail_to_start(tmp_path / ".cluster", settings())
+    assert (tmp_path / ".cluster" / "token").is_file()
+    assert set(submission._pack(tmp_path).files) == {"job.yaml"}
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data": null}', b'{"data": {"result": {"result": ["x"]}}}'])
+def test_who_answers_but_is_not_ray_has_no_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: bytes):
+    (tmp_path / "token").write_text("token")
+    monkeypatch.setattr(local, "_answer", lambda *_: body)
+    assert local._living_nodes(settings(), tmp_path / "token") == set()
 
 
 def test_a_port_that_is_taken_is_named(tmp_path: Path):
@@ -153,8 +212,10 @@ def test_a_cluster_comes_up_is_used_and_goes_down(tmp_path: Path, capfd: pytest.
         assert "# node-2    dead" in capfd.readouterr().out
     finally:
         everything = psutil.Process().children(recursive=True)
+        scratch = (folder / "ray").readlink()
         assert main(["cluster", "down", "--folder", str(folder)]) == 0
     assert all(is_gone(process) for process in everything)
     assert {path.name for path in folder.iterdir()} >= {"token", "mlflow.db", "head.log"}
     assert not list(folder.glob("*.pid"))
-    assert not (folder / "ray").readlink().exists()
+    assert not (folder / "ray").is_symlink()
+    assert not scratch.exists()
