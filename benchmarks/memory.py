@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests python benchmarks/memory.py --workers 1 2 4 --n-params 1e6
 
-For every stage, number of workers and precision, the largest of all workers: the model state by what it is for, found by walking
-the engine's own attributes when backward has ended and again before weights move; and the peak of all live tensors in a step.
-Tokens are so few that activations hardly count. Called by tests/train/test_memory.py too, on a small model.
+For every stage, number of workers and precision, the largest of all workers: the model state by what it is for, found by
+walking the engine's own attributes when backward has ended and again before weights move; and the peak of all live tensors in
+a step. Tokens are so few that activations hardly count. Called by tests/train/test_memory.py too, on a small model.
 """
 
 import argparse
