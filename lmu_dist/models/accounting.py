@@ -165,7 +165,7 @@ def flops(shape: Shape) -> Flops:
 
 def bucket_parameters(n: int) -> int:
     """How many of a model's `n` parameters are reduced, or gathered ahead, at once: a small share, since buckets are memory
-    that ZeRO is to save; but from a million bytes on a collective's latency no longer counts, and no more than DeepSpeed's default.
+    that ZeRO is to save, and no more than DeepSpeed's default; but from a million bytes on a collective's latency no longer counts.
     """
     return min(n, max(2**18, n // 16), 500_000_000)
 
