@@ -165,7 +165,7 @@ def flops(shape: Shape) -> Flops:
 
 def bucket_parameters(n: int) -> int:
     """How many of a model's `n` parameters are reduced, or gathered ahead, at once: a small share, since buckets are memory
-    that ZeRO is to save, and no more than DeepSpeed's default; but from a million bytes on a collective's latency no longer counts.
+    that ZeRO is to save, and no more than DeepSpeed's default; but so large that a collective's latency does not count.
     """
     return min(n, max(2**18, n // 16), 500_000_000)
 
@@ -186,8 +186,8 @@ def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = 
     """Weights, gradients and Adam's state on one of `n_workers` (Rajbhandari et al. 2020, section 3), and what DeepSpeed 0.19
     needs to move them. Held to what workers really hold by benchmarks/memory.py.
 
-    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too. At stage 2 a worker
-    keeps the gradients of whole parameters, its share of which may end within one.
+    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too. At stage 2 a
+    worker keeps the gradients of whole parameters, its share of which may end within one.
     """
     total, largest = parameters(shape).total, largest_parameter(shape)
     bucket, width = bucket_parameters(total), 4 if precision == "fp32" else 2
