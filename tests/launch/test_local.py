@@ -188,7 +188,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path):
         local.status(tmp_path)
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 def test_a_cluster_comes_up_is_used_and_goes_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     folder, wanted = tmp_path / "cluster", settings()
     ports = [f"--port={wanted.port}", f"--dashboard-port={wanted.dashboard_port}", f"--mlflow-port={wanted.mlflow_port}"]
@@ -203,7 +203,7 @@ def test_a_cluster_comes_up_is_used_and_goes_down(tmp_path: Path, capfd: pytest.
         assert main([*command, "--nodes", "3"]) == 2
         assert "runs with other settings (nodes is 2)" in capfd.readouterr().err
         use = f"eval '{first}'; exec {sys.executable} -c '{SPREAD}'"
-        seen = subprocess.run(["bash", "-c", use], capture_output=True, text=True, timeout=60, check=True).stdout
+        seen = subprocess.run(["bash", "-c", use], capture_output=True, text=True, timeout=150, check=True).stdout
         assert seen.split() == ["127.0.0.3", "127.0.0.4"]
         with pytest.raises(ConfigError, match="Authentication token is missing or incorrect; start it, or"):
             check_before([parse({"cluster": {"address": f"127.0.0.2:{wanted.port}"}})])  # the tests' own token

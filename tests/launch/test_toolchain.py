@@ -6,17 +6,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from torch.utils import cpp_extension
-
-from lmu_dist.launch.toolchain import prepare_builds
+from building import build
 
 SOURCE = "extern int small() { return 1; }"  # a plain library without torch's headers is built in a second
-
-
-def build(folder: Path) -> None:
-    """Builds and loads the extension in the folder, as DeepSpeed does with its own."""
-    prepare_builds()
-    cpp_extension.load("small", [str(folder / "small.cpp")], build_directory=str(folder), is_python_module=False)
 
 
 def started(folder: Path) -> multiprocessing.process.BaseProcess:
