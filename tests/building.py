@@ -1,4 +1,4 @@
-"""What a process does that builds a torch extension, in the tests of the toolchain; importable by name, as spawning asks for."""
+"""What a process does that builds a torch extension, in the tests of the toolchain; to be given to one, it has a file."""
 
 from pathlib import Path
 
