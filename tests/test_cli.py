@@ -110,3 +110,13 @@ def test_relative_names_in_a_job_are_kept_where_ray_deletes_nothing(tmp_path: Pa
     assert common.place("runs") == "s3://bucket/studies/runs"
     assert common.place("/data/runs") == "/data/runs"
     assert common.place("s3://other/runs") == "s3://other/runs"
+
+
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lmu_dist.cli.runs.loaded", interrupted)
+    assert main(["plan", "jobs/train.yaml"]) == 1
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert line == "lmu-dist: interrupted; the same command goes on from where it stood"

@@ -33,11 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as e:
         show.console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
         return 1
+    except (KeyboardInterrupt, click.Abort):
+        show.console.print("lmu-dist: interrupted; the same command goes on from where it stood")
+        return 1
     except Exception as e:
         if not is_from_storage(e):
             raise
         show.console.print(f"lmu-dist: the storage does not answer, or refuses: {' '.join(str(e).split())[:300]}")
-        return 1
-    except (KeyboardInterrupt, click.Abort):
-        show.console.print("lmu-dist: interrupted; the same command goes on from where it stood")
         return 1
