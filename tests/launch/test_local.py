@@ -190,6 +190,7 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path):
 
 @pytest.mark.timeout(400)
 def test_a_cluster_comes_up_is_used_and_goes_down(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    before = set(psutil.Process().children(recursive=True))  # of other tests
     folder, wanted = tmp_path / "cluster", settings()
     ports = [f"--port={wanted.port}", f"--dashboard-port={wanted.dashboard_port}", f"--mlflow-port={wanted.mlflow_port}"]
     command = ["cluster", "up", "--folder", str(folder), *ports]
@@ -211,7 +212,7 @@ def test_a_cluster_comes_up_is_used_and_goes_down(tmp_path: Path, capfd: pytest.
         assert main(["cluster", "status", "--folder", str(folder)]) == 1
         assert "# node-2    dead" in capfd.readouterr().out
     finally:
-        everything = psutil.Process().children(recursive=True)
+        everything = set(psutil.Process().children(recursive=True)) - before
         scratch = (folder / "ray").readlink()
         assert main(["cluster", "down", "--folder", str(folder)]) == 0
     assert all(is_gone(process) for process in everything)
