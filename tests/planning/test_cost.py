@@ -86,7 +86,9 @@ def test_sizes_between_the_measured_ones_are_interpolated(tmp_path: Path):
 
 
 def test_memory_by_stage_and_the_smallest_that_fits(tmp_path: Path):
-    config = with_settings(configured(tmp_path), {"ladder.n_params": [10_000_000], "train.batch_tokens": 2048, "cluster.n_workers": 8})
+    config = with_settings(
+        configured(tmp_path), {"ladder.n_params": [10_000_000], "train.batch_tokens": 2048, "cluster.n_workers": 8}
+    )
     line = plan(config).lines[-1]
     assert list(line.memory_bytes) == sorted(line.memory_bytes, reverse=True)
     tight = with_settings(config, {"plan.worker_memory_bytes": (line.memory_bytes[2] + line.memory_bytes[1]) / 2})
