@@ -1,10 +1,10 @@
 """What a worker holds under ZeRO against what `lmu-dist plan` says: bytes in JSON out, a table on stderr.
 
-    PYTHONPATH=tests python benchmarks/memory.py --workers 1 2 4 --n-params 1e6
+    DS_ACCELERATOR=cpu PYTHONPATH=tests python benchmarks/memory.py --workers 1 2 4 --n-params 1e6
 
-For every stage, number of workers and precision, the largest of all workers: the model state by what it is for, found by
+For every stage, number of workers and precision, of the worker that holds most: the model state by what it is for, found by
 walking the engine's own attributes when backward has ended and again before weights move; and the peak of all live tensors in
-a step. Tokens are so few that activations hardly count. Called by tests/train/test_memory.py too, on a small model.
+a step. Tokens are so few that activations hardly count. tests/train/test_memory.py does the same with a small model.
 """
 
 import argparse
@@ -124,7 +124,7 @@ def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_par
                 planned_peak=planned.peak_bytes(accounting.activation_bytes(shape, 1, precision)),
             )
         )
-        engine._ds.destroy()
+        engine.close()
     return rows
 
 

@@ -86,6 +86,7 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
         if engine.max_over_ranks(spent.item()) >= 1:
             break
     seconds = engine.max_over_ranks(statistics.fmean(taken[FIRST_STEPS:]))
+    engine.close()
     flops = train.batch_tokens * accounting.flops(cell.shape).training / n_workers
     return Measured(
         step=step_of(cell),

@@ -71,7 +71,10 @@ def train_worker(arguments: dict[str, Job]) -> None:
         if _agree(lambda cell=cell: record_path(cell).exists(), rank):
             continue  # ended before the workers were started again
         start = Start(*_agree(lambda cell=cell: _start(cell), rank))
-        if engine is None or start.folder is None:
+        if engine is not None and start.folder is None:
+            engine.close()
+            engine = None
+        if engine is None:
             engine = Engine(LanguageModel(cell.shape, cell.config.seed), cell.config.train, cell.config.cluster, device)
         if start.folder is not None:
             _load(engine, start)
@@ -83,6 +86,7 @@ def train_worker(arguments: dict[str, Job]) -> None:
             outcome = run.train(replace(start.state, world_size=dist.get_world_size()))
         if outcome.status == records.DIVERGED:
             # A step that was given up has left gradients, and a count of micro-batches, that loading does not reset.
+            engine.close()
             engine = None
             wild = outcome if outcome.state.step < cell.config.train.decay_start else wild
         run.end(outcome)

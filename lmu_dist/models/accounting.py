@@ -62,13 +62,13 @@ class Flops:
 
 @dataclass(frozen=True)
 class ZeroMemory:
-    """Bytes on one worker, of the one that holds most: model state, and what DeepSpeed and Adam need beside it for a while."""
+    """Bytes on the worker that holds most: the model state, and what DeepSpeed and Adam need beside it for parts of a step."""
 
     weights_bytes: float
     gradients_bytes: float  # when backward has ended
     optimizer_bytes: float
-    backward_buffers_bytes: float  # buckets, and single tensors on their way through them, while activations are there
-    update_buffers_bytes: float  # after them: what is reduced at once, float32 copies of gradients, Adam's temporaries
+    backward_buffers_bytes: float  # while there are activations: gradients on their way to others, weights of others
+    update_buffers_bytes: float  # after that: copies of gradients, Adam's temporaries
 
     @property
     def state_bytes(self) -> float:
@@ -76,7 +76,7 @@ class ZeroMemory:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
 
     def peak_bytes(self, activation_bytes: float) -> float:
-        """The most a step needs; activations and what the update needs are never there together."""
+        """The most a step needs; what the update needs comes when activations are gone."""
         return self.state_bytes + max(activation_bytes + self.backward_buffers_bytes, self.update_buffers_bytes)
 
 
@@ -164,14 +164,16 @@ def flops(shape: Shape) -> Flops:
 
 
 def bucket_parameters(n: int) -> int:
-    """How many of a model's `n` parameters are reduced, or gathered ahead, at once: a small share, since buckets are memory
-    that ZeRO is to save, and no more than DeepSpeed's default; but so large that a collective's latency does not count.
+    """How many of a model's `n` parameters DeepSpeed reduces, or gathers ahead, at once.
+
+    A sixteenth: buckets are memory that ZeRO is to save. Not less than a megabyte, below which a collective's latency weighs
+    more than what it carries; not more than DeepSpeed's default.
     """
     return min(n, max(2**18, n // 16), 500_000_000)
 
 
 def largest_parameter(s: Shape) -> int:
-    """Elements of the largest tensor of weights: what DeepSpeed cannot do in parts."""
+    """Elements of the largest tensor of weights, which DeepSpeed moves whole."""
     sizes = {
         "ffn": s.d_model * s.d_ff,
         "attention": 3 * s.d_model**2,
@@ -184,32 +186,39 @@ def largest_parameter(s: Shape) -> int:
 
 def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = "fp32") -> ZeroMemory:
     """Weights, gradients and Adam's state on one of `n_workers` (Rajbhandari et al. 2020, section 3), and what DeepSpeed 0.19
-    needs to move them. Held to what workers really hold by benchmarks/memory.py.
+    needs to move them; held to what workers really have by benchmarks/memory.py.
 
-    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too. At stage 2 a
-    worker keeps the gradients of whole parameters, its share of which may end within one.
+    DeepSpeed keeps a float32 master copy beside bf16 weights, and from stage 1 on beside float32 weights too.
     """
     total, largest = parameters(shape).total, largest_parameter(shape)
-    bucket, width = bucket_parameters(total), 4 if precision == "fp32" else 2
-    share = total / n_workers
-    whole = min(total, share + largest) if n_workers > 1 else total  # of parameters that are in a share, if only in part
+    share, bucket = total / n_workers, bucket_parameters(total)
+    whole = min(total, share + largest) if n_workers > 1 else total  # a share ends within a tensor, and is kept to its end
+    width = 4 if precision == "fp32" else 2
     master = 4 if precision != "fp32" or zero_stage >= 1 else 0
-    gradients = width * (total, total, whole, share)[zero_stage]
-    # On their way through a bucket: its copy, or that of a tensor larger than it, and the next tensor's gradient. If one bucket
-    # holds all gradients they are copied once all are there, and none was kept before.
-    reduced = bucket + max(bucket, largest) + largest
-    if bucket == total:
-        reduced = 2 * bucket - (whole if zero_stage == 2 else 0)
-    # The weights in use, and those fetched ahead, first in the ranks' order and then in their own.
-    gathered = min(total, largest + 2 * (bucket + largest))
-    # Adam works on float32 gradients of its share, with as much again for the root of its second moment. By then the others are
-    # gone, but for those of stage 0 in bf16, and the buffer for them at stage 3.
-    adam = {0: 4 * total if precision == "fp32" else 8 * total, 3: 8 * share + width * bucket}
-    update = adam.get(zero_stage, max(8 * share, width * whole) - gradients)
+    # Gradients on their way: in the bucket; in a copy of it, or of a tensor that is larger; and the next tensor's. Where one
+    # bucket takes them all, the copy is made when the last one is in it.
+    reduced = bucket + max(bucket, largest) + largest if bucket < total else 2 * bucket
+    # Adam works on float32 gradients of its share, and as much again for the root of its second moment.
+    adam = 8 * (share if zero_stage else total)
+    if zero_stage == 0:
+        gradients, backward = width * total, 0
+        update = adam - gradients if precision == "fp32" else adam  # in fp32 on the gradients themselves
+    elif zero_stage == 1:
+        gradients, backward = width * total, width * bucket
+        update = max(adam - gradients, width * max(whole, bucket))  # a share of all gradients is copied; then they go
+    elif zero_stage == 2:
+        gradients = width * whole
+        backward = width * reduced - (gradients if bucket == total else 0)  # none are kept before the only bucket is reduced
+        update = max(0, adam - gradients)
+    else:
+        gradients = width * share
+        # Weights in use, and those fetched ahead, first in the order of the workers and then in their own.
+        backward = width * (reduced + min(total, largest + 2 * (bucket + largest)))
+        update = adam + width * bucket  # beside buffers that stay
     return ZeroMemory(
         weights_bytes=width * (share if zero_stage == 3 else total),
         gradients_bytes=gradients,
         optimizer_bytes=(master + 8) * (share if zero_stage else total),
-        backward_buffers_bytes=width * (0, bucket, reduced, reduced + gathered)[zero_stage],
-        update_buffers_bytes=max(update, width * max(whole, bucket) if zero_stage == 1 else 0),
+        backward_buffers_bytes=backward,
+        update_buffers_bytes=update,
     )
