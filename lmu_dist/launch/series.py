@@ -32,6 +32,12 @@ from lmu_dist.tracking.spool import Spool
 from lmu_dist.tracking.store import Store
 from lmu_dist.train import checkpoint
 
+# Settings of the driver's environment that reach workers.
+PASSED_ON = ("GLOO_", "GLIBC_TUNABLES", "MALLOC_", "NCCL_", "TORCH_EXTENSIONS_DIR")
+# A step asks for the same memory as the one before. Unless told to keep it, glibc's malloc hands large blocks back to the
+# kernel and has every page of them made anew: a fifth of a small model's step on a CPU.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+
 Listener = Callable[[dict[str, float]], None]  # newest metrics, about once a second
 
 
@@ -117,7 +123,7 @@ def fit(
     if cluster.gpus_per_worker:
         resources["GPU"] = cluster.gpus_per_worker
     # A cluster that runs already does not inherit what is set here.
-    environment = {k: v for k, v in os.environ.items() if k.startswith(("NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
+    environment = KEEP_MEMORY | {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
     environment["DS_ACCELERATOR"] = "cuda" if cluster.gpus_per_worker else "cpu"
     # Whether a run can ever fit is checked before it starts; then it may have to wait for nodes or for others to end.
     # One that can do with fewer workers counts again soon: Ray may have counted on a node that is dead already.
