@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -27,6 +28,7 @@ from lmu_dist.data.batches import row_indices
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch.cell import make_cell
 from lmu_dist.launch.cluster import cluster
+from lmu_dist.launch.series import KEEP_MEMORY
 from lmu_dist.launch.trainer import train
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.records import TRAIN_LOSS
@@ -93,8 +95,11 @@ def measure(config: Config, repeats: int) -> dict[str, Any]:
     each = config.train.batch_tokens
     speeds: dict[str, list[float]] = {kind: [] for kind in ("bare", *RUNS)}
     for repeat in range(repeats + 1):
-        # A process of its own: this one has Ray's threads.
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        # A process of its own: this one has Ray's threads. Memory is kept there as in workers, or they would win by that alone.
+        with (
+            patch.dict(os.environ, KEEP_MEMORY),
+            ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
+        ):
             seconds = pool.submit(bare, config, n_steps(speeds["bare"], each)).result()
         print(f"bare {seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         speeds["bare"].append(each / seconds)

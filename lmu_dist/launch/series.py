@@ -34,9 +34,15 @@ from lmu_dist.train import checkpoint
 
 # Settings of the driver's environment that reach workers.
 PASSED_ON = ("GLOO_", "GLIBC_TUNABLES", "MALLOC_", "NCCL_", "TORCH_EXTENSIONS_DIR")
-# A step asks for the same memory as the one before. Unless told to keep it, glibc's malloc hands large blocks back to the
-# kernel and has every page of them made anew: a fifth of a small model's step on a CPU.
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+# A step asks for the same memory as the one before. Unless told to keep it in one place, glibc's malloc hands large blocks back
+# to the kernel, has every page of them made anew, and is slower still in threads, in one of which Ray runs a worker's function:
+# up to a fifth of a step on a CPU.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**26),
+}
 
 Listener = Callable[[dict[str, float]], None]  # newest metrics, about once a second
 
