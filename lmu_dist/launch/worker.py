@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ray
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 import torch.distributed as dist
 
@@ -213,8 +214,8 @@ def _load(engine: Any, start: Start) -> None:
     from lmu_dist.train.engine import to_universal
 
     assert start.folder is not None
-    # By node, since several may be on one machine.
-    name = f"lmu-dist-{start.attempt}-{ray.get_runtime_context().get_node_id()[:12]}"
+    # By address, as Ray counts local ranks: workers at one address share a disk, and nodes at several may as well.
+    name = f"lmu-dist-{start.attempt}-{ray.util.get_node_ip_address()}"
     scratch, first = Path(tempfile.gettempdir()) / name, os.environ["LOCAL_RANK"] == "0"
     convert = start.state.zero_stage > 0 and start.state.world_size != dist.get_world_size()
     here = start.folder if isinstance(start.folder, Path) else scratch / "fetched"
