@@ -92,28 +92,45 @@ def fit(
 @click.option("--tokens", default=100, show_default=True, type=click.IntRange(1), help="Tokens to add.")
 @click.option("--temperature", default=0.8, show_default=True, type=click.FloatRange(0), help="0 takes the likeliest token.")
 @click.option("--top-k", default=50, show_default=True, type=click.IntRange(0), help="Sample from so many; 0: from all.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
-def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, seed: int) -> None:
-    """Text from a trained model. RUN is the folder of a run or of an export, or an MLflow run id."""
+@click.option(
+    "--top-p",
+    default=1.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Of the likeliest that sum to this.",
+)
+@click.option(
+    "--samples", default=1, show_default=True, type=click.IntRange(1), help="Texts; from the second on after the first."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of the first text; then one more each.")
+def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int, top_p: float, samples: int, seed: int) -> None:
+    """Text from a trained model, as it is made. RUN is the folder of a run or of an export, or an MLflow run id."""
+    from tokenizers.decoders import DecodeStream
+
     from lmu_dist.data.tokenizer import end_of_text_id
+    from lmu_dist.models.generate import Sampling
     from lmu_dist.models.generate import generate as sample
     from lmu_dist.train.export import open_trained
 
     trained = open_trained(run_folder(run))
     tell(trained.passed_over)
     ids = trained.tokenizer.encode(prompt).ids or [end_of_text_id(trained.tokenizer)]
-    shown = ""
+    beginning = trained.tokenizer.decode(ids, skip_special_tokens=False)
+    streams, texts = [DecodeStream(ids) for _ in range(samples)], [[beginning] for _ in range(samples)]
+    print(beginning, end="", flush=True)
     try:
-        for token in islice(sample(trained.model, tuple(ids), temperature, top_k, seed), tokens):
-            ids.append(token)
-            text = trained.tokenizer.decode(ids, skip_special_tokens=False)
-            if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-                print(text[len(shown) :], end="", flush=True)
-                shown = text
+        for drawn in islice(sample(trained.model, [ids] * samples, Sampling(temperature, top_k, top_p, seed)), tokens):
+            for stream, text, token in zip(streams, texts, drawn.tolist(), strict=True):
+                more = stream.step(trained.tokenizer, token) or ""  # none while a character's bytes are not all there
+                text.append(more)
+                if text is texts[0]:
+                    print(more, end="", flush=True)
     except ValueError as e:
         raise ConfigError(str(e)) from e
     finally:
         print()
+    for text in texts[1:]:
+        print(f"\n{''.join(text)}")
 
 
 @cli.command()

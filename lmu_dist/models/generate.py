@@ -1,33 +1,59 @@
-"""Text from a model, token by token: a prompt in, an endless stream of token ids out. Called by the command line.
+"""Text from a model, token by token: prompts in, an endless stream of token ids out. Called by the command line.
 
-The recurrent form: for the LMU and the LSTM memory and work per token do not grow with the text.
+For the LMU and the LSTM memory and work per token do not grow with the text; attention keeps the keys and values of all of it.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from lmu_dist.models.lm import LanguageModel
 
 
-@torch.no_grad()
-def generate(model: LanguageModel, prompt: Sequence[int], temperature: float, top_k: int, seed: int) -> Iterator[int]:
-    """Samples from softmax(logits / temperature) over the `top_k` most likely tokens (0: all); temperature 0 takes the best.
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from softmax(logits / temperature).
 
-    `prompt` must not be empty. The same seed gives the same text.
+    temperature  0 takes the best
+    top_k        of the k most likely only (0: of all)
+    top_p        of the fewest that together have this probability (1: of all), after top_k (Holtzman et al. 2020)
+    seed         of the first text; the one after it has seed + 1, and so on, alone or beside others
     """
-    if not prompt:
-        raise ValueError("the prompt must hold at least one token")
-    dice = torch.Generator().manual_seed(seed)
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@torch.no_grad()
+def generate(model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Int[Tensor, "B"]]:
+    """The next token of every text, again and again. Prompts must be of one length, and not empty."""
+    if len({len(prompt) for prompt in prompts}) != 1 or not prompts[0]:
+        raise ValueError("prompts must be of one length, and hold at least one token")
+    dice = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     model.eval()
-    logits, state = model.advance(torch.tensor([list(prompt)]))
+    logits, state = model.advance(torch.tensor([list(prompt) for prompt in prompts]))
     while True:
-        scores = logits[0, -1].float()
-        if temperature <= 0:
-            token = int(scores.argmax())
-        else:
-            if 0 < top_k < len(scores):
-                scores[scores < scores.topk(top_k).values[-1]] = -torch.inf
-            token = int(torch.multinomial(torch.softmax(scores / temperature, dim=0), 1, generator=dice))
-        yield token
-        logits, state = model.advance(torch.tensor([[token]]), state)
+        tokens = draw(logits[:, -1].float(), sampling, dice)
+        yield tokens
+        logits, state = model.advance(tokens[:, None], state)
+
+
+def draw(scores: Float[Tensor, "B V"], sampling: Sampling, dice: Sequence[torch.Generator]) -> Int[Tensor, "B"]:
+    """A token for every row, each by its own dice."""
+    if sampling.temperature <= 0:
+        return scores.argmax(1)
+    scores = scores / sampling.temperature
+    kept = sampling.top_k if 0 < sampling.top_k < scores.shape[1] else scores.shape[1]
+    scores, tokens = scores.topk(kept) if kept < scores.shape[1] else scores.sort(descending=True)
+    likely = torch.softmax(scores, 1).cumsum(1)
+    # The first token is always in: what stands before it has probability 0.
+    allowed = (likely.roll(1, 1).index_fill(1, torch.tensor([0]), 0.0) < sampling.top_p).sum(1)
+    ceiling = likely.gather(1, allowed[:, None] - 1)
+    thrown = torch.stack([torch.rand(1, generator=die) for die in dice]) * ceiling
+    place = torch.searchsorted(likely, thrown, right=True).clamp(max=allowed[:, None] - 1)
+    return tokens.gather(1, place)[:, 0]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmu_dist.models.attention import Attention
+from lmu_dist.models.head import linear_cross_entropy
 from lmu_dist.models.lmu import LMU
 from lmu_dist.models.lstm import LSTM
 from lmu_dist.models.shape import Shape
@@ -100,17 +101,20 @@ class LanguageModel(nn.Module):
     def _logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Scores of the next token at every position of whole sequences."""
+    def _hidden(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x = self._embed(tokens, 0)
         for norm, sublayer in zip(self.norms, self.sublayers, strict=True):
             x = (x if self.shape.skips else 0.0) + sublayer(norm(x))
-        return self._logits(x)
+        return x
+
+    def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+        """Scores of the next token at every position of whole sequences."""
+        return self._logits(self._hidden(tokens))
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Cross-entropy of every target in nats (float32 whatever the model's precision)."""
-        logits = self.logits(inputs).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        x = self.norm(self._hidden(inputs)).flatten(0, 1)
+        return linear_cross_entropy(x, self.embedding.weight, targets.flatten()).view_as(targets)
 
     def advance(self, tokens: Int[Tensor, "B T"], state: "State | None" = None) -> tuple[Float[Tensor, "B T V"], "State"]:
         """The next chunk of a text of any length: its logits, and the state from which the text goes on."""

@@ -1,7 +1,8 @@
 """The LMU mixer: one Legendre memory per channel, read by implicit self-attention (arXiv 2110.02402, eq. 1-11, A.1).
 
 (B, T, D) in, (B, T, D) out, causal. Legend: B batch, T time, D width, Q order, R reduced order q', K = 3R readings.
-`memory_readings` has the forms (fft, recurrent), `implicit_attention` is common to them, `LMU` is the sublayer lm builds.
+`mixed` is the whole of it in any of four forms; `memory_readings` and `implicit_attention` are its halves. `LMU` is the sublayer
+lm builds.
 """
 
 import math
@@ -12,11 +13,12 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from lmu_dist.models import legendre
+from lmu_dist.models import chunked, legendre
+from lmu_dist.models.kernels import reader
 
-Form = Literal["fft", "recurrent"]
+Form = Literal["recurrent", "fft", "chunked", "fused"]
+FORMS: tuple[Form, ...] = ("recurrent", "fft", "chunked", "fused")
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def memory_readings(
 
     recurrent: M_t = Abar M_{t-1} + Bbar x_t, token by token (eq. 1): the reference, and the way to generate.
     fft: (L H) * x, the reading folded into the impulse response (appendix A.1), K convolutions in place of Q.
-    Both carry a state across chunks exactly: the fft form adds L Abar^t M_0 and closes with
+    chunked: matrix products over chunks of tokens (models/chunked).
+    All carry a state from call to call exactly: the fft form adds L Abar^t M_0 and closes with
     M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state (a row from its start) None comes back for it.
     States are float64, since a recurrence piles up what it rounds; convolutions run in float32, or float64 if x is.
     """
@@ -81,6 +84,8 @@ def memory_readings(
             m = exact.a_bar @ m + exact.b_bar[:, None] * x[:, t, None]
             readings.append(reading @ m.to(dtype))
         return torch.stack(readings, dim=1), None if state is None else m
+    if form == "chunked":
+        return _chunked_readings(x, reading, theta_tokens, state)
     y = convolve(x, reading @ memory(order, theta_tokens, length, dtype, x.device).h)
     if state is None:
         return y, None
@@ -93,6 +98,26 @@ def memory_readings(
     return y, torch.linalg.matrix_power(exact.a_bar, length) @ state + exact.h.flip(1) @ x.double()
 
 
+def _chunked_readings(
+    x: Float[Tensor, "B T D"], reading: Float[Tensor, "K Q"], theta_tokens: float, state: Float[Tensor, "B Q D"] | None
+) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"] | None]:
+    (b, t, d), (k, q) = x.shape, reading.shape
+    scale = memory(q, theta_tokens, 1, torch.float64, x.device).row_scale
+    # Whole chunks, then what is left: the memory after the last token is asked for, not after the end of a chunk.
+    chunk = min(t, chunked.plan(x, q, k, theta_tokens).steps.chunk)
+    m = None if state is None else (state / scale[:, None]).transpose(0, 1).flatten(1)
+    parts = list[Tensor]()
+    for piece in x.split([t - t % chunk, t % chunk] if t % chunk else [t], dim=1):
+        s = chunked.steps(q, theta_tokens, min(chunk, piece.shape[1]), x.dtype, x.device)
+        z, m = chunked.features(piece, s, m)
+        w = chunked.weights(reading * scale.to(x.dtype), x.new_zeros(k), s)
+        y = (w @ z.flatten(1)).view(s.chunk, k, b, -1, d)
+        parts.append(y.permute(2, 3, 0, 1, 4).flatten(1, 2))
+    assert m is not None
+    end = None if state is None else m.view(q, b, d).transpose(0, 1) * scale[:, None]
+    return torch.cat(parts, 1), end
+
+
 def implicit_attention(
     readings: Float[Tensor, "B T K D"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], scale: float = 1.0
 ) -> Float[Tensor, "B T D"]:
@@ -101,9 +126,12 @@ def implicit_attention(
     Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3) stand one after the other in `readings`. p meets the
     weights before V does, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
     """
-    q, k, v = F.gelu(readings + bias[:, None]).chunk(3, dim=2)
-    weights = torch.softmax(scale * (q @ k.transpose(-1, -2)), dim=-1)
-    return (p[None] @ weights @ v).squeeze(-2)
+    return reader.attend(readings + bias[:, None], p, scale)
+
+
+def best_form(dtype: torch.dtype, device: torch.device) -> Form:
+    """What a whole sequence takes if not told otherwise: the fused form wherever its reader was compiled."""
+    return "fused" if reader.compiled(dtype, device) else "chunked"
 
 
 class LMU(nn.Module):
@@ -127,16 +155,20 @@ class LMU(nn.Module):
         scale = memory(self.reading.shape[1], self.theta_tokens, 1, dtype, self.reading.device).row_scale
         return self.reading.to(dtype) / scale
 
-    def forward(self, x: Float[Tensor, "B T D"], form: Form = "fft") -> Float[Tensor, "B T D"]:
-        """A whole sequence from an empty memory."""
-        readings, _ = memory_readings(x, self.reading_matrix, self.theta_tokens, form=form)
+    def forward(self, x: Float[Tensor, "B T D"], form: Form | None = None) -> Float[Tensor, "B T D"]:
+        """A whole sequence from an empty memory; in the form that is best here, or the one asked for."""
+        if (form or best_form(x.dtype, x.device)) == "fused":
+            k, q = self.reading.shape
+            plan = chunked.plan(x, q, k, self.theta_tokens)
+            return chunked.attended(x, self.reading, self.bias, self.p, plan)
+        readings, _ = memory_readings(x, self.reading_matrix, self.theta_tokens, form=form or best_form(x.dtype, x.device))
         return implicit_attention(readings.to(x.dtype), self.bias, self.p)
 
     def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
         """The next chunk of a sequence: outputs, and the memory (B, Q, D) to hand to the chunk after it."""
         if state is None:
             state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=torch.float64)
-        form: Form = "recurrent" if x.shape[1] == 1 else "fft"
+        form: Form = "recurrent" if x.shape[1] == 1 else "chunked"
         readings, state = memory_readings(x, self.reading_matrix, self.theta_tokens, state, form)
         assert state is not None
         return implicit_attention(readings.to(x.dtype), self.bias, self.p), state

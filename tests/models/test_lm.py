@@ -1,11 +1,13 @@
 """All four families as one LanguageModel: causality, chunked state, seeds, errors."""
 
 import math
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from lmu_dist.models.generate import generate
+from lmu_dist.models.generate import Sampling, draw, generate
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import FAMILIES
 from lmu_dist.models.sizing import shape_for
@@ -72,8 +74,8 @@ def test_building_leaves_the_callers_randomness_alone():
 
 def test_generation_is_seeded_and_greedy_at_zero(model):
     def take(n, **how):
-        stream = generate(model, [1, 2, 3], **how)
-        return [next(stream) for _ in range(n)]
+        stream = generate(model, [[1, 2, 3]], Sampling(**how))
+        return [int(next(stream)) for _ in range(n)]
 
     sampled = {"temperature": 1.0, "top_k": 10, "seed": 3}
     assert take(10, **sampled) == take(10, **sampled)
@@ -81,7 +83,30 @@ def test_generation_is_seeded_and_greedy_at_zero(model):
         best = int(model.logits(torch.tensor([[1, 2, 3]]))[0, -1].argmax())
     assert take(1, temperature=0.0, top_k=0, seed=0) == [best]
     with pytest.raises(ValueError, match="at least one token"):
-        next(generate(model, [], temperature=1.0, top_k=0, seed=0))
+        next(generate(model, [[]], Sampling()))
+
+
+def test_a_text_is_the_same_alone_and_beside_others(model):
+    how = Sampling(temperature=1.3, top_k=40, top_p=0.9, seed=5)
+    together = generate(model, [[1, 2, 3]] * 3, how)
+    alone = generate(model, [[1, 2, 3]], replace(how, seed=7))
+    for _ in range(8):
+        assert next(together)[2] == next(alone)[0]
+
+
+def test_the_nucleus_is_the_fewest_that_suffice():
+    scores = torch.tensor([[0.5, 0.2, 0.15, 0.1, 0.05]]).log()
+
+    def drawn(**how):
+        dice = [torch.Generator().manual_seed(0)]
+        return Counter(int(draw(scores, Sampling(**how), dice)) for _ in range(4000))
+
+    assert set(drawn(top_p=0.5)) == {0}
+    assert set(drawn(top_p=0.51)) == {0, 1}
+    assert set(drawn(top_p=1e-9)) == {0}
+    assert set(drawn(top_k=3, top_p=0.99)) == {0, 1, 2}
+    assert drawn()[0] / 4000 == pytest.approx(0.5, abs=0.03)
+    assert drawn(temperature=0.5)[0] / 4000 == pytest.approx(0.25 / (0.25 + 0.04 + 0.0225 + 0.01 + 0.0025), abs=0.03)
 
 
 def test_transformer_names_its_limit():

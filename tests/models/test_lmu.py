@@ -35,7 +35,7 @@ def relative(got: torch.Tensor, expected: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", ["fft", "recurrent"])
+@pytest.mark.parametrize("form", ["fft", "recurrent", "chunked"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_block_equals_oracle(shape, form, dtype, bound):
     given, expected = problem(*shape, dtype=dtype)
@@ -46,7 +46,7 @@ def test_block_equals_oracle(shape, form, dtype, bound):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", ["fft", "recurrent"])
+@pytest.mark.parametrize("form", ["fft", "recurrent", "chunked"])
 @pytest.mark.parametrize("cut", [1, 5, 6])
 def test_state_carries_across_chunks(shape, form, cut):
     given, expected = problem(*shape)
@@ -64,7 +64,7 @@ def test_state_carries_across_chunks(shape, form, cut):
 def test_gradients_of_the_forms_are_equal():
     given, _ = problem(12, 20.0, 25, 4, 3)
     gradients = []
-    for form in ("fft", "recurrent"):
+    for form in ("fft", "recurrent", "chunked"):
         leaves = {k: v.clone().requires_grad_() for k, v in given.items()}
         readings, _ = memory_readings(leaves["x"], leaves["reading"], 20.0, form=form)
         implicit_attention(readings, leaves["bias"], leaves["p"]).square().sum().backward()

@@ -1,0 +1,194 @@
+"""The LMU operator in chunks: matrix products in place of Fourier transforms, one block of tokens at a time.
+
+What a chunk's tokens read depends on its own C inputs (a Toeplitz product) and on the memory before it: together one product
+W z with z = [inputs; memory; 1], for all channels at once. Exact, and O(T): the memory goes from chunk to chunk by Abar^C.
+`readings` gives what memory_readings gives; `attended` lets no reading out: they go from the product to the attention block by
+block, and the way back makes them again. Called by lmu.
+
+Legend: B batch, T time, D width, Q order, R reduced order, K = 3R readings; C tokens of a chunk, N chunks, F = C + Q + 1.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmu_dist.models import legendre
+from lmu_dist.models.kernels import reader
+from lmu_dist.models.precision import product_dtype
+
+BLOCK = 2**21  # readings of a block: 8 MB in float32, near the processor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What C tokens do to a memory that is held in units of its rows' deviations: powers (C, Q, Q) are Abar .. Abar^C, response
+    (Q, C) is Bbar, Abar Bbar ..; hop is Abar^C in float64, since a recurrence piles up what it rounds."""
+
+    powers: Tensor
+    response: Tensor
+    hop: Tensor
+
+    @property
+    def chunk(self) -> int:
+        """C."""
+        return self.response.shape[1]
+
+
+@lru_cache(maxsize=32)
+def steps(order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, device: torch.device) -> Steps:
+    """Made in float64 and cast last."""
+    a, b = legendre.discrete(order, theta_tokens)
+    scale = legendre.row_scale(order, theta_tokens)
+    a, b = torch.from_numpy(a / scale[:, None] * scale), torch.from_numpy(b / scale)
+    powers, response = [a], [b]
+    for _ in range(chunk - 1):
+        powers.append(powers[-1] @ a)
+        response.append(a @ response[-1])
+    return Steps(torch.stack(powers).to(device, dtype), torch.stack(response, 1).to(device, dtype), powers[-1].to(device))
+
+
+class Plan(NamedTuple):
+    """How the operator runs: the steps of its chunks; whether there is one chunk only, so that no memory is carried; the precision
+    of products; chunks of a block; whether readings are kept for the way back (faster where products are slower than memory)."""
+
+    steps: Steps
+    single: bool
+    dtype: torch.dtype
+    block: int
+    keep: bool
+
+
+def chunk_tokens(order: int, readings: int, width: int, length: int, n_rows: int) -> int:
+    """C with the fewest multiply-adds per token and channel, forward and backward: `length` itself if one chunk is best."""
+
+    def cost(chunk: int) -> float:
+        if chunk >= length:
+            return 3 * readings * length
+        products = 3 * readings * (chunk + order)
+        memory = 2 * (order + order**2 / chunk)
+        weights = 2 * readings * order**2 * chunk / (n_rows * length * width)
+        return products + memory + weights
+
+    return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
+
+
+def plan(x: Float[Tensor, "B T D"], order: int, readings: int, theta_tokens: float) -> Plan:
+    """The plan for a whole sequence of this shape."""
+    n_rows, length, width = x.shape
+    chunk = chunk_tokens(order, readings, width, length, n_rows)
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = product_dtype(x.dtype, x.device)
+    block = max(1, BLOCK // (chunk * readings * width))
+    made = steps(order, theta_tokens, chunk, exact, x.device)
+    return Plan(made, chunk >= length, dtype, block, keep=x.device.type == "cpu" and dtype != torch.bfloat16)
+
+
+def weights(reading: Float[Tensor, "K Q"], bias: Float[Tensor, "K"], s: Steps, single: bool = False) -> Float[Tensor, "CK F"]:
+    """W, from a chunk's features to the readings of its tokens."""
+    kernel = F.pad((reading @ s.response).flip(1), (0, s.chunk - 1))  # (K, 2C - 1): the longest lag first, then zeros
+    toeplitz = kernel.unfold(1, s.chunk, 1).flip(1).transpose(0, 1)  # (C, K, C)
+    recalled = [] if single else [reading @ s.powers]
+    everywhere = bias.expand(s.chunk, len(bias))[..., None]
+    return torch.cat([toeplitz, *recalled, everywhere], 2).flatten(0, 1)
+
+
+def _weights_back(dw: Float[Tensor, "CK F"], s: Steps) -> tuple[Float[Tensor, "K Q"], Float[Tensor, "K"]]:
+    """From d W to d reading and d bias."""
+    chunk = s.chunk
+    dw = dw.unflatten(0, (chunk, -1))
+    toeplitz, recalled, everywhere = dw[..., :chunk], dw[..., chunk:-1], dw[..., -1]
+    # Rows one element longer than they are, read as rows that are not: diagonals have become columns.
+    skewed = F.pad(toeplitz.transpose(0, 1).flip(1), (0, chunk)).flatten(1)[:, :-chunk].unflatten(1, (chunk, 2 * chunk - 1))
+    dreading = skewed.sum(1)[:, :chunk].flip(1) @ s.response.T
+    if recalled.shape[2]:
+        dreading += torch.einsum("ckr,cqr->kq", recalled, s.powers)
+    return dreading, everywhere.sum(0)
+
+
+def features(
+    x: Float[Tensor, "B T D"], s: Steps, m: Float[Tensor, "Q BD"] | None = None, single: bool = False
+) -> tuple[Float[Tensor, "F B N D"], Float[Tensor, "Q BD"] | None]:
+    """z of every chunk, and the memory after the last."""
+    (b, t, d), (q, chunk) = x.shape, s.response.shape
+    n = -(-t // chunk)
+    inputs = F.pad(x, (0, 0, 0, n * chunk - t)).unflatten(1, (n, chunk)).permute(2, 0, 1, 3)
+    one = x.new_ones(1, b, n, d)
+    if single:
+        return torch.cat([inputs, one]), None
+    added = (s.response.flip(1) @ inputs.reshape(chunk, -1)).view(q, b, n, d)
+    m = x.new_zeros(q, b * d, dtype=torch.float64) if m is None else m
+    memories = list[Tensor]()
+    for i in range(n):
+        memories.append(m.to(x.dtype).view(q, b, d))
+        m = torch.addmm(added[:, :, i].flatten(1).double(), s.hop, m)
+    return torch.cat([inputs, torch.stack(memories, 2), one]), m
+
+
+def _features_back(dz: Float[Tensor, "F B N D"], s: Steps, t: int) -> Float[Tensor, "B T D"]:
+    """From d z to d x."""
+    order, chunk = s.response.shape
+    b, n, d = dz.shape[1:]
+    dx, memories = dz[:chunk], dz[chunk:-1]
+    if len(memories):
+        after = torch.empty_like(memories)  # gradient of the memory at a chunk's end
+        m = dz.new_zeros(order, b * d)
+        for i in reversed(range(n)):
+            after[:, :, i] = m.view(order, b, d)
+            m = torch.addmm(memories[:, :, i].flatten(1), s.powers[-1].T, m)
+        dx = dx + (s.response.flip(1).T @ after.flatten(1)).view_as(dx)
+    return dx.permute(1, 2, 0, 3).flatten(1, 2)[:, :t]
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reading: Tensor, bias: Tensor, p: Tensor, plan: Plan) -> Tensor:
+        d, s = x.shape[2], plan.steps
+        exact = s.response.dtype
+        z = features(x.to(exact), s, single=plan.single)[0].to(plan.dtype)
+        w = weights(reading.to(exact), bias.to(exact), s, plan.single).to(plan.dtype)
+        flat, width = z.flatten(1), plan.block * d
+        out = z.new_empty(flat.shape[1] // d, s.chunk, d)
+        kept = list[Tensor]()
+        for i, block in enumerate(flat.split(width, 1)):
+            pre = w @ block
+            reader.read(pre, p, out[i * plan.block : (i + 1) * plan.block])
+            if plan.keep:
+                kept.append(pre)
+        ctx.save_for_backward(z, w, p, *kept)
+        ctx.plan, ctx.length, ctx.dtypes = plan, x.shape[1], (x.dtype, reading.dtype, bias.dtype)
+        return out.view(len(x), -1, d)[:, : x.shape[1]].to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:
+        z, w, p, *kept = ctx.saved_tensors
+        plan, s = ctx.plan, ctx.plan.steps
+        d, exact = z.shape[3], s.response.dtype
+        padding = z.shape[2] * s.chunk - ctx.length
+        dout = F.pad(dout.to(plan.dtype), (0, 0, 0, padding)).reshape(-1, s.chunk, d)
+        flat, width = z.flatten(1), plan.block * d
+        dz, dw, dp = torch.empty_like(flat), w.new_zeros(w.shape, dtype=exact), p.new_zeros(p.shape, dtype=exact)
+        for i, block in enumerate(flat.split(width, 1)):
+            pre = kept[i] if kept else w @ block
+            reader.read_back(pre, p, dout[i * plan.block : (i + 1) * plan.block], dp)
+            torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])
+            if plan.dtype == exact:
+                dw.addmm_(pre, block.T)
+            else:
+                dw += pre @ block.T
+        dreading, dbias = _weights_back(dw, s)
+        dx = _features_back(dz.view_as(z).to(exact), s, ctx.length)
+        of_x, of_reading, of_bias = ctx.dtypes
+        return dx.to(of_x), dreading.to(of_reading), dbias.to(of_bias), dp.to(p.dtype), None
+
+
+def attended(
+    x: Float[Tensor, "B T D"], reading: Float[Tensor, "K Q"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], plan: Plan
+) -> Float[Tensor, "B T D"]:
+    """Implicit attention to the memory at every token; `reading` in units of the memory's deviations."""
+    return _Attended.apply(x, reading, bias, p, plan)

@@ -1,0 +1,1 @@
+"""Compiled parts of models/, each with a plain form beside it."""
