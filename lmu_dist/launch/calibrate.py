@@ -74,7 +74,7 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
     from lmu_dist.train.loop import steps
 
     config, train, n_workers = cell.config, cell.config.train, dist.get_world_size()
-    engine = Engine(LanguageModel(cell.shape, config.seed), train, config.cluster, device)
+    engine = Engine(LanguageModel(cell.shape, config.seed, train.lmu_form), train, config.cluster, device)
     rng = np.random.default_rng(dist.get_rank())
     ids = rng.integers(0, cell.shape.vocab_tokens, (train.batch_rows // n_workers, train.sequence_tokens + 1))
     rows = torch.from_numpy(ids)

@@ -76,7 +76,8 @@ def train_worker(arguments: dict[str, Job]) -> None:
             engine.close()
             engine = None
         if engine is None:
-            engine = Engine(LanguageModel(cell.shape, cell.config.seed), cell.config.train, cell.config.cluster, device)
+            train = cell.config.train
+            engine = Engine(LanguageModel(cell.shape, cell.config.seed, train.lmu_form), train, cell.config.cluster, device)
         if start.folder is not None:
             _load(engine, start)
         run = _Run(job, index, engine, rank, start.attempt)

@@ -1,12 +1,15 @@
 """The only counter: parameters, FLOPs and bytes of a Shape, without building it. Everything downstream reads, none recounts.
 
-Held to numel() and to torch's flop counter by tests/models/test_accounting.py. Legend: V vocabulary, n sequence length.
+FLOPs are those of the paper's form, whatever form runs; bytes are those of the form that runs. Held to numel(), to torch's flop
+counter and to what autograd keeps by tests/models/test_accounting.py. Legend: V vocabulary, n sequence length.
 """
 
 import math
 from dataclasses import dataclass
 
 from lmu_dist.models.shape import Shape
+
+LOGITS = 2**23  # that exist at once: 32 MB (models/head)
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Flops:
     """Floating-point operations per token; a multiply-add is 2, elementwise work is left out, as the field does.
 
     matmul  matrix products of the blocks, causal attention at its full n (as torch's counter has it)
-    fft     the LMU's Fourier transforms: 5/2 m log2 m per real transform of m = 2n points, 6 per complex product
+    fft     the LMU's Fourier transforms: 5/2 m log2 m per real transform of m = 2n points, 6 per complex product. They
+            stand for its convolutions however these are computed: a study must not depend on the hardware it ran on
     head    the product with the vocabulary
     kaplan  2N: the convention behind C = 6ND
     """
@@ -117,7 +121,29 @@ def _sublayer_fft_flops(name: str, s: Shape) -> float:
     return (transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / s.sequence_tokens
 
 
-def _sublayer_activations(name: str, s: Shape) -> tuple[float, float]:
+def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: int) -> int:
+    """Tokens C of a chunk with the fewest multiply-adds per token and channel of the LMU in chunks, forward and backward;
+    `length` itself if one chunk is best (models/chunked)."""
+
+    def cost(chunk: int) -> float:
+        if chunk >= length:
+            return 3 * n_readings * length
+        products = 3 * n_readings * (chunk + order)
+        memory = 2 * (order + order**2 / chunk)
+        weights = 2 * n_readings * order**2 * chunk / (n_rows * length * width)
+        return products + memory + weights
+
+    return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
+
+
+def _lmu_features(s: Shape, n_rows: int) -> float:
+    """Features per token and channel that the LMU in chunks multiplies by its weights."""
+    chunk = chunk_tokens(s.order, 3 * s.reduced_order, s.d_model, s.sequence_tokens, n_rows)
+    memory = s.order if chunk < s.sequence_tokens else 0
+    return -(-s.sequence_tokens // chunk) * (chunk + memory + 1) / s.sequence_tokens
+
+
+def _sublayer_activations(name: str, s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
     """Numbers per token kept for the backward pass: in the model's precision, and in float32 whatever it is."""
     d, r = s.d_model, s.reduced_order
     match name:
@@ -128,18 +154,21 @@ def _sublayer_activations(name: str, s: Shape) -> tuple[float, float]:
         case "lstm":
             return d + s.d_hidden + 17 * s.d_hidden * s.n_blocks, 0  # 16 of them the workspace of oneDNN
         case "lmu":
-            return 6 * r * d + 2 * r * r + r, 4 * d  # the padded input and its spectrum
+            features = d * _lmu_features(s, n_rows)
+            return (features, 0) if on_gpu else (0, features + 3 * r * d)  # a GPU makes the readings again
     raise AssertionError(name)
 
 
-def activation_bytes(shape: Shape, n_rows: int, precision: str = "fp32") -> float:
-    """Bytes of activations kept between forward and backward of `n_rows` rows, logits included; plain autograd."""
+def activation_bytes(shape: Shape, n_rows: int, precision: str = "fp32", on_gpu: bool = False) -> float:
+    """Bytes of activations kept between forward and backward of `n_rows` rows, and of the logits that exist at once."""
     width = 4 if precision == "fp32" else 2
     n_norms = len(shape.sublayers) * shape.skips + 1
-    own, single = (sum(n) for n in zip(*(_sublayer_activations(name, shape) for name in shape.sublayers), strict=True))
+    each = (_sublayer_activations(name, shape, n_rows, on_gpu) for name in shape.sublayers)
+    own, single = (sum(n) for n in zip(*each, strict=True))
     own += (n_norms + 1) * shape.d_model  # inputs of the norms, and of the head
-    single += 2 * n_norms + shape.vocab_tokens + 2  # statistics of the norms, log-probabilities, token ids
-    return n_rows * shape.sequence_tokens * (width * own + 4 * single)
+    single += 2 * n_norms + 3  # statistics of the norms, logarithms of the head's sums, token ids
+    n_tokens = n_rows * shape.sequence_tokens
+    return n_tokens * (width * own + 4 * single) + 4 * min(n_tokens * shape.vocab_tokens, LOGITS)
 
 
 def parameters(shape: Shape) -> Parameters:

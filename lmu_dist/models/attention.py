@@ -19,7 +19,7 @@ class Cache:
     length: int = 0
 
     def extend(self, keys: Float[Tensor, "B H T E"], values: Float[Tensor, "B H T E"]) -> tuple[Tensor, Tensor]:
-        """All keys and values, these included. Room is doubled when it is used up, so that a token costs no copy of those before."""
+        """All keys and values, these included. Room doubles when used up, so that a token costs no copy of those before."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             more = (0, 0, 0, max(end, 2 * self.length) - self.keys.shape[2])

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lmu_dist.models import legendre
+from lmu_dist.models.accounting import chunk_tokens
 from lmu_dist.models.kernels import reader
 from lmu_dist.models.precision import product_dtype
 
@@ -54,7 +55,7 @@ def steps(order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, devic
 
 class Plan(NamedTuple):
     """How the operator runs: the steps of its chunks; whether there is one chunk only, so that no memory is carried; the precision
-    of products; chunks of a block; whether readings are kept for the way back (faster where products are slower than memory)."""
+    of products; chunks of a block; whether readings are kept for the way back, as pays where products are slow (accounting)."""
 
     steps: Steps
     single: bool
@@ -63,29 +64,15 @@ class Plan(NamedTuple):
     keep: bool
 
 
-def chunk_tokens(order: int, readings: int, width: int, length: int, n_rows: int) -> int:
-    """C with the fewest multiply-adds per token and channel, forward and backward: `length` itself if one chunk is best."""
-
-    def cost(chunk: int) -> float:
-        if chunk >= length:
-            return 3 * readings * length
-        products = 3 * readings * (chunk + order)
-        memory = 2 * (order + order**2 / chunk)
-        weights = 2 * readings * order**2 * chunk / (n_rows * length * width)
-        return products + memory + weights
-
-    return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
-
-
-def plan(x: Float[Tensor, "B T D"], order: int, readings: int, theta_tokens: float) -> Plan:
+def plan(x: Float[Tensor, "B T D"], n_readings: int, order: int, theta_tokens: float) -> Plan:
     """The plan for a whole sequence of this shape."""
     n_rows, length, width = x.shape
-    chunk = chunk_tokens(order, readings, width, length, n_rows)
+    chunk = chunk_tokens(order, n_readings, width, length, n_rows)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = product_dtype(x.dtype, x.device)
-    block = max(1, BLOCK // (chunk * readings * width))
+    block = max(1, BLOCK // (chunk * n_readings * width))
     made = steps(order, theta_tokens, chunk, exact, x.device)
-    return Plan(made, chunk >= length, dtype, block, keep=x.device.type == "cpu" and dtype != torch.bfloat16)
+    return Plan(made, chunk >= length, dtype, block, keep=x.device.type == "cpu")
 
 
 def weights(reading: Float[Tensor, "K Q"], bias: Float[Tensor, "K"], s: Steps, single: bool = False) -> Float[Tensor, "CK F"]:

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head without its logits: features (N, D), weight (V, D), targets (N,) in, nats (N,) out.
 
-With 50,257 tokens the logits of a batch are larger than all else in a step together. Here a block of them exists at a time; they
-are made again on the way back, of which only the logarithm of each row's sum of exponentials is kept. Called by lm.
+With 50,257 tokens the logits of a batch are larger than all else in a step together. Here a block of them exists at a time, and
+they are made again on the way back; only the logarithm of each row's sum of exponentials is kept. Called by lm.
 Legend: N tokens, V vocabulary, D width.
 """
 
@@ -12,16 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmu_dist.models.accounting import LOGITS
 from lmu_dist.models.precision import product_dtype
-
-BLOCK = 2**23  # logits that exist at once: 32 MB
 
 
 def linear_cross_entropy(
     x: Float[Tensor, "N D"], weight: Float[Tensor, "V D"], targets: Int[Tensor, "N"]
 ) -> Float[Tensor, "N"]:
     """-log softmax(x weight^T) at each row's target, float32 or better."""
-    if x.shape[0] * weight.shape[0] <= BLOCK:
+    if x.shape[0] * weight.shape[0] <= LOGITS:
         logits = F.linear(x, weight)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
     return _LinearCrossEntropy.apply(x, weight, targets)
@@ -30,7 +29,7 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, BLOCK // len(weight))
+        rows = max(1, LOGITS // len(weight))
         w = weight.to(product_dtype(weight.dtype, weight.device))
         total, chosen = list[Tensor](), list[Tensor]()
         for features, wanted in zip(x.to(w.dtype).split(rows), targets.split(rows), strict=True):
@@ -46,7 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:
         x, weight, targets, log_total = ctx.saved_tensors
-        rows = max(1, BLOCK // len(weight))
+        rows = max(1, LOGITS // len(weight))
         w = weight.to(product_dtype(weight.dtype, weight.device))
         inputs = x.to(w.dtype)
         dx = torch.empty_like(x)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from lmu_dist.models.attention import Attention
 from lmu_dist.models.head import linear_cross_entropy
-from lmu_dist.models.lmu import LMU
+from lmu_dist.models.lmu import LMU, Form
 from lmu_dist.models.lstm import LSTM
 from lmu_dist.models.shape import Shape
 
@@ -47,21 +47,21 @@ class FeedForward(nn.Module):
         return self(x), None
 
 
-SUBLAYERS: dict[str, Callable[[Shape], nn.Module]] = {
-    "ffn": lambda s: FeedForward(s.d_model, s.d_ff),
-    "lmu": lambda s: LMU(s.order, s.reduced_order, float(s.theta_tokens)),
-    "attention": lambda s: Attention(s.d_model, s.n_heads),
-    "lstm": lambda s: LSTM(s.d_model, s.d_hidden, s.n_blocks),
+SUBLAYERS: dict[str, Callable[[Shape, Form | None], nn.Module]] = {
+    "ffn": lambda s, _: FeedForward(s.d_model, s.d_ff),
+    "lmu": lambda s, form: LMU(s.order, s.reduced_order, float(s.theta_tokens), form),
+    "attention": lambda s, _: Attention(s.d_model, s.n_heads),
+    "lstm": lambda s, _: LSTM(s.d_model, s.d_hidden, s.n_blocks),
 }
 
 
 class LanguageModel(nn.Module):
     """Embedding -> sublayers, each x <- x + sublayer(LayerNorm(x)) (the LSTM: x <- sublayer(x)) -> LayerNorm -> tied head.
 
-    The same seed gives the same weights on every machine and rank.
+    The same seed gives the same weights on every machine and rank. `lmu_form` is how LMUs are computed; None: the best way.
     """
 
-    def __init__(self, shape: Shape, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, seed: int = 0, lmu_form: Form | None = None) -> None:
         super().__init__()
         self.shape = shape
         with torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
             self.embedding = nn.Embedding(shape.vocab_tokens, shape.d_model)
             self.position = nn.Embedding(shape.sequence_tokens, shape.d_model) if shape.learned_positions else None
             self.norms = nn.ModuleList(nn.LayerNorm(shape.d_model) if shape.skips else nn.Identity() for _ in shape.sublayers)
-            self.sublayers = nn.ModuleList(SUBLAYERS[name](shape) for name in shape.sublayers)
+            self.sublayers = nn.ModuleList(SUBLAYERS[name](shape, lmu_form) for name in shape.sublayers)
             self.norm = nn.LayerNorm(shape.d_model)
             self._initialise(len(shape.sublayers))
 

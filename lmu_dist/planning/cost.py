@@ -52,6 +52,7 @@ def step_of(cell: Planned) -> dict[str, Any]:
         "shape": asdict(cell.shape),
         "batch_rows": train.batch_rows,
         "precision": train.precision,
+        "lmu_form": train.lmu_form,
         "n_workers": cluster.n_workers,
         "cpus_per_worker": cluster.cpus_per_worker,
         "gpus_per_worker": cluster.gpus_per_worker,
@@ -226,7 +227,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
     rate = config.plan.price_per_worker_hour
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, measured)
     micro_rows = config.cluster.micro_batch_rows or train.batch_rows // workers
-    activations = accounting.activation_bytes(shape, micro_rows, train.precision)
+    activations = accounting.activation_bytes(shape, micro_rows, train.precision, bool(config.cluster.gpus_per_worker))
     memory = tuple(accounting.zero_memory(shape, stage, workers, train.precision).peak_bytes(activations) for stage in STAGES)
     seconds = seconds_each * steps if seconds_each is not None else None
     return Line(

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.lmu import Form
 from lmu_dist.models.shape import FAMILIES
 from lmu_dist.models.sizing import shape_for
 
@@ -28,7 +29,7 @@ def test_parameters_equal_numel(shape):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_matmul_flops_equal_torchs_counter(shape):
-    model, counter = LanguageModel(shape), FlopCounterMode(display=False)
+    model, counter = LanguageModel(shape, lmu_form="fft"), FlopCounterMode(display=False)
     tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
     # oneDNN's fused LSTM and the fused attention hide their products from the counter.
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -78,9 +79,9 @@ def test_buffers_never_meet_what_is_needed_after_backward():
     assert alone.peak_bytes(0) == alone.state_bytes + alone.update_buffers_bytes
 
 
-def saved_bytes(shape, n_rows: int) -> int:
+def saved_bytes(shape, n_rows: int, lmu_form: Form = "fused") -> int:
     """What autograd really keeps for the backward pass, weights not counted, each storage once."""
-    model = LanguageModel(shape)
+    model = LanguageModel(shape, lmu_form=lmu_form)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -99,4 +100,12 @@ def saved_bytes(shape, n_rows: int) -> int:
 def test_activation_bytes_are_what_autograd_keeps(shape):
     bound = 0.2 if shape.family == "lstm" else 0.1  # oneDNN pads the LSTM's workspace in ways of its own
     assert accounting.activation_bytes(shape, 4) == pytest.approx(saved_bytes(shape, 4), rel=bound)
-    assert accounting.activation_bytes(shape, 4, "bf16") < 0.8 * accounting.activation_bytes(shape, 4)
+    in_bf16 = accounting.activation_bytes(shape, 4, "bf16", on_gpu=True)
+    assert in_bf16 < 0.8 * accounting.activation_bytes(shape, 4)
+
+
+def test_chunks_are_what_costs_least():
+    """Of the paper's largest mixer; where a row is shorter than chunk and memory together there is one chunk, and no memory."""
+    assert accounting.chunk_tokens(250, 75, 204, 1024, 2) == 32
+    assert accounting.chunk_tokens(250, 75, 204, 256, 2) == 256
+    assert accounting.chunk_tokens(10, 3, 16, 1024, 2) == 32

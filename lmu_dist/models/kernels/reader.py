@@ -83,7 +83,9 @@ def _by_token(pre: Tensor, out: Tensor) -> Tensor:
 def _call(name: str, pre: Tensor, p: Tensor, token: Tensor, *more: Tensor) -> None:
     (n, chunk, width), made = token.shape, library()
     assert made is not None
-    assert pre.is_contiguous() and token.is_contiguous() and pre.dtype == token.dtype
+    assert pre.is_contiguous()
+    assert token.is_contiguous()
+    assert pre.dtype == token.dtype
     function = getattr(made, f"{name}_{str(pre.dtype).removeprefix('torch.')}")
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (pre, p, token, *more)]
     function(*map(ctypes.c_int64, (n, chunk, len(p), width)), *pointers)
