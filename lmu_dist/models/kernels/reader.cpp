@@ -2,7 +2,7 @@
 //
 // For every token: rows Q, K, V (each R x D) = gelu(pre), A = softmax(Q K^T) by rows, out = (p A) V. A token's matrices live in
 // one core's cache from beginning to end. Pre-activations are float32 or bfloat16, everything else float32. Built and called by
-// kernels/cpu.py; the arithmetic without it is models/lmu.implicit_attention.
+// kernels/compiled.py; the arithmetic without it is kernels/reader.attend.
 //
 // Layout: pre[(i * 3R + row) * stride + chunk * D + column] for token i of a chunk; out[((b * n + chunk) * C + i) * D + column].
 
@@ -14,7 +14,24 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace {
+
+// While it lives, numbers below 1.2e-38 count as 0. Tails of softmax and of gelu, and small gradients after them, are full of
+// such numbers, and processors take up to a hundred times as long for each.
+class NoDenormals {
+#if defined(__SSE__)
+    unsigned before = _mm_getcsr();
+
+public:
+    NoDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, and denormals are zero
+    ~NoDenormals() { _mm_setcsr(before); }
+    NoDenormals(const NoDenormals&) = delete;
+#endif
+};
 
 constexpr int LANES = 16;
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
@@ -265,6 +282,7 @@ template <typename T, typename O>
 void forward(const Sizes& n, const T* pre, const float* p, O* out) {
     int64_t stride = n.chunks * n.width;
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
+        NoDenormals scope;
         Room room(n.rows, n.width, false);
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
@@ -281,6 +299,7 @@ void backward(const Sizes& n, T* pre, const float* p, const O* dout, float* dp) 
     int workers = at::get_num_threads();
     std::vector<float> partial(static_cast<size_t>(workers) * n.rows, 0.0f);
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
+        NoDenormals scope;
         Room room(n.rows, n.width, true);
         float* mine = &partial[at::get_thread_num() * n.rows];
         for (int64_t token = begin; token < end; ++token) {
