@@ -136,16 +136,24 @@ def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: i
     return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
 
 
-def _lmu_features(s: Shape, n_rows: int) -> float:
-    """Features per token and channel that the LMU in chunks multiplies by its weights."""
-    chunk = chunk_tokens(s.order, 3 * s.reduced_order, s.d_model, s.sequence_tokens, n_rows)
-    memory = s.order if chunk < s.sequence_tokens else 0
-    return -(-s.sequence_tokens // chunk) * (chunk + memory + 1) / s.sequence_tokens
+def transform_points(length: int) -> int:
+    """Points of the Fourier transforms that convolve `length` tokens on a processor: a power of two (models/transforms)."""
+    return max(16, 2 ** math.ceil(math.log2(2 * length)))
+
+
+def _lmu_activations(s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+    """Of a mixer, as `_sublayer_activations`: a processor keeps readings, a GPU makes them again from chunks' features."""
+    n, k, d = s.sequence_tokens, 3 * s.reduced_order, s.d_model
+    if not on_gpu:
+        return k * d, d + (k + k % 2) * transform_points(n) / (n * n_rows)  # the input and the kernels' spectra too
+    chunk = chunk_tokens(s.order, k, d, n, n_rows)
+    memory = s.order if chunk < n else 0
+    return d * -(-n // chunk) * (chunk + memory + 1) / n, 0
 
 
 def _sublayer_activations(name: str, s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
     """Numbers per token kept for the backward pass: in the model's precision, and in float32 whatever it is."""
-    d, r = s.d_model, s.reduced_order
+    d = s.d_model
     match name:
         case "ffn":
             return d + 2 * s.d_ff, 0
@@ -154,8 +162,7 @@ def _sublayer_activations(name: str, s: Shape, n_rows: int, on_gpu: bool) -> tup
         case "lstm":
             return d + s.d_hidden + 17 * s.d_hidden * s.n_blocks, 0  # 16 of them the workspace of oneDNN
         case "lmu":
-            features = d * _lmu_features(s, n_rows)
-            return (features, 0) if on_gpu else (0, features + 3 * r * d)  # a GPU makes the readings again
+            return _lmu_activations(s, n_rows, on_gpu)
     raise AssertionError(name)
 
 

@@ -23,6 +23,7 @@ from lmu_dist.models.kernels import reader
 from lmu_dist.models.precision import product_dtype
 
 BLOCK = 2**21  # readings of a block: 8 MB in float32, near the processor
+DEVICE_BLOCK = 2**27  # on a GPU, whose caches are too small to aim at: work enough that its launch costs nothing
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def steps(order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, devic
 
 
 class Plan(NamedTuple):
-    """How the operator runs: the steps of its chunks; whether there is one chunk only, so that no memory is carried; the precision
-    of products; chunks of a block; whether readings are kept for the way back, as pays where products are slow (accounting)."""
+    """How the operator runs: the steps of its chunks; whether there is one chunk only, so that no memory is carried; the
+    precision of products; chunks of a block; whether readings are kept for the way back, as pays on a CPU (accounting)."""
 
     steps: Steps
     single: bool
@@ -70,7 +71,8 @@ def plan(x: Float[Tensor, "B T D"], n_readings: int, order: int, theta_tokens: f
     chunk = chunk_tokens(order, n_readings, width, length, n_rows)
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     dtype = product_dtype(x.dtype, x.device)
-    block = max(1, BLOCK // (chunk * n_readings * width))
+    at_once = DEVICE_BLOCK if reader.implementation(dtype, x.device, n_readings // 3) == "triton" else BLOCK
+    block = max(1, at_once // (chunk * n_readings * width))
     made = steps(order, theta_tokens, chunk, exact, x.device)
     return Plan(made, chunk >= length, dtype, block, keep=x.device.type == "cpu")
 
@@ -97,6 +99,38 @@ def _weights_back(dw: Float[Tensor, "CK F"], s: Steps) -> tuple[Float[Tensor, "K
     return dreading, everywhere.sum(0)
 
 
+def one_by_one(device: torch.device) -> bool:
+    """Whether a memory is carried from chunk to chunk, and not by `carried`: where many small products cost no launches."""
+    return device.type == "cpu"
+
+
+@lru_cache(maxsize=128)
+def _square(hop: Tensor) -> Tensor:
+    return hop @ hop
+
+
+def carried(added: Float[Tensor, "Q N W"], hop: Float[Tensor, "Q Q"], back: bool = False) -> Float[Tensor, "Q N W"]:
+    """The memory after every chunk, m_i = hop m_(i-1) + added_i (`back`: hop^T), in 2 log N products: pairs of chunks are
+    carried by hop^2, and so on.
+
+    Twice the arithmetic of a loop. An error passes log N products, not N, so that the precision of `added` will do where a loop
+    needs float64, which most GPUs are slow at; the powers of hop are float64 all the same, and made once.
+    """
+    n = added.shape[1]
+    if n == 1:
+        return added
+    by = (hop.T if back else hop).to(added.dtype)
+
+    def moved(m: Tensor) -> Tensor:
+        return (by @ m.flatten(1)).view_as(m)
+
+    ends = carried(added[:, 1::2] + moved(added[:, : n - 1 : 2]), _square(hop), back)  # after chunks 1, 3, 5 ..
+    after = torch.empty_like(added)
+    after[:, 0], after[:, 1::2] = added[:, 0], ends
+    after[:, 2::2] = added[:, 2::2] + moved(ends[:, : (n - 1) // 2])
+    return after
+
+
 def features(
     x: Float[Tensor, "B T D"], s: Steps, m: Float[Tensor, "Q BD"] | None = None, single: bool = False
 ) -> tuple[Float[Tensor, "F B N D"], Float[Tensor, "Q BD"] | None]:
@@ -108,6 +142,9 @@ def features(
     if single:
         return torch.cat([inputs, one]), None
     added = (s.response.flip(1) @ inputs.reshape(chunk, -1)).view(q, b, n, d)
+    if m is None and not one_by_one(x.device):
+        after = carried(added.transpose(1, 2).flatten(2), s.hop).view(q, n, b, d).transpose(1, 2)
+        return torch.cat([inputs, F.pad(after[:, :, :-1], (0, 0, 1, 0)), one]), after[:, :, -1].flatten(1).double()
     m = x.new_zeros(q, b * d, dtype=torch.float64) if m is None else m
     memories = list[Tensor]()
     for i in range(n):
@@ -122,11 +159,15 @@ def _features_back(dz: Float[Tensor, "F B N D"], s: Steps, t: int) -> Float[Tens
     b, n, d = dz.shape[1:]
     dx, memories = dz[:chunk], dz[chunk:-1]
     if len(memories):
-        after = torch.empty_like(memories)  # gradient of the memory at a chunk's end
-        m = dz.new_zeros(order, b * d)
-        for i in reversed(range(n)):
-            after[:, :, i] = m.view(order, b, d)
-            m = torch.addmm(memories[:, :, i].flatten(1), s.powers[-1].T, m)
+        after = torch.zeros_like(memories)  # gradient of the memory at a chunk's end
+        if one_by_one(dz.device):
+            m = dz.new_zeros(order, b * d)
+            for i in reversed(range(n)):
+                after[:, :, i] = m.view(order, b, d)
+                m = torch.addmm(memories[:, :, i].flatten(1), s.powers[-1].T, m)
+        else:
+            later = carried(memories.flip(2).transpose(1, 2).flatten(2), s.hop, back=True).view(order, n, b, d)
+            after[:, :, :-1] = later[:, :-1].transpose(1, 2).flip(2)
         dx = dx + (s.response.flip(1).T @ after.flatten(1)).view_as(dx)
     return dx.permute(1, 2, 0, 3).flatten(1, 2)[:, :t]
 
@@ -152,7 +193,7 @@ class _Attended(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Tensor) -> Any:
+    def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         z, w, p, *kept = ctx.saved_tensors
         plan, s = ctx.plan, ctx.plan.steps
         d, exact = z.shape[3], s.response.dtype
@@ -162,6 +203,7 @@ class _Attended(torch.autograd.Function):
         dz, dw, dp = torch.empty_like(flat), w.new_zeros(w.shape, dtype=exact), p.new_zeros(p.shape, dtype=exact)
         for i, block in enumerate(flat.split(width, 1)):
             pre = kept[i] if kept else w @ block
+            torch.autograd.graph.increment_version(pre)  # what is written over it is hidden from autograd, who must not use it twice
             reader.read_back(pre, p, dout[i * plan.block : (i + 1) * plan.block], dp)
             torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])
             if plan.dtype == exact:
@@ -177,5 +219,9 @@ class _Attended(torch.autograd.Function):
 def attended(
     x: Float[Tensor, "B T D"], reading: Float[Tensor, "K Q"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], plan: Plan
 ) -> Float[Tensor, "B T D"]:
-    """Implicit attention to the memory at every token; `reading` in units of the memory's deviations."""
+    """Implicit attention to the memory at every token; `reading` in units of the memory's deviations.
+
+    On a GPU no step of it waits for a value, so that a CUDA graph can hold it, once a first call has made the plan's steps and
+    compiled the reader.
+    """
     return _Attended.apply(x, reading, bias, p, plan)

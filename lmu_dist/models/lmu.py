@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmu_dist.models import chunked, legendre
+from lmu_dist.models import chunked, legendre, transforms
 from lmu_dist.models.kernels import reader
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
@@ -130,7 +130,7 @@ def implicit_attention(
 
 def best_form(dtype: torch.dtype, device: torch.device) -> Form:
     """What a whole sequence takes if not told otherwise: the fused form wherever its reader was compiled."""
-    return "fused" if reader.compiled(dtype, device) else "chunked"
+    return "chunked" if reader.implementation(dtype, device) == "torch" else "fused"
 
 
 def mixed(
@@ -145,13 +145,17 @@ def mixed(
     `reading` over the memory's row scale.
 
     recurrent, fft, chunked: `implicit_attention` to `memory_readings`, which autograd keeps. fused: one operator, whose way back
-    is written by hand. Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for
+    is written by hand, by transforms or by products of chunks (models/transforms, models/chunked). Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for
     gradients, as sums are taken in float32 (tests/models/test_lmu.py).
     """
     form = form or best_form(x.dtype, x.device)
-    if form == "fused":
+    if form == "fused" and not transforms.serves(x.dtype, x.device):
         return chunked.attended(x, reading, bias, p, chunked.plan(x, *reading.shape, theta_tokens))
-    readings, _ = memory_readings(x, in_papers_basis(reading, theta_tokens), theta_tokens, form=form)
+    papers = in_papers_basis(reading, theta_tokens)
+    if form == "fused":
+        h = memory(reading.shape[1], theta_tokens, x.shape[1], papers.dtype, x.device).h
+        return transforms.attended(x, papers @ h, bias, p)
+    readings, _ = memory_readings(x, papers, theta_tokens, form=form)
     return implicit_attention(readings.to(x.dtype), bias, p)
 
 

@@ -1,8 +1,8 @@
-// Bias-free pre-activations of a token's memory in, what implicit self-attention reads from it out; and the way back.
+// Pre-activations of a token's memory in, what implicit self-attention reads from it out; and the way back.
 //
 // For every token: rows Q, K, V (each R x D) = gelu(pre), A = softmax(Q K^T) by rows, out = (p A) V. A token's matrices live in
 // one core's cache from beginning to end. Pre-activations are float32 or bfloat16, everything else float32. Built and called by
-// kernels/cpu.py; the arithmetic without it is models/lmu.implicit_attention.
+// kernels/compiled.py; the arithmetic without it is kernels/reader.attend.
 //
 // Layout: pre[(i * 3R + row) * stride + chunk * D + column] for token i of a chunk; out[((b * n + chunk) * C + i) * D + column].
 
@@ -14,27 +14,9 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 namespace {
-
-constexpr int LANES = 16;
-typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t IVec __attribute__((vector_size(LANES * sizeof(int32_t))));
-
-inline Vec splat(float x) { return Vec{} + x; }
-
-inline float sum(Vec v) {
-    typedef float Half __attribute__((vector_size(LANES * 2)));
-    typedef float Quarter __attribute__((vector_size(LANES)));
-    Half lo, hi;
-    std::memcpy(&lo, &v, sizeof lo);
-    std::memcpy(&hi, reinterpret_cast<char*>(&v) + sizeof lo, sizeof hi);
-    lo += hi;
-    Quarter a, b;
-    std::memcpy(&a, &lo, sizeof a);
-    std::memcpy(&b, reinterpret_cast<char*>(&lo) + sizeof a, sizeof b);
-    a += b;
-    return (a[0] + a[1]) + (a[2] + a[3]);
-}
 
 // e^x for x <= 0, to two units in the last place; 0 below -87.
 inline Vec exp_negative(Vec x) {
@@ -71,31 +53,6 @@ inline void gelu(Vec x, Vec& value, Vec& slope) {
     slope = phi + x * density * 0.39894228040143268f;
 }
 
-inline Vec load(const float* from) {
-    Vec v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
-
-inline Vec load(const uint16_t* from) {
-    typedef uint16_t Short __attribute__((vector_size(LANES * 2)));
-    Short s;
-    std::memcpy(&s, from, sizeof s);
-    return (Vec)(__builtin_convertvector(s, IVec) << 16);
-}
-
-inline void store(uint16_t* to, Vec v) {
-    typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
-    typedef uint16_t Short __attribute__((vector_size(LANES * 2)));
-    UVec bits = (UVec)v;
-    UVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    UVec quiet = (bits >> 16) | 0x40;
-    Short s = __builtin_convertvector((UVec)(v == v ? (IVec)rounded : (IVec)quiet), Short);
-    std::memcpy(to, &s, sizeof s);
-}
-
 // What one core works in. Rows are padded with zeros to whole vectors; Q, K and V stand one after the other.
 struct Room {
     int rows, width, vectors, stride, pitch;
@@ -117,20 +74,12 @@ struct Room {
 
     template <typename T>
     Vec load_row(const T* from, int v) const {
-        int left = width - v * LANES;
-        if (left >= LANES) return load(from + v * LANES);
-        T padded[LANES] = {};
-        std::memcpy(padded, from + v * LANES, left * sizeof(T));
-        return load(padded);
+        return load(from + v * LANES, width - v * LANES);
     }
 
     template <typename T>
     void store_row(T* to, int v, Vec x) const {
-        int left = width - v * LANES;
-        if (left >= LANES) return store(to + v * LANES, x);
-        T padded[LANES];
-        store(padded, x);
-        std::memcpy(to + v * LANES, padded, left * sizeof(T));
+        store(to + v * LANES, width - v * LANES, x);
     }
 
     template <typename T>
@@ -265,6 +214,7 @@ template <typename T, typename O>
 void forward(const Sizes& n, const T* pre, const float* p, O* out) {
     int64_t stride = n.chunks * n.width;
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
+        NoDenormals scope;
         Room room(n.rows, n.width, false);
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
@@ -281,6 +231,7 @@ void backward(const Sizes& n, T* pre, const float* p, const O* dout, float* dp) 
     int workers = at::get_num_threads();
     std::vector<float> partial(static_cast<size_t>(workers) * n.rows, 0.0f);
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
+        NoDenormals scope;
         Room room(n.rows, n.width, true);
         float* mine = &partial[at::get_thread_num() * n.rows];
         for (int64_t token = begin; token < end; ++token) {
@@ -297,21 +248,16 @@ void backward(const Sizes& n, T* pre, const float* p, const O* dout, float* dp) 
 
 }  // namespace
 
+// Numbers first, then addresses: kernels/compiled.call.
+#define ENTRIES(NAME, T)                                                                                                     \
+    void lmu_read_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, const T* pre, const float* p, T* out) {                 \
+        forward(Sizes{n, c, r, d}, pre, p, out);                                                                             \
+    }                                                                                                                        \
+    void lmu_read_back_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, T* pre, const float* p, const T* dout, float* dp) { \
+        backward(Sizes{n, c, r, d}, pre, p, dout, dp);                                                                       \
+    }
+
 extern "C" {
-
-void lmu_read_float32(int64_t chunks, int64_t tokens, int64_t rows, int64_t width, const float* pre, const float* p, float* out) {
-    forward(Sizes{chunks, tokens, rows, width}, pre, p, out);
-}
-
-void lmu_read_bfloat16(int64_t chunks, int64_t tokens, int64_t rows, int64_t width, const uint16_t* pre, const float* p, uint16_t* out) {
-    forward(Sizes{chunks, tokens, rows, width}, pre, p, out);
-}
-
-void lmu_read_back_float32(int64_t chunks, int64_t tokens, int64_t rows, int64_t width, float* pre, const float* p, const float* dout, float* dp) {
-    backward(Sizes{chunks, tokens, rows, width}, pre, p, dout, dp);
-}
-
-void lmu_read_back_bfloat16(int64_t chunks, int64_t tokens, int64_t rows, int64_t width, uint16_t* pre, const float* p, const uint16_t* dout, float* dp) {
-    backward(Sizes{chunks, tokens, rows, width}, pre, p, dout, dp);
-}
+ENTRIES(float32, float)
+ENTRIES(bfloat16, uint16_t)
 }

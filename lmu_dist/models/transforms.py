@@ -1,0 +1,80 @@
+"""The LMU operator on a processor: convolutions by Fourier transforms that stay in a core's cache, then the reader.
+
+Kernels in pairs make complex spectra; kernels/convolve.cpp multiplies and transforms sixteen channels at once and writes the
+readings where the reader finds them. They are kept for the way back, and their gradients written over them. Called by lmu.
+Legend: B batch, T time, D width, R reduced order, K = 3R readings, P pairs of kernels, n points of a transform.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Complex64, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from lmu_dist.models.accounting import transform_points
+from lmu_dist.models.kernels import compiled, reader
+from lmu_dist.models.precision import product_dtype
+
+
+def serves(dtype: torch.dtype, device: torch.device) -> bool:
+    """Where there is a compiler; but not for bfloat16 on a processor with tiles for it, whose matrix products are faster still."""
+    return reader.implementation(dtype, device) == "c++" and product_dtype(dtype, device) == torch.float32
+
+
+@lru_cache(maxsize=32)
+def order(n: int) -> Int[Tensor, "n"]:
+    """Which frequency stands where after decimation in frequency by four, and at last by two."""
+    if n <= 2:
+        return torch.arange(n)
+    within = 4 * order(n // 4)
+    return torch.cat([within + k for k in range(4)])
+
+
+def _spectra(kernels: Float[Tensor, "K T"], n: int) -> Complex64[Tensor, "P n"]:
+    first, second = F.pad(kernels, (0, 0, 0, len(kernels) % 2)).unflatten(0, (-1, 2)).unbind(1)
+    return torch.fft.fft(torch.complex(first, second), n)[:, order(n)].contiguous()
+
+
+def _kernels_back(dspectra: Complex64[Tensor, "P n"], length: int, n_readings: int) -> Float[Tensor, "K T"]:
+    sorted_ = torch.empty_like(dspectra)
+    sorted_[:, order(dspectra.shape[1])] = dspectra
+    pairs = torch.fft.ifft(sorted_)[:, :length]
+    return torch.stack([pairs.real, pairs.imag], 1).flatten(0, 1)[:n_readings]
+
+
+class _Attended(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor) -> Tensor:
+        (b, t, d), k = x.shape, len(kernels)
+        inputs, spectra = x.float().contiguous(), _spectra(kernels.float(), transform_points(t))
+        pre, out = x.new_empty(k, b * t * d), x.new_empty(b * t, 1, d)
+        sizes = (b, t, d, k, spectra.shape[1])
+        compiled.call("lmu_convolve", x.dtype, sizes, (inputs, spectra, bias.float(), pre))
+        reader.read(pre, p, out)
+        ctx.save_for_backward(inputs, spectra, pre, p)
+        ctx.sizes, ctx.dtypes = sizes, (x.dtype, kernels.dtype, bias.dtype)
+        return out.view(b, t, d)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        inputs, spectra, pre, p = ctx.saved_tensors
+        b, t, d, k, _ = ctx.sizes
+        of_x, of_kernels, of_bias = ctx.dtypes
+        # Its gradient is written over it, which autograd cannot see, and it must not be used a second time.
+        torch.autograd.graph.increment_version(pre)
+        dp, dbias = torch.zeros_like(p, dtype=torch.float32), torch.zeros(k)
+        dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
+        reader.read_back(pre, p, dout.to(pre.dtype).reshape(b * t, 1, d).contiguous(), dp)
+        compiled.call("lmu_convolve_back", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
+        dkernels = _kernels_back(dspectra, t, k)
+        return dx.to(of_x), dkernels.to(of_kernels), dbias.to(of_bias), dp.to(p.dtype)
+
+
+def attended(
+    x: Float[Tensor, "B T D"], kernels: Float[Tensor, "K T"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"]
+) -> Float[Tensor, "B T D"]:
+    """Implicit attention at every token to what the kernels, the reading folded into the memory's response, make of x."""
+    return _Attended.apply(x, kernels, bias, p)
