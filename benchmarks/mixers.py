@@ -7,6 +7,7 @@ Called by section.py. Legend: n tokens of a row, d width, q order.
 
 import itertools
 import statistics
+import sys
 from dataclasses import dataclass
 from typing import cast
 
@@ -78,7 +79,7 @@ class Growth:
 
 def _doubled(values: list[float]) -> float:
     growth = values[-1] / values[-2] if len(values) > 1 and values[-2] else 2.0
-    return values[-1] * max(2.0, growth)
+    return values[-1] * min(max(2.0, growth), 4.0)  # attention's is 4, and no mixer's is more
 
 
 def points(lengths: tuple[int, ...], shape: Shape, device: torch.device, quick: bool) -> tuple[list[Row], list[str]]:
@@ -86,6 +87,7 @@ def points(lengths: tuple[int, ...], shape: Shape, device: torch.device, quick: 
     growth = {(mixer, name): Growth([], []) for mixer in MIXERS for name in DTYPES}
     rows, notes, stopped = list[Row](), list[str](), set[tuple[str, str]]()
     for n in lengths:
+        print(f"n = {n:,}", file=sys.stderr, flush=True)
         jobs, peaks, repeats = {}, {}, {}
         for key, grown in growth.items():
             if key in stopped:
@@ -99,13 +101,13 @@ def points(lengths: tuple[int, ...], shape: Shape, device: torch.device, quick: 
                 run.forward()
             peaks[key] = peak_bytes(run, device)
             first = seconds(run, device) if not grown.seconds or grown.seconds[-1] < 1 else 2 * grown.seconds[-1]
-            jobs[key], repeats[key] = run, 2 if quick else 5 if first < 0.5 else 3 if first < 4 else 2
+            jobs[key], repeats[key] = run, 2 if quick else 5 if first < 0.5 else 3 if first < 3 else 1
         times = interleaved(jobs, device, repeats)
         for key in growth:
             row: Row = {"mixer": key[0], "dtype": key[1], "n": n, "tokens_per_second": None, "peak_bytes": None}
             if key in times:
                 median = statistics.median(times[key])
-                growth[key].seconds.append(median)
+                growth[key].seconds.append(min(times[key]))  # a disturbed repeat says nothing of the next n
                 if (peak := peaks[key]) is not None:
                     growth[key].bytes.append(peak)
                 row |= {"tokens_per_second": n / median, "peak_bytes": peaks[key]}
