@@ -1,4 +1,4 @@
-"""Speed and memory of this project on this machine, as one JSON file and tables: `make bench`, some 15 minutes on two cores.
+"""Speed and memory of this project on this machine, as one JSON file and tables: `make bench`, some 20 minutes on two cores.
 
     python benchmarks/speed.py [SECTION ..] [--json bench.json] [--quick] [--device cuda] [--base REV [--rounds 2]]
 
