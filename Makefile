@@ -43,8 +43,8 @@ check: setup ## format, lint, types, import rules, known holes
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/audit.py
 
-bench: setup ## speed of this machine, as JSON
-	$(BIN)/python benchmarks/prepare.py
+bench: setup ## speed and memory, as JSON and tables; OUT=bench.json SECTIONS="mixers head" BASE=REV DEVICE=cuda
+	$(BIN)/python benchmarks/speed.py $(SECTIONS) --json $(or $(OUT),bench.json) $(if $(BASE),--base $(BASE)) $(if $(DEVICE),--device $(DEVICE))
 
 cluster-up: setup ## Ray nodes, a token and MLflow on this machine; NODES=2 CPUS=1; what to export is printed
 	@$(BIN)/lmu-dist cluster up $(if $(NODES),--nodes $(NODES)) $(if $(CPUS),--cpus $(CPUS))

@@ -113,7 +113,7 @@ def main() -> None:
         found = [study(design, seed, asked.resamples) for seed in range(asked.studies)]
         covered = {}
         for name in ("alpha", "beta", "factor"):
-            known = [f[name] for f in found if f[name] is not None]
+            known = [bool(f[name]) for f in found if f[name] is not None]
             covered[name] = {"covered": round(float(np.mean(known)), 3) if known else None, "of": len(known)}
         print(json.dumps({"design": design, **covered, "seconds": round(time.monotonic() - began)}), flush=True)
 

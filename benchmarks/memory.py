@@ -134,7 +134,7 @@ def _measure(engine: Engine, elsewhere: set[int]) -> dict[str, int]:
     batch = Batch(ids[:, :-1], ids[:, 1:])
     for _ in range(STEPS_BEFORE):
         engine.step(batch, 1e-3)
-    found = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
+    found: dict[str, int] = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
 
     def looking(method: Callable[..., Any]) -> Callable[..., Any]:
         def look_and_go_on(*args: Any, **kwargs: Any) -> Any:
@@ -187,7 +187,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def main() -> None:
     """Prints the JSON object, and a table beside it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--n-params", type=float, default=1e6)
     parser.add_argument("--family", default="transformer")

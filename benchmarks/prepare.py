@@ -44,24 +44,21 @@ def ours(data: DataConfig, folder: Path) -> tuple[float, int]:
     return seconds, max(usage) * 1024
 
 
-def main() -> None:
-    """Prints the JSON object."""
-    data = (load(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else Config()).data
+def measure(data: DataConfig, repeats: int = REPEATS) -> dict[str, int | float]:
+    """The JSON object."""
     with tempfile.TemporaryDirectory() as scratch:
-        tokenizer = prepare(data, Path(scratch)).folder / "tokenizer.json"
+        tokenizer = Path(str(prepare(data, Path(scratch)).folder / "tokenizer.json"))
         given = replace(data, tokenizer=TokenizerConfig(kind="file", path=str(tokenizer)))
         bare_runs, our_runs = [], []
-        for i in range(REPEATS):
-            for runs, task, arguments in (
-                (bare_runs, bare, (given, tokenizer)),
-                (our_runs, ours, (given, Path(scratch) / str(i))),
-            ):
-                # Each in a process of its own, or the peak memory of one would be that of both.
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                    runs.append(pool.submit(task, *arguments).result())
+        for i in range(repeats):
+            # Each in a process of its own, or the peak memory of one would be that of both.
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                bare_runs.append(pool.submit(bare, given, tokenizer).result())
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                our_runs.append(pool.submit(ours, given, Path(scratch) / str(i)).result())
     text_bytes = bare_runs[0][1]
     bare_seconds, our_seconds = (statistics.median(run[0] for run in runs) for runs in (bare_runs, our_runs))
-    result = {
+    return {
         "text_bytes": text_bytes,
         "cpus": len(os.sched_getaffinity(0)),
         "bare_encode_batch_seconds": bare_seconds,
@@ -71,7 +68,12 @@ def main() -> None:
         "bare_peak_bytes": max(run[2] for run in bare_runs),
         "prepare_peak_bytes": max(run[1] for run in our_runs),
     }
-    print(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    """Prints the JSON object."""
+    data = (load(sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else Config()).data
+    print(json.dumps(measure(data), indent=1))
 
 
 if __name__ == "__main__":

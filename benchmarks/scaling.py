@@ -76,7 +76,7 @@ def bare(config: Config, n_steps: int) -> float:
 
 def trained(config: Config) -> float:
     """Seconds of a step of a run, from one step's arrival at the recorder to the next's."""
-    finished = train(config, default_uri(config.storage_folder))
+    finished = train(config, default_uri(Path(config.storage)))
     entries = [json.loads(line) for line in (finished.cell.folder / "spool.jsonl").read_text().splitlines()]
     told = [entry["time_ms"] / 1000 for entry in entries if TRAIN_LOSS in entry.get("values", {})]
     assert len(told) == config.train.n_steps
@@ -139,7 +139,7 @@ def n_steps(speeds: list[float], tokens: int) -> int:
 
 def main() -> None:
     """Prints the JSON object."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--n-params", type=float, nargs="+", default=[1e4, 1e5, 1e6])
     parser.add_argument("--tokens-per-worker", type=int, default=1024)
     parser.add_argument("--family", default="lmu")

@@ -1,0 +1,194 @@
+"""Sections `step`, `head` and `loader` of speed.py: a whole training step and what it is made of.
+
+`step`: forward, backward and Adam by family, N, vocabulary and precision; tokens/s, share of the machine's matmul peak by the
+FLOPs of models/accounting, and where the time goes, by timing each part alone. `head`: the vocabulary's loss against the plain
+one. `loader`: batches alone against the fastest step. Called by section.py.
+"""
+
+import itertools
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from measure import DTYPES, Row, Run, Section, available_bytes, interleaved, matmul_flops, peak_bytes, ratio, seconds
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lmu_dist.data.batches import Rows, row_indices
+from lmu_dist.models.accounting import flops
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.shape import FAMILIES, Shape
+from lmu_dist.models.sizing import shape_for
+
+try:
+    from lmu_dist.models.head import linear_cross_entropy
+except ImportError:  # revisions before the blocked head
+    linear_cross_entropy = None
+
+N_ROWS, LENGTH = 2, 1024
+SIZES, VOCABULARIES = (10_000, 100_000, 1_000_000), (50_257, 4_096)
+
+
+class Training:
+    """A model, its Adam with float32 master weights where the model has fewer bits (as DeepSpeed keeps them), and one batch."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, n_rows: int, device: torch.device) -> None:
+        self.shape, self.model = shape, LanguageModel(shape).to(device, dtype)
+        self.weights = list(self.model.parameters())
+        rounded = dtype != torch.float32
+        self.masters = [w.detach().float().requires_grad_() for w in self.weights] if rounded else self.weights
+        self.adam = torch.optim.Adam(self.masters, 1e-4)
+        dice = torch.Generator().manual_seed(0)
+        tokens = torch.randint(shape.vocab_tokens, (n_rows, shape.sequence_tokens + 1), generator=dice).to(device)
+        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:].contiguous()
+
+    def __call__(self) -> None:
+        """One step."""
+        self.model(self.inputs, self.targets).mean().backward()
+        self.update()
+
+    def update(self) -> None:
+        """Adam, and gradients away."""
+        if self.masters is not self.weights:
+            for master, weight in zip(self.masters, self.weights, strict=True):
+                assert weight.grad is not None
+                master.grad = weight.grad.float()
+        self.adam.step()
+        if self.masters is not self.weights:
+            with torch.no_grad():
+                for master, weight in zip(self.masters, self.weights, strict=True):
+                    weight.copy_(master)
+        self.model.zero_grad(set_to_none=True)
+
+    def parts(self) -> dict[str, tuple[int, Run]]:
+        """Kind -> how many of them a step has, and forward and backward of one alone. The optimizer is the last."""
+        model, shape = self.model, self.shape
+        x = torch.randn(*self.inputs.shape, shape.d_model, device=self.inputs.device).to(self.weights[0].dtype)
+        flat = self.targets.flatten()
+
+        def through(module: Callable[[Tensor], Tensor]) -> Run:
+            given = x.clone().requires_grad_()
+            return lambda: module(given).sum().backward()
+
+        def embedded() -> None:
+            model.embedding(self.inputs).sum().backward()
+
+        found: dict[str, tuple[int, Run]] = {"embedding": (1, embedded)}
+        for kind, module in dict(zip(shape.sublayers, model.sublayers, strict=True)).items():
+            found[kind] = (shape.sublayers.count(kind), through(module))
+        found["norm"] = (len(shape.sublayers) * shape.skips + 1, through(model.norm))
+        found["head"] = (1, through(lambda y: head_loss(y.flatten(0, 1), model.embedding.weight, flat)))
+        found["optimizer"] = (1, self.update)
+        return found
+
+
+def head_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The loss as this revision's model has it."""
+    return plain_loss(x, weight, targets) if linear_cross_entropy is None else linear_cross_entropy(x, weight, targets)
+
+
+def plain_loss(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once."""
+    return F.cross_entropy(F.linear(x, weight).float(), targets, reduction="none")
+
+
+def shares(training: Training, step_seconds: float, device: torch.device, repeats: int) -> dict[str, float]:
+    """Share of each kind of part in the time of all parts; `parts_over_step` says how far they explain the step."""
+    parts = training.parts()
+    alone = {kind: run for kind, (_, run) in parts.items() if kind != "optimizer"}
+    for run in alone.values():
+        run()
+    spent = {kind: statistics.median(times) for kind, times in interleaved(alone, device, repeats).items()}
+    updates = list[float]()
+    for _ in range(repeats):
+        for weight in training.weights:  # what an update needs, and a part alone does not leave behind
+            weight.grad = torch.zeros_like(weight)
+        updates.append(seconds(training.update, device))
+    spent["optimizer"] = statistics.median(updates)
+    spent = {kind: parts[kind][0] * time for kind, time in spent.items()}
+    total = sum(spent.values())
+    return {f"{kind}_share": time / total for kind, time in spent.items()} | {"parts_over_step": total / step_seconds}
+
+
+def step(device: torch.device, quick: bool) -> Section:
+    """Section `step`."""
+    sizes, vocabularies, length = ((10_000,), (512,), 128) if quick else (SIZES, VOCABULARIES, LENGTH)
+    repeats = 2 if quick else 5
+    peaks = {name: matmul_flops(dtype, device, quick) for name, dtype in DTYPES.items()}
+    rows = list[Row]()
+    for vocabulary, n_params, (name, dtype) in itertools.product(vocabularies, sizes, DTYPES.items()):
+        shapes = [shape_for(f, n_params, vocab_tokens=vocabulary, sequence_tokens=length) for f in FAMILIES]
+        trainings = {shape.family: Training(shape, dtype, N_ROWS, device) for shape in shapes}
+        for training in trainings.values():
+            training()
+            training()
+        times = interleaved(trainings, device, repeats)
+        for family, training in trainings.items():
+            median = statistics.median(times[family])
+            speed = N_ROWS * length / median
+            row: Row = {"family": family, "n_params": n_params, "vocab_tokens": vocabulary, "dtype": name}
+            row |= {"step_seconds": median, "tokens_per_second": speed}
+            row["speed_against_transformer"] = ratio(times["transformer"], times[family])
+            row["share_of_matmul_peak"] = speed * flops(training.shape).training / peaks[name]
+            rows.append(row | shares(training, median, device, min(repeats, 3)))
+    tops: list[Row] = [{"dtype": name, "matmul_flops_per_second": peak} for name, peak in peaks.items()]
+    return Section({"step": rows, "matmul": tops})
+
+
+def head(device: torch.device, quick: bool) -> Section:
+    """Section `head`: forward and backward of the loss from features, 8 x 1,024 tokens, d = 204, V = 50,257."""
+    n_tokens, width, vocabulary = (1024, 24, 16_384) if quick else (8 * 1024, 204, 50_257)
+    if available_bytes(device) < 24 * n_tokens * vocabulary:
+        return Section({}, ["too little memory for all logits"])
+    losses = {"plain": plain_loss} | ({"blocked": linear_cross_entropy} if linear_cross_entropy else {})
+    runs, peaks = dict[tuple[str, str], Run](), dict[tuple[str, str], float | None]()
+    dice = torch.Generator().manual_seed(0)
+    targets = torch.randint(vocabulary, (n_tokens,), generator=dice).to(device)
+    for (kind, loss), (name, dtype) in itertools.product(losses.items(), DTYPES.items()):
+        x = torch.randn(n_tokens, width, generator=dice).to(device, dtype).requires_grad_()
+        weight = nn.Parameter((torch.randn(vocabulary, width, generator=dice) * width**-0.5).to(device, dtype))
+
+        def run(loss: Callable[..., Tensor] = loss, x: Tensor = x, weight: Tensor = weight) -> None:
+            x.grad = weight.grad = None
+            loss(x, weight, targets).mean().backward()
+
+        run()
+        x.grad = weight.grad = None
+        runs[kind, name], peaks[kind, name] = run, peak_bytes(run, device)
+    times = interleaved(runs, device, 2 if quick else 3)
+    rows = list[Row]()
+    for (kind, name), spent in times.items():
+        peak, plain = peaks[kind, name], peaks["plain", name]
+        row: Row = {"head": kind, "dtype": name, "seconds": statistics.median(spent), "peak_bytes": peak}
+        row["time_against_plain"] = ratio(spent, times["plain", name])
+        row["memory_against_plain"] = peak / plain if peak is not None and plain else None
+        rows.append(row)
+    return Section({"head": rows}, [] if linear_cross_entropy else ["blocked head: not in this revision"])
+
+
+def loader(device: torch.device, quick: bool) -> Section:
+    """Section `loader`: batches of N_ROWS rows alone, and the fastest step there is: of the smallest models."""
+    vocabulary, length, n_tokens = (512, 128, 2**20) if quick else (VOCABULARIES[-1], LENGTH, 2**25)
+    shapes = [shape_for(f, SIZES[0], vocab_tokens=vocabulary, sequence_tokens=length) for f in FAMILIES]
+    with tempfile.TemporaryDirectory() as folder:
+        stream = Path(folder) / "train.bin"
+        np.random.default_rng(0).integers(vocabulary, size=n_tokens, dtype=np.uint16).tofile(stream)
+        rows = Rows(stream, "<u2", length)
+        numbers = itertools.count()
+
+        def batches() -> None:
+            for step in itertools.islice(numbers, 100):
+                rows.batch(row_indices(len(rows), 0, step, N_ROWS))
+
+        runs: dict[str, Run] = {"loader": batches}
+        runs |= {shape.family: Training(shape, torch.float32, N_ROWS, device) for shape in shapes}
+        for run in runs.values():
+            run()
+        times = interleaved(runs, device, 3 if quick else 9)
+    batch_seconds = statistics.median(times.pop("loader")) / 100
+    family, fastest = min(((f, statistics.median(t)) for f, t in times.items()), key=lambda pair: pair[1])
+    row: Row = {"batch_tokens": N_ROWS * length, "batches_per_second": 1 / batch_seconds, "fastest_step_seconds": fastest}
+    return Section({"loader": [row | {"share_of_step": batch_seconds / fastest}]}, [f"the fastest step is that of {family}"])

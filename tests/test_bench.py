@@ -1,0 +1,68 @@
+"""benchmarks/speed.py on tiny shapes: its sections run, its JSON is whole, what breaks is named."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import speed
+import tables
+
+
+def numbers(found: dict) -> list[float]:
+    return [v for rows in found["tables"].values() for row in rows for v in row.values() if isinstance(v, float)]
+
+
+def test_quick_run_writes_one_whole_json(tmp_path: Path, capfd: pytest.CaptureFixture):
+    out = tmp_path / "bench.json"
+    assert speed.main(["ceilings", "head", "--quick", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert {"date", "command", "git", "machine", "load_before", "load_after", "sections"} <= set(record)
+    assert {"cpu", "cpu_capability", "cpu_capabilities", "threads", "torch", "device_name"} <= set(record["machine"])
+    assert list(record["sections"]) == ["ceilings", "head"]
+    for found in record["sections"].values():
+        assert numbers(found)
+        assert all(math.isfinite(v) and v > 0 for v in numbers(found))
+    rows = {(row["head"], row["dtype"]) for row in record["sections"]["head"]["tables"]["head"]}
+    assert rows == {(head, dtype) for head in ("plain", "blocked") for dtype in ("float32", "bfloat16")}
+    assert "memory against plain" in " ".join(capfd.readouterr().out.split())
+
+
+def test_a_broken_section_is_named_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+):
+    (tmp_path / "broken.py").write_text("def measure(device, quick):\n    raise RuntimeError('no tape in the recorder')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(speed.SECTIONS, "broken", "broken:measure")
+    out = tmp_path / "bench.json"
+    assert speed.main(["broken", "ceilings", "--quick", "--json", str(out)]) == 1
+    sections = json.loads(out.read_text())["sections"]
+    assert sections["broken"] == {"error": "section broken failed (exit 1): RuntimeError: no tape in the recorder"}
+    assert numbers(sections["ceilings"])
+    assert "no tape in the recorder" in capfd.readouterr().out
+
+
+def test_unknown_section_or_revision_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture):
+    for arguments, said in ((["heads"], "no section 'heads'"), (["head", "--base", "no-such-revision"], "no revision")):
+        with pytest.raises(SystemExit) as ended:
+            speed.main([*arguments, "--quick", "--json", str(tmp_path / "bench.json")])
+        assert ended.value.code == 2
+        assert said in capfd.readouterr().err
+
+
+def test_ratios_pair_rows_and_say_what_only_one_has():
+    def section(*rows: dict) -> dict:
+        return {"tables": {"points": list(rows)}, "notes": []}
+
+    base = section({"mixer": "fft", "n": 256, "seconds": 4.0}, {"mixer": "fft", "n": 512, "seconds": None})
+    head = section(
+        {"mixer": "fft", "n": 256, "seconds": 1.0},
+        {"mixer": "fft", "n": 512, "seconds": 1.0},
+        {"mixer": "fused", "n": 256, "seconds": 1.0},
+    )
+    found = tables.ratios(base, head)
+    assert found["tables"]["points"] == [
+        {"mixer": "fft", "n": 256, "seconds": 0.25},
+        {"mixer": "fft", "n": 512, "seconds": None},
+    ]
+    assert found["notes"] == ["points: only in head: fused 256"]
