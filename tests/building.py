@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch.utils import cpp_extension
 
-from lmu_dist.launch.toolchain import prepare_builds
+from lmu_dist.toolchain import prepare_builds
 
 
 def build(folder: Path) -> None:

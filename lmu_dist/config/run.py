@@ -83,9 +83,7 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled (AdamW)
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"
-    lmu_form: Literal["recurrent", "fft", "chunked", "fused"] | None = (
-        None  # None: what is fastest there
-    )
+    lmu_form: Literal["recurrent", "fft", "chunked", "fused"] | None = None  # None: what is fastest there
     eval_every_tokens: Count = 500_000
     eval_tokens: Count = 262_144  # at most this much of the validation split, from its start
 

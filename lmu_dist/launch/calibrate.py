@@ -22,11 +22,11 @@ from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch.cluster import check_before, cluster
 from lmu_dist.launch.series import fit
-from lmu_dist.launch.toolchain import prepare_builds
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.planning.cost import CALIBRATION, Measured, step_of, vocab_tokens, write_calibration
 from lmu_dist.planning.grid import Planned, grid
+from lmu_dist.toolchain import prepare_builds
 
 SECONDS = 4.0  # of measuring, for each size
 FIRST_STEPS = 5  # not counted

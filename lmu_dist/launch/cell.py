@@ -14,6 +14,7 @@ from lmu_dist.data.corpus import Corpus
 from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import shape_of, shared_settings
 
+CODE = (".py", ".cpp", ".h")
 FORKS = "forks"  # folder, beside the cells of a trunk, with the states from which their decays branch off
 
 
@@ -80,7 +81,8 @@ def code_digest() -> str:
     """sha256 of the sources of models/ and train/: code that can move a loss."""
     sha = hashlib.sha256()
     root = Path(lmu_dist.__file__).parent
-    for path in sorted(p for room in ("models", "train") for p in (root / room).glob("*.py")):
+    paths = (p for room in ("models", "train") for p in (root / room).rglob("*") if p.suffix in CODE)
+    for path in sorted(paths):
         sha.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return sha.hexdigest()
 

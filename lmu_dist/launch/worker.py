@@ -27,11 +27,12 @@ from lmu_dist.config import Folder
 from lmu_dist.data.batches import Rows, row_indices
 from lmu_dist.launch.cell import FORKS, Cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, tell_result, write_record
-from lmu_dist.launch.toolchain import prepare_builds
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.lmu import operator
 from lmu_dist.records import EvalMetrics
 from lmu_dist.storage import fetch_folder
+from lmu_dist.toolchain import prepare_builds
 from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import diverged, running_mean
 from lmu_dist.train.schedule import learning_rate, phase
@@ -113,9 +114,10 @@ class _Run:
 
         config, engine = self.cell.config, self.engine
         train, cluster = config.train, config.cluster
-        self.tell(
-            "attempt", {"lmu.status": records.RUNNING, "lmu.n_workers": self.world_size, "lmu.zero_stage": cluster.zero_stage}
-        )
+        told = {"lmu.status": records.RUNNING, "lmu.n_workers": self.world_size, "lmu.zero_stage": cluster.zero_stage}
+        if rows := self.cell.shape.reduced_order:
+            told["lmu.operator"] = operator(train.lmu_form, engine.dtype, engine.device, rows)
+        self.tell("attempt", told)
         peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, engine.device))).item()
         flops = accounting.flops(self.cell.shape).training
         n_rows, seed = len(self.rows), config.seed

@@ -167,7 +167,8 @@ def _sublayer_activations(name: str, s: Shape, n_rows: int, on_gpu: bool) -> tup
 
 
 def activation_bytes(shape: Shape, n_rows: int, precision: str = "fp32", on_gpu: bool = False) -> float:
-    """Bytes of activations kept between forward and backward of `n_rows` rows, and of the logits that exist at once."""
+    """Bytes of activations kept between forward and backward of `n_rows` rows; a head in blocks keeps its own
+    gradients, and has the logits of one block."""
     width = 4 if precision == "fp32" else 2
     n_norms = len(shape.sublayers) * shape.skips + 1
     each = (_sublayer_activations(name, shape, n_rows, on_gpu) for name in shape.sublayers)
@@ -175,7 +176,9 @@ def activation_bytes(shape: Shape, n_rows: int, precision: str = "fp32", on_gpu:
     own += (n_norms + 1) * shape.d_model  # inputs of the norms, and of the head
     single += 2 * n_norms + 3  # statistics of the norms, logarithms of the head's sums, token ids
     n_tokens = n_rows * shape.sequence_tokens
-    return n_tokens * (width * own + 4 * single) + 4 * min(n_tokens * shape.vocab_tokens, LOGITS)
+    logits = n_tokens * shape.vocab_tokens
+    head = logits if logits <= LOGITS else LOGITS + (shape.vocab_tokens + n_tokens) * shape.d_model
+    return n_tokens * (width * own + 4 * single) + 4 * head
 
 
 def parameters(shape: Shape) -> Parameters:

@@ -1,8 +1,8 @@
 """Cross-entropy of a linear head without its logits: features (N, D), weight (V, D), targets (N,) in, nats (N,) out.
 
-With 50,257 tokens the logits of a batch are larger than all else in a step together. Here a block of them exists at a time, and
-they are made again on the way back; only the logarithm of each row's sum of exponentials is kept. Called by lm.
-Legend: N tokens, V vocabulary, D width.
+With 50,257 tokens the logits of a batch are larger than all else in a step together. Here a block of them exists at a time, in
+one buffer, and becomes gradients there at once: those of a loss that weighs all targets alike, as the mean does. Under another
+one the blocks are made again. Called by lm. Legend: N tokens, V vocabulary, D width.
 """
 
 from typing import Any
@@ -29,42 +29,48 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        rows = max(1, LOGITS // len(weight))
-        w = weight.to(product_dtype(weight.dtype, weight.device))
-        total, chosen = list[Tensor](), list[Tensor]()
-        for features, wanted in zip(x.to(w.dtype).split(rows), targets.split(rows), strict=True):
-            logits = _logits(features, w)
-            chosen.append(logits.gather(1, wanted[:, None])[:, 0])
-            largest = logits.amax(1)
-            total.append(logits.sub_(largest[:, None]).exp_().sum(1).log_().add_(largest))
-        log_total = torch.cat(total)
-        ctx.save_for_backward(x, weight, targets, log_total)
-        return log_total - torch.cat(chosen)
+        losses, *gradients = _blocks(x, weight, targets, None, any(ctx.needs_input_grad))
+        ctx.save_for_backward(x, weight, targets, *gradients)
+        return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> Any:
-        x, weight, targets, log_total = ctx.saved_tensors
-        rows = max(1, LOGITS // len(weight))
-        w = weight.to(product_dtype(weight.dtype, weight.device))
-        inputs = x.to(w.dtype)
-        dx = torch.empty_like(x)
-        dw = torch.zeros(w.shape, dtype=torch.promote_types(w.dtype, torch.float32), device=w.device)
-        for i in range(0, len(x), rows):
-            here = slice(i, i + rows)
-            off = _logits(inputs[here], w).sub_(log_total[here, None]).exp_()  # probabilities, less 1 at the target
-            off[torch.arange(len(off), device=off.device), targets[here]] -= 1
-            off = off.to(w.dtype)
-            by = dloss[here, None]  # meets the narrow sides: one pass over logits less
-            dx[here] = ((off @ w).to(by.dtype) * by).to(dx.dtype)
-            scaled = (inputs[here].to(by.dtype) * by).to(w.dtype)
-            if dw.dtype == w.dtype:
-                dw.addmm_(off.T, scaled)
-            else:
-                dw += off.T @ scaled
-        return dx, dw.to(weight.dtype), None
+    def backward(ctx: Any, dloss: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, targets, dx, dw = ctx.saved_tensors
+        if bool((dloss == dloss[0]).all()):
+            dx, dw = dx * dloss[0], dw * dloss[0]
+        else:
+            _, dx, dw = _blocks(x, weight, targets, dloss, True)
+        return dx.to(x.dtype), dw.to(weight.dtype), None
 
 
-def _logits(x: Tensor, w: Tensor) -> Tensor:
-    logits = x @ w.T
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _blocks(x: Tensor, weight: Tensor, targets: Tensor, dloss: Tensor | None, back: bool) -> tuple[Tensor, ...]:
+    """Losses; and `back`, gradients of their sum, weighed by dloss if given, with respect to x and weight."""
+    w = weight.to(product_dtype(weight.dtype, weight.device))
+    exact = torch.promote_types(w.dtype, torch.float32)
+    inputs, rows = x.to(w.dtype), max(1, LOGITS // len(weight))
+    losses = torch.empty(len(x), dtype=exact, device=x.device)
+    dx, dw = torch.empty_like(inputs), torch.zeros(w.shape if back else 0, dtype=exact, device=w.device)
+    # One buffer for all: allocators seldom give a block of this size the place of the one before.
+    buffer = torch.empty(min(rows, len(x)), len(weight), dtype=w.dtype, device=w.device)
+    for i in range(0, len(x), rows):
+        here = slice(i, i + rows)
+        features, wanted = inputs[here], targets[here, None]
+        logits = torch.mm(features, w.T, out=buffer[: len(features)]).to(exact)
+        chosen = logits.gather(1, wanted)
+        largest = logits.amax(1, keepdim=True)
+        total = logits.sub_(largest).exp_().sum(1, keepdim=True)
+        losses[here] = (total.log() + largest - chosen)[:, 0]
+        if not back:
+            continue
+        # softmax = e / total; what has a factor for every row goes to the narrow sides, which saves passes over logits.
+        logits.scatter_add_(1, wanted, -total)
+        by = 1 / total if dloss is None else dloss[here, None] / total
+        off = logits.to(w.dtype)
+        dx[here] = (off @ w).to(exact).mul_(by).to(dx.dtype)
+        scaled = (features.to(exact) * by).to(w.dtype)
+        if w.dtype == exact:
+            dw.addmm_(off.T, scaled)
+        else:
+            dw += off.T @ scaled
+    return losses, dx, dw

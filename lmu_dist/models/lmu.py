@@ -1,7 +1,7 @@
 """The LMU mixer: one Legendre memory per channel, read by implicit self-attention (arXiv 2110.02402, eq. 1-11, A.1).
 
 (B, T, D) in, (B, T, D) out, causal. Legend: B batch, T time, D width, Q order, R reduced order q', K = 3R readings.
-`mixed` is all of it in any of four forms, `memory_readings` and `implicit_attention` are its halves; lm builds the sublayer LMU.
+`mixed` is all of it in any of four forms, `memory_readings` and `implicit_attention` its halves; lm builds the sublayer LMU.
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lmu_dist.models import chunked, legendre, transforms
 from lmu_dist.models.kernels import reader
+from lmu_dist.models.precision import product_dtype
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -144,13 +145,16 @@ def mixed(
     """A whole sequence from an empty memory, in the form asked for or the one that is best here; (L1, L2, L3) of eq. 8 is
     `reading` over the memory's row scale.
 
-    recurrent, fft, chunked: `implicit_attention` to `memory_readings`, which autograd keeps. fused: one operator, whose way back
-    is written by hand, by transforms or by products of chunks (models/transforms, models/chunked). Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for
-    gradients, as sums are taken in float32 (tests/models/test_lmu.py).
+    recurrent, fft, chunked: `implicit_attention` to `memory_readings`, which autograd keeps. fused: one operator, whose way
+    back is written by hand, by transforms or by products of chunks (models/transforms, models/chunked).
+
+    Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for gradients, as sums are
+    taken in float32 (tests/models/test_lmu.py).
     """
     form = form or best_form(x.dtype, x.device)
     if form == "fused" and not transforms.serves(x.dtype, x.device):
-        return chunked.attended(x, reading, bias, p, chunked.plan(x, *reading.shape, theta_tokens))
+        k, q = reading.shape
+        return chunked.attended(x, reading, bias, p, chunked.plan(x, k, q, theta_tokens))
     papers = in_papers_basis(reading, theta_tokens)
     if form == "fused":
         h = memory(reading.shape[1], theta_tokens, x.shape[1], papers.dtype, x.device).h
@@ -165,6 +169,16 @@ def in_papers_basis(reading: Float[Tensor, "K Q"], theta_tokens: float) -> Float
     return reading.to(dtype) / memory(reading.shape[1], theta_tokens, 1, dtype, reading.device).row_scale
 
 
+def operator(form: Form | None, dtype: torch.dtype, device: torch.device, rows: int) -> str:
+    """What `mixed` takes for q' = `rows`, for the record of a run: the form, and how the fused one is made."""
+    form = form or best_form(dtype, device)
+    if form != "fused":
+        return form
+    if transforms.serves(dtype, device):
+        return "fused: transforms, c++"
+    return f"fused: products, {reader.implementation(product_dtype(dtype, device), device, rows)}"
+
+
 class LMU(nn.Module):
     """Legendre memory with implicit self-attention. Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,).
 
@@ -176,7 +190,8 @@ class LMU(nn.Module):
 
     def __init__(self, order: int, reduced_order: int, theta_tokens: float, form: Form | None = None) -> None:
         super().__init__()
-        self.theta_tokens, self.form = theta_tokens, form
+        self.theta_tokens = theta_tokens
+        self.form: Form | None = form
         self.reading = nn.Parameter(torch.randn(3 * reduced_order, order) / math.sqrt(order))
         self.bias = nn.Parameter(torch.zeros(3 * reduced_order))
         self.p = nn.Parameter(torch.randn(reduced_order) / math.sqrt(reduced_order))

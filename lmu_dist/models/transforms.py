@@ -19,7 +19,7 @@ from lmu_dist.models.precision import product_dtype
 
 
 def serves(dtype: torch.dtype, device: torch.device) -> bool:
-    """Where there is a compiler; but not for bfloat16 on a processor with tiles for it, whose matrix products are faster still."""
+    """Where there is a compiler; but not in bfloat16 on a processor with tiles for it, whose products should be faster."""
     return reader.implementation(dtype, device) == "c++" and product_dtype(dtype, device) == torch.float32
 
 

@@ -138,6 +138,11 @@ class Engine:
         """Gives its memory back, which DeepSpeed's hooks would keep as long as the process lives."""
         self._ds.destroy()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that passes work with."""
+        return next(self.model.parameters()).dtype
+
     def peak_bytes(self) -> int:
         """Most memory this worker has held: of the GPU where there is one, else resident memory of the process."""
         if self.device.type == "cuda":

@@ -5,6 +5,7 @@ import pytest
 import torch
 from oracle import lmu_block
 
+from lmu_dist.models import transforms
 from lmu_dist.models.legendre import row_scale
 from lmu_dist.models.lmu import FORMS, LMU, Form, memory_readings, mixed
 
@@ -104,3 +105,21 @@ def test_sublayer_reads_the_papers_basis():
         lmu.bias.normal_()
         expected = lmu_block(x.numpy(), 20, lmu.reading_matrix.numpy(), lmu.bias.numpy(), lmu.p.numpy())
         assert relative(lmu(x), expected["out"]) < 1e-12
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_fused_by_products_equals_fused_by_transforms(dtype, bound, monkeypatch):
+    given, _ = problem(60, 128.0, 200, 20, 6, dtype=dtype)
+    expected = gradients_of(given, 128.0, "fused")
+    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    for mine, other in zip(gradients_of(given, 128.0, "fused"), expected, strict=True):
+        assert relative(mine, other.double().numpy()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by transforms and by products
+def test_fused_goes_back_once(dtype):
+    given, _ = problem(12, 20.0, 25, 4, 3, dtype=dtype)
+    out = mixed(given["x"].requires_grad_(), given["reading"], given["bias"], given["p"], 20.0, "fused").sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()

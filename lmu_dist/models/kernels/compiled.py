@@ -2,8 +2,6 @@
 
 import ctypes
 import logging
-import os
-import sys
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
@@ -13,9 +11,19 @@ import torch
 from torch import Tensor
 from torch.utils import cpp_extension
 
+from lmu_dist.toolchain import prepare_builds
+
 HERE = Path(__file__).parent
 SOURCES = tuple(HERE / name for name in ("lanes.h", "reader.cpp", "convolve.cpp"))
-FLAGS = ("-O3", "-fopenmp", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-mprefer-vector-width=512")
+FLAGS = (
+    "-O3",
+    "-fopenmp",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-mprefer-vector-width=512",
+)
 # By what torch has found the processor to be capable of, not by the processor itself: nodes may share a cache of builds.
 LEVELS = {"AVX512": "-march=x86-64-v4", "AVX2": "-march=x86-64-v3"}
 DTYPES = (torch.float32, torch.bfloat16)
@@ -25,9 +33,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def library() -> ctypes.CDLL | None:
     """All of it, built at first use (some ten seconds); None where it cannot be, which is logged once."""
     capability = torch.backends.cpu.get_cpu_capability()
-    path = os.environ.get("PATH", "")
-    # ninja stands beside the interpreter, and need not be on PATH.
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{path}"
+    prepare_builds()
     flags = [*FLAGS, *([LEVELS[capability]] if capability in LEVELS else [])]
     # The cache of builds goes by name: versions of this package that share it must not rebuild each other's.
     digest = sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:12]
@@ -39,8 +45,6 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as e:
         logging.getLogger(__name__).warning("no compiled LMU, plain torch in its place: %s", str(e).splitlines()[0])
         return None
-    finally:
-        os.environ["PATH"] = path
 
 
 def read(pre: Tensor, p: Tensor, out: Tensor) -> None:

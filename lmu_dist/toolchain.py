@@ -1,10 +1,11 @@
-"""What a worker needs to build DeepSpeed's C++ at its first start: ninja, and a lock that dies with its holder.
+"""What it takes to build C++ at its first use, DeepSpeed's and our own: ninja, and a lock that dies with its holder.
 
-Called by launch/worker and launch/calibrate before they load the engine.
+Called by launch/worker and launch/calibrate before they load the engine, and by models/kernels.
 """
 
 import os
 import sys
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -31,6 +32,7 @@ class KernelBaton:
         self._lock.release()
 
 
+@cache
 def prepare_builds() -> None:
     """Makes builds of torch extensions work, and end, in this process. Programs that build in the same folder without having
     called this are not waited for.
