@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from lmu_dist.config import ClusterConfig, TrainConfig
 from lmu_dist.data.batches import Batch, Rows, row_indices
+from lmu_dist.models import head
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.train.engine import Engine
@@ -74,6 +75,12 @@ def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, 
         metrics = _train(engine, 0, 20)
         results[stage] = [m.loss_nats for m in metrics], [m.grad_norm for m in metrics], engine.weights()
     return results
+
+
+def train_with_head_in_blocks(stages: list[int]) -> dict[int, tuple[list[float], list[float], dict]]:
+    """As train_stages, no more than a few rows of logits at once."""
+    head.LOGITS = 10 * VOCAB
+    return train_stages(stages)
 
 
 def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[float], list[float]]]:

@@ -37,6 +37,11 @@ def test_accumulation_is_the_whole_batch(plain):
         assert np.abs(np.array(losses) - plain).max() < 1e-5
 
 
+def test_head_in_blocks_is_the_whole_at_every_stage(plain):
+    for stage, (losses, _, _) in gang(2, tasks.train_with_head_in_blocks, [1, 3]).items():
+        assert np.abs(np.array(losses) - plain).max() < 1e-5, stage
+
+
 def test_bf16_trains_like_fp32_at_every_stage(plain):
     for stage, losses in gang(2, tasks.bf16_stages).items():
         assert np.abs(np.array(losses) - plain).max() < 0.05, stage

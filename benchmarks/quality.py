@@ -1,0 +1,46 @@
+"""Whether the form of the LMU changes what is learnt: `python benchmarks/quality.py [CONFIG] [key=value ...]`, JSON out.
+
+The same run, as `lmu-dist train` does it, from the same seed: in the plain form (fft) and in the one that is best here, in float32
+and in bfloat16; 500 steps if the configuration says nothing else.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lmu_dist.config import load, parse, with_settings
+from lmu_dist.data.prepare import prepare
+from lmu_dist.launch.cluster import cluster
+from lmu_dist.launch.trainer import train
+from lmu_dist.tracking.store import default_uri
+
+STEPS = 500
+
+
+def main() -> None:
+    """Prints the JSON object."""
+    with tempfile.TemporaryDirectory() as folder:
+        if len(sys.argv) > 1:
+            config = load(sys.argv[1], [*sys.argv[2:], f"storage={folder}"])
+        else:
+            config = parse({"storage": folder, "experiment": "quality"})
+            config = with_settings(config, {"train.tokens": STEPS * config.train.batch_tokens})
+        prepare(config.data, Path(folder))
+        found: dict[str, dict[str, Any]] = {}
+        with cluster([config]):
+            for precision in ("fp32", "bf16"):
+                losses = {}
+                for form in ("fft", None):
+                    settings = {"train.precision": precision, "train.lmu_form": form}
+                    record = train(with_settings(config, settings), default_uri(folder)).record
+                    losses["plain" if form else "best"] = record.val_loss_nats
+                    print(precision, form, record.val_loss_nats, record.training_seconds, file=sys.stderr, flush=True)
+                found[precision] = losses | {"difference_nats": losses["best"] - losses["plain"]}
+        print(json.dumps({"steps": config.train.n_steps, "cpus": os.cpu_count(), "val_loss_nats": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
