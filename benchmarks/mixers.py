@@ -8,6 +8,7 @@ Called by section.py. Legend: n tokens of a row, d width, q order.
 import itertools
 import statistics
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -48,13 +49,17 @@ class Job:
     def forward(self) -> Tensor:
         """In the form that the mixer's name says."""
         kind, *form = self.mixer.split()
-        return self.module(self.x, *form) if kind == "lmu" else self.module(self.x)
+        if kind == "lmu" and not hasattr(self.module, "form"):  # a revision whose layers are told the form at each call
+            return self.module(self.x, *form)
+        return self.module(self.x)
 
 
 def job(mixer: str, dtype: torch.dtype, rows: int, n: int, shape: Shape, device: torch.device) -> Job:
     """The same weights and the same input for every form and precision, but for their rounding."""
     torch.manual_seed(0)
-    module = SUBLAYERS[mixer.split()[0]](shape).to(device, dtype)
+    kind, *form = mixer.split()
+    told = [*form, None][:1] if hasattr(lmu, "mixed") else []
+    module = cast(Callable[..., nn.Module], SUBLAYERS[kind])(shape, *told).to(device, dtype)
     x = torch.randn(rows, n, shape.d_model, generator=torch.Generator().manual_seed(1)).to(device, dtype)
     return Job(mixer, module, x.requires_grad_())
 

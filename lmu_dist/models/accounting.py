@@ -7,6 +7,7 @@ counter and to what autograd keeps by tests/models/test_accounting.py. Legend: V
 import math
 from dataclasses import dataclass
 
+from lmu_dist.models import legendre
 from lmu_dist.models.shape import Shape
 
 LOGITS = 2**23  # that exist at once: 32 MB (models/head)
@@ -136,16 +137,20 @@ def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: i
     return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
 
 
-def transform_points(length: int) -> int:
-    """Points of the Fourier transforms that convolve `length` tokens on a processor: a power of two (models/transforms)."""
-    return max(16, 2 ** math.ceil(math.log2(2 * length)))
+def transform_points(length: int, order: int, theta_tokens: float) -> int:
+    """Points of the Fourier transforms that convolve `length` tokens on a processor (models/transforms): a power of two, of which
+    half holds the row, or the memory's span where that is shorter."""
+    # The span is looked for only where it can be shorter than the row: it is never less than the window.
+    reach = length if length <= theta_tokens else min(length, legendre.span(order, theta_tokens))
+    return max(16, 2 ** math.ceil(math.log2(2 * reach)))
 
 
 def _lmu_activations(s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
     """Of a mixer, as `_sublayer_activations`: a processor keeps readings, a GPU makes them again from chunks' features."""
     n, k, d = s.sequence_tokens, 3 * s.reduced_order, s.d_model
     if not on_gpu:
-        return k * d, d + (k + k % 2) * transform_points(n) / (n * n_rows)  # the input and the kernels' spectra too
+        spectra = (k + k % 2) * transform_points(n, s.order, s.theta_tokens)  # of the kernels, complex
+        return k * d, d + spectra / (n * n_rows)
     chunk = chunk_tokens(s.order, k, d, n, n_rows)
     memory = s.order if chunk < n else 0
     return d * -(-n // chunk) * (chunk + memory + 1) / n, 0

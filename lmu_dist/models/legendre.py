@@ -3,6 +3,8 @@
 Everything here is computed once on the CPU and cast last; no parameter of it is trained. Called by lmu and the tests.
 """
 
+from functools import lru_cache
+
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg import expm, solve_discrete_lyapunov
@@ -37,6 +39,22 @@ def impulse_response(order: int, theta_tokens: float, length: int) -> Float[np.n
         h = np.concatenate([h, power @ h], axis=1)
         power = power @ power
     return h[:, :length]
+
+
+@lru_cache(maxsize=256)
+def span(order: int, theta_tokens: float) -> int:
+    """Tokens after which an input is forgotten: its trace is below 1e-9 of all it leaves, far below float32's rounding.
+
+    From about two windows on for many orders, to twenty for one.
+    """
+    a_bar, b_bar = discrete(order, theta_tokens)
+    step = max(1, round(theta_tokens / 8))
+    power, scale = np.linalg.matrix_power(a_bar, step), row_scale(order, theta_tokens)
+    trace, tokens = power @ b_bar, step
+    # In units of the rows' scale everything an input leaves has the square norm `order`.
+    while np.linalg.norm(trace / scale) * np.sqrt(theta_tokens) > 1e-9 * np.sqrt(order):
+        trace, tokens = power @ trace, tokens + step
+    return tokens
 
 
 def row_scale(order: int, theta_tokens: float) -> Float[np.ndarray, "Q"]:

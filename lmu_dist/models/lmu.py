@@ -158,7 +158,7 @@ def mixed(
     papers = in_papers_basis(reading, theta_tokens)
     if form == "fused":
         h = memory(reading.shape[1], theta_tokens, x.shape[1], papers.dtype, x.device).h
-        return transforms.attended(x, papers @ h, bias, p)
+        return transforms.attended(x, papers, bias, p, theta_tokens, h)
     readings, _ = memory_readings(x, papers, theta_tokens, form=form)
     return implicit_attention(readings.to(x.dtype), bias, p)
 

@@ -46,15 +46,15 @@ def _kernels_back(dspectra: Complex64[Tensor, "P n"], length: int, n_readings: i
 
 class _Attended(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor, n: int) -> Tensor:
         (b, t, d), k = x.shape, len(kernels)
-        inputs, spectra = x.float().contiguous(), _spectra(kernels.float(), transform_points(t))
+        inputs, spectra = x.float().contiguous(), _spectra(kernels.float(), n)
         pre, out = x.new_empty(k, b * t * d), x.new_empty(b * t, 1, d)
-        sizes = (b, t, d, k, spectra.shape[1])
+        sizes = (b, t, d, k, n)
         compiled.call("lmu_convolve", x.dtype, sizes, (inputs, spectra, bias.float(), pre))
         reader.read(pre, p, out)
         ctx.save_for_backward(inputs, spectra, pre, p)
-        ctx.sizes, ctx.dtypes = sizes, (x.dtype, kernels.dtype, bias.dtype)
+        ctx.sizes, ctx.reach, ctx.dtypes = sizes, kernels.shape[1], (x.dtype, kernels.dtype, bias.dtype)
         return out.view(b, t, d)
 
     @staticmethod
@@ -69,12 +69,19 @@ class _Attended(torch.autograd.Function):
         dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
         reader.read_back(pre, p, dout.to(pre.dtype).reshape(b * t, 1, d).contiguous(), dp)
         compiled.call("lmu_convolve_back", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
-        dkernels = _kernels_back(dspectra, t, k)
-        return dx.to(of_x), dkernels.to(of_kernels), dbias.to(of_bias), dp.to(p.dtype)
+        dkernels = _kernels_back(dspectra, ctx.reach, k)
+        return dx.to(of_x), dkernels.to(of_kernels), dbias.to(of_bias), dp.to(p.dtype), None
 
 
 def attended(
-    x: Float[Tensor, "B T D"], kernels: Float[Tensor, "K T"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"]
+    x: Float[Tensor, "B T D"],
+    reading: Float[Tensor, "K Q"],
+    bias: Float[Tensor, "K"],
+    p: Float[Tensor, "R"],
+    theta_tokens: float,
+    response: Float[Tensor, "Q T"],
 ) -> Float[Tensor, "B T D"]:
-    """Implicit attention at every token to what the kernels, the reading folded into the memory's response, make of x."""
-    return _Attended.apply(x, kernels, bias, p)
+    """Implicit attention to the memory at every token; `reading` in the basis of the memory's response."""
+    n = transform_points(x.shape[1], reading.shape[1], theta_tokens)
+    # Beyond half the points are tokens that are forgotten.
+    return _Attended.apply(x, reading @ response[:, : n // 2], bias, p, n)

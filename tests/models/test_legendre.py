@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.signal import cont2discrete
 
-from lmu_dist.models.legendre import continuous, discrete, impulse_response, row_scale
+from lmu_dist.models.legendre import continuous, discrete, impulse_response, row_scale, span
 
 
 def test_matrices_of_order_three():
@@ -43,3 +43,11 @@ def test_white_noise_has_the_row_scale():
 def test_constant_input_settles_at_the_first_coefficient():
     a_bar, b_bar = discrete(12, 20.0)
     assert np.linalg.solve(np.eye(12) - a_bar, b_bar) == pytest.approx(np.eye(12)[0], abs=1e-10)
+
+
+@pytest.mark.parametrize(("order", "theta", "windows"), [(1, 10.0, 25), (10, 256.0, 5), (60, 40.0, 3), (250, 1024.0, 2)])
+def test_what_is_beyond_the_span_is_forgotten(order: int, theta: float, windows: int):
+    tokens = span(order, theta)
+    assert theta < tokens <= windows * theta
+    h = impulse_response(order, theta, tokens + round(4 * theta)) / row_scale(order, theta)[:, None]
+    assert np.linalg.norm(h[:, tokens:]) < 1e-9 * np.linalg.norm(h)

@@ -43,7 +43,9 @@ def library() -> ctypes.CDLL | None:
         built = cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False)
         return ctypes.CDLL(str(built))
     except (OSError, RuntimeError) as e:
-        logging.getLogger(__name__).warning("no compiled LMU, plain torch in its place: %s", str(e).splitlines()[0])
+        said = str(e).splitlines()
+        why = next((line for line in said if "error:" in line), said[0])
+        logging.getLogger(__name__).warning("no compiled LMU, plain torch in its place: %s", why)
         return None
 
 

@@ -1,8 +1,9 @@
 // Causal convolutions of every channel with every kernel, and the way back, by Fourier transforms of sixteen channels at once.
 //
 // Two kernels are one complex kernel, w = h1 + i h2: what it makes of a real input has the two convolutions for parts. Spectra
-// stand in the order that decimation in frequency leaves, and are never sorted. A transform stays in one core's cache.
-// Legend: B rows, T tokens, D width, K kernels, P = (K + 1) / 2 pairs, n >= 2T points, a power of two from 16 on.
+// stand in the order that decimation in frequency leaves, and are never sorted. A transform stays in one core's cache: rows are
+// taken in segments of n / 2 tokens, each with the segment before it, which is as far back as kernels may reach.
+// Legend: B rows, T tokens, D width, K kernels, P = (K + 1) / 2 pairs, n points, a power of two from 16 on.
 // Layout: x (B, T, D); spectra (P, n) complex; y (K, B, T, D) float32 or bfloat16. Built by kernels/compiled.py; called by
 // models/transforms.
 
@@ -142,7 +143,7 @@ struct Transform {
 
     // A whole transform of what `input(t)` gives for t < length <= n / 2, zeros after it.
     template <typename Input, typename Leaf>
-    void forward(Complex* a, int64_t length, const Input& input, const Leaf& leaf) const {
+    void forward_of(Complex* a, int64_t length, const Input& input, const Leaf& leaf) const {
         int64_t quarter = n / 4;
         for (int64_t j = 0; j < quarter; ++j) {
             Complex x0 = j < length ? input(j) : Complex{}, x1 = j + quarter < length ? input(j + quarter) : Complex{};
@@ -157,7 +158,7 @@ struct Transform {
 
     // The other way; `output(t, value)` hears of t < length <= n / 2.
     template <typename Leaf, typename Output>
-    void back(Complex* a, int64_t length, const Leaf& leaf, const Output& output) const {
+    void back_to(Complex* a, int64_t length, const Leaf& leaf, const Output& output) const {
         int64_t quarter = n / 4;
         for (int64_t k = 0; k < 4; ++k) back(a + k * quarter, quarter, k * quarter, leaf);
         for (int64_t j = 0; j < quarter && j < length; ++j) {
@@ -239,9 +240,20 @@ struct Gradients {
 struct Sizes {
     int64_t rows, length, width, kernels, points;  // B, T, D, K, n
 
+    int64_t segment() const { return points / 2; }
     int64_t groups() const { return (width + LANES - 1) / LANES; }
     int64_t pairs() const { return (kernels + 1) / 2; }
 };
+
+// The spectrum of a segment of sixteen channels, and of the one before it, whose tokens come last: they are the past.
+void spectrum(const Transform& transform, const Sizes& s, const float* x, int64_t begin, int64_t n, Complex* a, Complex* to) {
+    for (int64_t t = 0; t < s.segment(); ++t) {
+        int64_t now = begin + t, past = now - s.segment();
+        a[t] = {now < s.length ? load(x + now * s.width, n) : Vec{}, Vec{}};
+        a[t + s.segment()] = {past >= 0 ? load(x + past * s.width, n) : Vec{}, Vec{}};
+    }
+    transform.forward(a, s.points, 0, Keep{to});
+}
 
 template <typename T>
 void convolve(const Sizes& s, const float* x, const Scalar* spectra, const float* bias, T* y) {
@@ -252,17 +264,20 @@ void convolve(const Sizes& s, const float* x, const Scalar* spectra, const float
         NoDenormals scope;
         std::vector<Complex> of_x(s.points), a(s.points);
         for (int64_t item = begin; item < end; ++item) {
-            int64_t first = item % s.groups() * LANES, n = s.width - first, here = item / s.groups() * s.length * s.width + first;
-            transform.forward(a.data(), s.length, [&](int64_t t) { return Complex{load(x + here + t * s.width, n), Vec{}}; },
-                              Keep{of_x.data()});
-            for (int64_t pair = 0; pair < s.pairs(); ++pair) {
-                T *y1 = y + 2 * pair * stride + here, *y2 = y1 + stride;
-                bool both = 2 * pair + 1 < s.kernels;
-                Vec b1 = splat(bias[2 * pair]), b2 = splat(both ? bias[2 * pair + 1] : 0.0f);
-                transform.back(a.data(), s.length, Product{of_x.data(), spectra + pair * s.points}, [&](int64_t t, Complex value) {
-                    store(y1 + t * s.width, n, value.re * by + b1);
-                    if (both) store(y2 + t * s.width, n, value.im * by + b2);
-                });
+            int64_t first = item % s.groups() * LANES, n = s.width - first, row = item / s.groups() * s.length * s.width + first;
+            for (int64_t start = 0; start < s.length; start += s.segment()) {
+                int64_t here = row + start * s.width, length = std::min(s.segment(), s.length - start);
+                spectrum(transform, s, x + row, start, n, a.data(), of_x.data());
+                for (int64_t pair = 0; pair < s.pairs(); ++pair) {
+                    T *y1 = y + 2 * pair * stride + here, *y2 = y1 + stride;
+                    bool both = 2 * pair + 1 < s.kernels;
+                    Vec b1 = splat(bias[2 * pair]), b2 = splat(both ? bias[2 * pair + 1] : 0.0f);
+                    auto output = [&](int64_t t, Complex value) {
+                        store(y1 + t * s.width, n, value.re * by + b1);
+                        if (both) store(y2 + t * s.width, n, value.im * by + b2);
+                    };
+                    transform.back_to(a.data(), length, Product{of_x.data(), spectra + pair * s.points}, output);
+                }
             }
         }
     });
@@ -280,22 +295,28 @@ void convolve_back(const Sizes& s, const float* x, const Scalar* spectra, const 
         mine.assign(size, 0.0f);
         std::vector<Complex> of_x(s.points), of_dx(s.points), a(s.points);
         for (int64_t item = begin; item < end; ++item) {
-            int64_t first = item % s.groups() * LANES, n = s.width - first, here = item / s.groups() * s.length * s.width + first;
-            transform.forward(a.data(), s.length, [&](int64_t t) { return Complex{load(x + here + t * s.width, n), Vec{}}; },
-                              Keep{of_x.data()});
-            std::fill(of_dx.begin(), of_dx.end(), Complex{});
-            for (int64_t pair = 0; pair < s.pairs(); ++pair) {
-                const T *d1 = dy + 2 * pair * stride + here, *d2 = d1 + stride;
-                bool both = 2 * pair + 1 < s.kernels;
-                Gradients gradients{of_x.data(), spectra + pair * s.points, of_dx.data(), mine.data() + 2 * pair * s.points,
-                                    mine.data() + 2 * (s.pairs() * s.points + pair)};
-                auto input = [&](int64_t t) {
-                    return Complex{load(d1 + t * s.width, n), both ? load(d2 + t * s.width, n) : Vec{}};
-                };
-                transform.forward(a.data(), s.length, input, gradients);
+            int64_t first = item % s.groups() * LANES, n = s.width - first, row = item / s.groups() * s.length * s.width + first;
+            for (int64_t start = 0; start < s.length; start += s.segment()) {
+                int64_t here = row + start * s.width, length = std::min(s.segment(), s.length - start);
+                spectrum(transform, s, x + row, start, n, a.data(), of_x.data());
+                std::fill(of_dx.begin(), of_dx.end(), Complex{});
+                for (int64_t pair = 0; pair < s.pairs(); ++pair) {
+                    const T *d1 = dy + 2 * pair * stride + here, *d2 = d1 + stride;
+                    bool both = 2 * pair + 1 < s.kernels;
+                    Gradients gradients{of_x.data(), spectra + pair * s.points, of_dx.data(),
+                                        mine.data() + 2 * pair * s.points, mine.data() + 2 * (s.pairs() * s.points + pair)};
+                    auto input = [&](int64_t t) {
+                        return Complex{load(d1 + t * s.width, n), both ? load(d2 + t * s.width, n) : Vec{}};
+                    };
+                    transform.forward_of(a.data(), length, input, gradients);
+                }
+                transform.back(a.data(), s.points, 0, Given{of_dx.data()});
+                for (int64_t t = 0; t < length; ++t) store(dx + here + t * s.width, n, a[t].re * by);
+                for (int64_t t = 0; start && t < s.segment(); ++t) {
+                    float* past = dx + here + (t - s.segment()) * s.width;
+                    store(past, n, load(past, n) + a[t + s.segment()].re * by);
+                }
             }
-            transform.back(a.data(), s.length, Given{of_dx.data()},
-                           [&](int64_t t, Complex value) { store(dx + here + t * s.width, n, value.re * by); });
         }
     });
     const int64_t before = size - 2 * s.pairs();
