@@ -1,7 +1,7 @@
 """Whether the form of the LMU changes what is learnt: `python benchmarks/quality.py [CONFIG] [key=value ...]`, JSON out.
 
-The same run, as `lmu-dist train` does it, from the same seed: in the plain form (fft) and in the one that is best here, in float32
-and in bfloat16; 500 steps if the configuration says nothing else.
+The same run, as `lmu-dist train` does it, from the same seed: in the plain form (fft) and in the one that is best here, in
+float32 and in bfloat16; 500 steps if the configuration says nothing else.
 """
 
 import json

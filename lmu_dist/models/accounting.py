@@ -11,6 +11,7 @@ from lmu_dist.models import legendre
 from lmu_dist.models.shape import Shape
 
 LOGITS = 2**23  # that exist at once: 32 MB (models/head)
+LANES = 16  # a processor takes channels in so many (models/kernels/lanes.h)
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: i
 
 
 def transform_points(length: int, order: int, theta_tokens: float) -> int:
-    """Points of the Fourier transforms that convolve `length` tokens on a processor (models/transforms): a power of two, of which
-    half holds the row, or the memory's span where that is shorter."""
+    """Points of the Fourier transforms that convolve `length` tokens on a processor (models/transforms): a power of two,
+    of which half holds the row, or the memory's span where that is shorter."""
     # The span is looked for only where it can be shorter than the row: it is never less than the window.
     reach = length if length <= theta_tokens else min(length, legendre.span(order, theta_tokens))
     return max(16, 2 ** math.ceil(math.log2(2 * reach)))
@@ -150,7 +151,8 @@ def _lmu_activations(s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]
     n, k, d = s.sequence_tokens, 3 * s.reduced_order, s.d_model
     if not on_gpu:
         spectra = (k + k % 2) * transform_points(n, s.order, s.theta_tokens)  # of the kernels, complex
-        return k * d, d + spectra / (n * n_rows)
+        width = d + -d % LANES
+        return k * width, width + spectra / (n * n_rows)
     chunk = chunk_tokens(s.order, k, d, n, n_rows)
     memory = s.order if chunk < n else 0
     return d * -(-n // chunk) * (chunk + memory + 1) / n, 0

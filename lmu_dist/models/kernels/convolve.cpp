@@ -3,9 +3,9 @@
 // Two kernels are one complex kernel, w = h1 + i h2: what it makes of a real input has the two convolutions for parts. Spectra
 // stand in the order that decimation in frequency leaves, and are never sorted. A transform stays in one core's cache: rows are
 // taken in segments of n / 2 tokens, each with the segment before it, which is as far back as kernels may reach.
-// Legend: B rows, T tokens, D width, K kernels, P = (K + 1) / 2 pairs, n points, a power of two from 16 on.
-// Layout: x (B, T, D); spectra (P, n) complex; y (K, B, T, D) float32 or bfloat16. Built by kernels/compiled.py; called by
-// models/transforms.
+// Legend: B rows, T tokens, D width, W the width in whole vectors, K kernels, P = (K + 1) / 2 pairs, n points, a power of two
+// from 16 on. Layout: x (B, T, W); spectra (P, n) complex; y (K, B, T, W) float32 or bfloat16: vectors begin where cache lines
+// do, and what is beyond D is 0. Built by kernels/compiled.py; called by models/transforms.
 
 #include <ATen/Parallel.h>
 
@@ -242,15 +242,16 @@ struct Sizes {
 
     int64_t segment() const { return points / 2; }
     int64_t groups() const { return (width + LANES - 1) / LANES; }
+    int64_t pitch() const { return groups() * LANES; }  // W
     int64_t pairs() const { return (kernels + 1) / 2; }
 };
 
 // The spectrum of a segment of sixteen channels, and of the one before it, whose tokens come last: they are the past.
-void spectrum(const Transform& transform, const Sizes& s, const float* x, int64_t begin, int64_t n, Complex* a, Complex* to) {
+void spectrum(const Transform& transform, const Sizes& s, const float* x, int64_t begin, Complex* a, Complex* to) {
     for (int64_t t = 0; t < s.segment(); ++t) {
         int64_t now = begin + t, past = now - s.segment();
-        a[t] = {now < s.length ? load(x + now * s.width, n) : Vec{}, Vec{}};
-        a[t + s.segment()] = {past >= 0 ? load(x + past * s.width, n) : Vec{}, Vec{}};
+        a[t] = {now < s.length ? load(x + now * s.pitch()) : Vec{}, Vec{}};
+        a[t + s.segment()] = {past >= 0 ? load(x + past * s.pitch()) : Vec{}, Vec{}};
     }
     transform.forward(a, s.points, 0, Keep{to});
 }
@@ -258,23 +259,24 @@ void spectrum(const Transform& transform, const Sizes& s, const float* x, int64_
 template <typename T>
 void convolve(const Sizes& s, const float* x, const Scalar* spectra, const float* bias, T* y) {
     const Transform transform(s.points);
-    const int64_t stride = s.rows * s.length * s.width;
+    const int64_t pitch = s.pitch(), stride = s.rows * s.length * pitch;
     const Vec by = splat(1.0f / float(s.points));
     at::parallel_for(0, s.rows * s.groups(), 1, [&](int64_t begin, int64_t end) {
         NoDenormals scope;
         std::vector<Complex> of_x(s.points), a(s.points);
         for (int64_t item = begin; item < end; ++item) {
-            int64_t first = item % s.groups() * LANES, n = s.width - first, row = item / s.groups() * s.length * s.width + first;
+            int64_t first = item % s.groups() * LANES, row = item / s.groups() * s.length * pitch + first;
+            const Vec inside = below(s.width - first);
             for (int64_t start = 0; start < s.length; start += s.segment()) {
-                int64_t here = row + start * s.width, length = std::min(s.segment(), s.length - start);
-                spectrum(transform, s, x + row, start, n, a.data(), of_x.data());
+                int64_t here = row + start * pitch, length = std::min(s.segment(), s.length - start);
+                spectrum(transform, s, x + row, start, a.data(), of_x.data());
                 for (int64_t pair = 0; pair < s.pairs(); ++pair) {
                     T *y1 = y + 2 * pair * stride + here, *y2 = y1 + stride;
                     bool both = 2 * pair + 1 < s.kernels;
-                    Vec b1 = splat(bias[2 * pair]), b2 = splat(both ? bias[2 * pair + 1] : 0.0f);
+                    Vec b1 = inside * bias[2 * pair], b2 = inside * (both ? bias[2 * pair + 1] : 0.0f);
                     auto output = [&](int64_t t, Complex value) {
-                        store(y1 + t * s.width, n, value.re * by + b1);
-                        if (both) store(y2 + t * s.width, n, value.im * by + b2);
+                        store(y1 + t * pitch, value.re * by + b1);
+                        if (both) store(y2 + t * pitch, value.im * by + b2);
                     };
                     transform.back_to(a.data(), length, Product{of_x.data(), spectra + pair * s.points}, output);
                 }
@@ -286,7 +288,7 @@ void convolve(const Sizes& s, const float* x, const Scalar* spectra, const float
 template <typename T>
 void convolve_back(const Sizes& s, const float* x, const Scalar* spectra, const T* dy, float* dx, float* dspectra, float* dbias) {
     const Transform transform(s.points);
-    const int64_t stride = s.rows * s.length * s.width, size = 2 * s.pairs() * (s.points + 1);
+    const int64_t pitch = s.pitch(), stride = s.rows * s.length * pitch, size = 2 * s.pairs() * (s.points + 1);
     const Vec by = splat(1.0f / float(s.points));
     std::vector<std::vector<float>> partial(at::get_num_threads());
     at::parallel_for(0, s.rows * s.groups(), 1, [&](int64_t begin, int64_t end) {
@@ -295,10 +297,10 @@ void convolve_back(const Sizes& s, const float* x, const Scalar* spectra, const 
         mine.assign(size, 0.0f);
         std::vector<Complex> of_x(s.points), of_dx(s.points), a(s.points);
         for (int64_t item = begin; item < end; ++item) {
-            int64_t first = item % s.groups() * LANES, n = s.width - first, row = item / s.groups() * s.length * s.width + first;
+            int64_t first = item % s.groups() * LANES, row = item / s.groups() * s.length * pitch + first;
             for (int64_t start = 0; start < s.length; start += s.segment()) {
-                int64_t here = row + start * s.width, length = std::min(s.segment(), s.length - start);
-                spectrum(transform, s, x + row, start, n, a.data(), of_x.data());
+                int64_t here = row + start * pitch, length = std::min(s.segment(), s.length - start);
+                spectrum(transform, s, x + row, start, a.data(), of_x.data());
                 std::fill(of_dx.begin(), of_dx.end(), Complex{});
                 for (int64_t pair = 0; pair < s.pairs(); ++pair) {
                     const T *d1 = dy + 2 * pair * stride + here, *d2 = d1 + stride;
@@ -306,15 +308,15 @@ void convolve_back(const Sizes& s, const float* x, const Scalar* spectra, const 
                     Gradients gradients{of_x.data(), spectra + pair * s.points, of_dx.data(),
                                         mine.data() + 2 * pair * s.points, mine.data() + 2 * (s.pairs() * s.points + pair)};
                     auto input = [&](int64_t t) {
-                        return Complex{load(d1 + t * s.width, n), both ? load(d2 + t * s.width, n) : Vec{}};
+                        return Complex{load(d1 + t * pitch), both ? load(d2 + t * pitch) : Vec{}};
                     };
                     transform.forward_of(a.data(), length, input, gradients);
                 }
                 transform.back(a.data(), s.points, 0, Given{of_dx.data()});
-                for (int64_t t = 0; t < length; ++t) store(dx + here + t * s.width, n, a[t].re * by);
+                for (int64_t t = 0; t < length; ++t) store(dx + here + t * pitch, a[t].re * by);
                 for (int64_t t = 0; start && t < s.segment(); ++t) {
-                    float* past = dx + here + (t - s.segment()) * s.width;
-                    store(past, n, load(past, n) + a[t + s.segment()].re * by);
+                    float* past = dx + here + (t - s.segment()) * pitch;
+                    store(past, load(past) + a[t + s.segment()].re * by);
                 }
             }
         }

@@ -15,6 +15,13 @@ typedef int32_t IVec __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 inline Vec splat(float x) { return Vec{} + x; }
 
+// 1 in the first n lanes, 0 in what is left.
+inline Vec below(int64_t n) {
+    Vec ones{};
+    for (int64_t i = 0; i < LANES && i < n; ++i) ones[i] = 1.0f;
+    return ones;
+}
+
 inline float sum(Vec v) {
     typedef float Half __attribute__((vector_size(LANES * 2)));
     typedef float Quarter __attribute__((vector_size(LANES)));
