@@ -203,9 +203,8 @@ class _Attended(torch.autograd.Function):
         dz, dw, dp = torch.empty_like(flat), w.new_zeros(w.shape, dtype=exact), p.new_zeros(p.shape, dtype=exact)
         for i, block in enumerate(flat.split(width, 1)):
             pre = kept[i] if kept else w @ block
-            torch.autograd.graph.increment_version(
-                pre
-            )  # what is written over it is hidden from autograd, who must not use it twice
+            # Its gradient is written over it, which autograd cannot see, and it must not be used a second time.
+            torch.autograd.graph.increment_version(pre)
             reader.read_back(pre, p, dout[i * plan.block : (i + 1) * plan.block], dp)
             torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])
             if plan.dtype == exact:
