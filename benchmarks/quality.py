@@ -35,7 +35,7 @@ def main() -> None:
                 losses = {}
                 for form in ("fft", None):
                     settings = {"train.precision": precision, "train.lmu_form": form}
-                    record = train(with_settings(config, settings), default_uri(folder)).record
+                    record = train(with_settings(config, settings), default_uri(Path(folder))).record
                     losses["plain" if form else "best"] = record.val_loss_nats
                     print(precision, form, record.val_loss_nats, record.training_seconds, file=sys.stderr, flush=True)
                 found[precision] = losses | {"difference_nats": losses["best"] - losses["plain"]}

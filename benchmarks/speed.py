@@ -64,16 +64,15 @@ def run_section(name: str, package: Path, device: str, quick: bool) -> Found:
 
 
 def median_of(rounds: Sequence[Found]) -> Found:
-    """One section from several runs of it: every measured number is the median."""
+    """One section from several runs of it: every measured number is the median, every note is kept."""
     for found in rounds:
         if "error" in found:
             return found
-    merged = dict(rounds[0])
-    merged["tables"] = {
-        name: [tables.merged(same) for same in zip(*(found["tables"][name] for found in rounds), strict=True)]
-        for name in rounds[0]["tables"]
+    merged = {name: max(found[name] for found in rounds) for name, value in rounds[0].items() if isinstance(value, float)}
+    return merged | {
+        "tables": {name: tables.merged([found["tables"].get(name, []) for found in rounds]) for name in rounds[0]["tables"]},
+        "notes": list(dict.fromkeys(note for found in rounds for note in found["notes"])),
     }
-    return merged
 
 
 def facts(device: str) -> dict[str, Any]:
@@ -112,13 +111,17 @@ def revision() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
 
 
-@contextlib.contextmanager
-def checkout(name: str) -> Iterator[Path]:
-    """A revision in a folder of its own, removed whatever happens. Raises ValueError if there is none."""
+def commit_of(name: str) -> str:
+    """The commit a revision's name stands for. Raises ValueError if there is none."""
     try:
-        commit = git("rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}")
+        return git("rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}")
     except subprocess.CalledProcessError as e:
         raise ValueError(f"git knows no revision {name!r}; say a branch, a tag or a commit") from e
+
+
+@contextlib.contextmanager
+def checkout(commit: str) -> Iterator[Path]:
+    """A commit in a folder of its own, removed whatever happens."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder).resolve() / "base"
         try:
@@ -129,30 +132,29 @@ def checkout(name: str) -> Iterator[Path]:
             git("worktree", "prune")
 
 
-def run(names: Sequence[str], device: str, quick: bool) -> dict[str, Found]:
-    """All sections of this checkout, shown as they come."""
-    found = dict[str, Found]()
+def run(names: Sequence[str], device: str, quick: bool) -> Iterator[tuple[str, dict[str, Found]]]:
+    """All sections of this checkout, shown as they come: (section, part of the record -> what belongs there)."""
     for name in names:
         print(f"{name} ..", file=sys.stderr, flush=True)
-        found[name] = run_section(name, ROOT, device, quick)
-        tables.show(name, found[name])
-    return found
+        found = run_section(name, ROOT, device, quick)
+        tables.show(name, found)
+        yield name, {"sections": found}
 
 
-def compare(names: Sequence[str], base: Path, rounds: int, device: str, quick: bool) -> dict[str, dict[str, Found]]:
-    """All sections of both, base and head in turn; and how head relates to base."""
-    found: dict[str, dict[str, Found]] = {"sections": {}, "base_sections": {}, "ratios": {}}
-    for name in names:
-        runs: dict[Path, list[Found]] = {base: [], ROOT: []}
-        for i, package in ((i, package) for i in range(rounds) for package in runs):
-            print(f"{name}, {'head' if package == ROOT else 'base'}, {i + 1} of {rounds} ..", file=sys.stderr, flush=True)
-            runs[package].append(run_section(name, package, device, quick))
-        before, after = median_of(runs[base]), median_of(runs[ROOT])
-        found["sections"][name], found["base_sections"][name] = after, before
-        found["ratios"][name] = tables.ratios(before, after)
-        tables.show(name, after)
-        tables.show(f"{name}: head / base", found["ratios"][name])
-    return found
+def compare(names: Sequence[str], commit: str, rounds: int, device: str, quick: bool) -> Iterator[tuple[str, dict[str, Found]]]:
+    """All sections of this checkout and of a commit in turn, and how they relate; as `run`."""
+    with checkout(commit) as base:
+        for name in names:
+            runs: dict[Path, list[Found]] = {base: [], ROOT: []}
+            for i, package in ((i, package) for i in range(rounds) for package in runs):
+                whose = "head" if package == ROOT else "base"
+                print(f"{name}, {whose}, {i + 1} of {rounds} ..", file=sys.stderr, flush=True)
+                runs[package].append(run_section(name, package, device, quick))
+            before, after = median_of(runs[base]), median_of(runs[ROOT])
+            ratios = tables.ratios(before, after)
+            tables.show(name, after)
+            tables.show(f"{name}: head / base", ratios)
+            yield name, {"sections": after, "base_sections": before, "ratios": ratios}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -175,17 +177,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     record["command"] = " ".join(["speed.py", *(sys.argv[1:] if arguments is None else arguments)])
     record |= {"quick": given.quick, "git": revision(), "machine": facts(given.device), "load_before": os.getloadavg()}
-    try:
-        if given.base:
-            with checkout(given.base) as base:
-                record["base"] = {"revision": given.base, "commit": git("-C", str(base), "rev-parse", "HEAD")}
-                record |= compare(names, base, given.rounds, given.device, given.quick)
-        else:
-            record["sections"] = run(names, given.device, given.quick)
-    except ValueError as e:
-        parser.error(str(e))
-    record["load_after"] = os.getloadavg()
-    given.json.write_text(json.dumps(record, indent=1) + "\n")
+    measured = run(names, given.device, given.quick)
+    if given.base:
+        try:
+            record["base"] = {"revision": given.base, "commit": commit_of(given.base)}
+        except ValueError as e:
+            parser.error(str(e))
+        measured = compare(names, record["base"]["commit"], given.rounds, given.device, given.quick)
+    for name, parts in measured:
+        for part, found in parts.items():
+            record.setdefault(part, {})[name] = found
+        record["load_after"] = os.getloadavg()
+        given.json.write_text(json.dumps(record, indent=1) + "\n")  # after each section, lest a later one takes it along
     print(f"written to {given.json}", file=sys.stderr)
     return 1 if any("error" in found for key in ("sections", "base_sections") for found in record.get(key, {}).values()) else 0
 

@@ -28,13 +28,19 @@ def identity(row: Row) -> tuple[tuple[str, Any], ...]:
     return tuple((key, value) for key, value in row.items() if not measured(value))
 
 
-def merged(rows: Sequence[Row]) -> Row:
-    """The median of rows of the same identity; None where one has None."""
-    assert len({identity(row) for row in rows}) == 1
-    found = dict(rows[0])
-    for key in (key for key, value in found.items() if measured(value)):
-        values = [row[key] for row in rows]
-        found[key] = None if None in values else statistics.median(values)
+def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
+    """One table from several: the median of rows of the same identity, of what all rounds have; None where one has None."""
+    found = list[Row]()
+    others = [{identity(row): row for row in rows} for rows in rounds[1:]]
+    for first in rounds[0]:
+        same = [first, *(rows[identity(first)] for rows in others if identity(first) in rows)]
+        if len(same) < len(rounds):
+            continue
+        row = dict(first)
+        for key in (key for key, value in first.items() if measured(value)):
+            values = [one.get(key) for one in same]
+            row[key] = None if None in values else statistics.median(values)
+        found.append(row)
     return found
 
 

@@ -28,6 +28,40 @@ def test_quick_run_writes_one_whole_json(tmp_path: Path, capfd: pytest.CaptureFi
     assert "memory against plain" in " ".join(capfd.readouterr().out.split())
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_section_runs(tmp_path: Path):
+    out = tmp_path / "bench.json"
+    assert speed.main(["--quick", "--json", str(out)]) == 0
+    sections = json.loads(out.read_text())["sections"]
+    assert list(sections) == list(speed.SECTIONS)
+    assert all(numbers(found) for found in sections.values())
+
+
+@pytest.mark.slow
+def test_a_revision_is_as_fast_as_itself(tmp_path: Path):
+    out = tmp_path / "bench.json"
+    assert speed.main(["head", "--quick", "--base", "HEAD", "--rounds", "2", "--json", str(out)]) == 0
+    record = json.loads(out.read_text())
+    assert record["base"]["commit"] == record["git"]["commit"]
+    assert all(0.2 < value < 5 for value in numbers(record["ratios"]["head"]))
+
+
+def test_rounds_are_merged_by_what_was_measured():
+    def found(share: float, note: str, *rows: dict) -> dict:
+        return {"tables": {"points": list(rows)}, "notes": [note], "others_share": share}
+
+    rounds = [
+        found(0.01, "as always", {"n": 256, "seconds": 1.0}, {"n": 512, "seconds": 9.0}),
+        found(0.40, "others had 40 %", {"n": 256, "seconds": 4.0}),
+        found(0.02, "as always", {"n": 256, "seconds": 2.0}, {"n": 512, "seconds": 9.0}),
+    ]
+    merged = speed.median_of(rounds)
+    assert merged["tables"]["points"] == [{"n": 256, "seconds": 2.0}]
+    assert merged["others_share"] == 0.40
+    assert merged["notes"] == ["as always", "others had 40 %"]
+
+
 def test_a_broken_section_is_named_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ):

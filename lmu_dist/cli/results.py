@@ -127,10 +127,10 @@ def generate(run: str, prompt: str, tokens: int, temperature: float, top_k: int,
                     print(more, end="", flush=True)
     except ValueError as e:
         raise ConfigError(str(e)) from e
-    finally:
+    finally:  # what there is of them, also where a model's positions end, or patience
         print()
-    for text in texts[1:]:
-        print(f"\n{''.join(text)}")
+        for text in texts[1:]:
+            print(f"\n{''.join(text)}")
 
 
 @cli.command()

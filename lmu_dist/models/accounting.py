@@ -1,7 +1,8 @@
 """The only counter: parameters, FLOPs and bytes of a Shape, without building it. Everything downstream reads, none recounts.
 
-FLOPs are those of the paper's form, whatever form runs; bytes are those of the form that runs. Held to numel(), to torch's flop
-counter and to what autograd keeps by tests/models/test_accounting.py. Legend: V vocabulary, n sequence length.
+FLOPs are those of the paper's form, whatever form runs; bytes are those of the fused form, which runs unless told otherwise.
+Held to numel(), to torch's flop counter and to what autograd keeps by tests/models/test_accounting.py. Legend: V vocabulary,
+n sequence length.
 """
 
 import math
@@ -154,8 +155,8 @@ def _lmu_activations(s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]
         width = d + -d % LANES
         return k * width, width + spectra / (n * n_rows)
     chunk = chunk_tokens(s.order, k, d, n, n_rows)
-    memory = s.order if chunk < n else 0
-    return d * -(-n // chunk) * (chunk + memory + 1) / n, 0
+    features = chunk + 1 + (s.order if chunk < n else 0)
+    return (d * -(-n // chunk) + chunk * k / n_rows) * features / n, 0  # of all chunks, and the weights that read them
 
 
 def _sublayer_activations(name: str, s: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:

@@ -29,7 +29,8 @@ DEVICE_BLOCK = 2**27  # on a GPU, whose caches are too small to aim at: work eno
 @dataclass(frozen=True)
 class Steps:
     """What C tokens do to a memory that is held in units of its rows' deviations: powers (C, Q, Q) are Abar .. Abar^C, response
-    (Q, C) is Bbar, Abar Bbar ..; hop is Abar^C in float64, since a recurrence piles up what it rounds."""
+    (Q, C) is Bbar, Abar Bbar ..; hop is Abar^C in float64, since a recurrence piles up what it rounds. Where there is one
+    chunk only no memory is carried, and there are no powers, which would take gigabytes."""
 
     powers: Tensor
     response: Tensor
@@ -42,16 +43,19 @@ class Steps:
 
 
 @lru_cache(maxsize=32)
-def steps(order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, device: torch.device) -> Steps:
+@torch.inference_mode(False)  # what is kept serves training too
+def steps(order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, device: torch.device, single: bool = False) -> Steps:
     """Made in float64 and cast last."""
     a, b = legendre.discrete(order, theta_tokens)
     scale = legendre.row_scale(order, theta_tokens)
     a, b = torch.from_numpy(a / scale[:, None] * scale), torch.from_numpy(b / scale)
-    powers, response = [a], [b]
+    response = [b]
     for _ in range(chunk - 1):
-        powers.append(powers[-1] @ a)
         response.append(a @ response[-1])
-    return Steps(torch.stack(powers).to(device, dtype), torch.stack(response, 1).to(device, dtype), powers[-1].to(device))
+    powers = a.new_empty(0 if single else chunk, order, order)
+    for i in range(len(powers)):
+        powers[i] = powers[i - 1] @ a if i else a
+    return Steps(powers.to(device, dtype), torch.stack(response, 1).to(device, dtype), powers[-1:].sum(0).to(device))
 
 
 class Plan(NamedTuple):
@@ -73,8 +77,9 @@ def plan(x: Float[Tensor, "B T D"], n_readings: int, order: int, theta_tokens: f
     dtype = product_dtype(x.dtype, x.device)
     at_once = DEVICE_BLOCK if reader.implementation(dtype, x.device, n_readings // 3) == "triton" else BLOCK
     block = max(1, at_once // (chunk * n_readings * width))
-    made = steps(order, theta_tokens, chunk, exact, x.device)
-    return Plan(made, chunk >= length, dtype, block, keep=x.device.type == "cpu")
+    single = chunk >= length
+    made = steps(order, theta_tokens, chunk, exact, x.device, single)
+    return Plan(made, single, dtype, block, keep=x.device.type == "cpu")
 
 
 def weights(reading: Float[Tensor, "K Q"], bias: Float[Tensor, "K"], s: Steps, single: bool = False) -> Float[Tensor, "CK F"]:
@@ -161,10 +166,10 @@ def _features_back(dz: Float[Tensor, "F B N D"], s: Steps, t: int) -> Float[Tens
     if len(memories):
         after = torch.zeros_like(memories)  # gradient of the memory at a chunk's end
         if one_by_one(dz.device):
-            m = dz.new_zeros(order, b * d)
+            m = dz.new_zeros(order, b * d, dtype=torch.float64)
             for i in reversed(range(n)):
                 after[:, :, i] = m.view(order, b, d)
-                m = torch.addmm(memories[:, :, i].flatten(1), s.powers[-1].T, m)
+                m = torch.addmm(memories[:, :, i].flatten(1).double(), s.hop.T, m)
         else:
             later = carried(memories.flip(2).transpose(1, 2).flatten(2), s.hop, back=True).view(order, n, b, d)
             after[:, :, :-1] = later[:, :-1].transpose(1, 2).flip(2)
@@ -198,7 +203,7 @@ class _Attended(torch.autograd.Function):
         plan, s = ctx.plan, ctx.plan.steps
         d, exact = z.shape[3], s.response.dtype
         padding = z.shape[2] * s.chunk - ctx.length
-        dout = F.pad(dout.to(plan.dtype), (0, 0, 0, padding)).reshape(-1, s.chunk, d)
+        dout = F.pad(dout.to(plan.dtype), (0, 0, 0, padding)).reshape(-1, s.chunk, d).contiguous()
         flat, width = z.flatten(1), plan.block * d
         dz, dw, dp = torch.empty_like(flat), w.new_zeros(w.shape, dtype=exact), p.new_zeros(p.shape, dtype=exact)
         for i, block in enumerate(flat.split(width, 1)):

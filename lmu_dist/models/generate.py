@@ -3,6 +3,7 @@
 For the LMU and the LSTM memory and work per token do not grow with the text; attention keeps the keys and values of all of it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from lmu_dist.models.lm import LanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from softmax(logits / temperature).
+    """How the next token is drawn from softmax(logits / temperature). Raises ValueError.
 
     temperature  0 takes the best
     top_k        of the k most likely only (0: of all)
@@ -27,6 +28,14 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}; temperature 0 takes the best token")
 
 
 @torch.no_grad()
@@ -44,10 +53,13 @@ def generate(model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: S
 
 
 def draw(scores: Float[Tensor, "B V"], sampling: Sampling, dice: Sequence[torch.Generator]) -> Int[Tensor, "B"]:
-    """A token for every row, each by its own dice."""
-    if sampling.temperature <= 0:
+    """A token for every row, each by its own dice. Raises ValueError where the model has no finite answer."""
+    if not bool(scores.isfinite().all()):
+        raise ValueError("the model's scores are not finite: it diverged in training, or its weights are damaged")
+    if sampling.temperature == 0:
         return scores.argmax(1)
-    scores = scores / sampling.temperature
+    # The largest is 0, so that no temperature, however low, makes infinities of two scores at once.
+    scores = (scores - scores.amax(1, keepdim=True)).double() / sampling.temperature
     kept = sampling.top_k if 0 < sampling.top_k < scores.shape[1] else scores.shape[1]
     scores, tokens = scores.topk(kept) if kept < scores.shape[1] else scores.sort(descending=True)
     likely = torch.softmax(scores, 1).cumsum(1)

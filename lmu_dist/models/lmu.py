@@ -19,6 +19,7 @@ from lmu_dist.models.precision import product_dtype
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
+CHUNK = 32  # tokens, where a memory is carried in any case: near the fewest operations for q from 60 to 1,000 (accounting)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Memory:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training too
 def memory(order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device) -> Memory:
     """Tensors of one memory, made in float64 and cast last. Not buffers: no precision setting can round them twice."""
     arrays = (
@@ -104,7 +106,7 @@ def _chunked_readings(
     (b, t, d), (k, q) = x.shape, reading.shape
     scale = memory(q, theta_tokens, 1, torch.float64, x.device).row_scale
     # Whole chunks, then what is left: the memory after the last token is asked for, not after the end of a chunk.
-    chunk = min(t, chunked.plan(x, k, q, theta_tokens).steps.chunk)
+    chunk = min(t, CHUNK)
     m = None if state is None else (state / scale[:, None]).transpose(0, 1).flatten(1)
     parts = list[Tensor]()
     for piece in x.split([t - t % chunk, t % chunk] if t % chunk else [t], dim=1):

@@ -58,7 +58,7 @@ class _Attended(torch.autograd.Function):
         width = inputs.shape[2]
         pre, out = x.new_empty(k, b * t * width), x.new_empty(b * t, 1, width)
         sizes = (b, t, d, k, n)
-        compiled.call("lmu_convolve", x.dtype, sizes, (inputs, spectra, bias.float(), pre))
+        compiled.call("lmu_convolve", x.dtype, sizes, (inputs, spectra, bias.float().contiguous(), pre))
         reader.read(pre, p, out)
         ctx.save_for_backward(inputs, spectra, pre, p)
         ctx.sizes, ctx.reach, ctx.dtypes = sizes, kernels.shape[1], (x.dtype, kernels.dtype, bias.dtype)

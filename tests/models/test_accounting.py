@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmu_dist.models import accounting
+from lmu_dist.models import accounting, chunked, transforms
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.lmu import Form
 from lmu_dist.models.shape import FAMILIES
@@ -102,6 +102,18 @@ def test_activation_bytes_are_what_autograd_keeps(shape):
     assert accounting.activation_bytes(shape, 4) == pytest.approx(saved_bytes(shape, 4), rel=bound)
     in_bf16 = accounting.activation_bytes(shape, 4, "bf16", on_gpu=True)
     assert in_bf16 < 0.8 * accounting.activation_bytes(shape, 4)
+
+
+@pytest.mark.parametrize("n_rows", [1, 4])
+@pytest.mark.parametrize(("n_params", "length"), [(100_000, 256), (1_000_000, 1024)])
+def test_what_a_gpu_keeps(n_params, length, n_rows, monkeypatch):
+    """The form that runs there, run here."""
+    made = chunked.plan
+    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    monkeypatch.setattr(chunked, "plan", lambda *given: made(*given)._replace(keep=False))
+    shape = shape_for("lmu", n_params, vocab_tokens=256, sequence_tokens=length)
+    kept = saved_bytes(shape, n_rows)
+    assert accounting.activation_bytes(shape, n_rows, on_gpu=True) == pytest.approx(kept, rel=0.1)
 
 
 def test_chunks_are_what_costs_least():

@@ -46,6 +46,13 @@ def test_blocks_equal_the_whole(dtype, bound, weights):
         assert float((mine.double() - exact).norm() / exact.norm()) < bound
 
 
+def test_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
+    """As GPUs take them, wherever this runs."""
+    monkeypatch.setattr(head, "product_dtype", lambda dtype, _: dtype)
+    for mine, exact in zip(*both(torch.bfloat16, torch.Tensor.mean), strict=True):
+        assert float((mine.double() - exact).norm() / exact.norm()) < 1e-2
+
+
 def test_logits_far_apart_and_what_is_not_a_number():
     x, w, targets = problem(torch.float32)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from lmu_dist.models import chunked
+from lmu_dist.models import chunked, transforms
 from lmu_dist.models.kernels import compiled, reader
 from lmu_dist.models.lmu import LMU
 
@@ -97,6 +97,16 @@ def test_cpp_leaves_denormal_numbers_to_others():
     assert (torch.tensor([1e-30]) * torch.tensor([1e-10])).item() > 0
 
 
+def test_no_compiler_is_one_line(monkeypatch, caplog):
+    monkeypatch.setattr(compiled.cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
+    assert compiled.library.__wrapped__() is None
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "no compiled LMU, plain torch in its place: "
+        "there is no C++ compiler no-such-compiler; install g++, or name another in CXX"
+    )
+
+
 def test_plain_torch_writes_over_pre_as_the_others_do():
     assert reader.implementation(torch.float64, CPU) == "torch"
     check(reader, *problem(3, 17, torch.float64), 1e-12)
@@ -159,6 +169,7 @@ def test_triton_in_the_operator(dtype, bound, monkeypatch):
     from lmu_dist.models.kernels import device
 
     if INTERPRETED:
+        monkeypatch.setattr(transforms, "serves", lambda *_: False)
         monkeypatch.setattr(reader, "_made", lambda *_: device)
         monkeypatch.setattr(chunked, "one_by_one", lambda _: False)
     lmu, x = operator(dtype, GPU)

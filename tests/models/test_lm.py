@@ -109,6 +109,31 @@ def test_the_nucleus_is_the_fewest_that_suffice():
     assert drawn(temperature=0.5)[0] / 4000 == pytest.approx(0.25 / (0.25 + 0.04 + 0.0225 + 0.01 + 0.0025), abs=0.03)
 
 
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"temperature": -1.0}, "temperature must be 0 or more, not -1"),
+        ({"temperature": math.nan}, "temperature must be"),
+        ({"top_k": -1}, "top_k must be 0"),
+        ({"top_p": 0.0}, "top_p must be above 0"),
+        ({"top_p": 1.5}, "top_p must be above 0"),
+    ],
+)
+def test_sampling_that_means_nothing(how, said):
+    with pytest.raises(ValueError, match=said):
+        Sampling(**how)
+
+
+def test_odd_scores():
+    dice = [torch.Generator().manual_seed(i) for i in range(2)]
+    scores = torch.tensor([[0.0, 1e30, -1e30], [2.0, 1.0, 3.0]])
+    assert draw(scores, Sampling(temperature=1e-40), dice).tolist() == [1, 2]
+    assert draw(scores, Sampling(top_p=1e-9), dice).tolist() == [1, 2]
+    assert set(draw(scores, Sampling(top_k=1000), dice).tolist()) <= {0, 1, 2}
+    with pytest.raises(ValueError, match="not finite"):
+        draw(torch.tensor([[0.0, math.nan]]), Sampling(), dice[:1])
+
+
 def test_transformer_names_its_limit():
     model = build("transformer")
     with pytest.raises(ValueError, match="sequence_tokens"):

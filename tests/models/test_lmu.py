@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import lmu_block
 
-from lmu_dist.models import transforms
+from lmu_dist.models import chunked, transforms
 from lmu_dist.models.legendre import row_scale
 from lmu_dist.models.lmu import FORMS, LMU, Form, memory_readings, mixed
 
@@ -116,6 +116,55 @@ def test_fused_by_products_equals_fused_by_transforms(dtype, bound, monkeypatch)
     monkeypatch.setattr(transforms, "serves", lambda *_: False)
     for mine, other in zip(gradients_of(given, 128.0, "fused"), expected, strict=True):
         assert relative(mine, other.double().numpy()) < bound
+
+
+def test_products_of_bfloat16(monkeypatch):
+    """As processors with tiles for it and GPUs take them, wherever this runs."""
+    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    monkeypatch.setattr(chunked, "product_dtype", lambda dtype, _: dtype)
+    given, _ = problem(60, 128.0, 200, 20, 6, dtype=torch.bfloat16)
+    exact = {name: value.double() for name, value in given.items()}
+    for mine, true in zip(gradients_of(given, 128.0, "fused"), gradients_of(exact, 128.0, "recurrent"), strict=True):
+        assert relative(mine, true.numpy()) < 3e-2
+
+
+@pytest.mark.parametrize("by_products", [False, True])
+def test_tensors_with_gaps_are_read_right(by_products, monkeypatch):
+    if by_products:
+        monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    given, _ = problem(12, 20.0, 64, 5, 3, dtype=torch.float32, batch=1)
+    gaps = {
+        "x": given["x"].transpose(1, 2).contiguous().transpose(1, 2),
+        "reading": given["reading"].T.contiguous().T,
+        "bias": torch.full((1,), 0.3).expand(9),
+        "p": torch.stack([given["p"]] * 2, 1)[:, 0],
+    }
+    whole = {name: value.contiguous() for name, value in gaps.items()}
+    results = []
+    for tensors in (gaps, whole):
+        leaves = [tensors[name].detach().requires_grad_() for name in tensors]
+        out = mixed(leaves[0], leaves[1], leaves[2], leaves[3], 20.0, "fused")
+        loss = out.transpose(1, 2).contiguous().square().sum()  # its gradient comes back with gaps
+        results.append([out.detach(), *torch.autograd.grad(loss, leaves)])
+    for got, expected in zip(*results, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_one_chunk_holds_no_powers():
+    """They would be gigabytes for the largest models."""
+    x = torch.zeros(2, 256, 204)
+    plan = chunked.plan(x, 75, 250, 1024.0)
+    assert plan.single
+    assert plan.steps.powers.numel() == 0
+
+
+def test_what_generation_made_serves_training():
+    lmu, x = LMU(11, 2, 19.0, "chunked"), torch.randn(1, 8, 4)
+    with torch.inference_mode():
+        lmu(x)
+        lmu.advance(x, None)
+    lmu(x).sum().backward()
+    LMU(11, 2, 19.0, "fft")(x).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by transforms and by products

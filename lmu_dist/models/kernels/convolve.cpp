@@ -333,16 +333,17 @@ void convolve_back(const Sizes& s, const float* x, const Scalar* spectra, const 
 
 // Numbers first, then addresses: kernels/compiled.call.
 #define ENTRIES(NAME, T)                                                                                                     \
-    void lmu_convolve_##NAME(int64_t b, int64_t t, int64_t d, int64_t k, int64_t n, const float* x, const Scalar* spectra,   \
-                             const float* bias, T* y) {                                                                      \
-        convolve(Sizes{b, t, d, k, n}, x, spectra, bias, y);                                                                 \
+    int lmu_convolve_##NAME(int64_t b, int64_t t, int64_t d, int64_t k, int64_t n, const float* x, const Scalar* spectra,    \
+                            const float* bias, T* y) {                                                                       \
+        return told([&] { convolve(Sizes{b, t, d, k, n}, x, spectra, bias, y); });                                           \
     }                                                                                                                        \
-    void lmu_convolve_back_##NAME(int64_t b, int64_t t, int64_t d, int64_t k, int64_t n, const float* x,                     \
-                                  const Scalar* spectra, const T* dy, float* dx, float* dspectra, float* dbias) {            \
-        convolve_back(Sizes{b, t, d, k, n}, x, spectra, dy, dx, dspectra, dbias);                                            \
+    int lmu_convolve_back_##NAME(int64_t b, int64_t t, int64_t d, int64_t k, int64_t n, const float* x,                      \
+                                 const Scalar* spectra, const T* dy, float* dx, float* dspectra, float* dbias) {             \
+        return told([&] { convolve_back(Sizes{b, t, d, k, n}, x, spectra, dy, dx, dspectra, dbias); });                      \
     }
 
 extern "C" {
+int lmu_lanes() { return LANES; }
 ENTRIES(float32, float)
 ENTRIES(bfloat16, uint16_t)
 }

@@ -1,9 +1,11 @@
 // Sixteen numbers at once: what convolve.cpp and reader.cpp are written in. Loads and stores are float32 or bfloat16.
+// Needs g++: clang has no __builtin_shuffle.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -90,3 +92,14 @@ public:
     NoDenormals(const NoDenormals&) = delete;
 #endif
 };
+
+// What C can tell of an exception: 0, or 1 for no memory.
+template <typename Work>
+int told(const Work& work) {
+    try {
+        work();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}

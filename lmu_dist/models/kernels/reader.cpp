@@ -18,7 +18,7 @@
 
 namespace {
 
-// e^x for x <= 0, to two units in the last place; 0 below -87.
+// e^x for x <= 0, to two units in the last place; e^-87 below.
 inline Vec exp_negative(Vec x) {
     const Vec floor_ = splat(-87.0f);
     x = x < floor_ ? floor_ : x;
@@ -54,11 +54,11 @@ inline void gelu(Vec x, Vec& value, Vec& slope) {
 }
 
 // What one core works in. Rows are padded with zeros to whole vectors; Q, K and V stand one after the other.
-struct Room {
+struct Workspace {
     int rows, width, vectors, stride, pitch;
     std::vector<float> qkv, slope, weights, folded, real, dweights, grad;
 
-    Room(int rows, int width, bool backward)
+    Workspace(int rows, int width, bool backward)
         : rows(rows), width(width), vectors((width + LANES - 1) / LANES), stride(vectors * LANES), pitch((rows + LANES - 1) / LANES * LANES) {
         qkv.assign(3 * rows * stride, 0.0f);
         weights.assign(rows * pitch, 0.0f);
@@ -210,36 +210,36 @@ struct Sizes {
     int64_t chunks, tokens, rows, width;  // of a block: chunks, tokens of each, R, D
 };
 
-template <typename T, typename O>
-void forward(const Sizes& n, const T* pre, const float* p, O* out) {
+template <typename T>
+void forward(const Sizes& n, const T* pre, const float* p, T* out) {
     int64_t stride = n.chunks * n.width;
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
         NoDenormals scope;
-        Room room(n.rows, n.width, false);
+        Workspace space(n.rows, n.width, false);
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
-            room.activate(pre + i * 3 * n.rows * stride + chunk * n.width, stride, false);
-            room.attend(p);
-            room.write(out + (chunk * n.tokens + i) * n.width);
+            space.activate(pre + i * 3 * n.rows * stride + chunk * n.width, stride, false);
+            space.attend(p);
+            space.write(out + (chunk * n.tokens + i) * n.width);
         }
     });
 }
 
-template <typename T, typename O>
-void backward(const Sizes& n, T* pre, const float* p, const O* dout, float* dp) {
+template <typename T>
+void backward(const Sizes& n, T* pre, const float* p, const T* dout, float* dp) {
     int64_t stride = n.chunks * n.width;
     int workers = at::get_num_threads();
     std::vector<float> partial(static_cast<size_t>(workers) * n.rows, 0.0f);
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
         NoDenormals scope;
-        Room room(n.rows, n.width, true);
+        Workspace space(n.rows, n.width, true);
         float* mine = &partial[at::get_thread_num() * n.rows];
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
             T* at = pre + i * 3 * n.rows * stride + chunk * n.width;
-            room.activate(at, stride, true);
-            room.attend(p);
-            room.back(dout + (chunk * n.tokens + i) * n.width, p, at, stride, mine);
+            space.activate(at, stride, true);
+            space.attend(p);
+            space.back(dout + (chunk * n.tokens + i) * n.width, p, at, stride, mine);
         }
     });
     for (int w = 0; w < workers; ++w)
@@ -250,11 +250,11 @@ void backward(const Sizes& n, T* pre, const float* p, const O* dout, float* dp) 
 
 // Numbers first, then addresses: kernels/compiled.call.
 #define ENTRIES(NAME, T)                                                                                                     \
-    void lmu_read_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, const T* pre, const float* p, T* out) {                 \
-        forward(Sizes{n, c, r, d}, pre, p, out);                                                                             \
+    int lmu_read_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, const T* pre, const float* p, T* out) {                  \
+        return told([&] { forward(Sizes{n, c, r, d}, pre, p, out); });                                                       \
     }                                                                                                                        \
-    void lmu_read_back_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, T* pre, const float* p, const T* dout, float* dp) { \
-        backward(Sizes{n, c, r, d}, pre, p, dout, dp);                                                                       \
+    int lmu_read_back_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, T* pre, const float* p, const T* dout, float* dp) { \
+        return told([&] { backward(Sizes{n, c, r, d}, pre, p, dout, dp); });                                                 \
     }
 
 extern "C" {

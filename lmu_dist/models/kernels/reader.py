@@ -1,7 +1,8 @@
 """What implicit attention reads of a block of tokens, and the way back: in C++, in Triton, or the same in plain torch.
 
 Pre-activations come as a product leaves them, (C K, N D): tokens of a chunk and readings down, chunks and channels across.
-Legend: N chunks, C tokens of a chunk, D width, R reduced order, K = 3R. Called by chunked.
+Legend: N chunks, C tokens of a chunk, D width, R reduced order, K = 3R. Called by chunked, transforms
+(chunks of one token) and lmu.
 """
 
 import logging
@@ -60,7 +61,7 @@ def read(pre: Tensor, p: Tensor, out: Tensor) -> None:
     """pre (C K, N D) -> out (N, C, D)."""
     _check(pre, p, out)
     if (made := _made(pre, p)) is not None:
-        made.read(pre, p.float(), out)
+        made.read(pre, p.float().contiguous(), out)
     else:
         out.copy_(attend(_by_token(pre, out), p.to(pre.dtype)))
 
@@ -69,7 +70,7 @@ def read_back(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor) -> None:
     """From d out (N, C, D) to d pre, in the place of pre; d p is added to dp."""
     _check(pre, p, dout)
     if (made := _made(pre, p)) is not None:
-        made.read_back(pre, p.float(), dout, dp)
+        made.read_back(pre, p.float().contiguous(), dout, dp)
         return
     with torch.enable_grad():
         inputs, weights = _by_token(pre, dout).detach().requires_grad_(), p.to(pre.dtype).detach().requires_grad_()
