@@ -11,13 +11,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lmu_dist.config import load, parse, with_settings
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch.cluster import cluster
 from lmu_dist.launch.trainer import train
+from lmu_dist.models.lmu import operator
 from lmu_dist.tracking.store import default_uri
 
 STEPS = 500
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main() -> None:
@@ -32,7 +36,7 @@ def main() -> None:
         found: dict[str, dict[str, Any]] = {}
         with cluster([config]):
             for precision in ("fp32", "bf16"):
-                losses = {}
+                losses: dict[str, Any] = {"operator": operator(None, DTYPES[precision], torch.device("cpu"), 1)}
                 for form in ("fft", None):
                     settings = {"train.precision": precision, "train.lmu_form": form}
                     record = train(with_settings(config, settings), default_uri(Path(folder))).record

@@ -83,6 +83,7 @@ def test_a_run_is_trained_and_recorded(undisturbed: Finished):
     assert run.info.status == "FINISHED"
     assert run.data.tags["lmu.attempt"] == "1"
     assert run.data.tags["lmu.n_workers"] == "2"
+    assert run.data.tags["lmu.operator"] == "fused: transforms, c++"
     assert run.data.params["train.learning_rate"] == "0.01"
     assert run.inputs.dataset_inputs[0].dataset.digest == record.data_digest[:36]
     parent = store.client.get_run(run.data.tags["mlflow.parentRunId"])
