@@ -35,14 +35,14 @@ def _rows(job: str) -> Iterator[str]:
         memory = max(line.memory_bytes[first.zero_stage] for line in same) / 1e9
         work = _gpu_hours(same)
         cost = f"{_number(work)} | {_number(work / first.n_workers)}"
-        yield f"{job} | {n_params:,} | {first.n_workers} | {first.zero_stage} | {smallest} | {memory:.0f} | {cost}"
+        yield f"{job} | {n_params:,} | {first.n_workers} | {first.zero_stage} | {smallest} | {_number(memory)} | {cost}"
     assert planned.wall_seconds is not None
     cost = f"{_number(_gpu_hours(planned.lines))} | {_number(planned.wall_seconds / 3600)}"
     yield f"**{job}** | all | {planned.n_slots} | | | | {cost}"
 
 
-def _number(hours: float) -> str:
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _gpu_hours(lines: Iterable[Line]) -> float:
