@@ -14,6 +14,7 @@ Row = dict[str, Any]
 Found = dict[str, Any]
 # Tables with a row per length: the lengths stand side by side, one table for each quantity.
 SPREAD = {"points": ("n", ("tokens_per_second", "peak_bytes"))}
+WIDTH = 200  # columns at least: what a narrow terminal breaks is read all the same, what is cut off is not
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 UNITS = {"bytes": "B", "bytes_per_second": "B/s", "seconds": "s", "flops_per_second": "FLOP/s"}
 
@@ -70,7 +71,7 @@ def _ratios(before: Row, after: Row) -> Row:
 
 def show(title: str, found: Found) -> None:
     """A section's tables and notes on the terminal."""
-    console = Console(soft_wrap=False)
+    console = Console(width=max(WIDTH, Console().width))
     if "error" in found:
         console.print(f"{title}: {found['error']}", style="bold red", markup=False)
         return
