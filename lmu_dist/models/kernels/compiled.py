@@ -17,7 +17,7 @@ from lmu_dist.models.accounting import LANES
 from lmu_dist.toolchain import prepare_builds
 
 HERE = Path(__file__).parent
-SOURCES = tuple(HERE / name for name in ("lanes.h", "reader.cpp", "convolve.cpp"))
+SOURCES = tuple(HERE / name for name in ("lanes.h", "transform.h", "reader.cpp", "convolve.cpp"))
 FLAGS = (
     "-O3",
     "-fopenmp",
