@@ -18,6 +18,9 @@ HEAD, MLFLOW = "head", "mlflow"
 STORE_BYTES = 200_000_000  # shared memory of a node: what a run puts there is small, and Ray would take 30 % of the machine
 SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")  # what MLflow's own authentication asks for
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # with which jobs then come to it
+# After half a minute without a network TCP waits as long again before it sends anything; by five checks of ten seconds, which
+# is Ray's default, a node may count as lost just then.
+PATIENCE = {"RAY_health_check_failure_threshold": "10"}
 
 
 @dataclass(frozen=True)
@@ -106,17 +109,21 @@ def ray_environment(ours: Mapping[str, str], token: Path, mlflow: str, interface
     `interface` by which workers reach each other.
     """
     others = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", *SECRETS)
-    return {name: value for name, value in ours.items() if name not in others} | {
-        # Jobs are started by the name of their command, DeepSpeed builds with ninja: both stand beside this Python.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours.get('PATH', '')}",
-        # Else gloo takes the address that the host's name has, which need not be one at all.
-        "GLOO_SOCKET_IFNAME": interface,
-        "LMU_DIST_HOME": ours.get("LMU_DIST_HOME", str(token.parent)),
-        "MLFLOW_TRACKING_URI": mlflow,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    return (
+        {name: value for name, value in ours.items() if name not in others}
+        | {
+            # Jobs are started by the name of their command, DeepSpeed builds with ninja: both stand beside this Python.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ours.get('PATH', '')}",
+            # Else gloo takes the address that the host's name has, which need not be one at all.
+            "GLOO_SOCKET_IFNAME": interface,
+            "LMU_DIST_HOME": ours.get("LMU_DIST_HOME", str(token.parent)),
+            "MLFLOW_TRACKING_URI": mlflow,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        }
+        | PATIENCE
+    )
 
 
 def mlflow_command(settings: Settings, folder: Path) -> list[str]:

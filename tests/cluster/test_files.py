@@ -14,6 +14,7 @@ from manifests import Document, read
 
 from lmu_dist import __version__
 from lmu_dist.cli import cli
+from lmu_dist.launch.parts import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -68,6 +69,7 @@ def test_image_finds_ninja_also_in_login_shells_and_asks_for_a_token():
     assert "PATH=/opt/venv/bin:$PATH" in settings
     assert 'echo "PATH=/opt/venv/bin:\\$PATH" >/etc/profile.d/' in "".join(instructions("RUN"))
     assert "RAY_AUTH_MODE=token" in settings
+    assert all(f"{name}={value}" in settings for name, value in PATIENCE.items())
 
 
 @pytest.mark.parametrize("path", LAUNCHER_FILES, ids=lambda path: path.stem)
