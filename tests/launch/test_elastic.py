@@ -16,12 +16,12 @@ from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
-STEPS = 3000
+STEPS, BATCH = 3000, 2048  # long enough for Ray to find the new node before the end
 JOB = """
 experiment: elastic
 data: {{source: files, files: ["{corpus}"], tokenizer: {{vocab_tokens: 400}}}}
 model: {{n_params: 30000}}
-train: {{tokens: {tokens}, batch_tokens: 1024, sequence_tokens: 64, warmup_tokens: 20000, learning_rate: 3e-3,
+train: {{tokens: {tokens}, batch_tokens: {batch}, sequence_tokens: 64, warmup_tokens: 20000, learning_rate: 3e-3,
          eval_every_tokens: 512000, eval_tokens: 2048}}
 cluster: {{n_workers: 2, min_workers: 1, checkpoint_every_steps: 50}}
 """
@@ -37,7 +37,7 @@ def wait_until(what: Any, seconds: float = 240) -> None:
 @pytest.mark.timeout(1200)
 def test_a_run_goes_on_with_one_worker_and_again_with_two(corpus_glob: str, tmp_path: Path):
     job = tmp_path / "job.yaml"
-    job.write_text(JOB.format(corpus=corpus_glob, tokens=STEPS * 1024))
+    job.write_text(JOB.format(corpus=corpus_glob, tokens=STEPS * BATCH, batch=BATCH))
     for name in ("calm", "rough"):
         (tmp_path / name).mkdir()
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
