@@ -1,6 +1,6 @@
 """The frozen Legendre memory, in float64 numpy: (order, window, length) in, Abar, Bbar and the impulse response out.
 
-Everything here is computed once on the CPU and cast last; no parameter of it is trained. Called by lmu and the tests.
+Everything here is computed once on the CPU and cast last; no parameter of it is trained. Called by lmu, chunked and accounting.
 """
 
 from functools import lru_cache
