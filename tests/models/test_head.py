@@ -57,7 +57,8 @@ def test_logits_far_apart_and_what_is_not_a_number():
     x, w, targets = problem(torch.float32)
     with torch.no_grad():
         x.mul_(1000)
-        assert torch.allclose(head.linear_cross_entropy(x, w, targets), plain(x, w, targets))
+        expected = plain(x, w, targets)
+        assert float((head.linear_cross_entropy(x, w, targets) - expected).norm() / expected.norm()) < 1e-6
         x[3, 0] = torch.nan
         assert head.linear_cross_entropy(x, w, targets).isnan().nonzero().flatten().tolist() == [3]
 

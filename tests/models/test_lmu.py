@@ -146,8 +146,9 @@ def test_tensors_with_gaps_are_read_right(by_products, monkeypatch):
         out = mixed(leaves[0], leaves[1], leaves[2], leaves[3], 20.0, "fused")
         loss = out.transpose(1, 2).contiguous().square().sum()  # its gradient comes back with gaps
         results.append([out.detach(), *torch.autograd.grad(loss, leaves)])
+    # By norm: products of tensors with other strides may take their sums in another order, as on processors with AVX2 only.
     for got, expected in zip(*results, strict=True):
-        assert torch.allclose(got, expected, rtol=1e-5, atol=1e-6)
+        assert relative(got, expected.numpy()) < 1e-5
 
 
 def test_one_chunk_holds_no_powers():

