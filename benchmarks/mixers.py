@@ -18,8 +18,8 @@ from measure import DTYPES, Row, Section, available_bytes, exponent, interleaved
 from oracle import lmu_block
 from torch import Tensor, nn
 
-from lmu_dist.models import lmu
 from lmu_dist.models.lm import SUBLAYERS
+from lmu_dist.models.mixers.lmu import mixer as lmu
 from lmu_dist.models.shape import Shape
 
 FORMS: tuple[str, ...] = getattr(lmu, "FORMS", ("recurrent", "fft"))  # revisions before the chunked form had no list

@@ -17,7 +17,7 @@ from lmu_dist.config import load, parse, with_settings
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch.cluster import cluster
 from lmu_dist.launch.trainer import train
-from lmu_dist.models.lmu import operator
+from lmu_dist.models.mixers.lmu.mixer import operator
 from lmu_dist.tracking.store import default_uri
 
 STEPS = 500

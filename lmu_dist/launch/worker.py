@@ -29,7 +29,7 @@ from lmu_dist.launch.cell import FORKS, Cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, tell_result, write_record
 from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.models.lmu import operator
+from lmu_dist.models.mixers.lmu.mixer import operator
 from lmu_dist.records import EvalMetrics
 from lmu_dist.storage import fetch_folder
 from lmu_dist.toolchain import prepare_builds

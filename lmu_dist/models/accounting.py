@@ -8,7 +8,7 @@ n sequence length.
 import math
 from dataclasses import dataclass
 
-from lmu_dist.models import legendre
+from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.shape import Shape
 
 LOGITS = 2**23  # that exist at once: 32 MB (models/head)
@@ -126,7 +126,7 @@ def _sublayer_fft_flops(name: str, s: Shape) -> float:
 
 def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: int) -> int:
     """Tokens C of a chunk with the fewest multiply-adds per token and channel of the LMU in chunks, forward and backward;
-    `length` itself if one chunk is best (models/chunked)."""
+    `length` itself if one chunk is best (models/mixers/lmu/chunked)."""
 
     def cost(chunk: int) -> float:
         if chunk >= length:
@@ -140,7 +140,7 @@ def chunk_tokens(order: int, n_readings: int, width: int, length: int, n_rows: i
 
 
 def transform_points(length: int, order: int, theta_tokens: float) -> int:
-    """Points of the Fourier transforms that convolve `length` tokens on a processor (models/transforms): a power of two,
+    """Points of the Fourier transforms that convolve `length` tokens on a processor (models/mixers/lmu/fourier): a power of two,
     of which half holds the row, or the memory's span where that is shorter."""
     # The span is looked for only where it can be shorter than the row: it is never less than the window.
     reach = length if length <= theta_tokens else min(length, legendre.span(order, theta_tokens))

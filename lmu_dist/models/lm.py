@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmu_dist.models.attention import Attention
 from lmu_dist.models.head import linear_cross_entropy
-from lmu_dist.models.lmu import LMU, Form
-from lmu_dist.models.lstm import LSTM
+from lmu_dist.models.mixers.attention import Attention
+from lmu_dist.models.mixers.lmu.mixer import LMU, Form
+from lmu_dist.models.mixers.lstm import LSTM
 from lmu_dist.models.shape import Shape
 
 

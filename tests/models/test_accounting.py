@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmu_dist.models import accounting, chunked, transforms
+from lmu_dist.models import accounting
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.models.lmu import Form
+from lmu_dist.models.mixers.lmu import chunked, fourier
+from lmu_dist.models.mixers.lmu.mixer import Form
 from lmu_dist.models.shape import FAMILIES
 from lmu_dist.models.sizing import shape_for
 
@@ -109,7 +110,7 @@ def test_activation_bytes_are_what_autograd_keeps(shape):
 def test_what_a_gpu_keeps(n_params, length, n_rows, monkeypatch):
     """The form that runs there, run here."""
     made = chunked.plan
-    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    monkeypatch.setattr(fourier, "serves", lambda *_: False)
     monkeypatch.setattr(chunked, "plan", lambda *given: made(*given)._replace(keep=False))
     shape = shape_for("lmu", n_params, vocab_tokens=256, sequence_tokens=length)
     kept = saved_bytes(shape, n_rows)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from lmu_dist.models import chunked, transforms
 from lmu_dist.models.kernels import compiled, reader
-from lmu_dist.models.lmu import LMU
+from lmu_dist.models.mixers.lmu import chunked, fourier
+from lmu_dist.models.mixers.lmu.mixer import LMU
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
@@ -169,7 +169,7 @@ def test_triton_in_the_operator(dtype, bound, monkeypatch):
     from lmu_dist.models.kernels import device
 
     if INTERPRETED:
-        monkeypatch.setattr(transforms, "serves", lambda *_: False)
+        monkeypatch.setattr(fourier, "serves", lambda *_: False)
         monkeypatch.setattr(reader, "_made", lambda *_: device)
         monkeypatch.setattr(chunked, "one_by_one", lambda _: False)
     lmu, x = operator(dtype, GPU)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.signal import cont2discrete
 
-from lmu_dist.models.legendre import continuous, discrete, impulse_response, row_scale, span
+from lmu_dist.models.mixers.lmu.legendre import continuous, discrete, impulse_response, row_scale, span
 
 
 def test_matrices_of_order_three():

@@ -5,9 +5,9 @@ import pytest
 import torch
 from oracle import lmu_block
 
-from lmu_dist.models import chunked, transforms
-from lmu_dist.models.legendre import row_scale
-from lmu_dist.models.lmu import FORMS, LMU, Form, memory_readings, mixed
+from lmu_dist.models.mixers.lmu import chunked, fourier
+from lmu_dist.models.mixers.lmu.legendre import row_scale
+from lmu_dist.models.mixers.lmu.mixer import FORMS, LMU, Form, memory_readings, mixed
 
 # (order, theta, length, width, reduced order): a length that is no power of two, q > n, q' = 1, q = 1, the paper's ratio
 SHAPES = [
@@ -113,14 +113,14 @@ def test_sublayer_reads_the_papers_basis():
 def test_fused_by_products_equals_fused_by_transforms(dtype, bound, monkeypatch):
     given, _ = problem(60, 128.0, 200, 20, 6, dtype=dtype)
     expected = gradients_of(given, 128.0, "fused")
-    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    monkeypatch.setattr(fourier, "serves", lambda *_: False)
     for mine, other in zip(gradients_of(given, 128.0, "fused"), expected, strict=True):
         assert relative(mine, other.double().numpy()) < bound
 
 
 def test_products_of_bfloat16(monkeypatch):
     """As processors with tiles for it and GPUs take them, wherever this runs."""
-    monkeypatch.setattr(transforms, "serves", lambda *_: False)
+    monkeypatch.setattr(fourier, "serves", lambda *_: False)
     monkeypatch.setattr(chunked, "product_dtype", lambda dtype, _: dtype)
     given, _ = problem(60, 128.0, 200, 20, 6, dtype=torch.bfloat16)
     exact = {name: value.double() for name, value in given.items()}
@@ -131,7 +131,7 @@ def test_products_of_bfloat16(monkeypatch):
 @pytest.mark.parametrize("by_products", [False, True])
 def test_tensors_with_gaps_are_read_right(by_products, monkeypatch):
     if by_products:
-        monkeypatch.setattr(transforms, "serves", lambda *_: False)
+        monkeypatch.setattr(fourier, "serves", lambda *_: False)
     given, _ = problem(12, 20.0, 64, 5, 3, dtype=torch.float32, batch=1)
     gaps = {
         "x": given["x"].transpose(1, 2).contiguous().transpose(1, 2),

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmu_dist.models import chunked, legendre, transforms
 from lmu_dist.models.kernels import reader
+from lmu_dist.models.mixers.lmu import chunked, fourier, legendre
 from lmu_dist.models.precision import product_dtype
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
@@ -70,7 +70,7 @@ def memory_readings(
 
     recurrent: M_t = Abar M_{t-1} + Bbar x_t, token by token (eq. 1): the reference, and the way to generate.
     fft: (L H) * x, the reading folded into the impulse response (appendix A.1), K convolutions in place of Q.
-    chunked: matrix products over chunks of tokens (models/chunked).
+    chunked: matrix products over chunks of tokens (models/mixers/lmu/chunked).
     All carry a state from call to call exactly: the fft form adds L Abar^t M_0 and closes with
     M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state (a row from its start) None comes back for it.
     States are float64, since a recurrence piles up what it rounds; convolutions run in float32, or float64 if x is.
@@ -148,19 +148,19 @@ def mixed(
     `reading` over the memory's row scale.
 
     recurrent, fft, chunked: `implicit_attention` to `memory_readings`, which autograd keeps. fused: one operator, whose way
-    back is written by hand, by transforms or by products of chunks (models/transforms, models/chunked).
+    back is written by hand, by transforms or by products of chunks (models/mixers/lmu/fourier, models/mixers/lmu/chunked).
 
     Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for gradients, as sums are
     taken in float32 (tests/models/test_lmu.py).
     """
     form = form or best_form(x.dtype, x.device)
-    if form == "fused" and not transforms.serves(x.dtype, x.device):
+    if form == "fused" and not fourier.serves(x.dtype, x.device):
         k, q = reading.shape
         return chunked.attended(x, reading, bias, p, chunked.plan(x, k, q, theta_tokens))
     papers = in_papers_basis(reading, theta_tokens)
     if form == "fused":
         h = memory(reading.shape[1], theta_tokens, x.shape[1], papers.dtype, x.device).h
-        return transforms.attended(x, papers, bias, p, theta_tokens, h)
+        return fourier.attended(x, papers, bias, p, theta_tokens, h)
     readings, _ = memory_readings(x, papers, theta_tokens, form=form)
     return implicit_attention(readings.to(x.dtype), bias, p)
 
@@ -176,7 +176,7 @@ def operator(form: Form | None, dtype: torch.dtype, device: torch.device, rows: 
     form = form or best_form(dtype, device)
     if form != "fused":
         return form
-    if transforms.serves(dtype, device):
+    if fourier.serves(dtype, device):
         return "fused: transforms, c++"
     return f"fused: products, {reader.implementation(product_dtype(dtype, device), device, rows)}"
 

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmu_dist.models import legendre
 from lmu_dist.models.accounting import chunk_tokens
 from lmu_dist.models.kernels import reader
+from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.precision import product_dtype
 
 BLOCK = 2**21  # readings of a block: 8 MB in float32, near the processor

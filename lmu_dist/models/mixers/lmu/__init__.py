@@ -1,0 +1,1 @@
+"""The LMU mixer, the frozen Legendre memory it reads (legendre), and the forms in which both are computed."""
