@@ -1,59 +1,62 @@
-# The whole project in a few words: `make help`. Every target sets up the environment it needs.
+# Development commands; `make help` lists them. Every target first sets up the environment it needs.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup run test test-all check bench cluster-up cluster-status cluster-down clean tools
+.PHONY: help setup run test test-all check bench cluster-up cluster-status cluster-down clean tools docs
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 tools:
-	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or say make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no C headers (Python.h); install them (apt-get install python3-dev)"; exit 1; }
-	@command -v g++ >/dev/null || { echo "lmu-dist needs g++, with which DeepSpeed compiles its CPU collectives; install it (apt-get install g++)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "lmu-dist needs g++ to compile DeepSpeed's CPU collectives; install it (apt-get install g++)"; exit 1; }
 
-setup: tools $(STAMP) ## virtual environment in .venv with the exact versions of requirements.lock
+setup: tools $(STAMP) ## create the virtual environment .venv with the exact versions of requirements.lock
 
 $(STAMP): pyproject.toml requirements.lock
 	@$(MAKE) --no-print-directory tools
-	@echo "installing into $(VENV), some minutes ..."
+	@echo "installing into $(VENV), this takes some minutes ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-run: setup ## a small scaling study on this machine: 16 cells on Ray, ZeRO 1, MLflow; and its report
+run: setup ## run a small scaling study on this machine (16 cells on Ray, ZeRO 1, MLflow) and write its report
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
 	$(BIN)/lmu-dist report quickstart -o report
 
-test: setup ## tests, some twenty minutes on two cores
+test: setup ## run the fast tests, about twenty minutes on two cores
 	$(BIN)/pytest -m 'not slow'
 
-test-all: setup ## also the slow tests
+test-all: setup ## run all tests, also the slow ones
 	$(BIN)/pytest
 
-check: setup ## format, lint, types, import rules, known holes
+check: setup ## check format, lint, types, import rules and known vulnerabilities of dependencies
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/python tests/audit.py
 
-bench: setup ## speed and memory, as JSON and tables; OUT=bench.json SECTIONS="mixers head" BASE=REV DEVICE=cuda
+docs: setup ## regenerate docs/configuration.md from the comments in lmu_dist/config
+	$(BIN)/python docs/make_configuration.py
+
+bench: setup ## measure speed and memory, as tables and JSON; OUT=bench.json SECTIONS="mixers head" BASE=REV DEVICE=cuda
 	$(BIN)/python benchmarks/speed.py $(SECTIONS) --json $(or $(OUT),bench.json) $(if $(BASE),--base $(BASE)) $(if $(DEVICE),--device $(DEVICE))
 
-cluster-up: setup ## Ray nodes, a token and MLflow on this machine; NODES=2 CPUS=1; what to export is printed
+cluster-up: setup ## start Ray nodes, with a token, and MLflow on this machine and print what to export; NODES=2 CPUS=1
 	@$(BIN)/lmu-dist cluster up $(if $(NODES),--nodes $(NODES)) $(if $(CPUS),--cpus $(CPUS))
 
-cluster-status: setup ## what runs of it
+cluster-status: setup ## show the processes of that cluster
 	@$(BIN)/lmu-dist cluster status
 
-cluster-down: setup ## ends it, and no other Ray on this machine
+cluster-down: setup ## stop that cluster, and no other Ray on this machine
 	@$(BIN)/lmu-dist cluster down
 
-clean: ## removes the environment and caches; runs and records stay
+clean: ## delete the environment and caches; runs and records stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

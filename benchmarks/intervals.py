@@ -1,11 +1,12 @@
-"""How often the 90 % intervals hold the truth: studies with known laws and noise, fitted as real ones are. Prints one JSON
-line each.
+"""Measures how often the 90 % intervals contain the truth, in simulated studies with known laws and noise.
+
+Prints one JSON line per design:
 
     .venv/bin/python benchmarks/intervals.py --studies 200 --resamples 200
 
-A study is two families on one grid, the second with its tokens worth four times as much. Asked for: the exponents of the
-first, and the data-efficiency factor between both laws at the middle size. A fit without a certificate has no interval and
-is counted apart.
+A study has two families on one grid; a token of the second is worth four tokens of the first. Measured are the intervals of the
+exponents of the first family, and of the data-efficiency factor between both laws at the middle size. A fit that fails a check
+has no interval; `of` counts the intervals.
 """
 
 import argparse
@@ -15,16 +16,16 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmu_dist.scaling.certificate import certify, too_wide, unfit
-from lmu_dist.scaling.efficiency import from_laws
+from lmu_dist.scaling.diagnostics import check_intervals, check_table, diagnose
+from lmu_dist.scaling.efficiency import factor_from_laws
 from lmu_dist.scaling.fit import Fit, fit
-from lmu_dist.scaling.intervals import of_parameters, resampled, weights, widening
+from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples, parameter_intervals, small_sample_correction
 from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
-from lmu_dist.scaling.table import Rows, rows_of
+from lmu_dist.scaling.table import Rows, rows_from_columns
 
-FACTOR = 4.0
-# Sizes, budgets, seeds, deviation of ln loss, and its shape. No sizes: sizes and budgets at random; minus six: of each of six
-# sizes budgets of 5, 20, 80, 320 tokens per parameter.
+TRUE_FACTOR = 4.0
+# Sizes, budgets, seeds, standard deviation of ln loss, and its distribution. 0 sizes: sizes and budgets at random; -6: six
+# sizes, each with budgets of 5, 20, 80 and 320 tokens per parameter.
 DESIGNS = {
     "7x7": (7, 7, 1, 0.01, "normal"),
     "5x4": (5, 4, 1, 0.005, "normal"),
@@ -39,8 +40,8 @@ DESIGNS = {
 
 
 def simulate(design: str, rng: np.random.Generator) -> tuple[Rows, Rows]:
-    """The tables of the two families."""
-    n_sizes, n_budgets, n_seeds, deviation, shape = DESIGNS[design]
+    """Returns the simulated tables of the two families."""
+    n_sizes, n_budgets, n_seeds, deviation, distribution = DESIGNS[design]
     if n_sizes < 0:
         n, ratio = np.meshgrid(np.logspace(7, 9, -n_sizes), 5 * 4.0 ** np.arange(n_budgets))
         n, d = np.repeat(n.ravel(), n_seeds), np.repeat((n * ratio).ravel(), n_seeds)
@@ -50,72 +51,74 @@ def simulate(design: str, rng: np.random.Generator) -> tuple[Rows, Rows]:
     else:
         n, d = 10 ** rng.uniform(6, 9.5, n_budgets), 10 ** rng.uniform(8, 11, n_budgets)
     tables = []
-    for law in (HOFFMANN, better()):
-        z = rng.standard_t(3, size=len(n)) / np.sqrt(3) if shape == "t3" else rng.normal(size=len(n))
-        if shape == "one of twenty":
+    for law in (HOFFMANN, new_family_law()):
+        z = rng.standard_t(3, size=len(n)) / np.sqrt(3) if distribution == "t3" else rng.normal(size=len(n))
+        if distribution == "one of twenty":
             z = np.where(rng.random(len(n)) < 0.05, 10 * z, z)
-        tables.append(rows_of(n, d, law.loss(n, d) * np.exp(deviation * z)))
+        tables.append(rows_from_columns(n, d, law.loss(n, d) * np.exp(deviation * z)))
     return tables[0], tables[1]
 
 
-def better() -> Chinchilla:
-    """The law whose tokens are worth FACTOR."""
-    return replace(HOFFMANN, B=HOFFMANN.B * FACTOR**-HOFFMANN.beta)
+def new_family_law() -> Chinchilla:
+    """Returns the law of the second family, whose tokens are worth TRUE_FACTOR times as much."""
+    return replace(HOFFMANN, B=HOFFMANN.B * TRUE_FACTOR**-HOFFMANN.beta)
 
 
-def certified(rows: Rows) -> Fit | None:
-    """The fit, if it may be shown."""
-    if unfit(Chinchilla, rows):
+def fit_if_checks_pass(rows: Rows) -> Fit | None:
+    """Returns the fit, or None if it fails a check."""
+    if check_table(Chinchilla, rows):
         return None
-    found = fit(Chinchilla, rows)
-    return found if certify(found, rows).ok else None
+    fitted = fit(Chinchilla, rows)
+    return fitted if diagnose(fitted, rows).passed else None
 
 
-def holds(interval: tuple[float, float] | None, truth: float) -> bool | None:
-    """Whether an interval covers; None without one."""
+def contains(interval: tuple[float, float] | None, truth: float) -> bool | None:
+    """Returns whether an interval contains the truth; None if there is no interval."""
     return None if interval is None else interval[0] <= truth <= interval[1]
 
 
-def study(design: str, seed: int, n_resamples: int) -> dict[str, bool | None]:
-    """One simulated study: what its intervals hold."""
+def simulate_study(design: str, seed: int, n_resamples: int) -> dict[str, bool | None]:
+    """Simulates one study and returns which of its intervals contain the truth."""
     tables = simulate(design, np.random.default_rng(seed))
-    fits = [certified(rows) for rows in tables]
+    fits = [fit_if_checks_pass(rows) for rows in tables]
     base, new = fits
     if base is None or new is None:
         return {"alpha": None, "beta": None, "factor": None}
-    drawn = weights([str(i) for i in range(len(tables[0]))], n_resamples, seed)
-    laws = [resampled(found, rows, drawn) for found, rows in zip((base, new), tables, strict=True)]
-    widen = widening(base, tables[0], len(tables[0]))
-    ends = of_parameters(base.law, laws[0], widen)
+    resample_weights = bootstrap_weights([str(i) for i in range(len(tables[0]))], n_resamples, seed)
+    laws = [fit_resamples(fitted, rows, resample_weights) for fitted, rows in zip((base, new), tables, strict=True)]
+    correction = small_sample_correction(base, tables[0], len(tables[0]))
+    intervals = parameter_intervals(base.law, laws[0], correction)
     if any(
-        too_wide(of_parameters(f.law, drawn_laws, widen), Chinchilla) for f, drawn_laws in zip((base, new), laws, strict=True)
+        check_intervals(parameter_intervals(f.law, resampled_laws, correction), Chinchilla)
+        for f, resampled_laws in zip((base, new), laws, strict=True)
     ):
         return {"alpha": None, "beta": None, "factor": None}
-    seen = (float(tables[0].tokens.min()), float(tables[0].tokens.max()))
-    middle = float(np.exp(np.log(tables[0].n_params).mean()))
-    factor = from_laws(base.law, new.law, middle, (seen, seen), list(zip(*laws, strict=True)), widen)  # pyright: ignore
+    token_range = (float(tables[0].tokens.min()), float(tables[0].tokens.max()))
+    middle_size = float(np.exp(np.log(tables[0].n_params).mean()))
+    pairs, ranges = list(zip(*laws, strict=True)), (token_range, token_range)
+    factor = factor_from_laws(base.law, new.law, middle_size, ranges, pairs, correction)  # pyright: ignore
     return {
-        "alpha": holds(ends.get("alpha"), HOFFMANN.alpha),
-        "beta": holds(ends.get("beta"), HOFFMANN.beta),
-        "factor": holds(factor.interval, FACTOR),
+        "alpha": contains(intervals.get("alpha"), HOFFMANN.alpha),
+        "beta": contains(intervals.get("beta"), HOFFMANN.beta),
+        "factor": contains(factor.interval, TRUE_FACTOR),
     }
 
 
 def main() -> None:
-    """Runs the designs asked for."""
+    """Runs the selected designs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--studies", type=int, default=200)
     parser.add_argument("--resamples", type=int, default=200)
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
-    asked = parser.parse_args()
-    for design in asked.designs:
-        began = time.monotonic()
-        found = [study(design, seed, asked.resamples) for seed in range(asked.studies)]
+    arguments = parser.parse_args()
+    for design in arguments.designs:
+        started_at = time.monotonic()
+        studies = [simulate_study(design, seed, arguments.resamples) for seed in range(arguments.studies)]
         covered = {}
         for name in ("alpha", "beta", "factor"):
-            known = [bool(f[name]) for f in found if f[name] is not None]
+            known = [bool(f[name]) for f in studies if f[name] is not None]
             covered[name] = {"covered": round(float(np.mean(known)), 3) if known else None, "of": len(known)}
-        print(json.dumps({"design": design, **covered, "seconds": round(time.monotonic() - began)}), flush=True)
+        print(json.dumps({"design": design, **covered, "seconds": round(time.monotonic() - started_at)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Time, memory and ceilings of this machine, for all sections of speed.py: a function to run in, numbers out.
+"""Timing and memory measurement for all sections of speed.py, and the section `ceilings` (peak speeds of this machine).
 
-What was measured is a float in every row of a section, what it was measured on is a string or an integer, and None is what
-could not be measured; speed.py tells rows of two revisions apart by that.
+In each row of a section, measured values are floats, or None where a measurement failed. The conditions of the measurement are
+strings or integers; speed.py matches the rows of two revisions by them.
 """
 
 import ctypes
@@ -25,28 +25,28 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Section:
-    """What a section found: tables of rows, and what else is to be said: what it left out, and why."""
+    """Results of a section: tables of rows, and notes such as what was left out and why."""
 
     tables: dict[str, list[Row]]
     notes: list[str] = field(default_factory=list)
 
 
 def synchronized(device: torch.device) -> float:
-    """The time, when all that was asked of the device is done."""
+    """The current time in seconds, after all queued work of the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seconds(run: Run, device: torch.device) -> float:
-    """Of one call."""
+    """Seconds of one call of `run`."""
     began = synchronized(device)
     run()
     return synchronized(device) - began
 
 
 def interleaved(runs: Mapping[K, Run], device: torch.device, repeats: int | Mapping[K, int]) -> dict[K, list[float]]:
-    """Seconds of every call, A B C A B C .., so that all meet the same noise. The caller has warmed up."""
+    """Seconds of each call, in the order A B C A B C .., so that noise affects all runs alike. The caller warms up."""
     wanted = dict.fromkeys(runs, repeats) if isinstance(repeats, int) else repeats
     found: dict[K, list[float]] = {key: [] for key in runs}
     for i in range(max(wanted.values())):
@@ -57,27 +57,27 @@ def interleaved(runs: Mapping[K, Run], device: torch.device, repeats: int | Mapp
 
 
 def ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    """Median over repeats of a / b."""
+    """Median of a / b over repeats."""
     return statistics.median(x / y for x, y in zip(a, b, strict=True))
 
 
 def status_bytes(name: str) -> float:
-    """VmRSS or VmHWM of this process."""
+    """VmRSS (resident memory) or VmHWM (its peak) of this process, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name + ":"))
     return float(line.split()[1]) * 1024
 
 
 def trim() -> None:
-    """Gives what is free back to the kernel; workers' settings of malloc (KEEP_MEMORY) keep it otherwise."""
+    """Returns free heap memory to the kernel, which the workers' malloc settings (MALLOC_SETTINGS) would keep."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_bytes(run: Run, device: torch.device) -> float | None:
-    """The most memory that `run` needs beside what was there before. None where the kernel does not tell.
+    """Peak memory of `run` in bytes, in addition to what was allocated before. None if the kernel does not report it.
 
-    On a CPU the high-water mark of the process, set back first: unlike torch's profiler it also sees what libraries and our own
-    kernel allocate for themselves. Pages count when they are touched, so memory is given back before.
+    On a CPU this is the process's high-water mark, which is reset first. Unlike torch's profiler it includes allocations inside
+    libraries and our own kernel. A page counts when it is first touched, so free memory is returned to the kernel before.
     """
     if device.type == "cuda":
         gc.collect()
@@ -98,7 +98,7 @@ def peak_bytes(run: Run, device: torch.device) -> float | None:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that a measurement may plan with."""
+    """Free memory of the device in bytes; infinite if unknown."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
     try:
@@ -109,12 +109,12 @@ def available_bytes(device: torch.device) -> float:
 
 
 def exponent(tokens: Sequence[int], values: Sequence[float]) -> float:
-    """k of values ~ tokens^k, by least squares of logarithms."""
+    """Exponent k of the fit values ~ tokens^k, by least squares of logarithms."""
     return float(np.polyfit(np.log(tokens), np.log(values), 1)[0])
 
 
 def matmul_flops(dtype: torch.dtype, device: torch.device, quick: bool) -> float:
-    """Most FLOP/s of a square product, of several."""
+    """FLOP/s of a square matrix product, the best of several."""
     n = 512 if quick else 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     (a @ b).sum()
@@ -122,14 +122,14 @@ def matmul_flops(dtype: torch.dtype, device: torch.device, quick: bool) -> float
 
 
 def copy_bytes(device: torch.device, quick: bool) -> float:
-    """Most bytes/s read and written by a copy too large for caches."""
+    """Bytes/s read and written by a copy larger than the caches, the best of several."""
     a = torch.ones((2**24 if quick else 2**28) * (4 if device.type == "cuda" else 1), dtype=torch.uint8, device=device)
     b = torch.empty_like(a).copy_(a)
     return 2 * a.numel() / min(seconds(lambda: b.copy_(a), device) for _ in range(8))
 
 
 def ceilings(device: torch.device, quick: bool) -> Section:
-    """Section `ceilings`: what products and copies reach here, whatever the model."""
+    """Section `ceilings`: peak speed of matrix products and copies on this machine."""
     rows: list[Row] = [
         {"ceiling": f"matmul {name}", "flops_per_second": matmul_flops(dtype, device, quick), "bytes_per_second": None}
         for name, dtype in DTYPES.items()

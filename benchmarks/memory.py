@@ -1,10 +1,10 @@
-"""What a worker holds under ZeRO against what `lmu-dist plan` says: bytes in JSON out, a table on stderr.
+"""Memory of a worker under ZeRO, measured and as `lmu-dist plan` estimates it: JSON on stdout, a table on stderr.
 
     DS_ACCELERATOR=cpu PYTHONPATH=tests python benchmarks/memory.py --workers 1 2 4 --n-params 1e6
 
-For every stage, number of workers and precision, of the worker that holds most: the model state by what it is for, found by
-walking the engine's own attributes when backward has ended and again before weights move; and the peak of all live tensors in
-a step. Tokens are so few that activations hardly count. tests/train/test_memory.py does the same with a small model.
+For each stage, number of workers and precision, it reports the worker with the most memory: bytes of weights, gradients and
+optimizer state, read from the engine's attributes after the backward pass and again before the update; and the peak of all live
+tensors in a step. Batches are so small that activations hardly count. tests/train/test_memory.py uses a small model.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from gang import gang
+from spawn_ranks import spawn_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,13 +33,13 @@ from lmu_dist.train.engine import Engine
 
 STAGES = (0, 1, 2, 3)
 VOCAB, LENGTH = 61, 4
-STEPS_BEFORE = 3  # DeepSpeed has Adam's state after the first, and knows what to prefetch at stage 3 after the second
-STEPS_WATCHED = 3  # gloo's threads let go of buffers when they get to it, now and then a bucket or two late: the least counts
+WARMUP_STEPS = 3  # the first step creates Adam's state, the second records what stage 3 prefetches
+MEASURED_STEPS = 3  # the smallest peak counts, because gloo's threads sometimes free a bucket or two late
 
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes of one worker, measured and planned."""
+    """Memory of one worker in bytes, measured and planned."""
 
     zero_stage: int
     n_workers: int
@@ -48,69 +48,69 @@ class Row:
     weights: int
     gradients: int
     optimizer: int
-    peak: int  # of everything, activations too
+    peak: int  # of all tensors, including activations
     planned_weights: float
     planned_gradients: float
     planned_optimizer: float
-    planned_peak: float  # what `plan` shows: model state, buffers and activations
+    planned_peak: float  # as `plan` prints it: model state, buffers and activations
 
     @property
     def state_ratio(self) -> float:
-        """Weights, gradients and optimizer state as measured over what was planned."""
+        """Weights, gradients and optimizer state: measured / planned."""
         measured = self.weights + self.gradients + self.optimizer
         return measured / (self.planned_weights + self.planned_gradients + self.planned_optimizer)
 
     @property
     def peak_ratio(self) -> float:
-        """The peak as measured over what was planned."""
+        """Peak memory: measured / planned."""
         return self.peak / self.planned_peak
 
 
-class Watch(TorchDispatchMode):
-    """Bytes of all tensors that are alive, and the most they have been: of those given, and of what operators return."""
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all live tensors and their peak: the given tensors, and those that operators return."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._known = set[int]()
         for tensor in tensors:
-            self._see(tensor)
+            self._add(tensor)
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operator and looks at what it returned."""
+        """Runs an operator and counts the tensors it returns."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
+                self._add(leaf)
         return result
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata in self._known or tensor.device.type == "meta":
             return
         self._known.add(storage._cdata)
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
 
-    def _gone(self, storage: int, n_bytes: int) -> None:
+    def _remove(self, storage: int, n_bytes: int) -> None:
         self._known.discard(storage)
         self.live -= n_bytes
 
 
 def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_params: int) -> list[Row]:
-    """The rows of some stages and precisions, on the workers of this process group; collective."""
+    """Measures some stages and precisions on the workers of this process group. Collective."""
     n_workers = dist.get_world_size()
     shape = shape_for(family, n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
     tokens = n_workers * LENGTH
     train = TrainConfig(tokens=tokens, batch_tokens=tokens, sequence_tokens=LENGTH, warmup_tokens=0)
     rows = []
     for precision, stage in itertools.product(precisions, stages):
-        elsewhere = {_storage(t) for t in _tensors()}
+        unrelated = {_storage(t) for t in _tensors()}
         settings = replace(train, precision=precision)
         engine = Engine(LanguageModel(shape), settings, ClusterConfig(zero_stage=stage), torch.device("cpu"))
         planned = accounting.zero_memory(shape, stage, n_workers, precision)
-        found = _measure(engine, elsewhere)
+        found = _measure(engine, unrelated)
         rows.append(
             Row(
                 zero_stage=stage,
@@ -128,36 +128,38 @@ def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_par
     return rows
 
 
-def _measure(engine: Engine, elsewhere: set[int]) -> dict[str, int]:
-    """Bytes by what they are for, on this rank, in a step; storages `elsewhere` are not counted."""
+def _measure(engine: Engine, unrelated: set[int]) -> dict[str, int]:
+    """Bytes of weights, gradients and optimizer state, and the peak, of this rank in a step, without `unrelated` storages."""
     ids = torch.arange(LENGTH + 1).remainder(VOCAB)[None]
     batch = Batch(ids[:, :-1], ids[:, 1:])
-    for _ in range(STEPS_BEFORE):
+    for _ in range(WARMUP_STEPS):
         engine.step(batch, 1e-3)
     found: dict[str, int] = dict.fromkeys(("weights", "gradients", "optimizer"), 0)
 
-    def looking(method: Callable[..., Any]) -> Callable[..., Any]:
-        def look_and_go_on(*args: Any, **kwargs: Any) -> Any:
+    def measuring(method: Callable[..., Any]) -> Callable[..., Any]:
+        """The method, preceded by a measurement of the model state."""
+
+        def measure_then_call(*args: Any, **kwargs: Any) -> Any:
             for name, n_bytes in _state(engine).items():
                 found[name] = max(found[name], n_bytes)
             return method(*args, **kwargs)
 
-        return look_and_go_on
+        return measure_then_call
 
     ds = engine._ds
-    ds.allreduce_gradients = looking(ds.allreduce_gradients)  # called where autograd has ended
-    ds.step = looking(ds.step)
+    ds.allreduce_gradients = measuring(ds.allreduce_gradients)  # called at the end of the backward pass
+    ds.step = measuring(ds.step)
     peaks = []
-    for _ in range(STEPS_WATCHED):
+    for _ in range(MEASURED_STEPS):
         gc.collect()
-        with Watch(t for t in _tensors() if _storage(t) not in elsewhere) as watch:
+        with LiveTensors(t for t in _tensors() if _storage(t) not in unrelated) as live:
             engine.step(batch, 1e-3)
-        peaks.append(watch.peak)
+        peaks.append(live.peak)
     return found | {"peak": min(peaks)}
 
 
 def _state(engine: Engine) -> dict[str, int]:
-    """Bytes of the model state that the engine holds now. What is reached first is not counted again."""
+    """Bytes of weights, optimizer state and gradients that the engine holds now. A storage counts once, for its first kind."""
     zero, parameters = engine._optimizer, list(engine.model.parameters())
     adam = engine._ds.basic_optimizer
     masters = list(adam.state)
@@ -186,21 +188,21 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def main() -> None:
-    """Prints the JSON object, and a table beside it."""
+    """Prints the JSON object on stdout and a table on stderr."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--n-params", type=float, default=1e6)
     parser.add_argument("--family", default="transformer")
     given = parser.parse_args()
     result = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # DeepSpeed's processes say things on stdout
+    os.dup2(2, 1)  # DeepSpeed's processes print to stdout
     rows = list[Row]()
     form = "{:>5} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}"
-    print("bytes per parameter of the model, of the worker that holds most; ratios: measured / planned", file=sys.stderr)
+    print("bytes per model parameter on the worker with the most memory; ratios: measured / planned", file=sys.stderr)
     names = ("stage", "workers", "precision", "weights", "gradients", "optimizer", "peak", "state", "peak")
     print(form.format(*names), file=sys.stderr)
     for n_workers in given.workers:
-        for row in gang(n_workers, measure, STAGES, ("fp32", "bf16"), given.family, int(given.n_params)):
+        for row in spawn_ranks(n_workers, measure, STAGES, ("fp32", "bf16"), given.family, int(given.n_params)):
             rows.append(row)
             each = [f"{n / row.parameters:.2f}" for n in (row.weights, row.gradients, row.optimizer, row.peak)]
             ratios = [f"{ratio:.3f}" for ratio in (row.state_ratio, row.peak_ratio)]

@@ -1,8 +1,8 @@
-"""Speed of preparing against the bare tokenizer on the same cores: `python benchmarks/prepare.py [CONFIG] [key=value ...]`.
+"""Speed of `prepare` against the bare tokenizer on the same cores: `python benchmarks/prepare.py [CONFIG] [key=value ...]`.
 
-Side by side in interleaved repeats, one JSON object out: seconds of `encode_batch` over all documents at once with all
-of the tokenizer's own threads; seconds of preparing with the vocabulary already there (reading, JSON, hashing, packing and
-writing included, process starts too); their ratio, and the peak memory of each.
+Prints one JSON object, from interleaved repeats: seconds of one `encode_batch` over all documents with all threads of the
+tokenizer; seconds of preparing with an existing tokenizer (including reading, JSON, hashing, packing, writing and process
+starts); their ratio; and the peak memory of each.
 """
 
 import json
@@ -19,15 +19,20 @@ from pathlib import Path
 
 from lmu_dist.config import Config, DataConfig, TokenizerConfig, load
 from lmu_dist.data.prepare import prepare
-from lmu_dist.data.sources import Document, list_units, read
+from lmu_dist.data.sources import Document, read
 from lmu_dist.data.tokenizer import load as load_tokenizer
+
+try:
+    from lmu_dist.data.sources import list_shards
+except ImportError:  # speed.py --base with a revision before it got this name
+    from lmu_dist.data.sources import list_units as list_shards  # pyright: ignore[reportAttributeAccessIssue]
 
 REPEATS = 3
 
 
 def bare(data: DataConfig, tokenizer: Path) -> tuple[float, int, int]:
-    """Seconds, bytes of text and peak memory of one `encode_batch` of everything, reading not counted."""
-    texts = [item.text for unit in list_units(data) for item in read(unit, data) if isinstance(item, Document)]
+    """Seconds, bytes of text and peak memory of one `encode_batch` of all documents. Reading them is not timed."""
+    texts = [item.text for shard in list_shards(data) for item in read(shard, data) if isinstance(item, Document)]
     encoder = load_tokenizer(tokenizer)
     began = time.perf_counter()
     encoder.encode_batch(texts)
@@ -36,7 +41,7 @@ def bare(data: DataConfig, tokenizer: Path) -> tuple[float, int, int]:
 
 
 def ours(data: DataConfig, folder: Path) -> tuple[float, int]:
-    """Seconds of preparing, and peak memory of the largest process."""
+    """Seconds of `prepare`, and the peak memory of its largest process."""
     began = time.perf_counter()
     prepare(data, folder)
     seconds = time.perf_counter() - began
@@ -45,13 +50,13 @@ def ours(data: DataConfig, folder: Path) -> tuple[float, int]:
 
 
 def measure(data: DataConfig, repeats: int = REPEATS) -> dict[str, int | float]:
-    """The JSON object."""
+    """Measures both and returns the JSON object."""
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = Path(str(prepare(data, Path(scratch)).folder / "tokenizer.json"))
         given = replace(data, tokenizer=TokenizerConfig(kind="file", path=str(tokenizer)))
         bare_runs, our_runs = [], []
         for i in range(repeats):
-            # Each in a process of its own, or the peak memory of one would be that of both.
+            # Separate processes, because the peak memory of a process never falls.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 bare_runs.append(pool.submit(bare, given, tokenizer).result())
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -1,10 +1,10 @@
-"""Speed of one and two workers, and of a worker against a bare loop: JSON out, a line per run on stderr.
+"""Weak and strong scaling from one to two workers, and overhead against a bare training loop: JSON out, progress on stderr.
 
     python benchmarks/scaling.py [--n-params 1e4 1e6] [--repeats 3] [--tokens-per-worker 1024]
 
-A run is what `lmu-dist train` does (Ray Train, ZeRO 1, metrics to MLflow, one core per worker), its steps timed by when the
-recorder heard of them. The bare loop has the same model and rows, torch's Adam, one core, and neither Ray nor DeepSpeed.
-Weak: two workers with as many rows each as one alone. Strong: with half of them. Needs two idle cores.
+A run is one of `lmu-dist train` (Ray Train, ZeRO 1, metrics to MLflow, one core per worker). Its steps are timed by when their
+metrics were logged. The bare loop has the same model and rows, torch's Adam and one core, without Ray and DeepSpeed. Weak
+scaling: each of two workers has as many rows as the single worker. Strong scaling: each has half as many. Needs two idle cores.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from lmu_dist.data.batches import row_indices
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch.cell import make_cell
 from lmu_dist.launch.cluster import cluster
-from lmu_dist.launch.series import KEEP_MEMORY
+from lmu_dist.launch.run_group import MALLOC_SETTINGS
 from lmu_dist.launch.trainer import train
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.records import TRAIN_LOSS
 from lmu_dist.tracking.store import default_uri
 
-BLOCK = 4  # steps of which the time is taken at once: the recorder's clock has milliseconds
-BLOCKS = 8  # at least, and as many as SECONDS hold; the first two are not counted
-SECONDS = 10.0
-RUNS = {"one": (1, 1), "weak": (2, 2), "strong": (2, 1)}  # workers, and the batch in shares of one worker
+BLOCK = 4  # steps per timed block; the times of metrics are whole milliseconds
+BLOCKS = 8  # smallest number of blocks per run; the first two are not counted
+SECONDS = 10.0  # length of a run
+RUNS = {"one": (1, 1), "weak": (2, 2), "strong": (2, 1)}  # (workers, batch in units of the single worker's batch)
 
 
 def configured(storage: Path, n_params: float, tokens_per_worker: int) -> Config:
-    """One worker, and nothing but steps until the run ends."""
+    """Configuration of one worker that only trains: no evaluation and no checkpoint before the end."""
     rows = {"sequence_tokens": 256, "batch_tokens": tokens_per_worker, "eval_tokens": 256, "eval_every_tokens": 10**12}
     return parse(
         {
@@ -55,7 +55,7 @@ def configured(storage: Path, n_params: float, tokens_per_worker: int) -> Config
 
 
 def bare(config: Config, n_steps: int) -> float:
-    """Seconds of a step in a loop of plain torch, on one core of a process of its own."""
+    """Seconds per step of a plain torch loop on one core. Called in a process of its own."""
     torch.set_num_threads(1)
     cell = make_cell(config, prepare(config.data, config.storage_folder))
     rows, settings = cell.corpus.rows("train", config.train.sequence_tokens), config.train
@@ -75,40 +75,40 @@ def bare(config: Config, n_steps: int) -> float:
 
 
 def trained(config: Config) -> float:
-    """Seconds of a step of a run, from one step's arrival at the recorder to the next's."""
+    """Seconds per step of a run of `lmu-dist train`, by the times at which the metrics of its steps were logged."""
     finished = train(config, default_uri(Path(config.storage)))
-    entries = [json.loads(line) for line in (finished.cell.folder / "spool.jsonl").read_text().splitlines()]
-    told = [entry["time_ms"] / 1000 for entry in entries if TRAIN_LOSS in entry.get("values", {})]
-    assert len(told) == config.train.n_steps
+    entries = [json.loads(line) for line in (finished.cell.folder / "metrics_log.jsonl").read_text().splitlines()]
+    logged = [entry["time_ms"] / 1000 for entry in entries if TRAIN_LOSS in entry.get("values", {})]
+    assert len(logged) == config.train.n_steps
     assert not finished.already_done
-    return step_seconds(told)
+    return step_seconds(logged)
 
 
 def step_seconds(ends: list[float]) -> float:
-    """Median over blocks of steps, from the times at which steps ended."""
+    """Seconds per step, the median over blocks of steps, from the end times of all steps."""
     marks = ends[2 * BLOCK :: BLOCK]
     return statistics.median((b - a) / BLOCK for a, b in itertools.pairwise(marks))
 
 
 def measure(config: Config, repeats: int) -> dict[str, Any]:
-    """Speeds of one size: the four kinds of runs one after the other, several times, so that all meet the same noise."""
+    """Speeds at one size. The four kinds of runs are interleaved over the repeats, so that noise affects them alike."""
     each = config.train.batch_tokens
     speeds: dict[str, list[float]] = {kind: [] for kind in ("bare", *RUNS)}
     for repeat in range(repeats + 1):
-        # A process of its own: this one has Ray's threads. Memory is kept there as in workers, or they would win by that alone.
+        # In a process of its own, without Ray's threads, and with the malloc settings of workers, which make them faster.
         with (
-            patch.dict(os.environ, KEEP_MEMORY),
+            patch.dict(os.environ, MALLOC_SETTINGS),
             ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool,
         ):
             seconds = pool.submit(bare, config, n_steps(speeds["bare"], each)).result()
         print(f"bare {seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
         speeds["bare"].append(each / seconds)
         if not repeat:
-            continue  # only says how many steps to take
-        for place, (kind, (n_workers, share)) in enumerate(RUNS.items()):
+            continue  # the first round only determines the number of steps
+        for i, (kind, (n_workers, share)) in enumerate(RUNS.items()):
             batch_tokens = share * each
-            # Each its own seed: a run that differs in its workers only is the same run, and not done again.
-            settings: dict[str, Any] = {"seed": len(RUNS) * repeat + place, "cluster.n_workers": n_workers}
+            # Different seeds, because runs that differ in their workers only have the same key: they would not run again.
+            settings: dict[str, Any] = {"seed": len(RUNS) * repeat + i, "cluster.n_workers": n_workers}
             settings |= {"train.batch_tokens": batch_tokens, "train.tokens": n_steps(speeds["bare"], each) * batch_tokens}
             seconds = trained(with_settings(config, settings))
             print(f"{kind} {seconds * 1e3:.1f} ms", file=sys.stderr, flush=True)
@@ -132,7 +132,7 @@ def measure(config: Config, repeats: int) -> dict[str, Any]:
 
 
 def n_steps(speeds: list[float], tokens: int) -> int:
-    """Steps of a run that takes SECONDS at the speed of earlier ones."""
+    """Number of steps of a run that takes SECONDS at the speed of the previous bare run."""
     blocks = max(BLOCKS, round(SECONDS * speeds[-1] / tokens / BLOCK)) if speeds else BLOCKS
     return blocks * BLOCK + 1
 

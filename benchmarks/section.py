@@ -1,7 +1,7 @@
-"""Runs one section in a process of its own: `python section.py MODULE:FUNCTION DEVICE quick|full OUT.json`; called by speed.py.
+"""Runs one section of speed.py: `python section.py MODULE:FUNCTION DEVICE quick|full OUT.json`.
 
-A process of its own, since peak memory, caches and settings of torch stay with a process, and since another revision's
-lmu_dist is another program: PYTHONPATH says whose it is.
+Each section runs in a process of its own, because peak memory, caches and torch settings persist in a process, and because the
+lmu_dist of another revision may be measured: PYTHONPATH selects it.
 """
 
 import importlib
@@ -15,12 +15,13 @@ import torch
 
 import lmu_dist
 
-DISTURBED = 0.03  # of all processors: a thread that waits for another which is not running waits for all of its turn
+# Share of the CPU time above which other processes get a note: a preempted thread delays all threads that wait for it.
+DISTURBED = 0.03
 STAT = Path("/proc/stat")
 
 
 def busy_seconds() -> float | None:
-    """What all processors of the machine have worked since it started, for anybody."""
+    """CPU seconds of all processes on this machine since boot. None if there is no /proc/stat."""
     if not STAT.exists():
         return None
     user, nice, system, _, _, irq, softirq, steal = map(int, STAT.read_text().splitlines()[0].split()[1:9])
@@ -28,18 +29,18 @@ def busy_seconds() -> float | None:
 
 
 def main() -> None:
-    """Writes what the section found, whose lmu_dist it was, and what share of the processors others had meanwhile."""
-    place, device, pace, out = sys.argv[1:]
-    module, function = place.split(":")
+    """Writes the section's results, the path of the measured lmu_dist, and the share of CPU time that other processes used."""
+    target, device, pace, out = sys.argv[1:]
+    module, function = target.split(":")
     busy, before = busy_seconds(), os.times()
     found = getattr(importlib.import_module(module), function)(torch.device(device), pace == "quick")
     after, busy_now = os.times(), busy_seconds()
     others = None
     if busy is not None and busy_now is not None:
-        mine = sum(after[:4]) - sum(before[:4])
-        others = max(0.0, busy_now - busy - mine) / ((after.elapsed - before.elapsed) * (os.cpu_count() or 1))
+        own = sum(after[:4]) - sum(before[:4])
+        others = max(0.0, busy_now - busy - own) / ((after.elapsed - before.elapsed) * (os.cpu_count() or 1))
         if others > DISTURBED:
-            found.notes.append(f"others had {others:.0%} of the processors meanwhile; measure again on an idle machine")
+            found.notes.append(f"other processes used {others:.0%} of the CPU time; measure again on an idle machine")
     record = asdict(found) | {"package": str(Path(lmu_dist.__file__).parent), "threads": torch.get_num_threads()}
     record |= {"others_share": others}
     Path(out).write_text(json.dumps(record))

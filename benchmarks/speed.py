@@ -1,9 +1,10 @@
-"""Speed and memory of this project on this machine, as one JSON file and tables: `make bench`, some 20 minutes on two cores.
+"""Benchmarks of speed and memory, as a JSON file and tables: `make bench`, about 20 minutes on two cores.
 
     python benchmarks/speed.py [SECTION ..] [--json bench.json] [--quick] [--device cuda] [--base REV [--rounds 2]]
 
-Each section runs in a process of its own (section.py), with workers' settings of malloc unless the environment has others. With
---base every section is run on both revisions in turn, by this benchmark's code and the other's lmu_dist, and ratios are shown.
+Each section runs in a process of its own (section.py), with the malloc settings of workers unless the environment sets others.
+With --base each section runs on both revisions in turn, with the benchmark code of this revision and the lmu_dist of either;
+ratios are shown.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 import tables
 import torch
 
-from lmu_dist.launch.series import KEEP_MEMORY
+from lmu_dist.launch.run_group import MALLOC_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -40,7 +41,7 @@ Found = dict[str, Any]  # a section's tables and notes, or its error
 
 
 def run_section(name: str, package: Path, device: str, quick: bool) -> Found:
-    """What a section finds of the lmu_dist in `package`; {"error": ..} if it fails, with its stderr passed on."""
+    """Runs a section on the lmu_dist in `package` and returns its results, or {"error": ..} if it fails. Copies its stderr."""
     above = [package, HERE, ROOT / "tests" / "models"]
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join([*map(str, above), *([inherited] if inherited else [])])
@@ -48,9 +49,9 @@ def run_section(name: str, package: Path, device: str, quick: bool) -> Found:
         out = Path(folder) / "found.json"
         command = [sys.executable, str(HERE / "section.py"), SECTIONS[name], device, "quick" if quick else "full", str(out)]
         with subprocess.Popen(
-            command, env=KEEP_MEMORY | os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+            command, env=MALLOC_SETTINGS | os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
         ) as process:
-            last = "nothing said"
+            last = "no output on stderr"
             assert process.stderr is not None
             for line in process.stderr:
                 sys.stderr.write(line)
@@ -58,13 +59,13 @@ def run_section(name: str, package: Path, device: str, quick: bool) -> Found:
         if process.returncode:
             return {"error": f"section {name} failed (exit {process.returncode}): {last}"}
         found = json.loads(out.read_text())
-    # An installed lmu_dist in the place of the one asked for would make a comparison of a revision with itself.
+    # If an installed lmu_dist took precedence, --base would compare a revision with itself.
     assert Path(found.pop("package")) == package / "lmu_dist"
     return found
 
 
 def median_of(rounds: Sequence[Found]) -> Found:
-    """One section from several runs of it: every measured number is the median, every note is kept."""
+    """Merges several runs of a section: the median of each measured number, and all notes."""
     for found in rounds:
         if "error" in found:
             return found
@@ -75,8 +76,8 @@ def median_of(rounds: Sequence[Found]) -> Found:
     }
 
 
-def facts(device: str) -> dict[str, Any]:
-    """What the numbers hold for."""
+def machine_info(device: str) -> dict[str, Any]:
+    """Description of the machine and its software, for the JSON record."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -91,7 +92,7 @@ def facts(device: str) -> dict[str, Any]:
         "cpu_capabilities": sorted(able),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "malloc": {name: os.environ.get(name, value) for name, value in KEEP_MEMORY.items()},
+        "malloc": {name: os.environ.get(name, value) for name, value in MALLOC_SETTINGS.items()},
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -99,12 +100,12 @@ def facts(device: str) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str:
-    """What git says of this checkout. Raises CalledProcessError."""
+    """Output of a git command in this checkout. Raises CalledProcessError."""
     return subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def revision() -> dict[str, Any]:
-    """The commit of this checkout, and whether it was changed since; None where there is no git."""
+    """The commit of this checkout, and whether it has uncommitted changes; None without git."""
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
@@ -112,28 +113,28 @@ def revision() -> dict[str, Any]:
 
 
 def commit_of(name: str) -> str:
-    """The commit a revision's name stands for. Raises ValueError if there is none."""
+    """Resolves the name of a revision to a commit. Raises ValueError if there is none."""
     try:
         return git("rev-parse", "--verify", "--end-of-options", f"{name}^{{commit}}")
     except subprocess.CalledProcessError as e:
-        raise ValueError(f"git knows no revision {name!r}; say a branch, a tag or a commit") from e
+        raise ValueError(f"git knows no revision {name!r}; give a branch, a tag or a commit") from e
 
 
 @contextlib.contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """A commit in a folder of its own, removed whatever happens."""
+    """Checks out a commit to a temporary git worktree, which is always removed at the end."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder).resolve() / "base"
+        worktree = Path(folder).resolve() / "base"
         try:
-            git("worktree", "add", "--detach", str(place), commit)
-            yield place
+            git("worktree", "add", "--detach", str(worktree), commit)
+            yield worktree
         finally:
-            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(place)], capture_output=True)
+            subprocess.run(["git", "-C", str(ROOT), "worktree", "remove", "--force", str(worktree)], capture_output=True)
             git("worktree", "prune")
 
 
 def run(names: Sequence[str], device: str, quick: bool) -> Iterator[tuple[str, dict[str, Found]]]:
-    """All sections of this checkout, shown as they come: (section, part of the record -> what belongs there)."""
+    """Runs the sections on this checkout and prints each. Yields (section, {key of the JSON record: its entry})."""
     for name in names:
         print(f"{name} ..", file=sys.stderr, flush=True)
         found = run_section(name, ROOT, device, quick)
@@ -142,13 +143,13 @@ def run(names: Sequence[str], device: str, quick: bool) -> Iterator[tuple[str, d
 
 
 def compare(names: Sequence[str], commit: str, rounds: int, device: str, quick: bool) -> Iterator[tuple[str, dict[str, Found]]]:
-    """All sections of this checkout and of a commit in turn, and how they relate; as `run`."""
+    """Runs the sections on this checkout and on a commit in turn, with ratios. Yields as `run` does."""
     with checkout(commit) as base:
         for name in names:
             runs: dict[Path, list[Found]] = {base: [], ROOT: []}
             for i, package in ((i, package) for i in range(rounds) for package in runs):
-                whose = "head" if package == ROOT else "base"
-                print(f"{name}, {whose}, {i + 1} of {rounds} ..", file=sys.stderr, flush=True)
+                side = "head" if package == ROOT else "base"
+                print(f"{name}, {side}, {i + 1} of {rounds} ..", file=sys.stderr, flush=True)
                 runs[package].append(run_section(name, package, device, quick))
             before, after = median_of(runs[base]), median_of(runs[ROOT])
             ratios = tables.ratios(before, after)
@@ -158,25 +159,25 @@ def compare(names: Sequence[str], commit: str, rounds: int, device: str, quick: 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Writes the JSON file; 1 if a section failed."""
+    """Runs the command line. Writes the JSON file and returns the exit code: 1 if a section failed, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all by default")
-    parser.add_argument("--json", type=Path, default=Path("bench.json"))
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: whether it runs, not how fast it is")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"one of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="file to write, default bench.json")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test that the sections run")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
-    parser.add_argument("--base", metavar="REV", help="another revision to compare with")
-    parser.add_argument("--rounds", type=int, default=2, help="with --base: runs of each section and revision")
+    parser.add_argument("--base", metavar="REV", help="revision to compare with")
+    parser.add_argument("--rounds", type=int, default=2, help="with --base: runs per section and revision, default 2")
     given = parser.parse_args(arguments)
     names = given.sections or list(SECTIONS)
     if unknown := [name for name in names if name not in SECTIONS]:
-        parser.error(f"no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+        parser.error(f"no section {unknown[0]!r}; choose from {', '.join(SECTIONS)}")
     if given.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("no CUDA device here; leave out --device")
+        parser.error("no CUDA device on this machine; omit --device")
     if given.rounds < 1:
         parser.error("--rounds must be at least 1")
     record: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
     record["command"] = " ".join(["speed.py", *(sys.argv[1:] if arguments is None else arguments)])
-    record |= {"quick": given.quick, "git": revision(), "machine": facts(given.device), "load_before": os.getloadavg()}
+    record |= {"quick": given.quick, "git": revision(), "machine": machine_info(given.device), "load_before": os.getloadavg()}
     measured = run(names, given.device, given.quick)
     if given.base:
         try:
@@ -188,8 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for part, found in parts.items():
             record.setdefault(part, {})[name] = found
         record["load_after"] = os.getloadavg()
-        given.json.write_text(json.dumps(record, indent=1) + "\n")  # after each section, lest a later one takes it along
-    print(f"written to {given.json}", file=sys.stderr)
+        given.json.write_text(json.dumps(record, indent=1) + "\n")  # after each section, so that a crash loses no earlier one
+    print(f"results written to {given.json}", file=sys.stderr)
     return 1 if any("error" in found for key in ("sections", "base_sections") for found in record.get(key, {}).values()) else 0
 
 

@@ -1,6 +1,6 @@
-"""Rows of sections as tables on the terminal, and rows of two revisions as ratios. Called by speed.py.
+"""Prints the rows of sections as tables, and computes ratios of the rows of two revisions. Called by speed.py.
 
-In a row what was measured is a float or None; strings and integers say what it was measured on, and by them rows are the same.
+In a row, measured values are floats or None. Strings and integers are the conditions of the measurement, and identify the row.
 """
 
 import statistics
@@ -12,25 +12,25 @@ from rich.table import Table
 
 Row = dict[str, Any]
 Found = dict[str, Any]
-# Tables with a row per length: the lengths stand side by side, one table for each quantity.
-SPREAD = {"points": ("n", ("tokens_per_second", "peak_bytes"))}
-WIDTH = 200  # columns at least: what a narrow terminal breaks is read all the same, what is cut off is not
+# Tables with one row per length n. They are printed as one table per quantity, with a column per length.
+PIVOTED = {"points": ("n", ("tokens_per_second", "peak_bytes"))}
+WIDTH = 200  # minimum characters per line; on a narrow terminal wrapped lines are better than truncated ones
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "u"))
 UNITS = {"bytes": "B", "bytes_per_second": "B/s", "seconds": "s", "flops_per_second": "FLOP/s"}
 
 
 def measured(value: Any) -> bool:
-    """Whether it was measured, rather than measured on."""
+    """Whether a value of a row is a measurement, not a condition."""
     return value is None or isinstance(value, float)
 
 
 def identity(row: Row) -> tuple[tuple[str, Any], ...]:
-    """What a row was measured on."""
+    """The conditions of a row, which identify it."""
     return tuple((key, value) for key, value in row.items() if not measured(value))
 
 
 def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
-    """One table from several: the median of rows of the same identity, of what all rounds have; None where one has None."""
+    """Merges tables of several rounds: medians of the rows that all rounds have. A value is None if it is None in any round."""
     found = list[Row]()
     others = [{identity(row): row for row in rows} for rows in rounds[1:]]
     for first in rounds[0]:
@@ -46,7 +46,7 @@ def merged(rounds: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def ratios(base: Found, head: Found) -> Found:
-    """head / base of every number that both have; what only one has is said."""
+    """The ratio head / base of each number that both have. Notes list the rows that only one has."""
     if error := base.get("error") or head.get("error"):
         return {"error": error}
     found: Found = {"tables": {}, "notes": []}
@@ -70,24 +70,24 @@ def _ratios(before: Row, after: Row) -> Row:
 
 
 def show(title: str, found: Found) -> None:
-    """A section's tables and notes on the terminal."""
+    """Prints a section's tables and notes."""
     console = Console(width=max(WIDTH, Console().width))
     if "error" in found:
         console.print(f"{title}: {found['error']}", style="bold red", markup=False)
         return
     plain = "head / base" in title
     for name, rows in found["tables"].items():
-        if rows and name in SPREAD:
-            across, quantities = SPREAD[name]
+        if rows and name in PIVOTED:
+            across, quantities = PIVOTED[name]
             for quantity in quantities:
-                _print(console, f"{title}: {name}, {_head(quantity, plain)}", _spread(rows, across, quantity), quantity, plain)
+                _print(console, f"{title}: {name}, {_head(quantity, plain)}", _pivot(rows, across, quantity), quantity, plain)
         elif rows:
             _print(console, f"{title}: {name}" if name != title else title, rows, None, plain)
     for note in found["notes"]:
         console.print(f"  {note}", style="dim", markup=False, highlight=False)
 
 
-def _spread(rows: Sequence[Row], across: str, quantity: str) -> list[Row]:
+def _pivot(rows: Sequence[Row], across: str, quantity: str) -> list[Row]:
     lines = dict[tuple[Any, ...], Row]()
     for row in rows:
         key = tuple(pair for pair in identity(row) if pair[0] != across)

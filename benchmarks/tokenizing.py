@@ -1,5 +1,6 @@
-"""Section `tokenizing` of speed.py: prepare.py's comparison with the bare tokenizer, on Python's own sources; a quick run on a
-megabyte of torch's. Called by section.py."""
+"""Section `tokenizing` of speed.py: the comparison of prepare.py, on the sources of Python's standard library. A quick run uses
+a megabyte of torch's sources. Called by section.py.
+"""
 
 import inspect
 import tempfile
@@ -15,7 +16,7 @@ QUICK_BYTES = 10**6
 
 
 def measure(device: torch.device, quick: bool) -> Section:
-    """The section; the same on every device."""
+    """Runs the section. The device makes no difference."""
     if not quick:
         return Section({"tokenizing": [_row(prepare.measure(DataConfig()))]})
     with tempfile.TemporaryDirectory() as folder:
@@ -30,5 +31,5 @@ def measure(device: torch.device, quick: bool) -> Section:
 
 
 def _row(found: dict[str, int | float]) -> dict[str, int | float]:
-    """What was measured as floats; the corpus and the processors are what it was measured on."""
+    """Measured values as floats. Size of the corpus and number of CPUs stay integers: they identify the row."""
     return {key: value if key in ("text_bytes", "cpus") else float(value) for key, value in found.items()}

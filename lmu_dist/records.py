@@ -5,7 +5,8 @@ analysis reads them back. A run's constants are MLflow params, its results metri
 """
 
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 # Metric keys of the training history, one point per step (or evaluation); MLflow's step is the optimizer step.
@@ -75,54 +76,85 @@ class EvalMetrics:
         return {VAL_LOSS: self.loss_nats, VAL_ERROR: self.standard_error_nats, BITS_PER_BYTE: self.bits_per_byte}
 
 
-def _param() -> Any:
-    return field(metadata={"kind": "params"})
+@dataclass(frozen=True)
+class Appearance:
+    """How reports show a family: its title, its colour ("#rrggbb") on light and on dark pages, matplotlib's marker and line.
+
+    Empty: what is free.
+    """
+
+    title: str
+    colour: str = ""
+    colour_dark: str = ""
+    marker: str = ""
+    line: str = "-"
 
 
-def _metric() -> Any:
-    return field(metadata={"kind": "metrics"})
+SCHEMA_VERSION = 2  # of RunRecord; 1 had a digest of all code in place of versions
+Value = str | int | float
 
 
-def _tag() -> Any:
-    return field(metadata={"kind": "tags"})
+def _param(default: Value = MISSING) -> Any:  # pyright: ignore[reportArgumentType]
+    return field(default=default, metadata={"kind": "params"})
+
+
+def _metric(default: Value = math.nan) -> Any:
+    return field(default=default, metadata={"kind": "metrics"})
+
+
+def _tag(default: Value = "") -> Any:
+    return field(default=default, metadata={"kind": "tags"})
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One flat row per run: all that the scaling analysis needs, counted once and never recounted."""
+    """One flat row per run: all that the scaling analysis needs, counted once and never recounted.
+
+    Records outlive the code that wrote them: a field that is added has a default, which is what older records are read with;
+    fields of later versions are kept in `unknown` and written again, and nothing else looks at them.
+    """
 
     family: str = _param()
     n_params: int = _param()  # non-embedding N (Kaplan)
-    n_params_with_head: int = _param()  # N with the tied head (Porian)
-    n_params_total: int = _param()
-    d_model: int = _param()
-    n_blocks: int = _param()
-    sequence_tokens: int = _param()
-    vocab_tokens: int = _param()
-    planned_tokens: int = _param()
-    planned_steps: int = _param()
-    batch_tokens: int = _param()
-    learning_rate: float = _param()
-    schedule: str = _param()
-    precision: str = _param()
-    seed: int = _param()
-    training_flops_per_token: float = _param()  # every matrix product and FFT, head included
-    training_flops_per_token_kaplan: float = _param()  # 6N
-    data_digest: str = _param()
-    code_digest: str = _param()
-    tokens: int = _metric()  # trained on
-    steps: int = _metric()
+    n_params_with_head: int = _param(0)  # N with the tied head (Porian)
+    n_params_total: int = _param(0)
+    d_model: int = _param(0)
+    n_blocks: int = _param(0)
+    sequence_tokens: int = _param(0)
+    vocab_tokens: int = _param(0)
+    planned_tokens: int = _param(0)
+    planned_steps: int = _param(0)
+    batch_tokens: int = _param(0)
+    learning_rate: float = _param(math.nan)
+    schedule: str = _param("")
+    precision: str = _param("fp32")
+    seed: int = _param(0)
+    training_flops_per_token: float = _param(math.nan)  # every matrix product and FFT, head included
+    training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
+    data_digest: str = _param("")
+    code_digest: str = _param("")  # of version 1; "" since
+    family_version: str = _param("")  # a number, or the digest of a user's file
+    train_version: int = _param(0)
+    schema_version: int = _param(1)
+    tokens: int = _metric(0)  # trained on
+    steps: int = _metric(0)
     train_loss_nats: float = _metric()  # of the last step
     val_loss_nats: float = _metric()
     val_loss_standard_error_nats: float = _metric()
     val_bits_per_byte: float = _metric()
-    training_seconds: float = _metric()  # sum over steps, evaluation and checkpoints left out
+    training_seconds: float = _metric(0.0)  # sum over steps, evaluation and checkpoints left out
     key: str = _tag()
     status: str = _tag()
-    phase: str = _tag()  # decayed | undecayed: where the schedule stood at the end
+    phase: str = _tag("undecayed")  # decayed | undecayed: where the schedule stood at the end
     stop_rule: str = _tag()  # empty unless a rule ended the run
-    fork_step: int = _tag()  # steps before this one were another run's of the same trunk, whose history has them; 0: none
+    fork_step: int = _tag(0)  # steps before this one were another run's of the same trunk, whose history has them; 0: none
     retry_of: str = _tag()  # key of the run that diverged at twice the learning rate; empty for a first try
+    unknown: Mapping[str, Any] = field(default_factory=dict, metadata={"kind": "unknown"})
+
+    @property
+    def versions(self) -> tuple[str, str]:
+        """What made it: (version of the family, version of the training). Losses of two versions never meet in a fit."""
+        return self.family_version or self.code_digest[:12], str(self.train_version or self.code_digest[:12])
 
     def columns(self, kind: str) -> dict[str, Any]:
         """Fields of one kind, `params`, `metrics` or `tags`, by their MLflow name."""
@@ -130,10 +162,32 @@ class RunRecord:
 
     @classmethod
     def from_columns(cls, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> "RunRecord":
-        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has no complete record."""
+        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has not ended and has no record yet."""
         source: dict[str, dict[str, Any]] = {"params": params, "metrics": metrics, "tags": tags}
-        return cls(**{f.name: f.type(source[f.metadata["kind"]][_name(f)]) for f in fields(cls)})  # pyright: ignore
+        found = dict[str, Any]()
+        for f in fields(cls):
+            stored = source.get(f.metadata["kind"], {})
+            if _name(f) in stored:
+                found[f.name] = f.type(stored[_name(f)])  # pyright: ignore[reportCallIssue]
+        if missing := {"family", "n_params", "tokens", "val_loss_nats", "key", "phase"} - set(found):
+            raise KeyError(", ".join(sorted(missing)))
+        return cls(**found)
+
+    def to_json(self) -> dict[str, Any]:
+        """One flat dictionary; `from_json` gives the record back."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"} | dict(self.unknown)
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "RunRecord":
+        """Reads a record of any version."""
+        names = {f.name for f in fields(cls)} - {"unknown"}
+        return cls(**known_fields(cls, stored), unknown={name: value for name, value in stored.items() if name not in names})
+
+
+def known_fields(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What a dataclass has fields for, of a dictionary that another version may have stored."""
+    return {f.name: stored[f.name] for f in fields(cls) if f.name in stored and f.name != "unknown"}
 
 
 def _name(f: Any) -> str:
-    return {"params": f.name, "metrics": f"final/{f.name}", "tags": f"lmu.{f.name}"}[f.metadata["kind"]]
+    return {"metrics": f"final/{f.name}", "tags": f"lmu.{f.name}"}.get(f.metadata["kind"], f.name)

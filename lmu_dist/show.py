@@ -1,4 +1,4 @@
-"""What commands show: progress on stderr, tables on stdout. Values in, text out; called by the command line only."""
+"""Prints the results of commands: tables on stdout, progress on stderr. Used only by the command line."""
 
 import math
 import shlex
@@ -16,30 +16,32 @@ from rich.table import Table
 from lmu_dist.config import Config, Folder, PlanConfig
 from lmu_dist.records import ENDED
 
-if TYPE_CHECKING:  # heavy; a command has imported what it shows
-    from lmu_dist.launch.jobs import Job
+if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
+    from lmu_dist.launch.jobs import ClusterJob
     from lmu_dist.launch.ladder import LadderResult
-    from lmu_dist.launch.local import Part
+    from lmu_dist.launch.local import ClusterProcess
     from lmu_dist.launch.submission import Package
-    from lmu_dist.launch.tune import Search
+    from lmu_dist.launch.tune import SearchResult
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import Power
-    from lmu_dist.report.write import Written
-    from lmu_dist.scaling.examine import Examination
-    from lmu_dist.scaling.table import LeftOut
+    from lmu_dist.report.write import ReportFiles
+    from lmu_dist.scaling.table import LeftOutRows
+    from lmu_dist.scaling.validate import FitResult
     from lmu_dist.tracking.progress import Row
 
 console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-WIDE = 160  # columns of a table that goes to a file or a pipe
+TABLE_WIDTH_WITHOUT_TERMINAL = 160  # in characters, for output to a file or a pipe
 
 
-def ladder(result: "LadderResult", tracking_uri: str) -> None:
-    """The table of a ladder that has come to its end."""
-    table = _table("family", "N", "tokens", "seed", "rate", "status", "validation nats", "bits/byte", "training s", "remark")
+def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
+    """Prints the table of a finished ladder."""
+    table = _table(
+        "family", "N", "tokens", "seed", "learning rate", "status", "val. loss, nats", "bits/byte", "training s", "remark"
+    )
     for finished in result.finished:
         r = finished.record
-        remarks = ["was done"] if finished.already_done else []
-        remarks += ["second try at half the rate"] if r.retry_of else []
+        remarks = ["done before"] if finished.already_done else []
+        remarks += ["retry at half the learning rate"] if r.retry_of else []
         table.add_row(
             r.family,
             f"{r.n_params:,}",
@@ -52,66 +54,66 @@ def ladder(result: "LadderResult", tracking_uri: str) -> None:
             f"{r.training_seconds:.0f}",
             "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
         )
-    _print(table)
-    fresh = sum(not f.already_done for f in result.finished)
-    print(f"{len(result.finished)} cells ended, {fresh} of them now; MLflow {tracking_uri}")
+    _print_table(table)
+    n_new = sum(not f.already_done for f in result.finished)
+    print(f"{len(result.finished)} cells ended, {n_new} of them in this call; MLflow {tracking_uri}")
     for name, reason in result.failures.items():
-        console.print(f"failed {name}: {reason}")
+        console.print(f"failed: {name}: {reason}")
 
 
-def tune(searches: "Sequence[Search]", winners: Folder, figure: Folder) -> None:
-    """The tries of every search, best first."""
+def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Folder) -> None:
+    """Prints the trials of every search, best first."""
     for search in searches:
         keys = list(dict.fromkeys(key for trial in search.trials for key in trial.settings))
         print(f"{search.family}, N = {search.n_params:,}")
-        table = _table("", *keys, "status", "tokens", "validation nats", "remark")
+        table = _table("", *keys, "status", "tokens", "val. loss, nats", "remark")
         for trial in search.trials:
             r = trial.record
             best = "best" if trial is search.best else ""
-            drawn = [
+            settings = [
                 f"{trial.settings[key]:g}" if isinstance(trial.settings[key], float) else str(trial.settings[key])
                 for key in keys
             ]
-            table.add_row(best, *drawn, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule)
-        _print(table)
+            table.add_row(best, *settings, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule)
+        _print_table(table)
         for reason in search.failures:
             console.print(f"failed: {reason}")
-    print(f"winners  {winners}, for `include` in a ladder's configuration\nfigure   {figure}")
+    print(f"best settings  {winners} (add it under `include` to the configuration of a ladder)\nfigure         {figure}")
 
 
-def package(package: "Package") -> None:
-    """What a submission sends, and what it does not."""
-    print(f"sends       {len(package.files):,} files, {_size(package.size_bytes)}, of {package.folder}")
+def print_package(package: "Package") -> None:
+    """Prints which files a submission uploads, and which it leaves out."""
+    print(f"uploads     {len(package.files):,} files, {_size(package.size_bytes)}, from {package.folder}")
     if package.left_out:
         names = sorted(package.left_out, key=lambda name: -package.left_out[name])
         some = ", ".join(f"{name} ({_size(package.left_out[name])})" for name in names[:5])
-        print(f"leaves out  by .gitignore or .rayignore: {some}{f', and {len(names) - 5} more' if len(names) > 5 else ''}")
+        print(f"left out    by .gitignore or .rayignore: {some}{f', and {len(names) - 5} more' if len(names) > 5 else ''}")
 
 
-def jobs(rows: "Sequence[Job]") -> None:
-    """The table of a cluster's jobs."""
+def print_jobs(rows: "Sequence[ClusterJob]") -> None:
+    """Prints the table of the jobs of a cluster."""
     table = _table("job", "status", "started (UTC)", "time", "config", "commit", "remark")
     for row in rows:
         commit = row.git_commit[:8] + "+" * row.git_dirty
         started = row.started.removesuffix("+00:00").replace("T", " ")
         table.add_row(row.id, row.status, started, _duration(row.seconds), row.config, commit, row.message)
-    _print(table)
+    _print_table(table)
 
 
-def job(job: "Job") -> None:
-    """How a job stands."""
+def print_job(job: "ClusterJob") -> None:
+    """Prints the status of a job."""
     print(f"job         {job.id} {job.status} after {_duration(job.seconds)}{f': {job.message}' if job.message else ''}")
 
 
-def log(text: str) -> None:
-    """A piece of a log, as it came."""
+def print_log(text: str) -> None:
+    """Prints a piece of a log unchanged."""
     print(text, end="", flush=True)
 
 
-def status(rows: "Callable[[], list[Row]]", live: bool) -> None:
-    """The table of an experiment; kept up to date on a terminal until all of it has ended or Ctrl-C."""
+def print_status(rows: "Callable[[], list[Row]]", live: bool) -> None:
+    """Prints the cells of an experiment. On a terminal the table is updated until all cells have ended or Ctrl-C."""
     if not (live and sys.stdout.isatty()):
-        _print(_status_table(rows()))
+        _print_table(_status_table(rows()))
         return
     with Live(refresh_per_second=2, screen=False) as screen:
         while True:
@@ -142,8 +144,8 @@ def _status_table(rows: "Sequence[Row]") -> Table:
     return table
 
 
-def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
-    """The table of a plan, its totals, and what it could tell."""
+def print_plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
+    """Prints the table of a plan, its totals, and the statistical power of the study."""
     table = _table(
         "family",
         "N",
@@ -163,13 +165,13 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         "cost",
     )
     for line in plan.lines:
-        stage = "none fits" if line.smallest_stage is None else str(line.smallest_stage)
+        stage = "none" if line.smallest_stage is None else str(line.smallest_stage)
         table.add_row(
             line.family,
             f"{line.n_params:,}",
             f"{line.n_params_with_head:,}",
             str(line.d_model),
-            str(line.order or ""),
+            str(line.widths.get("order", "")),
             f"{line.tokens:.3g}",
             str(line.seed),
             f"{line.steps:,}" + (f" ({line.shared_steps:,} shared)" if line.shared_steps else ""),
@@ -182,88 +184,92 @@ def plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
             _duration(line.seconds),
             _number(line.price, ",.2f"),
         )
-    _print(table)
+    _print_table(table)
     each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
     print(f"{len(plan.lines)} cells{each}, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
-    print("ZeRO: the stage set, and the smallest that fits plan.worker_memory_bytes; GB: of one worker at stages 0 1 2 3")
+    print("ZeRO: configured stage (>= smallest that fits plan.worker_memory_bytes); GB: memory of one worker at stages 0 1 2 3")
     for name in plan.left_out:
-        print(f"left out, above ladder.max_cell_flops: {name}")
+        print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:
-        print("time: unknown; run plan --calibrate, or set plan.flops_per_second")
+        print("time: unknown; run `plan --calibrate` or set plan.flops_per_second")
     else:
         calibrated = plan.device and not assumed.flops_per_second
-        source = f"calibrated on {plan.device}" if calibrated else "from plan.flops_per_second"
-        wall = f", {_duration(plan.wall_seconds)} on {plan.n_slots} at once" if plan.wall_seconds is not None else ""
-        print(f"time: {_duration(plan.worker_seconds)} of one worker{wall} ({source})")
-        print("on top of that come the start of the workers, some fifteen seconds for every trunk, and validation")
+        source = f"measured on {plan.device}" if calibrated else "from plan.flops_per_second"
+        wall = (
+            f", {_duration(plan.wall_seconds)} with {plan.n_slots} workers at a time" if plan.wall_seconds is not None else ""
+        )
+        print(f"time: {_duration(plan.worker_seconds)} of a single worker{wall} ({source})")
+        print("This excludes validation and the start of the workers, about 15 seconds per trunk.")
     if plan.price:
-        print(f"cost: {plan.price:,.2f} at {assumed.price_per_worker_hour:g} per worker and hour")
+        print(f"cost: {plan.price:,.2f} at {assumed.price_per_worker_hour:g} per worker-hour")
     for text in power.lines():
         print(text)
 
 
-def report(written: "Written", folder: Folder) -> None:
-    """The answer of a report, and where it was put."""
-    answer = written.answer.answer
+def print_report(written: "ReportFiles", folder: Folder) -> None:
+    """Prints the answer of a report, which laws are determined, and where the report is."""
+    answer = written.results.answer
     print(f"answer       {answer.verdict}. {answer.sentence}")
-    for said in filter(None, (answer.others, answer.growth)):
-        print(f"             {said}")
+    for sentence in filter(None, (answer.others, answer.growth)):
+        print(f"             {sentence}")
     for caveat in answer.caveats:
         print(f"             {caveat}")
-    for fitted in written.answer.fits:
-        checked = fitted.examination.certificate
-        print(
-            f"law          {fitted.family}: {'determined' if checked.ok else 'not determined: ' + '; '.join(checked.reasons)}"
-        )
+    for fitted in written.results.fits:
+        diagnostics = fitted.result.diagnostics
+        verdict = "determined" if diagnostics.passed else f"not determined: {'; '.join(diagnostics.reasons)}"
+        print(f"law          {fitted.family}: {verdict}")
     print(f"runs         {len(written.study.runs):,} used, {len(written.study.left_out):,} left out")
-    for reason, count in written.study.reasons().items():
+    for reason, count in written.study.left_out_counts().items():
         print(f"left out     {count:,} {reason}")
     for run_id in written.stale:
-        print(f"stale now    report {run_id}, made from other runs")
+        print(f"stale now    report {run_id}, which was made from other runs")
     print(f"report       {folder / 'report.html'}; MLflow run {written.run_id}")
 
 
-def fit(seen: "Examination", numbers: "Sequence[int]", left_out: "Sequence[LeftOut]") -> None:
-    """A law of a table, its intervals, and what speaks for and against it."""
+def print_fit(result: "FitResult", numbers: "Sequence[int]", left_out: "Sequence[LeftOutRows]") -> None:
+    """Prints a law fitted to a table, its intervals and its diagnostics."""
     for out in left_out:
         some = ", ".join(map(str, out.rows[:8])) + (", ..." if len(out.rows) > 8 else "")
-        print(f"left out     {len(out.rows):,} rows: {out.reason} (rows {some})")
-    print(f"law          {seen.form.__name__.lower()}, {seen.n_rows:,} rows")
-    checked = seen.certificate
-    if seen.law is None:
+        plural = "s" * (len(out.rows) != 1)
+        print(f"left out     {len(out.rows):,} row{plural}: {out.reason} (row{plural} {some})")
+    print(f"law          {result.form.__name__.lower()}, {result.n_rows:,} rows")
+    diagnostics = result.diagnostics
+    if result.law is None:
         print("NOT DETERMINED")
-        for reason in checked.reasons:
+        for reason in diagnostics.reasons:
             print(f"             {reason}")
         return
-    table = _table("parameter", "value", "90 % interval", "by profile")
-    for name, value in vars(seen.law).items():
-        ends = [seen.intervals.get(name), seen.profiles.get(name)]
+    table = _table("parameter", "value", "90 % interval", "profile interval")
+    for name, value in vars(result.law).items():
+        ends = [result.intervals.get(name), result.profiles.get(name)]
         table.add_row(name, f"{value:.6g}", *(f"{i[0]:.4g} .. {i[1]:.4g}" if i else "" for i in ends))
-    _print(table)
-    minimised = "; least squares of L was minimised, as its authors do" if seen.form.SQUARES else ""
-    print(f"objective    {seen.objective:.7g}, sum of Huber terms of ln L{minimised}")
+    _print_table(table)
+    note = "; the fit minimised squared errors of L, as the authors of this law do" if result.form.LEAST_SQUARES else ""
+    print(f"objective    {result.objective:.7g}, sum of Huber losses of ln L{note}")
     print(
-        f"certificate  good: {checked.n_agreeing} of {checked.n_starts} starts agree, gradient {checked.gradient:.1g}, "
-        f"condition {checked.condition:.3g}; {seen.n_resamples:,} resamples"
+        f"diagnostics  all checks passed: {diagnostics.n_agreeing} of {diagnostics.n_starts} starts found the same optimum, "
+        f"relative gradient {diagnostics.gradient:.1g}, condition number {diagnostics.condition:.3g}; "
+        f"{result.n_resamples:,} resamples"
     )
-    if (held := seen.holdout) and held.mean_error is not None:
+    if (holdout := result.holdout) and holdout.mean_error is not None:
+        held_out = f"{holdout.n_rows} run{'s' * (holdout.n_rows > 1)} at N = {holdout.n_params:,.0f}"
         print(
-            f"holdout      without its {held.n_rows} run{'s' * (held.n_rows > 1)} the law predicts N = {held.n_params:,.0f} "
-            f"{held.mean_error:+.2%} off on average, {held.worst_error:+.2%} at worst"
+            f"holdout      a fit without the {held_out} predicts their loss with a mean error of {holdout.mean_error:+.2%}, "
+            f"the largest is {holdout.worst_error:+.2%}"
         )
-    elif held:
-        print(f"holdout      none: {'; '.join(held.reasons)}")
-    moved = [f"row {numbers[i.row]}: {name} {i.without:.4g}" for name, i in seen.influence.items()]
-    print(f"influence    without the run that matters most: {', '.join(moved)}")
+    elif holdout:
+        print(f"holdout      none: {'; '.join(holdout.reasons)}")
+    moved = [f"{name} {i.without:.4g} (row {numbers[i.row]})" for name, i in result.influence.items()]
+    print(f"influence    without the most influential row: {', '.join(moved)}")
 
 
-def cluster(parts: "Sequence[Part]", exports: Mapping[str, str]) -> None:
-    """A local cluster, as lines that a shell can be given: the variables, and the state in comments."""
-    for part in parts:
-        print(f"# {part.name:<9} {part.state:<7}{f' pid {part.pid}' if part.pid else ''}")
+def print_cluster(processes: "Sequence[ClusterProcess]", exports: Mapping[str, str]) -> None:
+    """Prints a local cluster as shell lines: its environment variables, and the state of its processes as comments."""
+    for process in processes:
+        print(f"# {process.name:<9} {process.state:<7}{f' pid {process.pid}' if process.pid else ''}")
     for name, value in exports.items():
         print(f"export {name}={shlex.quote(value)}")
-    print("unset RAY_AUTH_TOKEN  # it would go before the file")
+    print("unset RAY_AUTH_TOKEN  # it would take precedence over the token file")
 
 
 def _table(*columns: str) -> Table:
@@ -274,9 +280,9 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def _print_table(table: Table) -> None:
     out = Console(highlight=False, markup=False)
-    Console(highlight=False, markup=False, width=None if out.is_terminal else WIDE).print(table)
+    Console(highlight=False, markup=False, width=None if out.is_terminal else TABLE_WIDTH_WITHOUT_TERMINAL).print(table)
 
 
 def _number(value: float | None, form: str) -> str:
@@ -295,38 +301,38 @@ def _size(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:,.1f} MB" if n_bytes >= 50_000 else f"{n_bytes / 1e3:,.1f} kB"
 
 
-class Bars:
-    """Progress of long work: bars on a terminal; elsewhere a line every ten seconds, every thirty while nothing changes."""
+class ProgressBars:
+    """Shows progress: bars on a terminal; elsewhere a line every ten seconds, or every thirty while nothing changes."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress, self._tasks = progress, dict[str, TaskID]()
-        self._printed, self._line = 0.0, ""
+        self._last_print_time, self._last_line = 0.0, ""
 
-    def show(self, what: str, done: float, total: float, detail: str = "") -> None:
-        """Brings one bar up to date."""
+    def update(self, what: str, done: float, total: float, detail: str = "") -> None:
+        """Updates the bar with this label."""
         first = what not in self._tasks
         if first:
             self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
         self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
         line, now = f"{what} {done / (total or 1):.0%} {detail}", time.monotonic()
-        if not console.is_terminal and (first or now - self._printed > (30 if line == self._line else 10)):
-            self._printed, self._line = now, line
+        if not console.is_terminal and (first or now - self._last_print_time > (30 if line == self._last_line else 10)):
+            self._last_print_time, self._last_line = now, line
             console.print(line)
 
-    def show_training(self, config: Config, latest: dict[str, float]) -> None:
-        """The newest step of a run; before the first one, that its workers are starting."""
+    def update_training(self, config: Config, latest: dict[str, float]) -> None:
+        """Shows the latest step of a run, or, before the first step, that its workers are starting."""
         if "train/loss_nats" not in latest:
-            self.show("starting the workers", 0, 1)
+            self.update("starting the workers", 0, 1)
             return
         speed = latest.get("speed/tokens_per_second", 0.0)
         validation = f", validation {latest['val/loss_nats']:.3f}" if "val/loss_nats" in latest else ""
         detail = f"loss {latest['train/loss_nats']:.3f}{validation} nats, {speed:,.0f} tokens/s"
-        self.show("training", latest["train/tokens"], config.train.n_steps * config.train.batch_tokens, detail)
+        self.update("training", latest["train/tokens"], config.train.n_steps * config.train.batch_tokens, detail)
 
 
 @contextmanager
-def bars() -> Iterator[Bars]:
-    """Progress on stderr, gone when it is over."""
+def progress_bars() -> Iterator[ProgressBars]:
+    """Shows progress on stderr while the context is open; the bars are removed at its end."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[detail]}"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield Bars(progress)
+        yield ProgressBars(progress)

@@ -1,6 +1,7 @@
-"""Where corpora and runs lie: a folder that all nodes see, or a URI such as s3://bucket/prefix. Paths in, paths out.
+"""Storage of corpora and runs: a folder that all nodes share, or a URI such as s3://bucket/prefix.
 
-Both kinds are handled as paths; here is what differs between them. Called by data, train, tracking and launch.
+Both kinds are handled as path objects (pathlib or universal-pathlib). This module holds what differs between them: atomic
+writes, downloads, locks, error messages. Called by data, train, tracking and launch.
 """
 
 import hashlib
@@ -20,64 +21,70 @@ from lmu_dist.config import ConfigError, Folder
 
 
 def check_writable(folder: Folder) -> None:
-    """Raises ConfigError if nothing can be put there: better now than after hours of work."""
+    """Raises ConfigError if no file can be written to the folder. Called before any work starts."""
     probe = folder / f".writable-{os.getpid()}"
-    with _answering(folder, "write to"):
+    with _storage_errors(folder, "write to"):
         make_folder(folder)
         probe.write_bytes(b"")
         probe.unlink()
 
 
 def check_reachable(folder: Folder) -> None:
-    """Raises ConfigError if a URI does not answer; of a folder nothing is asked."""
+    """Raises ConfigError if the server behind a URI does not answer. Does nothing for a local folder."""
     if is_remote(folder):
-        with _answering(folder, "reach"):
+        with _storage_errors(folder, "reach"):
             folder.exists()
 
 
 @contextmanager
-def _answering(folder: Folder, what: str) -> Iterator[None]:
+def _storage_errors(folder: Folder, action: str) -> Iterator[None]:
+    """Turns any error of the block into a ConfigError: "storage: cannot ACTION FOLDER: REASON"."""
     try:
         yield
-    except Exception as e:  # every kind of storage has errors of its own
+    except Exception as e:  # each storage client has its own exception types
         reason = " ".join(str(e).split())[:200] or type(e).__name__
-        where = "; set AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and, unless it is Amazon's, AWS_ENDPOINT_URL"
-        raise ConfigError(f"storage: cannot {what} {folder}: {reason}{where if str(folder).startswith('s3') else ''}") from e
+        fix = "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_ENDPOINT_URL if the store is not Amazon's"
+        raise ConfigError(f"storage: cannot {action} {folder}: {reason}{fix if str(folder).startswith('s3') else ''}") from e
 
 
-def is_from_storage(error: BaseException) -> bool:
-    """Whether an error that is no OSError comes from the client of a storage at a URI."""
+def is_storage_client_error(error: BaseException) -> bool:
+    """Whether an exception was raised by a client library of S3 or GCS; these are not subclasses of OSError."""
     return type(error).__module__.partition(".")[0] in ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google")
 
 
 def is_remote(path: Folder) -> bool:
-    """Whether it is a URI, and not a folder of this machine."""
+    """Whether the path is a URI, not a path of the local file system."""
     return not isinstance(path, Path)
 
 
 def make_folder(folder: Folder) -> None:
-    """Makes a folder, and those above it; at a URI there is nothing to make, and a client would make a bucket."""
+    """Creates a local folder and its parents. Does nothing for a URI: object stores have no folders, and a client would
+    create a bucket.
+    """
     if isinstance(folder, Path):
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def beside(folder: Folder) -> Path:
-    """A folder of this machine for what cannot be at a URI: locks, and files that grow. Of a local folder, itself."""
+def local_state_dir(folder: Folder) -> Path:
+    """A local folder for files that an object store cannot hold: locks, and files that are appended to.
+
+    For a local folder it is the folder itself; for a URI it is a folder in the user's cache, named by the URI's digest.
+    """
     if isinstance(folder, Path):
         return folder
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:24]
-    return user_cache_path("lmu-dist") / "beside" / name
+    return user_cache_path("lmu-dist") / "local-state" / name
 
 
-def write_whole(path: Folder, content: bytes) -> None:
-    """Writes a file that appears whole or not at all."""
-    with writing(path) as file:
+def write_atomic(path: Folder, content: bytes) -> None:
+    """Writes a file atomically: no reader ever sees a part of it."""
+    with open_atomic(path) as file:
         file.write(content)
 
 
 @contextmanager
-def writing(path: Folder) -> Iterator[Any]:
-    """A binary file to write to, which appears under its name, whole, when the block ends without an error."""
+def open_atomic(path: Folder) -> Iterator[Any]:
+    """Opens a binary file for an atomic write: it appears under its name when the block ends without an error."""
     if isinstance(path, Path):
         partial = path.with_name(path.name + ".partial")
         with open(partial, "wb") as file:
@@ -90,7 +97,7 @@ def writing(path: Folder) -> Iterator[Any]:
     try:
         yield file
     except BaseException:
-        with suppress(Exception):  # what matters is the error of the block
+        with suppress(Exception):  # the error of the block is the one to report
             file.close()
             file.discard()
         raise
@@ -98,8 +105,8 @@ def writing(path: Folder) -> Iterator[Any]:
     file.commit()
 
 
-def put(local: Path, to: Folder) -> None:
-    """Moves a file of this machine to its place, where it appears at once. A local place is on the same disk."""
+def move_file(local: Path, to: Folder) -> None:
+    """Moves a local file to its final path, atomically. A local target must be on the same file system."""
     if isinstance(to, Path):
         local.replace(to)
     else:
@@ -108,8 +115,8 @@ def put(local: Path, to: Folder) -> None:
 
 
 @contextmanager
-def local_first(folder: Folder) -> Iterator[Path]:
-    """A folder of this machine to write files to; those at a URI are copied there when the block ends without an error."""
+def local_output_dir(folder: Folder) -> Iterator[Path]:
+    """A local folder to write output files to. For a URI the files are uploaded when the block ends without an error."""
     if isinstance(folder, Path):
         yield folder
         return
@@ -120,24 +127,27 @@ def local_first(folder: Folder) -> Iterator[Path]:
 
 
 @contextmanager
-def staging(folder: Folder) -> Iterator[Path]:
-    """An empty folder of this machine from where files can be `put` into `folder`; what stays in it is deleted."""
+def staging_dir(folder: Folder) -> Iterator[Path]:
+    """An empty local folder from which `move_file` can move files into `folder`. Remaining files are deleted at the end."""
     with TemporaryDirectory(dir=folder if isinstance(folder, Path) else None, prefix=".staging-") as local:
         yield Path(local)
 
 
-def fetch_folder(folder: Folder, to: Path) -> None:
-    """Copies a folder at a URI, with all that is in it, to a new folder of this machine."""
+def download_folder(folder: Folder, to: Path) -> None:
+    """Downloads a folder at a URI, recursively, to a new local folder."""
     assert not isinstance(folder, Path)
     to.mkdir(parents=True)
     folder.fs.get(f"{folder.path.rstrip('/')}/", f"{to}/", recursive=True)
 
 
-def fetched(path: Folder, sha256: str) -> Path:
-    """The file on this machine: itself, or a copy that is made once on each, known by its digest. Raises ConfigError."""
+def cached_path(path: Folder, sha256: str) -> Path:
+    """The local path of a file. A file at a URI is downloaded once per machine, to a cache keyed by its sha256.
+
+    Raises ConfigError if the sha256 is malformed, or if the downloaded file does not match it.
+    """
     if isinstance(path, Path):
         return path
-    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it names a file here
+    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
         raise ConfigError(f"{path.parent} has a damaged manifest; delete {path.parent} and prepare again")
     local = user_cache_path("lmu-dist") / "files" / f"{sha256}{path.suffix}"
     if not local.exists():
@@ -156,7 +166,7 @@ def fetched(path: Folder, sha256: str) -> Path:
 
 
 def remove(folder: Folder) -> None:
-    """Deletes a folder and all in it, if it is there."""
+    """Deletes a folder and its contents, if it exists."""
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
     elif folder.exists():
@@ -164,7 +174,7 @@ def remove(folder: Folder) -> None:
 
 
 def digest(path: Folder) -> str:
-    """sha256 of a file."""
+    """The sha256 of a file, as hex."""
     with path.open("rb") as file:
         sha = hashlib.sha256()
         while chunk := file.read(1 << 22):

@@ -1,4 +1,4 @@
-"""What it takes to build C++ at its first use, DeepSpeed's and our own: ninja, and a lock that dies with its holder.
+"""Setup for just-in-time builds of torch C++ extensions, DeepSpeed's and ours: finds ninja and makes the build lock crash-safe.
 
 Called by launch/worker and launch/calibrate before they load the engine, and by models/kernels.
 """
@@ -12,31 +12,33 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 
 
-class KernelBaton:
-    """In the place of torch's baton, by which processes take turns at building an extension.
+class FlockBaton:
+    """Replaces torch's FileBaton, the lock by which processes take turns at building an extension.
 
-    Torch's is a file that is there or not: one who was killed while building leaves it, and all who come later wait for ever,
-    without a word. This one is a lock of the kernel's. Who has waited for it builds too, which is no work if all went well.
+    Torch's lock is a file that exists or not. A process killed during a build leaves it behind, and every later process waits
+    for ever without a message. This one is an flock, which the operating system releases when its holder dies. A process that
+    has waited for the lock runs the build too; ninja then finds nothing to do.
     """
 
     def __init__(self, path: str) -> None:
         self._lock = FileLock(f"{path}.kernel")
 
     def try_acquire(self) -> bool:
-        """Waits for its turn; always True, so that torch never calls `wait`."""
+        """Blocks until the lock is free. Always returns True, so that torch never calls `wait`."""
         self._lock.acquire()
         return True
 
     def release(self) -> None:
-        """The next one's turn."""
+        """Releases the lock."""
         self._lock.release()
 
 
 @cache
-def prepare_builds() -> None:
-    """Makes builds of torch extensions work, and end, in this process. Programs that build in the same folder without having
-    called this are not waited for.
+def configure_extension_builds() -> None:
+    """Puts ninja on PATH and installs the crash-safe build lock in this process. Call it before the first build.
+
+    Processes that build in the same folder without this call use torch's lock, and the two locks do not see each other.
     """
-    # A worker is started by its interpreter's full path; ninja stands beside it, and need not be on PATH.
+    # Ray starts a worker by its interpreter's full path. ninja is in the same folder, which need not be on PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    cpp_extension.FileBaton = KernelBaton  # pyright: ignore[reportPrivateImportUsage]
+    cpp_extension.FileBaton = FlockBaton  # pyright: ignore[reportPrivateImportUsage]

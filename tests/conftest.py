@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: a small corpus on disk and configurations of it."""
+"""Fixtures shared by all tests: a small corpus, an S3 bucket, and simulated machines."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-# Before anything imports Ray or DeepSpeed: the suite must not depend on what the machine has.
+# Set before Ray or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
@@ -23,7 +23,7 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 def write_corpus(folder: Path, n_documents: int = 400, n_files: int = 4, seed: int = 0) -> list[Path]:
-    """JSON lines of random words, the same for the same seed."""
+    """Writes a corpus of random words as JSON lines; the same words for the same seed. Returns the paths of its files."""
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnop", k=rng.randint(2, 7))) for _ in range(300)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def corpus_glob(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """An S3 bucket on loopback, as URI; settings for its clients are in the environment, for processes started later too."""
+    """URI of a bucket on an S3 server on loopback. The clients' settings are in the environment, also of new processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -63,7 +63,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 break
             time.sleep(0.2)
-        urllib.request.urlopen(urllib.request.Request(f"{url}/studies", method="PUT"), timeout=30).close()  # makes the bucket
+        urllib.request.urlopen(urllib.request.Request(f"{url}/studies", method="PUT"), timeout=30).close()  # creates the bucket
         yield "s3://studies"
     server.terminate()
     server.wait()
@@ -72,10 +72,10 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Makes this process, and those it starts, another machine: with a cache, and so locks and spools, of its own."""
+    """A function that simulates a switch to another machine: it changes the user's cache, where local state is kept."""
 
-    def become(name: str) -> None:
+    def switch_to(name: str) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
 
-    become("first")
-    return become
+    switch_to("first")
+    return switch_to

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for tests, of their own and gone afterwards."""
+"""Starts a temporary PostgreSQL server for tests."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ def tools() -> Path | None:
 
 
 def missing() -> str:
-    """What to do for a PostgreSQL; "" if there is one."""
-    return "" if tools() else "no PostgreSQL here; apt-get install postgresql"
+    """How to install PostgreSQL; "" if it is installed."""
+    return "" if tools() else "PostgreSQL is not installed; apt-get install postgresql"
 
 
 def free_port() -> int:
-    """A port of loopback that nobody listens on."""
+    """A free port on loopback."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -30,16 +30,16 @@ def free_port() -> int:
 
 @contextmanager
 def postgresql(address: str = "127.0.0.1", clients: str = "127.0.0.1/32") -> Iterator[dict[str, str]]:
-    """A server with a password at an address, for clients of a network; as libpq's variables."""
+    """Starts a PostgreSQL server with a password, for the clients of a network. Yields libpq's environment variables for it."""
     bin_folder = tools()
     assert bin_folder is not None
-    folder = Path(mkdtemp())  # others than root cannot reach pytest's folder
+    folder = Path(mkdtemp())  # the user nobody cannot read pytest's folders
     user: dict[str, str] = {}
-    if os.geteuid() == 0:  # PostgreSQL will not be root
+    if os.geteuid() == 0:  # PostgreSQL refuses to run as root
         user = {"user": "nobody"}
         shutil.chown(folder, "nobody")
     password = folder / "password"
-    password.write_text("p@ss/word:1")  # what would have to be quoted in a URI
+    password.write_text("p@ss/word:1")  # characters that need quoting in a URI
     password.chmod(0o644)
     port = str(free_port())
     begin = [bin_folder / "initdb", "-D", folder / "data", "-U", "mlflow", "--auth=scram-sha-256", f"--pwfile={password}"]

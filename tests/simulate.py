@@ -1,4 +1,4 @@
-"""Studies with a known truth: losses drawn from laws, as Rows, as RunRecords, and as runs of an MLflow store."""
+"""Simulated studies with a known truth: losses from known laws plus noise, as RunRecords and as runs in an MLflow store."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -12,20 +12,20 @@ from mlflow.tracking import MlflowClient
 from lmu_dist.records import POSITION_LOSS, RunRecord
 from lmu_dist.scaling.laws import Chinchilla
 
-# Roughly what small models on a small corpus do; another family is the same with its tokens worth more.
+# Similar to small models on a small corpus. The families share this law, but their tokens are worth different amounts.
 TRUTH = Chinchilla(E=2.0, A=60.0, B=400.0, alpha=0.35, beta=0.37)
-WORTH = {"lstm": 0.4, "transformer": 1.0, "lmu": 4.0, "lmu_attention": 5.0}
+TOKEN_WORTH = {"lstm": 0.4, "transformer": 1.0, "lmu": 4.0, "lmu_attention": 5.0}
 SIZES = tuple(int(n) for n in np.logspace(4, 6, 5))
 BUDGETS = tuple(int(d) for d in np.logspace(6, 8, 5))
 CODE, DATA = "c" * 64, "d" * 64
 
 
 def law_of(family: str) -> Chinchilla:
-    return replace(TRUTH, B=TRUTH.B * WORTH[family] ** -TRUTH.beta)
+    return replace(TRUTH, B=TRUTH.B * TOKEN_WORTH[family] ** -TRUTH.beta)
 
 
-def record(family: str, n_params: int, tokens: int, seed: int, loss: float, **changed: object) -> RunRecord:
-    """A complete, decayed run; its counts are those of a model with a head of 32 sqrt(N) parameters."""
+def make_record(family: str, n_params: int, tokens: int, seed: int, loss: float, **overrides: object) -> RunRecord:
+    """Returns the record of a complete, decayed run of a model whose output head has 32 sqrt(N) parameters."""
     head = int(32 * n_params**0.5)
     values: dict = {
         "family": family,
@@ -59,25 +59,25 @@ def record(family: str, n_params: int, tokens: int, seed: int, loss: float, **ch
         "stop_rule": "",
         "fork_step": 0,
         "retry_of": "",
-    } | changed
+    } | overrides
     identity = "/".join(
         str(values[k]) for k in ("family", "n_params", "tokens", "seed", "learning_rate", "status", "code_digest")
     )
     return RunRecord(key=str(values.pop("key", sha256(identity.encode()).hexdigest())), **values)
 
 
-def study(
-    families: Sequence[str] = tuple(WORTH),
+def simulate_study(
+    families: Sequence[str] = tuple(TOKEN_WORTH),
     sizes: Sequence[int] = SIZES,
     budgets: Sequence[int] = BUDGETS,
     seeds: Sequence[int] = (0,),
     noise: float = 0.003,
-    draw: int = 0,
+    noise_seed: int = 0,
 ) -> list[RunRecord]:
-    """Records of a whole grid; `draw` seeds the noise."""
-    rng = np.random.default_rng(draw)
+    """Returns the records of a whole grid; `noise_seed` is the random seed of the noise."""
+    rng = np.random.default_rng(noise_seed)
     return [
-        record(family, n, d, seed, float(law_of(family).loss(n, d) * np.exp(rng.normal(0, noise))))
+        make_record(family, n, d, seed, float(law_of(family).loss(n, d) * np.exp(rng.normal(0, noise))))
         for family in families
         for n in sizes
         for d in budgets
@@ -86,19 +86,21 @@ def study(
 
 
 def position_curve(record: RunRecord, flat_from: int = 0) -> np.ndarray:
-    """Loss at position 1 .. n, falling as 1/sqrt(t), until `flat_from` if given."""
+    """Returns losses at positions 1 to n that fall as 1/sqrt(t), up to position `flat_from` if it is given."""
     t = np.arange(1, record.sequence_tokens + 1, dtype=float)
     shape = np.minimum(t, flat_from or t) ** -0.5
     return record.val_loss_nats + 2 * (shape - shape.mean())
 
 
-def write(
+def write_runs_to_mlflow(
     client: MlflowClient, experiment: str, records: Iterable[RunRecord], curves: bool = False, study_name: str = "ladder"
 ) -> list[str]:
-    """Writes runs as the trainer would have them, through MLflow's own API: their ids, in order."""
-    found = client.get_experiment_by_name(experiment)
-    beside = Path(client.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts" / experiment  # not where tests are run
-    experiment_id = found.experiment_id if found else client.create_experiment(experiment, beside.as_uri())
+    """Writes runs as training does, with MLflow's own client, and returns their ids in order."""
+    existing = client.get_experiment_by_name(experiment)
+    artifact_folder = (
+        Path(client.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts" / experiment
+    )  # otherwise MLflow writes to the current folder
+    experiment_id = existing.experiment_id if existing else client.create_experiment(experiment, artifact_folder.as_uri())
     parent = client.create_run(experiment_id, tags={"lmu.study": study_name, "mlflow.runName": study_name}).info.run_id
     ids = []
     for r in records:

@@ -1,28 +1,28 @@
-"""The audit of dependencies: a hole fails, silence is said."""
+"""Tests of the dependency audit: a known vulnerability fails, an unreachable database is reported."""
 
 import json
 
 from audit import verdict
 
 
-def answer(*vulns: dict) -> str:
+def pip_audit_output(*vulns: dict) -> str:
     return json.dumps(
         {"dependencies": [{"name": "a", "version": "1.0", "vulns": list(vulns)}, {"name": "b", "skip_reason": "?"}]}
     )
 
 
-def test_a_known_hole_fails():
-    code, said = verdict(1, answer({"id": "CVE-1", "fix_versions": ["1.1"]}), "")
+def test_known_vulnerability_fails():
+    code, message = verdict(1, pip_audit_output({"id": "CVE-1", "fix_versions": ["1.1"]}), "")
     assert code == 1
-    assert "a 1.0: CVE-1, mended in 1.1" in said
+    assert "a 1.0: CVE-1, fixed in 1.1" in message
 
 
-def test_what_was_not_asked_is_said():
-    assert verdict(0, answer(), "") == (
+def test_unchecked_packages_are_reported():
+    assert verdict(0, pip_audit_output(), "") == (
         0,
-        "audit: no known hole in 1 of 2 packages; the others have no advisories to ask for",
+        "audit: no known vulnerability in 1 of 2 packages; the database lacks the others",
     )
-    code, said = verdict(1, "", "ERROR: connection refused")
+    code, message = verdict(1, "", "ERROR: connection refused")
     assert code == 0
-    assert "not done" in said
-    assert "connection refused" in said
+    assert "skipped" in message
+    assert "connection refused" in message

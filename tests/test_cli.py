@@ -1,4 +1,4 @@
-"""The command line: help is quick, bad input exits with 2 and one line, and nothing is left behind."""
+"""The command line: --help is fast, invalid input exits with 2 and one line and leaves no files, and `fit` prints laws."""
 
 import json
 import subprocess
@@ -30,13 +30,13 @@ def test_help_imports_nothing_heavy():
         (["generate", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "out"], "no-such-run"),
         (["report", "no-such-experiment", "-o", "out"], "no experiment 'no-such-experiment'"),
-        (["fit", "missing.csv", "--n", "N", "--d", "D", "--loss", "L"], "no file missing.csv"),
+        (["fit", "missing.csv", "--n", "N", "--d", "D", "--loss", "L"], "missing.csv does not exist"),
         (["fit", JOB, "--n", "N", "--d", "D", "--loss", "L"], "no column 'N'"),
     ],
 )
-def test_bad_input_exits_with_two(arguments, message, tmp_path, monkeypatch, capfd):
+def test_invalid_input_exits_with_two(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    began = time.monotonic()
+    started_at = time.monotonic()
     assert main(arguments) == 2
     error = capfd.readouterr().err
     assert message in error
@@ -44,7 +44,7 @@ def test_bad_input_exits_with_two(arguments, message, tmp_path, monkeypatch, cap
     assert len([line for line in error.splitlines() if line.startswith("lmu-dist:")]) == 1
     assert not (tmp_path / "out").exists()
     assert not any(p.name.startswith("lmu-") for p in tmp_path.rglob("*"))
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - started_at < 60
 
 
 def write_table(path: Path, sizes: tuple[float, ...]) -> None:
@@ -56,7 +56,7 @@ def write_table(path: Path, sizes: tuple[float, ...]) -> None:
     path.write_text("N,D,L,kind\n" + "".join(f"{n},{d},{loss},a\n" for n, d, loss in rows) + "1,1,nan,a\n1e7,1e9,9,b\n")
 
 
-def test_a_law_of_anybodys_table(tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFixture):
     arguments = [
         "fit",
         str(tmp_path / "t.csv"),
@@ -85,9 +85,9 @@ def test_a_law_of_anybodys_table(tmp_path: Path, capfd: pytest.CaptureFixture):
         ("L is missing or not finite", [17]),
     ]
     assert main(arguments) == 0
-    said = capfd.readouterr().out
-    assert f"{facts['parameters']['alpha']:.6g}" in said
-    assert "left out     1 rows: L is missing" in said
+    output = capfd.readouterr().out
+    assert f"{facts['parameters']['alpha']:.6g}" in output
+    assert "left out     1 row: L is missing" in output
     write_table(tmp_path / "t.csv", (1e7,))
     assert main([*arguments, "--json"]) == 3
     facts = json.loads(capfd.readouterr().out)
@@ -97,26 +97,26 @@ def test_a_law_of_anybodys_table(tmp_path: Path, capfd: pytest.CaptureFixture):
     assert "NOT DETERMINED" in capfd.readouterr().out
 
 
-def test_relative_names_in_a_job_are_kept_where_ray_deletes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from lmu_dist.cli import common
 
     monkeypatch.chdir(tmp_path)
-    assert common.place("runs") == str(tmp_path / "runs")
+    assert common.resolve_path("runs") == str(tmp_path / "runs")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert common.place("runs") == str(tmp_path / "home" / "lmu-dist" / "runs")
+    assert common.resolve_path("runs") == str(tmp_path / "home" / "lmu-dist" / "runs")
     assert common.tracking_uri() == f"sqlite:///{tmp_path}/home/lmu-dist/mlflow.db"
     monkeypatch.setenv("LMU_DIST_HOME", "s3://bucket/studies/")
-    assert common.place("runs") == "s3://bucket/studies/runs"
-    assert common.place("/data/runs") == "/data/runs"
-    assert common.place("s3://other/runs") == "s3://other/runs"
+    assert common.resolve_path("runs") == "s3://bucket/studies/runs"
+    assert common.resolve_path("/data/runs") == "/data/runs"
+    assert common.resolve_path("s3://other/runs") == "s3://other/runs"
 
 
-def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    def interrupted(*_: object) -> None:
+def test_ctrl_c_prints_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lmu_dist.cli.runs.loaded", interrupted)
+    monkeypatch.setattr("lmu_dist.cli.runs.load_config", interrupt)
     assert main(["plan", "jobs/train.yaml"]) == 1
     [line] = [line for line in capfd.readouterr().err.splitlines() if line]
-    assert line == "lmu-dist: interrupted; the same command goes on from where it stood"
+    assert line == "lmu-dist: interrupted; run the same command again to continue"

@@ -1,4 +1,4 @@
-"""The checker behind the shapes and types in lmu_dist's signatures; in tests only. An int may stand for a float."""
+"""Runtime type checker for the shape and type annotations of lmu_dist, used in tests only. An int is accepted as a float."""
 
 from beartype import BeartypeConf, beartype
 

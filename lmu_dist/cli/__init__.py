@@ -1,6 +1,7 @@
-"""`lmu-dist`: parses, calls one function, prints. Run `lmu-dist --help`.
+"""The command line `lmu-dist`: every command parses its arguments, calls one function and prints the result.
 
-Exit codes: 0 done, 1 failed, 2 bad input (one line that names the fix; nothing was started), 3 a law is not determined.
+Exit codes: 0 success, 1 failure, 2 invalid input (one line says how to correct it; nothing was started), 3 the table does not
+determine the law (`fit`).
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ from lmu_dist import show
 from lmu_dist.cli import clusters, results, runs
 from lmu_dist.cli.common import cli
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.storage import is_from_storage
+from lmu_dist.storage import is_storage_client_error
 
 __all__ = ["cli", "clusters", "main", "results", "runs"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of the console script: the exit code."""
+    """Runs a command and returns its exit code. Entry point of the console script."""
     try:
         return cli.main(arguments, prog_name="lmu-dist", standalone_mode=False) or 0
     except click.ClickException as e:
@@ -28,16 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             show.console.print(f"lmu-dist: {line}")
         return 2
     except FailedError as e:
-        show.console.print(f"lmu-dist: {e}; the same command goes on from where it stood")
+        show.console.print(f"lmu-dist: {e}; run the same command again to continue")
         return 1
     except OSError as e:
-        show.console.print(f"lmu-dist: {e}; mend that and start the same command again, it goes on from where it stood")
+        show.console.print(f"lmu-dist: {e}; correct this and run the same command again to continue")
         return 1
     except (KeyboardInterrupt, click.Abort):
-        show.console.print("lmu-dist: interrupted; the same command goes on from where it stood")
+        show.console.print("lmu-dist: interrupted; run the same command again to continue")
         return 1
     except Exception as e:
-        if not is_from_storage(e):
+        if not is_storage_client_error(e):
             raise
-        show.console.print(f"lmu-dist: the storage does not answer, or refuses: {' '.join(str(e).split())[:300]}")
+        show.console.print(f"lmu-dist: the storage cannot be reached or refuses access: {' '.join(str(e).split())[:300]}")
         return 1

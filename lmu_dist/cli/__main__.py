@@ -1,4 +1,4 @@
-"""`python -m lmu_dist.cli`, for where `lmu-dist` is not on PATH."""
+"""Runs the command line as `python -m lmu_dist.cli`, for example where `lmu-dist` is not on PATH."""
 
 import sys
 

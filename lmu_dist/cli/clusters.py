@@ -1,4 +1,7 @@
-"""Commands for clusters: submit and jobs for one elsewhere, cluster for one on this machine. Heavy imports are inside."""
+"""Commands for clusters: `submit` and `jobs` for a remote cluster, `cluster` for one on this machine.
+
+Heavy modules are imported inside the functions, so that --help is fast.
+"""
 
 import json
 from dataclasses import asdict
@@ -8,35 +11,42 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lmu_dist import show
-from lmu_dist.cli.common import as_json, cli, job, settings, tell
+from lmu_dist.cli.common import cli, config_argument, json_option, overrides_argument, print_notes
 from lmu_dist.config import load
 
 if TYPE_CHECKING:
-    from lmu_dist.launch.jobs import Client
+    from lmu_dist.launch.jobs import JobsClient
 
-at = click.option("--address", metavar="URL", help="The cluster's dashboard; else $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS.")
+address_option = click.option(
+    "--address", metavar="URL", help="URL of the Ray dashboard. Default: $RAY_API_SERVER_ADDRESS or $RAY_ADDRESS."
+)
 
 
 @cli.command()
-@job
-@settings
-@at
+@config_argument
+@overrides_argument
+@address_option
 @click.option(
-    "--command", type=click.Choice(["ladder", "tune", "train"]), help="Default: what CONFIG has a section for, else train."
+    "--command",
+    type=click.Choice(["ladder", "tune", "train"]),
+    help="Command to run. Default: ladder or tune if CONFIG has that section, else train.",
 )
-@click.option("--follow", is_flag=True, help="Print the job's log until it ends; Ctrl-C leaves the job running.")
+@click.option("--follow", is_flag=True, help="Print the log of the job until it ends. Ctrl-C leaves the job running.")
 def submit(config: str, overrides: tuple[str, ...], address: str | None, command: str | None, follow: bool) -> int:
-    """Send the current folder to a cluster and run a command there as a Ray job; the same again goes on with it."""
+    """Upload the current folder to a cluster and run a command there as a Ray job.
+
+    A second submission with the same content continues the first one.
+    """
     merged = load(config, overrides)
     from lmu_dist.launch import jobs as cluster
-    from lmu_dist.launch.submission import draft
+    from lmu_dist.launch.submission import make_job_spec
 
-    drafted = draft(merged, Path(config), overrides, command, Path.cwd())
-    show.package(drafted.package)
-    tell(drafted.notes)
+    job_spec = make_job_spec(merged, Path(config), overrides, command, Path.cwd())
+    show.print_package(job_spec.package)
+    print_notes(job_spec.notes)
     client = cluster.connect(address)
-    name, new = cluster.submit(client, drafted)
-    print(f"job         {name}{'' if new else ', there already with the same content: not submitted again'}")
+    name, new = cluster.submit(client, job_spec)
+    print(f"job         {name}{'' if new else ' exists already with the same content, so it was not submitted again'}")
     if follow:
         return _follow(client, name)
     print(f"follow      lmu-dist jobs follow {name} --address {client.get_address()}")
@@ -45,30 +55,30 @@ def submit(config: str, overrides: tuple[str, ...], address: str | None, command
 
 @cli.group()
 def jobs() -> None:
-    """The jobs of a cluster: list, follow and stop them."""
+    """List, follow and stop the jobs of a cluster."""
 
 
 @jobs.command("list")
-@at
-@as_json
+@address_option
+@json_option
 def list_jobs(address: str | None, as_json: bool) -> None:
-    """All jobs the cluster knows, latest first."""
-    from lmu_dist.launch.jobs import connect, listed
+    """List all jobs of the cluster, latest first."""
+    from lmu_dist.launch.jobs import connect, fetch_jobs
 
-    rows = listed(connect(address))
+    rows = fetch_jobs(connect(address))
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
     else:
-        show.jobs(rows)
+        show.print_jobs(rows)
 
 
 @jobs.command("follow")
 @click.argument("name", metavar="ID")
-@at
+@address_option
 def follow_job(name: str, address: str | None) -> int:
-    """Print a job's log until it ends, whatever happens to the connection; Ctrl-C leaves the job running.
+    """Print the log of a job until it ends; reconnects if the connection breaks. Ctrl-C leaves the job running.
 
-    Exit code: 0 it succeeded, 1 it did not, or is not followed to its end.
+    Exit code: 0 if the job succeeded; 1 if it failed or could not be followed to its end.
     """
     from lmu_dist.launch.jobs import connect
 
@@ -77,72 +87,85 @@ def follow_job(name: str, address: str | None) -> int:
 
 @jobs.command("stop")
 @click.argument("name", metavar="ID")
-@at
+@address_option
 def stop_job(name: str, address: str | None) -> None:
-    """Interrupt a job, as Ctrl-C would, and wait for its end."""
+    """Interrupt a job, as Ctrl-C would, and wait until it has ended."""
     from lmu_dist.launch.jobs import connect, stop
 
-    show.job(stop(connect(address), name))
+    show.print_job(stop(connect(address), name))
 
 
 @cli.group()
 def cluster() -> None:
-    """A cluster of several Ray nodes on this machine, with a token, and MLflow beside it."""
+    """Start and stop a cluster of several Ray nodes on this machine, secured by a token, with an MLflow server."""
 
 
 cluster_folder = click.option(
-    "--folder", default=".cluster", show_default=True, type=click.Path(path_type=Path), help="Where its token and logs are."
+    "--folder", default=".cluster", show_default=True, type=click.Path(path_type=Path), help="Folder of the token and the logs."
 )
 port = click.IntRange(1024, 65535)
 
 
 @cluster.command()
 @cluster_folder
-@click.option("--nodes", default=2, show_default=True, type=click.IntRange(1, 250), help="Beside the head, which has no CPUs.")
-@click.option("--cpus", default=1, show_default=True, type=click.IntRange(1), help="Of each node.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address on which dashboard and MLflow listen.")
-@click.option("--port", default=6379, show_default=True, type=port, help="Of Ray.")
-@click.option("--dashboard-port", default=8265, show_default=True, type=port, help="Of the dashboard and the Jobs API.")
-@click.option("--mlflow-port", default=5000, show_default=True, type=port)
+@click.option(
+    "--nodes",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 250),
+    help="Worker nodes, in addition to the head, which has no CPUs.",
+)
+@click.option("--cpus", default=1, show_default=True, type=click.IntRange(1), help="CPUs of each worker node.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address on which the dashboard and MLflow listen.")
+@click.option("--port", default=6379, show_default=True, type=port, help="Port of Ray.")
+@click.option("--dashboard-port", default=8265, show_default=True, type=port, help="Port of the dashboard and the Jobs API.")
+@click.option("--mlflow-port", default=5000, show_default=True, type=port, help="Port of the MLflow server.")
 def up(folder: Path, **settings: Any) -> None:
-    """Start what does not run of it; prints what to say in the shell that will use it: eval "$(lmu-dist cluster up)"."""
-    from lmu_dist.launch import local
-    from lmu_dist.launch.parts import Settings
+    """Start the cluster, or those of its processes that do not run.
 
-    show.cluster(local.up(folder, Settings(**settings), show.console.print), local.exports(folder))
+    Prints the environment variables for the shell that will use it: eval "$(lmu-dist cluster up)".
+    """
+    from lmu_dist.launch import local
+    from lmu_dist.launch.local_commands import LocalClusterSettings
+
+    show.print_cluster(local.up(folder, LocalClusterSettings(**settings), show.console.print), local.exports(folder))
 
 
 @cluster.command(name="status")
 @cluster_folder
 def cluster_status(folder: Path) -> int:
-    """What runs of it; exit 1 if something does not."""
+    """Print the state of the cluster's processes; exit code 1 if one does not run."""
     from lmu_dist.launch import local
 
     parts = local.status(folder)
-    show.cluster(parts, local.exports(folder))
+    show.print_cluster(parts, local.exports(folder))
     return 0 if all(part.state == "alive" for part in parts) else 1
 
 
 @cluster.command()
 @cluster_folder
 def down(folder: Path) -> None:
-    """End it, and nothing else on this machine; token, logs, and what MLflow has, stay."""
+    """Stop the cluster and no other process; token, logs and the data of MLflow remain."""
     from lmu_dist.launch import local
 
-    print(f"ended {', '.join(local.down(folder)) or 'nothing: it did not run'}")
+    print(f"stopped {', '.join(local.down(folder)) or 'nothing: the cluster was not running'}")
 
 
-def _follow(client: "Client", name: str) -> int:
-    """Follows a job to its end. Exit code 0 if it succeeded."""
+def _follow(client: "JobsClient", name: str) -> int:
+    """Follows a job to its end and returns the exit code: 0 if it succeeded, else 1."""
     from lmu_dist.launch.jobs import follow
 
     try:
-        ended = follow(client, name, show.log, lambda said: tell([said]))
+        ended = follow(client, name, show.print_log, lambda note: print_notes([note]))
     except KeyboardInterrupt:
-        tell([f"the job goes on; lmu-dist jobs follow {name} --address {client.get_address()} follows it again"])
+        print_notes(
+            [f"the job keeps running; to follow it again: lmu-dist jobs follow {name} --address {client.get_address()}"]
+        )
         return 1
     if ended is None:
-        tell([f"the cluster was started anew and knows no {name}: submit the same again, it goes on from what is on record"])
+        print_notes(
+            [f"the cluster was restarted and has no job {name}; submit the same job again to continue from its records"]
+        )
         return 1
-    show.job(ended)
+    show.print_job(ended)
     return 0 if ended.status == "SUCCEEDED" else 1

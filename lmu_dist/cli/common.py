@@ -1,4 +1,4 @@
-"""What the commands share: the group they belong to, their arguments, and what names are relative to."""
+"""Shared by all commands: the command group, common arguments and options, and how relative paths are resolved."""
 
 import os
 from collections.abc import Sequence
@@ -10,55 +10,66 @@ from lmu_dist import __version__, show
 from lmu_dist.config import Config, ConfigError, load, with_settings
 from lmu_dist.storage import check_reachable
 
-job = click.argument("config")
-settings = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-as_json = click.option("--json", "as_json", is_flag=True, help="Print the summary as one JSON object.")
+config_argument = click.argument("config")
+overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+family_option = click.option(
+    "--family",
+    metavar="FILE.py:CLASS",
+    help="The family of the model, if it is not built in. Its code is executed: only use code that you trust.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Train LMU language models on Ray and DeepSpeed, recorded by MLflow.
+    """Train LMU language models with Ray and DeepSpeed, and record the runs in MLflow.
 
-    CONFIG is a YAML file such as jobs/train.yaml; KEY=VALUE overrides one of its keys, as in train.learning_rate=1e-3.
+    CONFIG is a YAML file such as jobs/train.yaml. KEY=VALUE overrides one of its keys, as in train.learning_rate=1e-3.
     """
 
 
-def root() -> str:
-    """What relative names of storage and results are relative to: $LMU_DIST_HOME, else this folder, unless it is that of a Ray
-    job, which Ray deletes.
+def base_folder() -> str:
+    """Returns the folder for relative paths of storage and results: $LMU_DIST_HOME, or else the current folder.
+
+    Inside a Ray job it is ~/lmu-dist instead of the current folder, which Ray deletes after the job.
     """
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     return os.environ.get("LMU_DIST_HOME") or str(Path.home() / "lmu-dist" if in_job else Path.cwd())
 
 
-def place(name: str) -> str:
-    """A name of the user's as an absolute path, or as the URI it is."""
-    return name if "://" in name or Path(name).expanduser().is_absolute() else f"{root().rstrip('/')}/{name}"
+def resolve_path(name: str) -> str:
+    """Returns a path given by the user as an absolute path; a URI stays as it is."""
+    return name if "://" in name or Path(name).expanduser().is_absolute() else f"{base_folder().rstrip('/')}/{name}"
 
 
-def loaded(path: str, overrides: Sequence[str]) -> Config:
-    """A configuration whose storage is where this command keeps things. Raises ConfigError."""
+def load_config(path: str, overrides: Sequence[str]) -> Config:
+    """Loads a configuration, makes its storage path absolute, and checks that the storage is reachable. Raises ConfigError."""
+    from lmu_dist.planning.grid import check_families  # imports torch, which --help does not need
+
     config = load(path, overrides)
-    config = with_settings(config, {"storage": place(config.storage)})
+    config = with_settings(config, {"storage": resolve_path(config.storage)})
+    check_families(config)
     check_reachable(config.storage_folder)
     return config
 
 
 def tracking_uri() -> str:
-    """$MLFLOW_TRACKING_URI, else an SQLite file where this command keeps things."""
+    """Returns $MLFLOW_TRACKING_URI, or else the URI of an SQLite file in the base folder."""
     from lmu_dist.tracking.store import default_uri
 
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
-    if "://" in root():
-        raise ConfigError(f"set MLFLOW_TRACKING_URI: no database can be at LMU_DIST_HOME, {root()}")
-    folder = Path(root())
+    if "://" in base_folder():
+        raise ConfigError(
+            f"set MLFLOW_TRACKING_URI, since LMU_DIST_HOME is a URI, {base_folder()}, which cannot hold a database"
+        )
+    folder = Path(base_folder())
     folder.mkdir(parents=True, exist_ok=True)
     return default_uri(folder)
 
 
-def tell(notes: Sequence[str]) -> None:
-    """Prints what a person should know, to stderr."""
+def print_notes(notes: Sequence[str]) -> None:
+    """Prints notes for the user to stderr."""
     for note in notes:
         show.console.print(f"note: {note}")

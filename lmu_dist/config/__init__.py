@@ -1,4 +1,4 @@
-"""Configuration: what a run, and a grid of runs, is made from. Sections in run and study, reading and checking in load."""
+"""Configuration of runs and grids of runs: sections in `run` and `study`, reading and validation in `load`."""
 
 from lmu_dist.config.load import Config, flatten, load, parse, sources, to_dict, with_settings
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TokenizerConfig, TrainConfig

@@ -1,6 +1,6 @@
-"""From a YAML file and dotted overrides to one frozen, validated Config. Builds nothing.
+"""Loading of configurations: a YAML file and dotted overrides in, one frozen, validated Config out.
 
-Precedence: defaults < files under `include` < the YAML < `section.key=value`. Every command goes through `load`.
+Precedence: defaults < files under `include` < the YAML file < overrides `section.key=value`. Every command calls `load`.
 """
 
 import dataclasses
@@ -22,13 +22,15 @@ from lmu_dist.config.types import STRICT, ConfigError, Folder, Name, open_folder
 
 @dataclass(frozen=True, config=STRICT)
 class Config:
-    """Everything a run, or a grid of runs, is made from."""
+    """The whole configuration of a run or of a grid of runs."""
 
-    experiment: Name = "lmu-dist"
+    experiment: Name = "lmu-dist"  # name of the MLflow experiment and of the folder of its runs
     storage: str = (
-        "runs"  # prepared data, checkpoints, spools: a folder that all nodes share, or a URI such as s3://bucket/runs
+        "runs"  # where corpora, checkpoints and records go: a folder that all nodes share, or a URI such as s3://bucket/runs
     )
-    seed: Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)] = (
+        0  # random seed of initial weights and of the order of rows
+    )
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
@@ -39,7 +41,7 @@ class Config:
 
     @property
     def storage_folder(self) -> Folder:
-        """Storage as an absolute path, or as what stands for one at a URI."""
+        """`storage` as an absolute path, or as a universal-pathlib path for a URI."""
         return open_folder(self.storage)
 
     @model_validator(mode="after")
@@ -52,32 +54,31 @@ class Config:
         if self.ladder is None and train.warmup_steps >= train.n_steps:  # the ladder has budgets of its own
             raise ValueError(f"train.warmup_tokens ({train.warmup_tokens}) must be less than train.tokens ({train.tokens})")
         rows, workers = self.train.batch_rows, self.cluster.n_workers
-        if rows % workers:
+        if rows < workers:
             raise ValueError(
-                f"cluster.n_workers ({workers}) must divide the {rows} rows of a batch "
+                f"cluster.n_workers ({workers}) must not be more than the {rows} rows of a batch "
                 "(train.batch_tokens / train.sequence_tokens)"
             )
-        share, micro = rows // workers, self.cluster.micro_batch_rows
-        if micro and share % micro:
-            raise ValueError(f"cluster.micro_batch_rows ({micro}) must divide the {share} rows of a worker's batch")
         return self
 
 
+COMMON_MODEL_KEYS = ("family", "n_params", "n_blocks")  # of every family
+MOVED = {"train.lmu_form": "model.form"}  # keys of earlier versions, and what they are now
 GRIDS: dict[str, Any] = {"ladder": LadderConfig, "tune": TuneConfig}
 _ADAPTER = TypeAdapter(Config)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file, applies `a.b=c` overrides in order, validates. Raises ConfigError with one line per fault.
+    """Reads a YAML file, applies `a.b=c` overrides in order and validates. Raises ConfigError with one line per mistake.
 
-    `include: FILE` (or a list) takes what the file does not say itself from others, paths relative to it; of several, the later
-    holds. Sections are merged key by key, lists are replaced.
+    `include: FILE` (or a list of files) supplies keys that the file itself does not set. Paths are relative to the file; later
+    files win over earlier ones. Sections are merged key by key, lists are replaced.
     """
     return parse(_override(_read(Path(path)), overrides))
 
 
 def sources(path: Path) -> list[Path]:
-    """The YAML file and all that it includes, for who sends them elsewhere. Raises ConfigError."""
+    """The YAML file and all files it includes, recursively. Used to send them to a cluster. Raises ConfigError."""
     return [path, *(source for name in _parts(path)[1] for source in sources(path.parent / name))]
 
 
@@ -87,13 +88,13 @@ def _read(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in names:
         other = path.parent / name
         if other.resolve() in including:
-            raise ConfigError(f"{path} includes {name}, which includes it; take one of the two out")
+            raise ConfigError(f"{path} includes {name}, which includes it; remove one of the two includes")
         merged = _merge(merged, _read(other, (*including, path.resolve())))
     return _merge(merged, tree)
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """What a file says itself, and the names it includes."""
+    """The keys that a file sets itself, and the names of the files it includes."""
     yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-3 is a number, a key given twice is an error
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"))
@@ -120,9 +121,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse(tree: dict[str, Any]) -> Config:
-    """Validates a nested mapping. Raises ConfigError."""
+    """Validates a nested mapping and returns the Config. Raises ConfigError."""
     try:
-        return _ADAPTER.validate_json(json.dumps(tree), strict=True)
+        return _ADAPTER.validate_json(json.dumps(_with_options(tree)), strict=True)
     except TypeError as e:
         raise ConfigError(f"configuration: {e}; keys are words, values are numbers, text or lists") from e
     except ValidationError as e:
@@ -130,12 +131,27 @@ def parse(tree: dict[str, Any]) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The whole configuration, defaults included, as plain JSON types; `parse` gives it back."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    """The configuration with all defaults, as plain JSON types. `parse` is the inverse."""
+    tree = json.loads(json.dumps(dataclasses.asdict(config)))
+    tree["model"] |= tree["model"].pop("options")
+    return tree
+
+
+def _with_options(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the keys of `model` that belong to a family under model.options, as ModelConfig has them.
+
+    A key without a value is left to the family's default.
+    """
+    model = tree.get("model")
+    if not isinstance(model, dict):
+        return tree
+    own = {key: value for key, value in model.items() if key in COMMON_MODEL_KEYS}
+    options = {key: value for key, value in model.items() if key not in own and value is not None}
+    return tree | {"model": own | {"options": options}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}, the dotted keys of the command line."""
+    """Flattens a nested mapping to dotted keys: {'a': {'b': 1}} -> {'a.b': 1}."""
     flat = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
@@ -143,7 +159,7 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
-    """The configuration with some dotted keys set. Raises ConfigError."""
+    """A copy of the configuration with some dotted keys set to new values. Raises ConfigError."""
     tree = to_dict(config)
     for dotted, value in settings.items():
         _set(tree, dotted, value)
@@ -177,10 +193,12 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: Any) -> str:
-    """One line from one pydantic error: the dotted key, what is wrong, the fix."""
+    """Formats a pydantic error as one line: the dotted key, the mistake, the fix."""
     key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if key in MOVED:
+            return f"{key}: this key is now {MOVED[key]}"
         known = [*flatten(to_dict(Config())), "include"]
         known += [f"{name}.{f.name}" for name, part in GRIDS.items() for f in dataclasses.fields(part)]
         near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.endswith("." + key.split(".")[-1])]

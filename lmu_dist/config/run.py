@@ -1,6 +1,8 @@
-"""Sections that describe one run: data, model, train, cluster, with the default and the meaning of every key."""
+"""Configuration sections of one run: data, model, train, cluster. Comments on the fields give meaning and unit of each key."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -10,13 +12,13 @@ from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive, Shar
 
 @dataclass(frozen=True, config=STRICT)
 class TokenizerConfig:
-    """Where the vocabulary comes from: trained on the corpus (bpe), a tokenizer.json (file), or GPT-2's two files."""
+    """How text becomes tokens: a BPE tokenizer trained on the corpus, a tokenizer.json, or GPT-2's two vocabulary files."""
 
-    kind: Literal["bpe", "file", "gpt2"] = "bpe"
-    vocab_tokens: Count = 4096  # bpe only
-    path: str | None = None  # file: tokenizer.json
-    vocab_path: str | None = None  # gpt2: encoder.json / vocab.json
-    merges_path: str | None = None  # gpt2: vocab.bpe / merges.txt
+    kind: Literal["bpe", "file", "gpt2"] = "bpe"  # bpe: trained on the corpus; file: a tokenizer.json; gpt2: GPT-2's files
+    vocab_tokens: Count = 4096  # bpe: size of the vocabulary in tokens, at least 257
+    path: str | None = None  # file: path of the tokenizer.json
+    vocab_path: str | None = None  # gpt2: path of encoder.json (also published as vocab.json)
+    merges_path: str | None = None  # gpt2: path of vocab.bpe (also published as merges.txt)
 
     @model_validator(mode="after")
     def _complete(self) -> "TokenizerConfig":
@@ -31,16 +33,18 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
-    """What the corpus is. Everything here, and nothing else, decides what `prepare` writes."""
+    """The corpus and its tokenizer. These keys, and no others, decide what `prepare` writes."""
 
-    source: Literal["python-stdlib", "files", "huggingface"] = "python-stdlib"
-    files: tuple[str, ...] = ()  # globs: .txt .jsonl .jsonl.gz .jsonl.zst .parquet, .tar of .jsonl.zst
-    dataset: str | None = None  # huggingface: name or local path
-    dataset_config: str | None = None
-    dataset_split: str = "train"
-    text_field: str = "text"
-    max_bad_share: Share = 0.05  # of documents (or files) that cannot be read, above which preparing fails
-    tokenizer: TokenizerConfig = TokenizerConfig()
+    source: Literal["python-stdlib", "files", "huggingface"] = (
+        "python-stdlib"  # where the text comes from; python-stdlib: the source files of Python's standard library
+    )
+    files: tuple[str, ...] = ()  # files: globs of .txt .jsonl .jsonl.gz .jsonl.zst .parquet, and .tar of all but .parquet
+    dataset: str | None = None  # huggingface: name on the hub, or a local path
+    dataset_config: str | None = None  # huggingface: configuration (subset) of the data set; None: its default
+    dataset_split: str = "train"  # huggingface: split of the data set to read
+    text_field: str = "text"  # field or column that holds the text of a document
+    max_bad_share: Share = 0.05  # preparing fails if a larger share of the documents, or of the files, cannot be read
+    tokenizer: TokenizerConfig = TokenizerConfig()  # how text becomes tokens
 
     @model_validator(mode="after")
     def _complete(self) -> "DataConfig":
@@ -53,63 +57,61 @@ class DataConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
-    """What is trained: a family and its size. None leaves a width to the rule in models/sizing."""
+    """Model family and size. The widths follow from n_params by the rules in models/sizing."""
 
-    family: Family = "lmu"
-    n_params: Count = 56_000  # non-embedding N, met within 2 %
-    n_blocks: Count = 2
-    order: Count | None = None
-    reduced_order: Count | None = None
-    theta_tokens: Count | None = None
+    family: Family = "lmu"  # lmu, lmu_attention, transformer, lstm, a family of an installed package, or path/to/file.py:CLASS
+    n_params: Count = 56_000  # N, number of non-embedding parameters; the model has it within 2 %
+    n_blocks: Count = 2  # number of blocks; for lstm: number of layers
+    # Keys of the family itself, written directly under `model` (model.order) and checked by the family (models/registry).
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, config=STRICT)
 class TrainConfig:
-    """How it is trained. Together with the model, the seed and the data this decides every loss of the run."""
+    """Length, optimizer, schedule and evaluation of a run. With model, seed and data these keys determine all its losses."""
 
-    tokens: Count = 2_500_000  # rounded up to whole batches
-    sequence_tokens: Count = 256
-    batch_tokens: Count = 2048  # global, whatever the number of workers
-    learning_rate: Positive = 1e-2
-    schedule: Literal["cosine", "wsd"] = "cosine"
-    warmup_tokens: Natural = 125_000
-    decay_share: Share = 0.2  # wsd: last part of the run that decays to zero
-    plateau_patience: Natural = 0  # evaluations without improvement before the rate is reduced; 0: never
-    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    divergence_factor: Annotated[float, Field(gt=1)] = 2.0  # running mean of the loss over its best, above which a run ends
-    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled (AdamW)
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # 0: no clipping
-    precision: Literal["fp32", "bf16"] = "fp32"
-    lmu_form: Literal["recurrent", "fft", "chunked", "fused"] | None = None  # None: what is fastest there
-    eval_every_tokens: Count = 500_000
-    eval_tokens: Count = 262_144  # at most this much of the validation split, from its start
+    tokens: Count = 2_500_000  # training tokens of the run, rounded up to whole batches
+    sequence_tokens: Count = 256  # tokens per row: the context length
+    batch_tokens: Count = 2048  # tokens per optimizer step, summed over all workers
+    learning_rate: Positive = 1e-2  # peak learning rate, reached after warm-up
+    schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: cosine to zero, or constant and then linear to zero (wsd)
+    warmup_tokens: Natural = 125_000  # tokens of linear warm-up
+    decay_share: Share = 0.2  # wsd: share of the run, at its end, in which the learning rate decays to zero
+    plateau_patience: Natural = 0  # evaluations without a new best loss before the learning rate is reduced; 0: never
+    plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # factor of each such reduction
+    divergence_factor: Annotated[float, Field(gt=1)] = 2.0  # a run stops if its running mean loss is this many times its best
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Adam: decay of the mean of gradients
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam: decay of the mean of squared gradients
+    eps: Positive = 1e-8  # Adam: added to the root of the mean square
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled weight decay (AdamW), on matrices only
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # gradients are clipped to this global norm; 0: no clipping
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights and activations in bfloat16, master weights in float32
+    eval_every_tokens: Count = 500_000  # training tokens between evaluations
+    eval_tokens: Count = 262_144  # tokens per evaluation: the start of the validation split, or all of it if it is shorter
 
     @property
     def batch_rows(self) -> int:
-        """Rows of the global batch."""
+        """Rows (sequences) per global batch."""
         return self.batch_tokens // self.sequence_tokens
 
     @property
     def n_steps(self) -> int:
-        """Optimizer steps of the run."""
+        """Number of optimizer steps of the run."""
         return -(-self.tokens // self.batch_tokens)
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of linear warm-up."""
+        """Number of optimizer steps of linear warm-up."""
         return -(-self.warmup_tokens // self.batch_tokens)
 
     @property
     def decay_start(self) -> int:
-        """First step of the decay of `wsd`: up to it, runs that differ only in their tokens are one and the same."""
+        """First step of the decay of `wsd`. Runs that differ in `tokens` only are identical up to the smallest of these."""
         return self.n_steps - max(1, round(self.decay_share * self.n_steps))
 
     @property
     def eval_every_steps(self) -> int:
-        """Steps between evaluations."""
+        """Number of optimizer steps between evaluations."""
         return max(1, self.eval_every_tokens // self.batch_tokens)
 
     @model_validator(mode="after")
@@ -123,20 +125,20 @@ class TrainConfig:
 
 @dataclass(frozen=True, config=STRICT)
 class ClusterConfig:
-    """On what it runs. Changes how fast and how safely, not what is computed (to the order of float sums)."""
+    """Workers, ZeRO and checkpoints. These keys change speed and fault tolerance, not results (up to float summation order)."""
 
-    address: str | None = None  # of a Ray cluster; None: $RAY_ADDRESS, else a local one for this command
-    n_workers: Count = 2
-    min_workers: Count | None = None  # go on with as few while there is no room for all; None: wait for room
-    wait_seconds: Natural = 0  # for a cluster that scales itself to make room, before a run that has none is refused
-    cpus_per_worker: Count = 1
-    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
-    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # workers on few nodes, on many, or on a node each
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    micro_batch_rows: Count | None = None  # rows of one forward pass; None: the worker's whole share
-    max_failures: Natural = 3  # restarts after a lost worker
-    checkpoint_every_steps: Count = 100
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    address: str | None = None  # address of a Ray cluster; None: $RAY_ADDRESS, else a Ray started for this command
+    n_workers: Count = 2  # worker processes per run
+    min_workers: Count | None = None  # elastic: run with as few workers while resources are missing; None: wait for all
+    wait_seconds: Natural = 0  # seconds to wait at the start until an autoscaling cluster has the resources for the workers
+    cpus_per_worker: Count = 1  # CPUs reserved for each worker
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0  # GPUs of each worker
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # Ray's strategy: few nodes, many, or a node each
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # DeepSpeed ZeRO stage: what is sharded over the workers
+    micro_batch_rows: Count | None = None  # rows per forward pass (gradient accumulation); None: the worker's whole share
+    max_failures: Natural = 3  # restarts of a run after lost workers, before it fails
+    checkpoint_every_steps: Count = 100  # optimizer steps between checkpoints
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # newest intact checkpoints to keep per run
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClusterConfig":

@@ -1,4 +1,4 @@
-"""Sections that describe many runs: ladder, tune, plan, with the default and the meaning of every key."""
+"""Configuration sections of many runs: ladder, tune, plan. Comments on the fields give meaning and unit of each key."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -11,22 +11,25 @@ from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive
 
 @dataclass(frozen=True, config=STRICT)
 class Rule:
-    """A power law in the size: value * (N / at_n_params)^exponent, kept between `least` and `most`. A number is a constant."""
+    """A setting as a power law of the size N: value * (N / at_n_params)^exponent, clipped to [least, most].
 
-    value: Positive
-    at_n_params: Count = 1_000_000
-    exponent: Annotated[float, Field(ge=-3, le=3)] = 0.0
-    least: Positive | None = None
-    most: Positive | None = None
+    A plain number instead of a section is a constant.
+    """
+
+    value: Positive  # value of the setting at at_n_params, in the unit of the setting
+    at_n_params: Count = 1_000_000  # N at which the setting has this value
+    exponent: Annotated[float, Field(ge=-3, le=3)] = 0.0  # exponent of N; 0: the same value at all sizes
+    least: Positive | None = None  # lower bound; None: no bound
+    most: Positive | None = None  # upper bound; None: no bound
 
     def at(self, n_params: int, anchor: tuple[float, int] | None = None) -> float:
-        """The value at a size; from another (value, size) than the rule's own if an anchor is given."""
+        """The value at a size N. An `anchor` (value, size) replaces the rule's own value and at_n_params."""
         value, size = anchor or (self.value, self.at_n_params)
         value *= (n_params / size) ** self.exponent
         return min(max(value, self.least or 0.0), self.most or math.inf)
 
 
-RULED = ("train.learning_rate", "train.batch_tokens", "train.warmup_tokens")  # follow from N by a rule
+RULED = ("train.learning_rate", "train.batch_tokens", "train.warmup_tokens")  # settings that ladder rules scale with N
 
 
 def _check_tunable(key: str) -> None:
@@ -43,22 +46,23 @@ PowerLaw = Annotated[Rule, BeforeValidator(_rule)]
 
 @dataclass(frozen=True, config=STRICT)
 class WorkersFrom:
-    """From a size on: how many workers, at which ZeRO stage, with how many rows at a time."""
+    """Workers, ZeRO stage and micro-batch of all cells from a size on."""
 
-    n_params: Natural
-    n_workers: Count
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None  # None: cluster.zero_stage
-    micro_batch_rows: Count | None = None  # rows of one forward pass; None: cluster.micro_batch_rows
+    n_params: Natural  # smallest N that this entry applies to
+    n_workers: Count  # worker processes per run
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None  # DeepSpeed ZeRO stage; None: cluster.zero_stage
+    micro_batch_rows: Count | None = None  # rows per forward pass; None: cluster.micro_batch_rows
 
 
 @dataclass(frozen=True, config=STRICT)
 class Tuned:
-    """What `tune` found best for a family at a size. The ladder takes the entry nearest in N (on a log scale) of the family,
-    and carries learning rate, batch and warm-up from that size to a cell's own by the exponents of its rules."""
+    """Best settings that `tune` found for a family at a size. A cell of the ladder uses the entry of its family that is nearest
+    in log N. It scales learning rate, batch and warm-up from that size to its own by the exponents of the ladder's rules.
+    """
 
-    family: Family
-    n_params: Count
-    settings: dict[str, Any]  # dotted keys of `model` and `train`
+    family: Family  # family that was tuned
+    n_params: Count  # N at which it was tuned
+    settings: dict[str, Any]  # dotted keys of `model` and `train`, with their best values
 
     @model_validator(mode="after")
     def _tunable(self) -> "Tuned":
@@ -71,36 +75,36 @@ class Tuned:
 
 @dataclass(frozen=True, config=STRICT)
 class LadderConfig:
-    """A grid: families x sizes x token budgets x seeds. Everything else about its cells is in the other sections."""
+    """A grid of runs (cells): families x sizes x token budgets x seeds. All other settings are in the other sections."""
 
-    families: Annotated[tuple[Family, ...], Field(min_length=1)]
-    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]
-    tokens: tuple[Count, ...] = ()  # budgets of every size
-    tokens_per_param: tuple[Positive, ...] = ()  # budgets that grow with N
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)
-    max_cell_flops: Positive | None = None  # dearer cells are left out, and named by `plan`
-    learning_rate: PowerLaw | None = None  # None: train.learning_rate
-    batch_tokens: PowerLaw | None = None  # rounded to whole rows for every worker
-    warmup_tokens: PowerLaw | None = None
-    workers: tuple[WorkersFrom, ...] = ()  # the last entry whose n_params is not above N; none: section cluster
-    tuned: tuple[Tuned, ...] = ()
+    families: Annotated[tuple[Family, ...], Field(min_length=1)]  # families to train
+    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]  # sizes N, in non-embedding parameters
+    tokens: tuple[Count, ...] = ()  # token budgets, the same for all sizes
+    tokens_per_param: tuple[Positive, ...] = ()  # token budgets per parameter: multiplied by N
+    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)  # random seeds; each trains the whole grid once
+    max_cell_flops: Positive | None = None  # cells with more training FLOPs are left out, `plan` lists them; None: no limit
+    learning_rate: PowerLaw | None = None  # peak learning rate by size; None: train.learning_rate
+    batch_tokens: PowerLaw | None = None  # tokens per step by size, rounded to whole rows; None: train.batch_tokens
+    warmup_tokens: PowerLaw | None = None  # tokens of warm-up by size; None: train.warmup_tokens
+    workers: tuple[WorkersFrom, ...] = ()  # workers by size: the last entry with n_params <= N applies; none: section cluster
+    tuned: tuple[Tuned, ...] = ()  # best settings found by `tune`, usually by `include: tuned.yaml`
 
     @model_validator(mode="after")
     def _complete(self) -> "LadderConfig":
         if not self.tokens and not self.tokens_per_param:
-            raise ValueError("give budgets: tokens, a list such as [1e6, 1e7], or tokens_per_param")
+            raise ValueError("give token budgets: tokens, a list such as [1e6, 1e7], or tokens_per_param")
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class Range:
-    """Where a tuned setting may lie: one of `uniform`, `log` (evenly in the logarithm), `integer`, `log_integer`, `choice`."""
+    """Search range of one setting. Give exactly one of the keys."""
 
-    uniform: tuple[float, float] | None = None
-    log: tuple[Positive, Positive] | None = None
-    integer: tuple[int, int] | None = None
-    log_integer: tuple[Count, Count] | None = None
-    choice: tuple[Any, ...] | None = None
+    uniform: tuple[float, float] | None = None  # uniform distribution between the ends
+    log: tuple[Positive, Positive] | None = None  # log-uniform distribution between the ends
+    integer: tuple[int, int] | None = None  # whole numbers, uniform
+    log_integer: tuple[Count, Count] | None = None  # whole numbers, log-uniform
+    choice: tuple[Any, ...] | None = None  # one of these values
 
     @model_validator(mode="after")
     def _one(self) -> "Range":
@@ -114,19 +118,19 @@ class Range:
 
 @dataclass(frozen=True, config=STRICT)
 class TuneConfig:
-    """A search over dotted keys, one for every family and size; train.tokens is the budget of one trial."""
+    """A hyperparameter search for each family and size. The budget of a trial is train.tokens."""
 
-    families: Annotated[tuple[Family, ...], Field(min_length=1)]
-    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]
-    space: Annotated[dict[str, Range], Field(min_length=1)]
-    samples: Count = 16  # trials of each search; of a `sweep`, as many as the choices make
-    search: Literal["random", "optuna", "sweep"] = "optuna"
-    first_rung_tokens: Count | None = None  # ASHA compares trials from here on; None: nothing is stopped early
-    reduction_factor: Annotated[int, Field(ge=2)] = 4  # one in so many goes on from a rung, the next rung that many times later
+    families: Annotated[tuple[Family, ...], Field(min_length=1)]  # families to tune
+    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]  # sizes N to tune at, in non-embedding parameters
+    space: Annotated[dict[str, Range], Field(min_length=1)]  # search range of each tuned key of `model` and `train`
+    samples: Count = 16  # trials per search; a `sweep` ignores it and tries all combinations of choices
+    search: Literal["random", "optuna", "sweep"] = "optuna"  # random: independent draws; optuna: TPE; sweep: full grid
+    first_rung_tokens: Count | None = None  # ASHA: tokens at the first comparison of trials; None: no early stopping
+    reduction_factor: Annotated[int, Field(ge=2)] = 4  # ASHA: the best 1 in this many goes on, to this many times the tokens
 
     @property
     def n_trials(self) -> int:
-        """Trials of each search."""
+        """Number of trials per search."""
         if self.search != "sweep":
             return self.samples
         return math.prod(len(where.choice or ()) for where in self.space.values())
@@ -136,30 +140,30 @@ class TuneConfig:
         for key, where in self.space.items():
             _check_tunable(key)
             if self.search == "sweep" and where.choice is None:
-                raise ValueError(f"space: {key} needs a choice, since a sweep tries all values")
+                raise ValueError(f"space: {key} needs a choice (a list), because a sweep tries every value")
         return self
 
 
 @dataclass(frozen=True, config=STRICT)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta in nats (Hoffmann et al. 2022); the defaults are theirs."""
+    """The scaling law L(N, D) = E + A / N^alpha + B / D^beta in nats per token. Defaults: Hoffmann et al. 2022 (Chinchilla)."""
 
-    E: Positive = 1.69
-    A: Positive = 406.4
-    B: Positive = 410.7
-    alpha: Positive = 0.34
-    beta: Positive = 0.28
+    E: Positive = 1.69  # irreducible loss in nats per token
+    A: Positive = 406.4  # prefactor of the size term
+    B: Positive = 410.7  # prefactor of the data term
+    alpha: Positive = 0.34  # exponent of N, the number of parameters
+    beta: Positive = 0.28  # exponent of D, the number of training tokens
 
 
 @dataclass(frozen=True, config=STRICT)
 class PlanConfig:
-    """What `plan` assumes of machines, prices and laws."""
+    """Assumptions of `plan` about machines, prices and scaling laws."""
 
-    worker_memory_bytes: Positive = 80e9
-    flops_per_second: Positive | None = None  # that a worker keeps up in training; None: what `plan --calibrate` measured
-    price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0
-    law: Law = Law()  # assumed of the baseline ...
-    efficiency_factor: Positive = 10.0  # ... and that the others need this many times fewer tokens
-    baseline: Family = "transformer"
-    n_slots: Count | None = None  # workers that run at once; None: as many as the largest cell has
-    noise: Positive = 0.005  # standard deviation of ln L between runs that differ in their seed
+    worker_memory_bytes: Positive = 80e9  # memory of a worker (its GPU), in bytes
+    flops_per_second: Positive | None = None  # sustained training FLOP/s per worker; None: measured by `plan --calibrate`
+    price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
+    law: Law = Law()  # assumed scaling law of the baseline family
+    efficiency_factor: Positive = 10.0  # assumed: the other families reach a loss with this many times fewer tokens
+    baseline: Family = "transformer"  # family that the others are compared with
+    n_slots: Count | None = None  # workers that run at the same time; None: as many as the largest cell has
+    noise: Positive = 0.005  # standard deviation of ln L between runs that differ in the seed only

@@ -1,35 +1,35 @@
-"""What the sections of a configuration are made of: its errors and the types of its values."""
+"""Error classes, value types and path parsing of the configuration."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field
 from upath import UPath
 
 
 class ConfigError(ValueError):
-    """Bad input of the user: the message names the key and the fix. The command line exits with 2."""
+    """Invalid user input. The message names the key and the fix; the command exits with code 2."""
 
 
 class FailedError(RuntimeError):
-    """Work that was started and did not end well; the message is one line. The command line exits with 1."""
+    """Work that was started and failed. The message is one line; the command exits with code 1."""
 
 
-Folder = Path | UPath  # of this machine (or a disk all nodes share), or at a URI; handled alike, see lmu_dist/storage
+Folder = Path | UPath  # a local (or shared) path, or a URI; both are handled alike, see lmu_dist/storage
 
 
 def open_folder(text: str) -> Folder:
-    """The folder, or file, that a path or a URI names. Raises ConfigError for a kind of storage that is not to be had."""
+    """Parses a path or a URI. Raises ConfigError if the URI holds credentials or its storage library is missing."""
     text = text.removeprefix("file://")
     if "://" not in text:
-        # Absolute: the processes of a cluster have working folders of their own.
+        # Absolute, because the processes of a cluster have other working folders.
         return Path(text).expanduser().absolute()
     if "@" in text.split("://")[1].split("/")[0]:
         raise ConfigError(
             f"{text.split('://')[0]}://... holds credentials; give them in the environment (AWS_*), not in the URI"
         )
     try:
-        # Other machines change what lies there: a listing is never to be remembered.
+        # Other machines write to the same storage, so a folder listing must not be cached.
         folder = UPath(text, use_listings_cache=False)
         _ = folder.fs  # loads its library, which may not be installed
         return folder
@@ -38,7 +38,7 @@ def open_folder(text: str) -> Folder:
 
 
 def whole(value: Any) -> Any:
-    """Lets 2.5e6 stand for a count."""
+    """Turns a float with a whole value, such as 2.5e6, into an int."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -46,7 +46,8 @@ Count = Annotated[int, BeforeValidator(whole), Field(gt=0)]
 Natural = Annotated[int, BeforeValidator(whole), Field(ge=0)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Family = Literal["lmu", "lmu_attention", "transformer", "lstm"]
+# A name that models/registry knows, or path/to/file.py:CLASS: whether there is such a family is checked there.
+Family = Annotated[str, Field(pattern=r"^([a-z][a-z0-9_]{0,39}|.+\.py:[A-Za-z_]\w*)$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 STRICT = ConfigDict(extra="forbid", strict=True, validate_default=True)

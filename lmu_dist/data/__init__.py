@@ -1,1 +1,1 @@
-"""Data: a corpus becomes a stream of tokens on disk, and the stream becomes batches. Called by launch and the command line."""
+"""Data: tokenizes a corpus to a token stream on disk, and reads batches from it. Called by launch and the command line."""

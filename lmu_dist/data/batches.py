@@ -1,6 +1,6 @@
-"""Prepared tokens in, Batch out: which rows a step trains on is a pure function of (split, seed, step, rank, workers).
+"""Batches: prepared tokens in, Batch out. The rows of a step are a pure function of (split, seed, step, rank, workers).
 
-A checkpoint needs only the step number to go on with the same data, on any number of workers. Called by train.
+To resume with the same data, a checkpoint needs only the step number, on any number of workers. Called by train.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids; targets are the inputs one token later."""
+    """Token ids of inputs and targets. Targets are the inputs shifted by one token."""
 
     inputs: Int[Tensor, "batch time"]
     targets: Int[Tensor, "batch time"]
 
 
-class Rows:
-    """A memory-mapped token stream read as rows of n + 1 tokens; neighbours share one, so every token is a target once."""
+class TokenDataset:
+    """A memory-mapped token stream as rows of n + 1 tokens. Neighbouring rows share a token: every token is a target once."""
 
     def __init__(self, stream: Path, dtype: str, sequence_tokens: int) -> None:
         self._tokens = np.memmap(stream, dtype=dtype, mode="r") if stream.stat().st_size else np.empty(0, dtype)
@@ -31,7 +31,7 @@ class Rows:
         return max(0, len(self._tokens) - 1) // self.sequence_tokens
 
     def batch(self, indices: Integer[np.ndarray, "batch"]) -> Batch:
-        """Rows by number."""
+        """The batch of the rows with these numbers."""
         n = self.sequence_tokens
         tokens = torch.from_numpy(np.stack([self._tokens[i * n : (i + 1) * n + 1] for i in indices]).astype(np.int64))
         return Batch(tokens[:, :-1], tokens[:, 1:])
@@ -40,28 +40,28 @@ class Rows:
 def row_indices(
     n_rows: int, seed: int, step: int, batch_rows: int, rank: int = 0, world_size: int = 1
 ) -> Integer[np.ndarray, "batch"]:
-    """Numbers of the rows that `rank` trains on at `step`: its part of the global batch, in order.
+    """Numbers of the rows that `rank` trains on at `step`: its share of the global batch, in order.
 
-    Every epoch goes through all rows once, in an order of its own; a batch may span two epochs. The ranks' parts, one
-    after the other, are the batch of a single worker; they differ by a row where the workers do not divide it.
+    Each epoch visits all rows once, in an order of its own; a batch may span two epochs. Concatenated over ranks, the shares
+    are the batch of a single worker. They differ by one row if `world_size` does not divide `batch_rows`.
     """
     first, last = (step * batch_rows + r * batch_rows // world_size for r in (rank, rank + 1))
     positions = np.arange(first, last, dtype=np.uint64)
-    epochs, places = np.divmod(positions, np.uint64(n_rows))
-    return np.concatenate([shuffle(places[epochs == e], n_rows, seed, int(e)) for e in np.unique(epochs)])
+    epochs, offsets = np.divmod(positions, np.uint64(n_rows))
+    return np.concatenate([shuffle(offsets[epochs == e], n_rows, seed, int(e)) for e in np.unique(epochs)])
 
 
-def shuffle(places: Integer[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> Integer[np.ndarray, "batch"]:
-    """A permutation of 0 .. n-1 that is computed where asked, in O(1) memory: a Feistel network with cycle walking.
+def shuffle(positions: Integer[np.ndarray, "batch"], n: int, seed: int, epoch: int) -> Integer[np.ndarray, "batch"]:
+    """Maps positions through a pseudo-random permutation of 0 .. n-1 in O(1) memory: a Feistel network with cycle walking.
 
-    Four rounds over two halves of the index bits (Luby and Rackoff 1988); an image of n or more is sent through again.
-    Whole-number arithmetic only, so it is the same in every version of every library.
+    Four rounds over the two halves of the index bits (Luby and Rackoff 1988). An output of n or more goes through the network
+    again. It uses integer arithmetic only, so the result does not depend on library versions.
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
     start = np.array([(seed * 1_000_003 + epoch) % 2**64], dtype=np.uint64)
     keys = _mix(start + np.arange(1, 5, dtype=np.uint64) * _GOLDEN)
-    out = places.astype(np.uint64)
+    out = positions.astype(np.uint64)
     todo = np.ones(len(out), dtype=bool)
     while todo.any():
         left, right = out[todo] >> half, out[todo] & mask

@@ -1,6 +1,6 @@
-"""A prepared corpus on disk: what prepare leaves behind, and how batches and models get at it.
+"""Access to a prepared corpus: a folder with a token stream per split, tokenizer.json, problems.jsonl and manifest.json.
 
-A folder with one token stream per split, tokenizer.json, problems.jsonl and manifest.json. Opened by launch.
+Written by data/prepare. Opened by launch.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
-from lmu_dist.data.batches import Rows
+from lmu_dist.data.batches import TokenDataset
 from lmu_dist.data.manifest import TOKENIZER, Manifest, read_manifest
 
 
@@ -22,14 +22,14 @@ class Corpus:
     folder: Folder
     manifest: Manifest
 
-    def rows(self, split: str, sequence_tokens: int) -> Rows:
-        """A split as rows, fetched to this machine if it is not there. Raises ConfigError as `check_rows` does."""
+    def rows(self, split: str, sequence_tokens: int) -> TokenDataset:
+        """The rows of a split; downloads the stream first if it is at a URI. Raises ConfigError as `check_rows` does."""
         self.check_rows(split, sequence_tokens)
-        stream = storage.fetched(self.folder / f"{split}.bin", self.manifest.splits[split]["sha256"])
-        return Rows(stream, self.manifest.dtype, sequence_tokens)
+        stream = storage.cached_path(self.folder / f"{split}.bin", self.manifest.splits[split]["sha256"])
+        return TokenDataset(stream, self.manifest.dtype, sequence_tokens)
 
     def check_rows(self, split: str, sequence_tokens: int) -> None:
-        """Raises ConfigError if a split has no row of that length."""
+        """Raises ConfigError if a split is too short for one row of `sequence_tokens` tokens."""
         if (tokens := self.manifest.splits[split]["tokens"]) <= sequence_tokens:
             raise ConfigError(
                 f"the {split} split has {tokens} tokens, too few for one row of {sequence_tokens}; give more text, or a "
@@ -37,22 +37,22 @@ class Corpus:
             )
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises ConfigError if it is not the one the tokens were made with."""
+        """The corpus's tokenizer. Raises ConfigError if its digest differs from the manifest's."""
         tokenizer = vocabulary.load(self.folder / TOKENIZER)
         if vocabulary.digest(tokenizer) != self.manifest.tokenizer_digest:
             raise ConfigError(
-                f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; put it back, or "
+                f"{self.folder / 'tokenizer.json'} is not the tokenizer this corpus was prepared with; restore it, or "
                 f"delete {self.folder} and prepare again"
             )
         return tokenizer
 
 
 def open_corpus(folder: Folder) -> Corpus:
-    """A prepared corpus, checked for whole files. Raises ConfigError."""
+    """Opens a prepared corpus and checks the size of every token stream. Raises ConfigError."""
     manifest = read_manifest(folder)
-    for split, facts in manifest.splits.items():
+    for split, counts in manifest.splits.items():
         path = folder / f"{split}.bin"
-        expected = facts["tokens"] * np.dtype(manifest.dtype).itemsize
+        expected = counts["tokens"] * np.dtype(manifest.dtype).itemsize
         if not path.is_file() or path.stat().st_size != expected:
             raise ConfigError(f"{path} is missing or not {expected} bytes long; delete {folder} and prepare again")
     return Corpus(folder, manifest)

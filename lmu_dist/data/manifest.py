@@ -1,6 +1,6 @@
-"""What a prepared corpus holds and where it lies: a DataConfig in, a folder and its Manifest out. Knows no torch.
+"""Folder and manifest of a prepared corpus: a DataConfig in, the folder's path and its Manifest out. Does not import torch.
 
-Written by data/prepare, read by corpus, and by planning, which has no use for the tokens.
+Manifests are written by data/prepare and read by data/corpus and by planning, which needs no tokens.
 """
 
 import hashlib
@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lmu_dist.config import ConfigError, DataConfig, Folder
-from lmu_dist.data.sources import Unit, list_units
+from lmu_dist.data.sources import CorpusShard, list_shards
+from lmu_dist.records import known_fields
 
-FORMAT = 1  # of what prepare writes; part of every key
+FORMAT = 1  # version of the files that prepare writes; part of the corpus folder's name
 TOKENIZER, MANIFEST, PROBLEMS = "tokenizer.json", "manifest.json", "problems.jsonl"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a prepared corpus holds. `splits` maps a name to its tokens, bytes of text, documents and sha256."""
+    """Contents of manifest.json. `splits` maps a split to its numbers of tokens, bytes of text and documents, and its sha256.
+
+    `problems` counts the bad records of the corpus by reason.
+    """
 
     format: int
     source: str
@@ -32,29 +36,32 @@ class Manifest:
     data_digest: str
 
     def bytes_per_token(self, split: str) -> float:
-        """Bytes of text behind one token of a split, on average."""
+        """Mean bytes of text per token of a split."""
         return self.splits[split]["bytes"] / self.splits[split]["tokens"]
 
 
-def locate(data: DataConfig, storage: Folder, units: list[Unit] | None = None) -> Folder:
-    """Where a corpus is (to be) prepared: a folder named by the digest of the config and of the files it names."""
-    units = list_units(data) if units is None else units
+def corpus_folder(data: DataConfig, storage_folder: Folder, shards: list[CorpusShard] | None = None) -> Folder:
+    """Folder of a prepared corpus, whether it exists or not. Its name is a digest of the config and of the corpus files.
+
+    The digest covers the field names of DataConfig and CorpusShard: renaming a field would make a new corpus.
+    """
+    shards = list_shards(data) if shards is None else shards
     settings = asdict(replace(data, max_bad_share=0.0))
     names = [data.tokenizer.path, data.tokenizer.vocab_path, data.tokenizer.merges_path]
     digests = [hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in names if n and Path(n).is_file()]
-    content = [FORMAT, settings, digests, [asdict(u) for u in units]]
-    return storage / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    content = [FORMAT, settings, digests, [asdict(s) for s in shards]]
+    return storage_folder / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_prepared(data: DataConfig, storage: Folder) -> bool:
-    """Whether `prepare` has nothing left to do."""
-    return (locate(data, storage) / MANIFEST).exists()
+def is_prepared(data: DataConfig, storage_folder: Folder) -> bool:
+    """Whether the corpus is already prepared."""
+    return (corpus_folder(data, storage_folder) / MANIFEST).exists()
 
 
 def read_manifest(folder: Folder) -> Manifest:
-    """The manifest of a prepared corpus. Raises ConfigError."""
+    """Reads the manifest of a prepared corpus. Raises ConfigError if it is missing or damaged."""
     try:
-        return Manifest(**json.loads((folder / MANIFEST).read_text()))
+        return Manifest(**known_fields(Manifest, json.loads((folder / MANIFEST).read_text())))
     except OSError as e:
         raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
     except (ValueError, TypeError) as e:

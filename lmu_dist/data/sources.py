@@ -1,7 +1,7 @@
-"""Corpora: a DataConfig in, units of work out, each a stream of documents and of problems, every one with its place.
+"""Corpus readers: a DataConfig in, corpus shards out, each an iterator of documents and bad records with their locations.
 
-A unit is what one process reads at a time: some small files, one large file, a member of an archive, a shard of a
-Hugging Face data set. Units are listed in a fixed order and read independently of each other. Called by data/prepare.
+A corpus shard is what one process reads at a time: several small files, one large file, a member of a tar archive, or a shard
+of a Hugging Face data set. Shards have a fixed order and are read independently of each other. Called by data/prepare.
 """
 
 import glob
@@ -25,33 +25,34 @@ from backports import zstd
 from lmu_dist.config import ConfigError, DataConfig, FailedError
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".tar")
-UNIT_BYTES = 4_000_000  # small files are read together up to this
-TEXT_DOCUMENT_BYTES = 16_384  # a longer text file is cut into documents at the next line end
-DAMAGED = "(damaged or empty archive)"  # in place of a member
-MAX_LINE_BYTES = 64_000_000  # one JSON line; longer ones are a problem, not a reason to run out of memory
+SHARD_BYTES = 4_000_000  # small files are grouped into shards of about this size
+TEXT_DOCUMENT_BYTES = 16_384  # a longer text file is cut into documents of about this size, at line ends
+DAMAGED = "(damaged or empty archive)"  # stands for the member of a tar archive that cannot be read
+MAX_LINE_BYTES = 64_000_000  # a longer JSON line is a bad record; reading it whole could exhaust memory
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it stands."""
+    """One text of the corpus and its location (file:line)."""
 
     text: str
-    place: str
+    location: str
 
 
 @dataclass(frozen=True)
-class Problem:
-    """Something that could not become a document: what, and where (file:line)."""
+class BadRecord:
+    """A line, row or file that could not be read as a document: the reason and the location (file:line)."""
 
-    kind: str
-    place: str
+    reason: str
+    location: str
 
 
 @dataclass(frozen=True)
-class Unit:
-    """What one process reads: paths, or one member of a tar, or one shard of a Hugging Face data set.
+class CorpusShard:
+    """A part of the corpus that one process reads: some files, one member of a tar, or one shard of a Hugging Face data set.
 
-    `size_bytes` is that on disk and drives the progress bar; `stamp` changes when the content may have.
+    `size_bytes` is the size on disk, for the progress bar. `stamp` (sizes and modification times) changes when the content may
+    have changed. The field names are part of the corpus folder's digest, see manifest.corpus_folder.
     """
 
     paths: tuple[str, ...]
@@ -59,67 +60,67 @@ class Unit:
     stamp: str
     member: str | None = None
     member_index: int = 0
-    shard: tuple[int, int] | None = None  # number, of how many
+    shard: tuple[int, int] | None = None  # Hugging Face: (index, number of shards)
 
 
-def list_units(data: DataConfig) -> list[Unit]:
-    """All units of a corpus in a fixed order. Raises ConfigError when there is nothing to read."""
+def list_shards(data: DataConfig) -> list[CorpusShard]:
+    """All shards of a corpus in a fixed order. Raises ConfigError if there is nothing to read."""
     if data.source == "huggingface":
         n_shards = _load_dataset(data).num_shards
-        return [Unit((str(data.dataset),), 1, "", shard=(i, n_shards)) for i in range(n_shards)]
-    units: list[Unit] = []
-    batch: list[str] = []
-    batch_bytes = 0
+        return [CorpusShard((str(data.dataset),), 1, "", shard=(i, n_shards)) for i in range(n_shards)]
+    shards: list[CorpusShard] = []
+    group: list[str] = []
+    group_bytes = 0
     for path in _list_paths(data):
         size = os.path.getsize(path)
         if path.endswith(".tar"):
-            units += _tar_units(path)
-        elif size >= UNIT_BYTES:
-            units.append(_unit([path]))
+            shards += _tar_shards(path)
+        elif size >= SHARD_BYTES:
+            shards.append(_file_shard([path]))
         else:
-            batch.append(path)
-            batch_bytes += size
-            if batch_bytes >= UNIT_BYTES:
-                units.append(_unit(batch))
-                batch, batch_bytes = [], 0
-    return units + ([_unit(batch)] if batch else [])
+            group.append(path)
+            group_bytes += size
+            if group_bytes >= SHARD_BYTES:
+                shards.append(_file_shard(group))
+                group, group_bytes = [], 0
+    return shards + ([_file_shard(group)] if group else [])
 
 
-def read(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
-    """The documents of a unit in order, with what could not be read in its place."""
-    if unit.shard is not None:
-        yield from _read_dataset(unit, data)
+def read(shard: CorpusShard, data: DataConfig) -> Iterator[Document | BadRecord]:
+    """Yields the documents and bad records of a shard, in order."""
+    if shard.shard is not None:
+        yield from _read_dataset(shard, data)
         return
-    for path in unit.paths:
-        place = path if unit.member is None else f"{path}!{unit.member}"
+    for path in shard.paths:
+        location = path if shard.member is None else f"{path}!{shard.member}"
         try:
-            if unit.member == DAMAGED:
-                yield Problem("unreadable: the archive has no end, or no members", path)
-            elif unit.member is not None:
+            if shard.member == DAMAGED:
+                yield BadRecord("unreadable: the archive has no end, or no members", path)
+            elif shard.member is not None:
                 with tarfile.open(path) as tar:
-                    member = cast(io.BufferedReader, tar.extractfile(tar.getmembers()[unit.member_index]))
-                    yield from _read_stream(member, unit.member, place, data.text_field)
+                    member = cast(io.BufferedReader, tar.extractfile(tar.getmembers()[shard.member_index]))
+                    yield from _read_stream(member, shard.member, location, data.text_field)
             elif path.endswith(".parquet"):
                 yield from _read_parquet(path, data.text_field)
             else:
                 with open(path, "rb") as file:
-                    yield from _read_stream(file, path, place, data.text_field)
+                    yield from _read_stream(file, path, location, data.text_field)
         except (OSError, EOFError, zlib.error, zstd.ZstdError, tarfile.TarError, pyarrow.ArrowException) as e:
-            yield Problem(f"unreadable: {type(e).__name__}", place)
+            yield BadRecord(f"unreadable: {type(e).__name__}", location)
 
 
-def check_unchanged(unit: Unit) -> None:
-    """Raises FailedError if the files of a unit are not, on this machine, what they were when they were listed."""
-    if unit.shard is not None:
+def check_unchanged(shard: CorpusShard) -> None:
+    """Raises FailedError if the shard's files, as this machine sees them, have changed since they were listed."""
+    if shard.shard is not None:
         return
     try:
-        same = _unit(list(unit.paths)).stamp == unit.stamp
+        same = _file_shard(list(shard.paths)).stamp == shard.stamp
     except OSError:
         same = False
     if not same:
         raise FailedError(
-            f"preparing failed: {unit.paths[0]} on {platform.node()} is not the file that was listed; put the corpus where all "
-            "nodes see the same files, and leave it as it is meanwhile"
+            f"preparing failed: {shard.paths[0]} on {platform.node()} differs from the file that was listed; put the corpus "
+            "where all nodes see the same files, and do not change it while it is prepared"
         )
 
 
@@ -133,97 +134,97 @@ def _list_paths(data: DataConfig) -> list[str]:
         raise ConfigError(f"data.files: no file matches {', '.join(data.files)} (from {os.getcwd()}); give other globs")
     unknown = [p for p in paths if not p.endswith(FORMATS)]
     if unknown:
-        raise ConfigError(f"data.files: {unknown[0]} is of no known kind; give globs of {' '.join(FORMATS)}")
+        raise ConfigError(f"data.files: {unknown[0]} has an unknown file type; give globs that match {' '.join(FORMATS)} only")
     return paths
 
 
-def _unit(paths: list[str]) -> Unit:
+def _file_shard(paths: list[str]) -> CorpusShard:
     stats = [os.stat(p) for p in paths]
     stamp = " ".join(f"{s.st_size}:{s.st_mtime_ns}" for s in stats)
-    return Unit(tuple(paths), sum(s.st_size for s in stats), stamp)
+    return CorpusShard(tuple(paths), sum(s.st_size for s in stats), stamp)
 
 
-def _tar_units(path: str) -> list[Unit]:
-    """One unit per member, in the archive's order; a damaged archive has one more, whose reading reports it."""
-    stamp = _unit([path]).stamp
-    units, whole = [], False
+def _tar_shards(path: str) -> list[CorpusShard]:
+    """One shard per member, in the archive's order. A damaged archive gets one more, which is read as a bad record."""
+    stamp = _file_shard([path]).stamp
+    shards, complete = [], False
     try:
         with tarfile.open(path) as tar:
-            units = [Unit((path,), m.size, stamp, m.name, i) for i, m in enumerate(tar.getmembers()) if m.isfile()]
+            shards = [CorpusShard((path,), m.size, stamp, m.name, i) for i, m in enumerate(tar.getmembers()) if m.isfile()]
             with open(path, "rb") as file:
-                # tarfile takes any unreadable header for the end; a real end is a block of zeros.
+                # tarfile takes any unreadable header for the end of the archive. A real end is a block of zeros.
                 file.seek(tar.offset)
-                whole = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+                complete = file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
     except (OSError, EOFError, tarfile.TarError):
         pass
-    return units if units and whole else [*units, Unit((path,), 0, stamp, DAMAGED)]
+    return shards if shards and complete else [*shards, CorpusShard((path,), 0, stamp, DAMAGED)]
 
 
-def _read_stream(file: io.BufferedIOBase, name: str, place: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_stream(file: io.BufferedIOBase, name: str, location: str, text_field: str) -> Iterator[Document | BadRecord]:
     if name.endswith(".jsonl.zst"):
         with zstd.open(file) as stream:
-            yield from _read_jsonl(stream, place, text_field)
+            yield from _read_jsonl(stream, location, text_field)
     elif name.endswith(".jsonl.gz"):
         with gzip.open(file) as stream:
-            yield from _read_jsonl(stream, place, text_field)
+            yield from _read_jsonl(stream, location, text_field)
     elif name.endswith(".jsonl"):
-        yield from _read_jsonl(file, place, text_field)
+        yield from _read_jsonl(file, location, text_field)
     elif name.endswith((".txt", ".py")):
-        yield from _read_text(file, place)
+        yield from _read_text(file, location)
     else:
-        yield Problem("unknown kind of file", place)
+        yield BadRecord("unknown kind of file", location)
 
 
-def _read_jsonl(lines: io.BufferedIOBase, place: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_jsonl(lines: io.BufferedIOBase, location: str, text_field: str) -> Iterator[Document | BadRecord]:
     number = 0
     while line := lines.readline(MAX_LINE_BYTES):
         number += 1
-        here = f"{place}:{number}"
+        here = f"{location}:{number}"
         if len(line) == MAX_LINE_BYTES and not line.endswith(b"\n"):
             while (rest := lines.readline(MAX_LINE_BYTES)) and not rest.endswith(b"\n"):
                 pass
-            yield Problem("line too long", here)
+            yield BadRecord("line too long", here)
             continue
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
-            yield Problem("not UTF-8", here)
+            yield BadRecord("not UTF-8", here)
         except (ValueError, RecursionError):
-            yield Problem("broken JSON" if line.strip() else "empty line", here)
+            yield BadRecord("broken JSON" if line.strip() else "empty line", here)
         else:
             yield _document(row.get(text_field) if isinstance(row, dict) else None, here)
 
 
-def _read_text(file: io.BufferedIOBase, place: str) -> Iterator[Document | Problem]:
-    """A text file is one document; a long one several, cut at line ends, or anywhere if there are none."""
-    number, carried = 1, b""
+def _read_text(file: io.BufferedIOBase, location: str) -> Iterator[Document | BadRecord]:
+    """Reads a text file as one document. A long file becomes several, cut at line ends, or anywhere if it has none."""
+    number, rest = 1, b""
     while chunk := file.read(TEXT_DOCUMENT_BYTES):
-        chunk = carried + chunk + file.readline(TEXT_DOCUMENT_BYTES)
-        whole = len(chunk) - _unfinished(chunk)
-        chunk, carried = chunk[:whole], chunk[whole:]
-        here = f"{place}:{number}"
+        chunk = rest + chunk + file.readline(TEXT_DOCUMENT_BYTES)
+        end = len(chunk) - _incomplete_bytes(chunk)
+        chunk, rest = chunk[:end], chunk[end:]
+        here = f"{location}:{number}"
         number += chunk.count(b"\n")
         try:
             yield _document(chunk.decode(), here)
         except UnicodeDecodeError:
-            yield Problem("not UTF-8", here)
-    if carried:
-        yield Problem("not UTF-8", f"{place}:{number}")
+            yield BadRecord("not UTF-8", here)
+    if rest:
+        yield BadRecord("not UTF-8", f"{location}:{number}")
     elif file.tell() == 0:
-        yield Problem("empty document", place)
+        yield BadRecord("empty document", location)
 
 
-def _unfinished(chunk: bytes) -> int:
-    """Bytes at the end that are the start of a character cut in two."""
+def _incomplete_bytes(chunk: bytes) -> int:
+    """Number of bytes at the end of a chunk that begin a UTF-8 character without completing it."""
     for n in range(1, min(4, len(chunk) + 1)):
-        if chunk[-n] >= 0xC0:  # a first byte, of so many
+        if chunk[-n] >= 0xC0:  # the first byte of a character of 2, 3 or 4 bytes
             return n if n < (2 if chunk[-n] < 0xE0 else 3 if chunk[-n] < 0xF0 else 4) else 0
         if chunk[-n] < 0x80:
             return 0
     return 0
 
 
-def _read_parquet(path: str, text_field: str) -> Iterator[Document | Problem]:
+def _read_parquet(path: str, text_field: str) -> Iterator[Document | BadRecord]:
     with pyarrow.parquet.ParquetFile(path) as table:
         present = text_field in table.schema_arrow.names
         kind = table.schema_arrow.field(text_field).type if present else pyarrow.null()
@@ -237,18 +238,18 @@ def _read_parquet(path: str, text_field: str) -> Iterator[Document | Problem]:
                 yield _bytes_document(text, f"{path}:{number}")
 
 
-def _read_dataset(unit: Unit, data: DataConfig) -> Iterator[Document | Problem]:
-    assert unit.shard is not None
-    index, n_shards = unit.shard
+def _read_dataset(shard: CorpusShard, data: DataConfig) -> Iterator[Document | BadRecord]:
+    assert shard.shard is not None
+    index, n_shards = shard.shard
     try:
         for number, row in enumerate(_load_dataset(data).shard(n_shards, index), 1):
             yield _document(row.get(data.text_field), f"{data.dataset}/{index}:{number}")
-    except OSError as e:  # the hub went away; no fault of the corpus, and to be tried again
+    except OSError as e:  # the hub is unreachable: not a bad record, the command can be run again
         raise FailedError(f"reading shard {index} of {data.dataset} failed: {' '.join(str(e).split())[:200]}") from e
 
 
 def _load_dataset(data: DataConfig) -> Any:
-    """The streaming data set; ConfigError with the hub's reason when it is not to be had."""
+    """Opens the data set for streaming. Raises ConfigError with the hub's reason if that fails."""
     from datasets import load_dataset
 
     try:
@@ -258,20 +259,20 @@ def _load_dataset(data: DataConfig) -> Any:
         raise ConfigError(f"data.dataset: cannot load {data.dataset!r} split {data.dataset_split!r}: {reason}") from e
 
 
-def _bytes_document(text: bytes | None, place: str) -> Document | Problem:
+def _bytes_document(text: bytes | None, location: str) -> Document | BadRecord:
     try:
-        return _document(None if text is None else text.decode(), place)
+        return _document(None if text is None else text.decode(), location)
     except UnicodeDecodeError:
-        return Problem("not UTF-8", place)
+        return BadRecord("not UTF-8", location)
 
 
-def _document(text: Any, place: str) -> Document | Problem:
+def _document(text: Any, location: str) -> Document | BadRecord:
     if not isinstance(text, str):
-        return Problem("no text field", place)
+        return BadRecord("no text field", location)
     if not text.strip():
-        return Problem("empty document", place)
+        return BadRecord("empty document", location)
     try:
-        text.encode()  # JSON can smuggle in half a surrogate pair
+        text.encode()  # a JSON escape can hold half a surrogate pair, which is not valid UTF-8
     except UnicodeEncodeError:
-        return Problem("not UTF-8", place)
-    return Document(text, place)
+        return BadRecord("not UTF-8", location)
+    return Document(text, location)

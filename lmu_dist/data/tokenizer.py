@@ -1,6 +1,6 @@
-"""Vocabularies: a TokenizerConfig (and, to train one, texts) in, a byte-level BPE tokenizer with its digest out.
+"""Tokenizers: a TokenizerConfig (and, for training, texts) in, a byte-level BPE tokenizer and its digest out.
 
-Called by data/prepare, which stores the tokenizer beside the tokens, and by generation, which loads it from there.
+Called by data/prepare, which stores the tokenizer with the tokens, and by the commands export and generate, which load it.
 """
 
 import hashlib
@@ -16,9 +16,9 @@ GPT2_TOKENS = 50257  # END_OF_TEXT included
 
 
 def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokenizer:
-    """The tokenizer a config asks for; `texts` is called only to train one. Raises ConfigError.
+    """Trains or loads the tokenizer of a config. `texts` is called only for training (kind bpe). Raises ConfigError.
 
-    `encode_special_tokens` is set: an end-of-text token that stands in the corpus as text stays text.
+    `encode_special_tokens` is set, so "<|endoftext|>" inside a document is encoded as ordinary text.
     """
     if config.kind == "bpe":
         tokenizer = _byte_level(models.BPE())
@@ -38,7 +38,7 @@ def make(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> Tokeniz
 
 
 def load(path: Folder) -> Tokenizer:
-    """A tokenizer from its tokenizer.json. Raises ConfigError if it is missing, broken or has no end-of-text token."""
+    """Loads a tokenizer.json. Raises ConfigError if it is missing, damaged or has no end-of-text token."""
     if not path.is_file():
         raise ConfigError(f"no tokenizer at {path}; give data.tokenizer.path the path of a tokenizer.json")
     try:
@@ -50,7 +50,7 @@ def load(path: Folder) -> Tokenizer:
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int:
-    """Id of the token that separates documents."""
+    """Id of the end-of-text token, which separates documents. Raises ConfigError if the vocabulary has none."""
     number = tokenizer.token_to_id(END_OF_TEXT)
     if number is None:
         raise ConfigError(f"the tokenizer has no {END_OF_TEXT} token, which separates documents; add it to the tokenizer")
@@ -58,24 +58,24 @@ def end_of_text_id(tokenizer: Tokenizer) -> int:
 
 
 def size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id: what an embedding needs, also where a vocabulary has holes."""
+    """Vocabulary size for an embedding: the largest id plus one, which also covers vocabularies with unused ids."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def nominal_size(config: TokenizerConfig) -> int:
-    """The size a config promises, before there is a corpus. Raises ConfigError if it names a file that is not there."""
+def configured_vocab_size(config: TokenizerConfig) -> int:
+    """Vocabulary size according to the configuration, before a corpus is prepared. Raises ConfigError if a file is missing."""
     if config.kind == "file":
         return size(load(Path(str(config.path))))
     return config.vocab_tokens if config.kind == "bpe" else GPT2_TOKENS
 
 
 def digest(tokenizer: Tokenizer) -> str:
-    """sha256 of the tokenizer's JSON: two with the same digest give the same ids."""
+    """sha256 of the tokenizer's JSON, as hex. Tokenizers with equal digests give equal ids."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
 
 
 def _for_corpus(tokenizer: Tokenizer) -> Tokenizer:
-    """Without what would drop or invent tokens: files from elsewhere often come with truncation and padding set."""
+    """Turns truncation and padding off, which would drop or add tokens. Downloaded tokenizer files often have them set."""
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()

@@ -1,6 +1,6 @@
-"""What a step takes: a Config with a ladder in, seconds per optimizer step of its cells measured on the cluster out.
+"""Measures the seconds per optimizer step of a ladder's cells on the cluster, for `lmu-dist plan --calibrate`.
 
-One Ray Train run for every number of workers, on token ids drawn at random; a few seconds per size. For `plan --calibrate`.
+Starts one Ray Train run for each number of workers and measures a few seconds per model size, on random token ids.
 """
 
 import json
@@ -20,28 +20,29 @@ from lmu_dist import storage
 from lmu_dist.config import Config, Folder, with_settings
 from lmu_dist.data.batches import Batch
 from lmu_dist.data.prepare import Progress
-from lmu_dist.launch.cluster import check_before, cluster
-from lmu_dist.launch.series import fit
-from lmu_dist.models import accounting
-from lmu_dist.models.lm import LanguageModel
+from lmu_dist.launch.cell import build_model
+from lmu_dist.launch.cluster import check_before_start, cluster
+from lmu_dist.launch.run_group import run_workers
+from lmu_dist.models import accounting, registry
 from lmu_dist.planning.cost import CALIBRATION, Measured, step_of, vocab_tokens, write_calibration
-from lmu_dist.planning.grid import Planned, grid
-from lmu_dist.toolchain import prepare_builds
+from lmu_dist.planning.grid import Planned, families_of, grid
+from lmu_dist.toolchain import configure_extension_builds
 
-SECONDS = 4.0  # of measuring, for each size
-FIRST_STEPS = 5  # not counted
+SECONDS = 4.0  # of measurement per model size
+FIRST_STEPS = 5  # warm-up, not counted
 MOST_STEPS = 200
 
 
 def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
-    """Measures a step of every cell, whatever its budget and seed. Returns the file it wrote."""
-    config = with_settings(config, {"cluster.min_workers": None})  # a step of fewer workers is another step
+    """Measures a step of each distinct model, batch and number of workers of the grid. Returns the file with the results."""
+    config = with_settings(config, {"cluster.min_workers": None})  # the time of a step depends on the number of workers
     cells, _ = grid(config, vocab_tokens(config))
     distinct = {json.dumps(step_of(cell), sort_keys=True): cell for cell in cells}
-    check_before([cell.config for cell in distinct.values()])
+    check_before_start([cell.config for cell in distinct.values()])
     groups: dict[int, list[Planned]] = {}
     for cell in distinct.values():
         groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
+    sources = registry.sources(set(families_of(config)))
     scratch = config.storage_folder / f"calibration-{time.time_ns():x}"
     with cluster([cell.config for cell in distinct.values()]):
         for i, group in enumerate(groups.values()):
@@ -49,7 +50,7 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
             storage.make_folder(scratch)
             try:
                 out = scratch / "measured.json"
-                fit(_measure_worker, {"cells": group, "out": out}, group[0].config, scratch / "run")
+                run_workers(_measure_worker, {"cells": group, "sources": sources, "out": out}, group[0].config, scratch / "run")
                 write_calibration(config.storage_folder, [Measured(**row) for row in json.loads(out.read_text())])
             finally:
                 storage.remove(scratch)
@@ -57,9 +58,11 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
 
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
-    """Runs on every worker; rank 0 writes what it measured."""
-    prepare_builds()
+    """Measures every cell. Runs on every worker; rank 0 writes the results."""
+    configure_extension_builds()
     cells: list[Planned] = arguments["cells"]
+    for source in arguments["sources"]:
+        registry.register(source)
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
     torch.set_num_threads(cells[0].config.cluster.cpus_per_worker)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
@@ -71,16 +74,16 @@ def _measure_worker(arguments: dict[str, Any]) -> None:
 
 def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
     from lmu_dist.train.engine import Engine
-    from lmu_dist.train.loop import steps
+    from lmu_dist.train.loop import train_steps
 
     config, train, n_workers = cell.config, cell.config.train, dist.get_world_size()
-    engine = Engine(LanguageModel(cell.shape, config.seed, train.lmu_form), train, config.cluster, device)
+    engine = Engine(build_model(config, cell.shape), train, config.cluster, device)
     rng = np.random.default_rng(dist.get_rank())
-    ids = rng.integers(0, cell.shape.vocab_tokens, (train.batch_rows // n_workers, train.sequence_tokens + 1))
+    ids = rng.integers(0, cell.shape.vocab_tokens, (-(-train.batch_rows // n_workers), train.sequence_tokens + 1))
     rows = torch.from_numpy(ids)
     batch = Batch(rows[:, :-1], rows[:, 1:])
     taken: list[float] = []
-    for metrics in steps(engine, lambda _: batch, lambda _: 1e-4, 0, MOST_STEPS, train.batch_tokens):
+    for metrics in train_steps(engine, lambda _: batch, lambda _: 1e-4, 0, MOST_STEPS, train.batch_tokens):
         taken.append(metrics.step_seconds)
         spent = torch.tensor(sum(taken) / SECONDS if len(taken) > 2 * FIRST_STEPS else 0.0)
         if engine.max_over_ranks(spent.item()) >= 1:
@@ -93,4 +96,5 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
         device=device_name,
         step_seconds=seconds,
         worker_flops_per_second=flops / seconds,
+        n_params=accounting.parameters(cell.shape).non_embedding,
     )

@@ -1,94 +1,130 @@
-"""A cell: one run of the grid, with the key that says when two runs are the same. (Config, Corpus) in, Cell out."""
+"""A cell: one run of a grid, with a key that is equal for equal runs. Made from a Config and a Corpus by `make_cell`."""
 
 import functools
 import hashlib
 import json
 import subprocess
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lmu_dist
 from lmu_dist.config import Config, Folder, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
+from lmu_dist.models import registry
+from lmu_dist.models.family import Family
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.registry import FamilySource
 from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import shape_of, shared_settings
+from lmu_dist.train import VERSION
 
 CODE = (".py", ".cpp", ".h")
-FORKS = "forks"  # folder, beside the cells of a trunk, with the states from which their decays branch off
+# Keys of `train` that were added since TRAIN_VERSION 1, each with the value that changes nothing. At this value the setting is
+# left out of the key of a cell, so that finished runs keep their keys.
+ADDED_TRAIN_KEYS: dict[str, Any] = {}
+BRANCH_POINTS = "branch_points"  # folder in a trunk's folder, with the checkpoints from which decay branches start
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that is decided about a run before it starts.
+    """Everything that is known about a run before it starts.
 
-    Cells with the same trunk compute the same steps until the first of them decays: under `wsd` those that differ in their
-    tokens only. Under `cosine` every cell is a trunk of its own.
+    Cells with the same trunk take the same steps until the learning rate of the first one decays. With the schedule `wsd` these
+    are the cells that differ only in their number of tokens; with `cosine` every cell is its own trunk.
     """
 
     config: Config
     corpus: Corpus
     shape: Shape
-    code_digest: str
+    family_version: str
+    code_digest: str  # of the sources of models/ and train/, for the record only
     key: str
     trunk: str
-    retry_of: str = ""  # key of the cell that diverged, of which this is the second try
+    retry_of: str = ""  # key of the cell that diverged, if this is its retry at half the learning rate
+    family_source: FamilySource | None = None  # a family in a user's own file, for processes that do not see the file
 
     @property
     def name(self) -> str:
-        """For people: family, size, tokens, seed and the start of the key."""
-        model = self.config.model
-        return f"{model.family}-{_short(model.n_params)}-{_short(self.config.train.tokens)}-s{self.config.seed}-{self.key[:12]}"
+        """A readable name: family, size, tokens, seed and the start of the key."""
+        size, tokens = _short(self.config.model.n_params), _short(self.config.train.tokens)
+        return f"{self.shape.family}-{size}-{tokens}-s{self.config.seed}-{self.key[:12]}"
 
     @property
     def trunk_folder(self) -> Folder:
-        """Where the cells of this trunk, and its forks, have their folders."""
-        model = self.config.model
-        name = f"{model.family}-{_short(model.n_params)}-s{self.config.seed}-{self.trunk[:12]}"
+        """The folder that holds the folders of the trunk's cells and its branch points."""
+        name = f"{self.shape.family}-{_short(self.config.model.n_params)}-s{self.config.seed}-{self.trunk[:12]}"
         return self.config.storage_folder / name
 
     @property
     def folder(self) -> Folder:
-        """Where the run keeps its checkpoints and its spool."""
+        """The folder of the run's checkpoints, metrics log and record.json."""
         return self.trunk_folder / f"{_short(self.config.train.tokens)}-{self.key[:12]}"
 
 
 def make_cell(config: Config, corpus: Corpus) -> Cell:
-    """Works out widths, key and trunk. Raises ConfigError if no widths give the size asked for."""
-    # Absolute: the processes of a cluster have working folders of their own.
-    config = with_settings(config, {"storage": str(config.storage_folder)})
+    """Makes the cell of a configuration: its widths, key and trunk. Raises ConfigError if no widths give the requested size."""
+    # An absolute path, because the processes of a cluster have other working directories.
+    reference = registry.absolute(config.model.family)
+    config = with_settings(config, {"storage": str(config.storage_folder), "model.family": reference})
     shape = shape_of(config, corpus.manifest.vocab_tokens)
     corpus.check_rows("train", config.train.sequence_tokens)
     corpus.check_rows("validation", config.train.sequence_tokens)
-    code, tree = code_digest(), to_dict(config)
+    family, train = registry.find(reference), to_dict(config)["train"]
+    [source] = registry.sources({reference}) or [None]
 
-    def digest(train: dict[str, Any]) -> str:
-        # What decides the losses and nothing else: not where the run is stored, nor on how many workers it runs.
-        content = [tree["model"], train, tree["seed"], corpus.manifest.data_digest, asdict(shape), code]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    def digest(settings: dict[str, Any]) -> str:
+        return key_of(config, settings, shape, family, corpus.manifest.data_digest)
 
-    return Cell(config, corpus, shape, code, digest(tree["train"]), digest(shared_settings(tree["train"])))
+    key, trunk = digest(train), digest(shared_settings(train))
+    return Cell(config, corpus, shape, str(family.version), code_digest(), key, trunk, family_source=source)
+
+
+def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Family, data_digest: str) -> str:
+    """sha256 of everything that determines the losses of a run, and of nothing else.
+
+    It does not depend on the storage and the number of workers, nor on the source code. The code is represented by the versions
+    it declares (`Family.version`, `train.VERSION`), which tests/models/test_golden.py and tests/train/test_golden.py check.
+    """
+    model = config.model
+    options = {key: value for key, value in model.options.items() if key not in family.passive_options}
+    content = {
+        "family": [family.name, str(family.version)],
+        "train_version": VERSION,
+        "model": {"n_params": model.n_params, "n_blocks": model.n_blocks, **options},
+        "train": {key: value for key, value in train.items() if key not in ADDED_TRAIN_KEYS or value != ADDED_TRAIN_KEYS[key]},
+        "seed": config.seed,
+        "data": data_digest,
+        "shape": shape.to_dict(),
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def build_model(config: Config, shape: Shape) -> LanguageModel:
+    """The untrained network of a run."""
+    return LanguageModel(shape, config.seed, registry.options_of(registry.family_of(shape), config.model.options))
 
 
 def at_half_rate(cell: Cell) -> Cell:
-    """The second try of a cell that diverged."""
+    """The retry of a cell that diverged, at half the learning rate."""
     halved = with_settings(cell.config, {"train.learning_rate": cell.config.train.learning_rate / 2})
     return replace(make_cell(halved, cell.corpus), retry_of=cell.key)
 
 
 @functools.cache
 def code_digest() -> str:
-    """sha256 of the sources of models/ and train/: code that can move a loss."""
+    """sha256 of the sources of models/ and train/, for the record: a key does not depend on it."""
     sha = hashlib.sha256()
     root = Path(lmu_dist.__file__).parent
-    paths = (p for room in ("models", "train") for p in (root / room).rglob("*") if p.suffix in CODE)
+    paths = (p for package in ("models", "train") for p in (root / package).rglob("*") if p.suffix in CODE)
     for path in sorted(paths):
         sha.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return sha.hexdigest()
 
 
 def git_commit(root: Path = Path(__file__).parent) -> str:
-    """Commit of the code that runs (or of another folder), with + if it was changed since; "unknown" outside a checkout."""
+    """The git commit of a folder, by default of this code, with "+" if files are modified; "unknown" outside a checkout."""
     try:
         commit = subprocess.run(
             ["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=True

@@ -1,7 +1,8 @@
-"""Exactly once: whether a cell has ended, who may work on it, and which MLflow run it is. Called by trainer, ladder, tune.
+"""Exactly-once execution: whether a cell has ended, which driver may train it, and which MLflow run it has.
 
-Drivers that share a disk keep out of each other's way by a lock on the trunk's folder; drivers that share only an MLflow
-store, or a storage at a URI, by the sign of life that a run's courier leaves in MLflow.
+Drivers that share a disk exclude each other by a file lock on the trunk's folder. Drivers that share only an MLflow store, or a
+storage at a URI, exclude each other by the heartbeat that the MLflowUploader of a run writes to MLflow. Called by run_group,
+trainer, ladder and tune.
 """
 
 import json
@@ -18,125 +19,136 @@ from filelock import FileLock, Timeout
 from lmu_dist import records
 from lmu_dist.config import ConfigError
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, tell_result, write_record
-from lmu_dist.launch.recorder import spool_lock
+from lmu_dist.launch.metrics_logger import metrics_log_lock
+from lmu_dist.launch.record import Outcome, log_result, read_record, record_of_cell, record_path, write_record
 from lmu_dist.records import RunRecord
-from lmu_dist.storage import beside, make_folder, write_whole
-from lmu_dist.tracking.delivery import Courier
-from lmu_dist.tracking.spool import Spool
-from lmu_dist.tracking.store import ALIVE, CLAIM, FOLDER, PLACE, SILENCE_SECONDS, AwayError, Store, alive_now, record_of
+from lmu_dist.storage import local_state_dir, make_folder, write_atomic
+from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.store import (
+    CLAIM,
+    FOLDER,
+    HEARTBEAT,
+    HEARTBEAT_TIMEOUT_SECONDS,
+    OWNER_ID,
+    MLflowUnavailableError,
+    Store,
+    heartbeat_now,
+    record_of,
+)
+from lmu_dist.tracking.upload import MLflowUploader
 from lmu_dist.train import checkpoint
 
-DELIVERY_SECONDS = 60.0  # how long the end of a run waits for MLflow before it leaves the rest to the next start
-CLAIM_SECONDS = 2.0  # after which one of two that claim a run at the same moment sees the other
-RESULTS = (records.COMPLETE, records.DIVERGED)  # a run that a search stopped early goes on where it is wanted for itself
-GONE_SECONDS = 60.0  # how long the processes of a run that was stopped may take to die
+UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run waits for MLflow; the next start uploads the rest
+CLAIM_SECONDS = 2.0  # after which each of two drivers that claim a run at the same moment sees whose claim MLflow has
+FINAL_STATUSES = (records.COMPLETE, records.DIVERGED)  # outside of a search, a run that it stopped early is continued
+EXIT_TIMEOUT_SECONDS = 60.0  # how long the processes of a stopped run may take to exit
 
 
 class BusyError(ConfigError):
-    """Another driver works on the cell."""
+    """Another driver is training the cell."""
 
 
-class PerhapsGoneError(BusyError):
-    """Another driver gave a sign of life a moment ago; if it is gone, SILENCE_SECONDS will tell."""
+class OwnerUnresponsiveError(BusyError):
+    """Another driver owns the run, and its last heartbeat is recent. It may be dead: wait HEARTBEAT_TIMEOUT_SECONDS to know."""
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A run that ended, for the summary."""
+class FinishedRun:
+    """A cell that has ended, with its record and its MLflow run."""
 
     cell: Cell
     record: RunRecord
     run_id: str
     tracking_uri: str
     already_done: bool
-    notes: tuple[str, ...]  # what a person should know: checkpoints passed over, a record not yet delivered
+    notes: tuple[str, ...]  # warnings for the user: damaged checkpoints that were skipped, a log that is not uploaded yet
 
 
-def find_done(cell: Cell, store: Store, study: str, known: Any = None, ended: Sequence[str] = RESULTS) -> Finished | None:
-    """The finished run of this cell: from its folder, where it is newest, else from MLflow, where others may have put it.
+def find_finished(
+    cell: Cell, store: Store, study: str, known_run: Any = None, final_statuses: Sequence[str] = FINAL_STATUSES
+) -> FinishedRun | None:
+    """The finished run of a cell, read from its folder, or else from MLflow; None if the cell has not ended.
 
-    What MLflow has not heard yet is delivered; all of it, if this store never knew the run. `known`: the MLflow run, if the
-    caller has looked already. `ended`: the statuses that count; a run with another goes on.
+    Entries of its log that MLflow lacks are uploaded, all of them if this store has no such run. `known_run`: the MLflow run,
+    if the caller has it. `final_statuses`: a run that ended with another status counts as not ended.
     """
     if record_path(cell).exists():
-        if read_record(cell).status not in ended:
+        if read_record(cell).status not in final_statuses:
             return None
-        record, run_id = read_record(cell), known.info.run_id if known else open_run(cell, store, study)
-        return Finished(cell, record, run_id, store.uri, True, notes([], deliver(cell, run_id, store)))
+        record, run_id = read_record(cell), known_run.info.run_id if known_run else open_run(cell, store, study)
+        return FinishedRun(cell, record, run_id, store.uri, True, notes([], upload_log(cell, run_id, store)))
     try:
         run = store.find_run(cell.key)
     except ConfigError:
-        if _remembered(cell, store) is None:
+        if _saved_run_id(cell, store) is None:
             raise
-        return None  # begun here and not ended; the record of it can wait
-    return finished_elsewhere(cell, run, store, ended)
+        return None  # started here and not ended; it can be trained while MLflow is unavailable
+    return finished_in_mlflow(cell, run, store, final_statuses)
 
 
-def finished_elsewhere(cell: Cell, run: Any, store: Store, ended: Sequence[str] = RESULTS) -> Finished | None:
-    """The run MLflow has of a cell, if it has ended."""
+def finished_in_mlflow(
+    cell: Cell, run: Any, store: Store, final_statuses: Sequence[str] = FINAL_STATUSES
+) -> FinishedRun | None:
+    """The finished run of a cell by its MLflow run; None if there is no such run or it has not ended."""
     record = record_of(run) if run else None
-    if run is None or record is None or record.status not in ended:
+    if run is None or record is None or record.status not in final_statuses:
         return None
-    elsewhere = run.data.tags.get(FOLDER)
-    note = f"MLflow has this run as done in {elsewhere}, which is not here; to train it again delete the run there"
-    return Finished(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
+    run_folder = run.data.tags.get(FOLDER)
+    note = f"MLflow has this run as ended in {run_folder}, which is not here; to train it again delete the run in MLflow"
+    return FinishedRun(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
 
 
-def deliver(cell: Cell, run_id: str, store: Store) -> str:
-    """Tells MLflow what it has not heard of a run nobody works on. Returns "" or why something still waits."""
-    spool = Spool(cell.folder, run_id)
-    if not any(spool.pending()):
+def upload_log(cell: Cell, run_id: str, store: Store) -> str:
+    """Uploads the pending entries of a run that is not being trained. Returns "" when all are in MLflow, else why not."""
+    log = MetricsLog(cell.folder, run_id)
+    if not any(log.pending()):
         return ""
     try:
-        with spool_lock(cell.folder).acquire(timeout=DELIVERY_SECONDS):
-            return Courier(spool, store.uri).close(DELIVERY_SECONDS)
+        with metrics_log_lock(cell.folder).acquire(timeout=UPLOAD_TIMEOUT_SECONDS):
+            return MLflowUploader(log, store.uri).close(UPLOAD_TIMEOUT_SECONDS)
     except Timeout:
-        return "another process is delivering it"
+        return "another process is uploading it"
 
 
-def close(cell: Cell, store: Store, how: str | Outcome, patience_seconds: float = GONE_SECONDS) -> None:
-    """Ends a run whose workers and recorder are gone: with a status, for now, or for good with what it came to.
+def close_run(cell: Cell, store: Store, outcome: str | Outcome, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> None:
+    """Closes the MLflow run of a cell whose workers are dead. A status closes it until a later start; an Outcome ends the cell.
 
-    Waits for the driver of the run to be gone, too. Raises Timeout if it or the recorder stays. What MLflow does not hear in
-    time waits in the spool.
+    Waits until the driver and the metrics logger of the run have exited; raises Timeout if they do not. Entries that MLflow
+    does not take in time stay in the metrics log.
     """
-    run_id = _remembered(cell, store)
-    if run_id is None or not _is_ours(cell, run_id, store):
+    run_id = _saved_run_id(cell, store)
+    if run_id is None or not _is_owner(cell, run_id, store):
         return
-    with _trunk_lock(cell, patience_seconds), spool_lock(cell.folder).acquire(timeout=patience_seconds):
+    with _trunk_lock(cell, timeout_seconds), metrics_log_lock(cell.folder).acquire(timeout=timeout_seconds):
         if record_path(cell).exists():
             return
-        spool = Spool(cell.folder, run_id)
-
-        def tell(kind: str, *arguments: Any) -> None:
-            getattr(spool, kind)(*arguments)
-
-        if isinstance(how, Outcome):
-            record = record_of_cell(cell, how)
-            tell_result(record, how.evaluation, tell)
+        log = MetricsLog(cell.folder, run_id)
+        if isinstance(outcome, Outcome):
+            record = record_of_cell(cell, outcome)
+            log_result(record, outcome.evaluation, log)
             write_record(cell, record)
+            log.end_run(outcome.status)
         else:
-            tell("tags", {"lmu.status": how})
-        tell("end", how.status if isinstance(how, Outcome) else how)
-        spool.copy()
-        Courier(spool, store.uri).close(patience_seconds)
+            log.set_tags({"lmu.status": outcome})
+            log.end_run(outcome)
+        log.copy_to_storage()
+        MLflowUploader(log, store.uri).close(timeout_seconds)
 
 
 def check_resumable(cell: Cell) -> list[str]:
-    """The damaged checkpoints that will be passed over. Raises ConfigError if the one to go on from does not fit."""
-    path, meta, passed_over = checkpoint.newest_intact(cell.folder)
-    if meta is not None and not checkpoint.loadable(meta, cell.config.cluster.zero_stage):
+    """The damaged checkpoints that will be skipped. Raises ConfigError if the one to resume from has another ZeRO stage."""
+    path, meta, skipped = checkpoint.newest_intact(cell.folder)
+    if meta is not None and not checkpoint.is_loadable(meta, cell.config.cluster.zero_stage):
         raise ConfigError(
             f"{path} was written at ZeRO stage {meta.zero_stage}, and DeepSpeed converts only 1 to 2 and back; go on "
             f"with cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
         )
-    return passed_over
+    return skipped
 
 
 @contextmanager
-def alone(cell: Cell) -> Iterator[None]:
-    """Holds the trunk's folder against a second driver. Raises BusyError."""
+def exclusive_lock(cell: Cell) -> Iterator[None]:
+    """Locks the trunk's folder against other drivers while the block runs. Raises BusyError if another holds the lock."""
     try:
         with _trunk_lock(cell, 0):
             yield
@@ -144,100 +156,102 @@ def alone(cell: Cell) -> Iterator[None]:
         raise BusyError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
 
 
-def notes(passed_over: list[str], undelivered: str) -> tuple[str, ...]:
-    """What a person should know of a run."""
-    late = f"MLflow has not all of the record yet, the same command delivers the rest: {undelivered}"
-    return (*passed_over, *([late] if undelivered else []))
+def notes(skipped: list[str], not_uploaded: str) -> tuple[str, ...]:
+    """The warnings about a run: damaged checkpoints that were skipped, and why its log is not uploaded completely."""
+    note = f"MLflow does not have all metrics of this run yet ({not_uploaded}); start the same command again to upload the rest"
+    return (*skipped, *([note] if not_uploaded else []))
 
 
 def open_run(cell: Cell, store: Store, study: str) -> str:
-    """The MLflow run of the cell: the one it has, or a new one under its experiment's study.
+    """The id of the cell's MLflow run: the one it has, or a new one under the study of its experiment.
 
-    A store that is away is no obstacle if the run was opened in it before: the spool waits. Raises BusyError if a driver with
-    another storage is at it.
+    If MLflow is unavailable, returns the id from an earlier start; the metrics log is uploaded later. Raises BusyError if a
+    driver with another storage is training the cell.
     """
     try:
         run = store.find_run(cell.key)
-        if run is not None and _is_alive_elsewhere(cell, run):
-            raise PerhapsGoneError(f"{cell.name} is being run in {_place_of(run)}; wait for it")
+        if run is not None and _is_running_elsewhere(cell, run):
+            raise OwnerUnresponsiveError(f"{cell.name} is being run in {_owner_id_of(run)}; wait for it")
         if run is not None:
             run_id = run.info.run_id
-            if _place_of(run) not in (None, _place(cell)):
+            if _owner_id_of(run) not in (None, _owner_id(cell)):
                 _take_over(cell, run_id, store)
         else:
             experiment_id, study_id = store.open_study(cell.config.experiment, study)
-            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder), _place(cell))
-            # Two drivers may have looked at the same moment. Who sees the other's run takes back his own: at least one does.
-            if len(store.runs_of(cell.key)) > 1:
-                store.drop_run(run_id)
-                raise BusyError(f"{cell.name} was begun by another driver at the same moment; wait for it")
+            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder), _owner_id(cell))
+            # Two drivers may create a run at the same moment. One that sees the other's run deletes its own; at least one does.
+            if len(store.runs_with_key(cell.key)) > 1:
+                store.delete_run(run_id)
+                raise BusyError(f"{cell.name} was started by another driver at the same moment; wait for it")
     except BusyError:
         raise
     except ConfigError:
-        if (known := _remembered(cell, store)) is not None:
-            return known
+        if (run_id := _saved_run_id(cell, store)) is not None:
+            return run_id
         raise
     make_folder(cell.folder)
-    write_whole(cell.folder / "run.json", json.dumps({"tracking_uri": store.uri, "run_id": run_id}).encode())
+    write_atomic(cell.folder / "run.json", json.dumps({"tracking_uri": store.uri, "run_id": run_id}).encode())
     return run_id
 
 
 def _take_over(cell: Cell, run_id: str, store: Store) -> None:
-    """Makes a run that was abandoned in another place ours. Raises BusyError if somebody else does so now."""
+    """Takes over a run that another owner abandoned. Raises BusyError if another driver takes it over at the same moment."""
     claim = uuid.uuid4().hex
-    store.tag(run_id, {CLAIM: claim, FOLDER: str(cell.folder), PLACE: _place(cell), ALIVE: alive_now()})
+    store.set_tags(run_id, {CLAIM: claim, FOLDER: str(cell.folder), OWNER_ID: _owner_id(cell), HEARTBEAT: heartbeat_now()})
     time.sleep(CLAIM_SECONDS)
-    if store.tag_of(run_id, CLAIM) != claim:
+    if store.get_tag(run_id, CLAIM) != claim:
         raise BusyError(f"{cell.name} was taken over by another driver; wait for it")
 
 
-def _is_alive_elsewhere(cell: Cell, run: Any) -> bool:
+def _is_running_elsewhere(cell: Cell, run: Any) -> bool:
+    """Whether a driver with another owner id has the run and its last heartbeat is recent."""
     tags = run.data.tags
-    heard, ended = float(tags.get(ALIVE, "0")) / 1000, tags.get("lmu.status") in records.ENDED
-    return not ended and _place_of(run) not in (None, _place(cell)) and time.time() - heard < SILENCE_SECONDS
+    heartbeat, ended = float(tags.get(HEARTBEAT, "0")) / 1000, tags.get("lmu.status") in records.ENDED
+    is_recent = time.time() - heartbeat < HEARTBEAT_TIMEOUT_SECONDS
+    return not ended and _owner_id_of(run) not in (None, _owner_id(cell)) and is_recent
 
 
-def check_not_elsewhere(cell: Cell, run: Any) -> None:
-    """Raises BusyError if a driver whose locks are not seen here is at work on the MLflow run of a cell."""
-    if _is_alive_elsewhere(cell, run):
-        raise BusyError(f"{cell.name} is being run in {_place_of(run)}; wait for it, or stop it there")
+def check_not_running_elsewhere(cell: Cell, run: Any) -> None:
+    """Raises BusyError if a driver whose file locks this process cannot see is training the MLflow run of a cell."""
+    if _is_running_elsewhere(cell, run):
+        raise BusyError(f"{cell.name} is being run in {_owner_id_of(run)}; wait for it, or stop it there")
 
 
-def _place(cell: Cell) -> str:
-    """What drivers that see each other's locks have in common: a word in a file beside these, made by the first of them."""
-    folder = beside(cell.config.storage_folder)
+def _owner_id(cell: Cell) -> str:
+    """The id that all drivers with the same file locks share. The first of them writes it to a file next to the locks."""
+    folder = local_state_dir(cell.config.storage_folder)
     make_folder(folder)
-    word, made = folder / "place", folder / f"place.{uuid.uuid4().hex}"
-    if not word.exists():
-        made.write_text(f"{platform.node()}:{folder}:{uuid.uuid4().hex[:12]}")
+    path, new = folder / "owner_id", folder / f"owner_id.{uuid.uuid4().hex}"
+    if not path.exists():
+        new.write_text(f"{platform.node()}:{folder}:{uuid.uuid4().hex[:12]}")
         with suppress(FileExistsError):
-            word.hardlink_to(made)  # whole, and only once
-        made.unlink()
-    return word.read_text()
+            path.hardlink_to(new)  # atomic: the file appears complete, and only one driver succeeds
+        new.unlink()
+    return path.read_text()
 
 
-def _place_of(run: Any) -> str | None:
-    return run.data.tags.get(PLACE, run.data.tags.get(FOLDER))
+def _owner_id_of(run: Any) -> str | None:
+    return run.data.tags.get(OWNER_ID, run.data.tags.get(FOLDER))
 
 
-def _is_ours(cell: Cell, run_id: str, store: Store) -> bool:
-    """Whether it was this place's drivers that had the run last; taken for granted while the store is away."""
+def _is_owner(cell: Cell, run_id: str, store: Store) -> bool:
+    """Whether the run belongs to this owner id. True while MLflow is unavailable."""
     try:
-        return store.tag_of(run_id, PLACE) in (None, "", _place(cell))
-    except AwayError:
+        return store.get_tag(run_id, OWNER_ID) in (None, "", _owner_id(cell))
+    except MLflowUnavailableError:
         return True
 
 
-def _trunk_lock(cell: Cell, patience_seconds: float) -> FileLock:
-    here = beside(cell.trunk_folder)
-    make_folder(here)
-    return FileLock(here / "lock", timeout=patience_seconds)
+def _trunk_lock(cell: Cell, timeout_seconds: float) -> FileLock:
+    folder = local_state_dir(cell.trunk_folder)
+    make_folder(folder)
+    return FileLock(folder / "lock", timeout=timeout_seconds)
 
 
-def _remembered(cell: Cell, store: Store) -> str | None:
-    """The id under which this store knows the run, from an earlier start."""
+def _saved_run_id(cell: Cell, store: Store) -> str | None:
+    """The id of the cell's run in this store, saved in run.json by an earlier start; None if there is none."""
     try:
-        known = json.loads((cell.folder / "run.json").read_text())
+        saved = json.loads((cell.folder / "run.json").read_text())
     except (OSError, ValueError):
         return None
-    return known["run_id"] if known["tracking_uri"] == store.uri else None
+    return saved["run_id"] if saved["tracking_uri"] == store.uri else None

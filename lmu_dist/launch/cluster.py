@@ -1,4 +1,4 @@
-"""A Ray cluster for runs: joined, or started on this machine and stopped again. Configs in, a context that holds them out."""
+"""Connects to a Ray cluster, or starts a local one and stops it afterwards; checks that the runs fit on it."""
 
 import logging
 import os
@@ -21,39 +21,41 @@ from ray.exceptions import RayError
 from lmu_dist.config import Config, ConfigError
 
 
-def check_before(configs: Sequence[Config]) -> None:
-    """What can be told without starting anything: raises ConfigError if one of the runs could never be."""
+def check_before_start(configs: Sequence[Config]) -> None:
+    """Raises ConfigError if the cluster is unreachable, or if one of the runs cannot fit on this machine. Starts nothing."""
     address = address_of(configs[0])
     if ray.is_initialized():
         return
     if address is not None:
         try:
-            _knock(address)
+            _check_reachable(address)
         except (OSError, RayError) as e:
             raise _unreachable(address, e) from e
     elif not configs[0].cluster.gpus_per_worker:
         for config in configs:
             _check_fits(config, [{"CPU": len(os.sched_getaffinity(0))}])
         if shutil.which("g++") is None:
-            raise ConfigError("no g++ on PATH, with which DeepSpeed compiles its CPU collectives; apt-get install g++")
+            raise ConfigError("g++ is not on PATH; DeepSpeed compiles its CPU collectives with it; apt-get install g++")
 
 
 @contextmanager
 def cluster(configs: Sequence[Config]) -> Iterator[None]:
-    """A Ray cluster that can hold each of the runs: the one this process is in, or that at cluster.address or $RAY_ADDRESS,
-    else a local one until the end. Raises ConfigError when the workers of one can never fit. While it is held, what Ray says on
-    stdout goes to stderr: stdout is for results.
+    """Connects to a Ray cluster that has the capacity for each of the runs, one at a time.
+
+    It is the cluster this process is connected to, else the one at cluster.address or $RAY_ADDRESS, else a local one, which is
+    stopped when the block ends. Raises ConfigError when the workers of a run cannot fit. Inside the block Ray's output goes to
+    stderr, because stdout is for results.
     """
-    with joined(configs[0]):
-        _wait_for_room(configs)
+    with connected(configs[0]):
+        _wait_for_capacity(configs)
         _check_all_fit(configs)
         with redirect_stdout(sys.stderr):
             yield
 
 
 @contextmanager
-def joined(config: Config) -> Iterator[None]:
-    """The cluster this process is in, or that of the configuration, else a local one; whatever it has room for."""
+def connected(config: Config) -> Iterator[None]:
+    """Connects to the same cluster as `cluster` does, without a check of its capacity."""
     if ray.is_initialized():
         yield
         return
@@ -73,13 +75,13 @@ def joined(config: Config) -> Iterator[None]:
         ray.shutdown()
 
 
-def room(config: Config) -> int:
-    """How many workers of this run's kind the cluster this process is in can hold at once."""
-    return _room(config, _nodes())
+def capacity(config: Config) -> int:
+    """How many workers of this run the connected cluster can hold at once."""
+    return _capacity(config, _nodes())
 
 
 def address_of(config: Config) -> str | None:
-    """Of the cluster to be joined; None if one is to be started for the command."""
+    """The address of the cluster to connect to; None if a local cluster is to be started."""
     return config.cluster.address or os.environ.get("RAY_ADDRESS")
 
 
@@ -91,18 +93,18 @@ def _unreachable(address: str, error: BaseException) -> ConfigError:
 
 
 def _nodes() -> list[dict[str, float]]:
-    """Resources of every live node."""
+    """The resources of every live node."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def _knock(address: str) -> None:
-    """Raises OSError if nobody listens at host:port, or not to this token: Ray itself would go on trying, for minutes."""
+def _check_reachable(address: str) -> None:
+    """Raises OSError if nothing listens at host:port or the token is refused. Ray itself would retry for minutes."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdigit()):
         return
     socket.create_connection((host, int(port)), timeout=10).close()
     if address.startswith("ray://"):
-        return  # another protocol
+        return  # the Ray client has another protocol
     channel = init_grpc_channel(address)
     try:
         NodeInfoGcsServiceStub(channel).GetClusterId(GetClusterIdRequest(), timeout=10)
@@ -112,18 +114,18 @@ def _knock(address: str) -> None:
         channel.close()
 
 
-def _wait_for_room(configs: Sequence[Config]) -> None:
-    """Asks a cluster that scales itself for what the largest of the runs takes, and waits as long as they allow."""
+def _wait_for_capacity(configs: Sequence[Config]) -> None:
+    """Asks the autoscaler for the resources of the largest run, and waits for them up to cluster.wait_seconds."""
     largest = max(configs, key=lambda config: config.cluster.n_workers)
     deadline = time.monotonic() + largest.cluster.wait_seconds
-    if room(largest) >= largest.cluster.n_workers or not largest.cluster.wait_seconds:
+    if capacity(largest) >= largest.cluster.n_workers or not largest.cluster.wait_seconds:
         return
-    request_resources(bundles=[_each(largest)] * largest.cluster.n_workers)
+    request_resources(bundles=[_worker_resources(largest)] * largest.cluster.n_workers)
     try:
-        while room(largest) < largest.cluster.n_workers and time.monotonic() < deadline:
+        while capacity(largest) < largest.cluster.n_workers and time.monotonic() < deadline:
             time.sleep(2)
     finally:
-        # Such a request lasts until the next; from now on the runs themselves are what keeps nodes up.
+        # A request holds until the next one replaces it. From now on the runs themselves keep the nodes up.
         request_resources(bundles=[])
 
 
@@ -133,34 +135,37 @@ def _check_all_fit(configs: Sequence[Config]) -> None:
         _check_fits(config, nodes)
 
 
-def _each(config: Config) -> dict[str, int]:
-    """What one worker takes."""
+def _worker_resources(config: Config) -> dict[str, int]:
+    """The resources of one worker."""
     wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
     return {name: n for name, n in wanted.items() if n}
 
 
-def _room(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
-    """A worker lives on one node: each node holds as many as its scarcest resource allows."""
-    return sum(_fitting(config, node) for node in nodes)
+def _capacity(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers fit on the nodes. A node holds as many as its scarcest resource allows; no worker spans two nodes."""
+    return sum(_workers_on_node(config, node) for node in nodes)
 
 
-def _fitting(config: Config, node: Mapping[str, float]) -> int:
-    return min(int(node.get(name, 0) // n) for name, n in _each(config).items())
+def _workers_on_node(config: Config, node: Mapping[str, float]) -> int:
+    return min(int(node.get(name, 0) // n) for name, n in _worker_resources(config).items())
 
 
 def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
-    wanted, each, found = config.cluster, _each(config), _room(config, nodes)
-    if found < (wanted.min_workers or wanted.n_workers):
-        have = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in each)
+    """Raises ConfigError if the nodes can never hold the workers of a run."""
+    wanted, resources, n_fitting = config.cluster, _worker_resources(config), _capacity(config, nodes)
+    needed = wanted.min_workers or wanted.n_workers
+    if n_fitting < needed:
+        each = " and ".join(f"{n} {name}" for name, n in resources.items())
+        total = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in resources)
         raise ConfigError(
-            f"cluster.n_workers={wanted.n_workers} with {' and '.join(f'{n} {name}' for name, n in each.items())} each is "
-            f"more than the cluster has room for ({found}; {have} on {len(nodes)} nodes); lower cluster.n_workers (or "
-            "ladder.workers), cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster (one that scales "
-            "itself needs cluster.wait_seconds)"
+            f"cluster.n_workers={wanted.n_workers} with {each} each does not fit on the cluster, which can hold {n_fitting} "
+            f"such workers ({total} on {len(nodes)} nodes); lower cluster.n_workers (or ladder.workers), "
+            "cluster.cpus_per_worker or cluster.gpus_per_worker, or use a larger cluster (one with an autoscaler needs "
+            "cluster.wait_seconds)"
         )
-    apart = sum(_fitting(config, node) > 0 for node in nodes)
-    if wanted.placement == "STRICT_SPREAD" and apart < (needed := wanted.min_workers or wanted.n_workers):
+    n_usable_nodes = sum(_workers_on_node(config, node) > 0 for node in nodes)
+    if wanted.placement == "STRICT_SPREAD" and n_usable_nodes < needed:
         raise ConfigError(
-            f"cluster.placement=STRICT_SPREAD wants a node for each of {needed} workers, and {apart} of the "
-            f"{len(nodes)} nodes could hold one; set cluster.placement=SPREAD, or use a larger cluster"
+            f"cluster.placement=STRICT_SPREAD needs a node for each of {needed} workers, but only {n_usable_nodes} of the "
+            f"{len(nodes)} nodes can hold one; set cluster.placement=SPREAD, or use a larger cluster"
         )

@@ -1,6 +1,6 @@
-"""The corpus of a run: a Config in, the prepared Corpus out, made if need be: on the cluster, or by the cores of this machine.
+"""Prepares the corpus of a run if needed: with Ray tasks on the cluster, or with processes on this machine.
 
-Called by the drivers (trainer, ladder, tune) and by the command prepare, before anything is trained.
+Called before training by trainer, ladder and tune, and by the command prepare.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,32 +12,35 @@ from ray.exceptions import RayError, RayTaskError
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.manifest import is_prepared
-from lmu_dist.data.prepare import Part, Progress, in_processes, prepare, tokenize
-from lmu_dist.launch.cluster import address_of, joined
+from lmu_dist.data.prepare import Progress, TokenizeTask, prepare, run_in_processes, tokenize
+from lmu_dist.launch.cluster import address_of, connected
 from lmu_dist.storage import check_writable
 
-TASKS_PER_CPU = 2  # under way at once, so that no core waits for the driver
+TASKS_PER_CPU = 2  # submitted at a time, so that no CPU waits for the driver
 
 
-def prepared(config: Config, progress: Progress = lambda *_: None) -> Corpus:
-    """The corpus of a configuration, prepared on all nodes of the cluster if one is joined. Raises ConfigError, FailedError."""
+def prepare_corpus(config: Config, progress: Progress = lambda *_: None) -> Corpus:
+    """Returns the prepared corpus of a configuration. Raises ConfigError, FailedError.
+
+    Prepares it on all nodes if there is a cluster to connect to, else on this machine.
+    """
     check_writable(config.storage_folder)
     if address_of(config) is None or is_prepared(config.data, config.storage_folder):
-        return prepare(config.data, config.storage_folder, progress, in_processes)
-    with joined(config):
-        return prepare(config.data, config.storage_folder, progress, on_cluster)
+        return prepare(config.data, config.storage_folder, progress, run_in_processes)
+    with connected(config):
+        return prepare(config.data, config.storage_folder, progress, run_as_ray_tasks)
 
 
-def on_cluster(parts: Sequence[Part]) -> Iterator[Part]:
-    """Spreads parts over the CPUs of all nodes as Ray tasks; those of a node that is lost run again elsewhere."""
-    task: Any = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(tokenize)
-    waiting, running = list(reversed(parts)), dict[Any, Part]()
+def run_as_ray_tasks(tasks: Sequence[TokenizeTask]) -> Iterator[TokenizeTask]:
+    """Runs tokenize tasks as Ray tasks, spread over all nodes, and yields those that are done."""
+    remote_tokenize: Any = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(tokenize)
+    waiting, running = list(reversed(tasks)), dict[Any, TokenizeTask]()
     try:
         while waiting or running:
-            at_once = max(1, int(ray.cluster_resources().get("CPU", 0)) * TASKS_PER_CPU)
-            while waiting and len(running) < at_once:
-                part = waiting.pop()
-                running[task.options(name=f"tokenize {part.index}").remote(part)] = part
+            max_running = max(1, int(ray.cluster_resources().get("CPU", 0)) * TASKS_PER_CPU)
+            while waiting and len(running) < max_running:
+                task = waiting.pop()
+                running[remote_tokenize.options(name=f"tokenize {task.index}").remote(task)] = task
             done, _ = ray.wait(list(running), timeout=10)
             for reference in done:
                 ray.get(reference)

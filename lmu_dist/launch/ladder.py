@@ -1,7 +1,7 @@
-"""The driver of a grid: runs every missing cell exactly once as Ray Tune trials. A Config with a ladder in, its records out.
+"""The driver of `lmu-dist ladder`: trains every missing cell of a grid exactly once, in Ray Tune trials. Returns the records.
 
-A trial takes one trunk: the cells that share their stable steps. What is done is known from the cells' folders and MLflow
-alone, so the same command goes on after anything. Called by the command line; progress goes to listeners.
+A trial trains one trunk: the cells that share their steps before the decay. Which cells have ended is read from their folders
+and from MLflow only, so the same command resumes a ladder after any failure. Progress goes to callbacks.
 """
 
 import os
@@ -19,217 +19,234 @@ from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim
-from lmu_dist.launch.cell import FORKS, Cell, at_half_rate, make_cell
-from lmu_dist.launch.claim import BusyError, Finished
-from lmu_dist.launch.cluster import check_before, cluster, room
-from lmu_dist.launch.corpus import prepared
+from lmu_dist.launch.cell import BRANCH_POINTS, Cell, at_half_rate, make_cell
+from lmu_dist.launch.claim import BusyError, FinishedRun
+from lmu_dist.launch.cluster import capacity, check_before_start, cluster
+from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.record import record_path
-from lmu_dist.launch.series import run_series
-from lmu_dist.launch.trials import Slots, Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
+from lmu_dist.launch.run_group import train_run_group
+from lmu_dist.launch.trials import (
+    Slots,
+    TrialCallback,
+    check_state_api,
+    driver_environment,
+    error_message,
+    run_trials,
+    wait_for_release,
+)
+from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
-from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import AwayError, Store
+from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.upload import set_client_limits
+from lmu_dist.train import VERSION
 
 STUDY = "ladder"
-CLOSING_SECONDS = 30.0  # what an interrupted ladder takes to say so in MLflow
-LOOK_SECONDS = 60.0  # between two looks at a storage at a URI for the sake of a progress bar
-PAUSE_SECONDS = 5.0  # between two looks at what another driver is doing
+CLOSING_SECONDS = 30.0  # timeout of an interrupted ladder for closing its MLflow runs
+PROGRESS_SECONDS = 60.0  # between two updates of the progress bar where these cost requests to an object store
+POLL_SECONDS = 5.0  # between two checks whether another driver has finished
 
 
 @dataclass(frozen=True)
 class LadderResult:
-    """The end of a ladder: a row for every cell that ended (its second try, if it diverged), and why others did not."""
+    """The result of a ladder: the run of every cell that ended (of its retry, if it diverged), and why the others failed."""
 
-    finished: tuple[Finished, ...]
-    failures: dict[str, str]  # name of a cell: one line
+    finished: tuple[FinishedRun, ...]
+    failures: dict[str, str]  # error message, one line, by the name of the cell
     notes: tuple[str, ...]
 
 
 def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: None, rerun: Sequence[str] = ()) -> LadderResult:
-    """Runs what is missing of the grid. Raises ConfigError before anything is started if a cell could never run.
+    """Trains the missing cells of the grid. Raises ConfigError before anything starts if a cell cannot run.
 
-    `rerun`: keys, or their beginnings, of cells to run again though they have ended.
+    `rerun`: keys, or the starts of keys, of cells to train again although they have ended.
     """
     if config.ladder is None:
         raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
     set_client_limits()
     store = Store(tracking_uri)
     store.check()
-    check_before([planned.config for planned in grid(config, vocab_tokens(config))[0]])
-    corpus = prepared(config, progress)
+    check_before_start([planned.config for planned in grid(config, vocab_tokens(config))[0]])
+    corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
     planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
-    again = [_named(cells, key) for key in rerun]
+    cells_to_rerun = [_cell_with_key(cells, key) for key in rerun]
     store.write_plan(config.experiment, STUDY, [_plan_row(cell) for cell in cells])
     driver = _Driver(cells, store, progress)
-    if not again and not driver.missing():
-        return driver.end(())
+    if not cells_to_rerun and not driver.missing():
+        return driver.result(())
     try:
         with cluster([cell.config for cell in cells]):
             check_state_api()
-            for cell in again:
-                _retire(cell, store)
+            for cell in cells_to_rerun:
+                _reset(cell, store)
                 driver.forget(cell)
-            driver.run(storage.beside(config.storage_folder) / "tune")
-            notes = still_reserved()
+            driver.run(storage.local_state_dir(config.storage_folder) / "tune")
+            notes = wait_for_release()
     except BaseException:
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
         raise
-    return driver.end(notes)
+    return driver.result(notes)
 
 
 class _Driver:
-    """The state of one ladder while its driver lives."""
+    """The state of one ladder: which cells are finished, failed or running."""
 
     def __init__(self, cells: list[Cell], store: Store, progress: Progress) -> None:
         self.cells, self.store, self.progress = cells, store, progress
-        self.done: dict[str, Finished] = {}
+        self.finished: dict[str, FinishedRun] = {}  # by key
         self.failures: dict[str, str] = {}
-        self.works: list[tuple[Cell, ...]] = []
-        self.running: set[int] = set()  # trials, by the index of their work; those whose process died stay
-        self.known: dict[str, Any] = {}
-        self._told = -LOOK_SECONDS
-        self._look()
-        self.before = frozenset(self.done)
+        self.work_items: list[tuple[Cell, ...]] = []
+        self.running: set[int] = set()  # indices of work items whose trial has started and not ended; a trial that died stays
+        self.mlflow_runs: dict[str, Any] = {}  # by key
+        self._last_progress = -PROGRESS_SECONDS
+        self._refresh()
+        self.finished_before = frozenset(self.finished)
 
     def forget(self, cell: Cell) -> None:
-        """Takes a cell as not yet run."""
-        self.done.pop(cell.key, None)
-        self.known = {key: run for key, run in self.known.items() if key not in (cell.key, at_half_rate(cell).key)}
-        self.before -= {cell.key}
+        """Marks a cell as missing."""
+        self.finished.pop(cell.key, None)
+        forgotten = (cell.key, at_half_rate(cell).key)
+        self.mlflow_runs = {key: run for key, run in self.mlflow_runs.items() if key not in forgotten}
+        self.finished_before -= {cell.key}
 
     def missing(self) -> list[list[Cell]]:
-        """Trunks with a cell that has neither ended nor failed; cheapest first, as the cells came."""
+        """The cells that have neither ended nor failed, grouped by trunk, cheapest trunk first, as in the grid."""
         trunks: dict[str, list[Cell]] = {}
         for cell in self.cells:
-            if cell.key not in self.done and cell.name not in self.failures:
+            if cell.key not in self.finished and cell.name not in self.failures:
                 trunks.setdefault(cell.trunk, []).append(cell)
         return list(trunks.values())
 
     def run(self, scratch: Path) -> None:
-        """Runs trunks until each has ended or failed; those of another driver are waited for."""
-        n_slots = room(self.cells[0].config)
+        """Trains trunks until each cell has ended or failed. Waits for trunks that another driver is training."""
+        n_slots = capacity(self.cells[0].config)
         while trunks := self.missing():
-            self.works, self.running = [tuple(trunk) for trunk in trunks], set()
-            # A run that can do with fewer workers takes what there is.
-            sizes = [min(n_slots, work[0].config.cluster.n_workers) for work in self.works]
+            self.work_items, self.running = [tuple(trunk) for trunk in trunks], set()
+            # A run with cluster.min_workers may get fewer workers than n_workers.
+            sizes = [min(n_slots, work_item[0].config.cluster.n_workers) for work_item in self.work_items]
             results = run_trials(
                 _run_trunk,
-                {"works": self.works, "tracking_uri": self.store.uri, "environment": driver_environment()},
+                {"work_items": self.work_items, "tracking_uri": self.store.uri, "environment": driver_environment()},
                 scratch,
                 tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(sizes), reuse_actors=True),
-                callbacks=[Watcher(self._begun, self._ended_trial, self.tell)],
+                callbacks=[TrialCallback(self._trial_started, self._trial_ended, self.report_progress)],
             )
             self.close(records.FAILED, CLOSING_SECONDS)
-            self._look()
+            self._refresh()
             busy = False
             for result in results:
                 if (result.metrics or {}).get("busy"):
                     busy = True
                     continue
                 assert result.config is not None
-                work, reason = self.works[result.config["index"]], why(result) or "its trial ended without a record"
-                self.failures |= {cell.name: reason for cell in work if cell.key not in self.done}
+                message = error_message(result) or "its trial ended without a record"
+                work_item = self.work_items[result.config["index"]]
+                self.failures |= {cell.name: message for cell in work_item if cell.key not in self.finished}
             if busy:
-                self.tell("waiting for another driver, or for MLflow")
-                time.sleep(PAUSE_SECONDS)
-                self._look()
+                self.report_progress("waiting for another driver, or for MLflow")
+                time.sleep(POLL_SECONDS)
+                self._refresh()
 
-    def _look(self) -> None:
-        """Takes note of what has ended, here or elsewhere."""
+    def _refresh(self) -> None:
+        """Reads from MLflow and the cells' folders which cells have ended, by this driver or another."""
         first = self.cells[0]
-        with suppress(AwayError):  # it may be back at the next look; what was known stays known
-            self.known = self.store.runs_by_key(first.corpus.manifest.data_digest, first.code_digest)
+        with suppress(MLflowUnavailableError):  # keep the runs of the last refresh
+            self.mlflow_runs = self.store.runs_by_key(first.corpus.manifest.data_digest, VERSION)
         for cell in self.cells:
-            if cell.key not in self.done and (found := self._ended(cell)) is not None:
-                self.done[cell.key] = found
+            if cell.key not in self.finished and (run := self._finished_run(cell)) is not None:
+                self.finished[cell.key] = run
 
-    def _ended(self, cell: Cell) -> Finished | None:
-        found = self._ended_once(cell)
-        if found is None or found.record.status != records.DIVERGED:
-            return found
-        return self._ended_once(at_half_rate(cell))
+    def _finished_run(self, cell: Cell) -> FinishedRun | None:
+        """The finished run of a cell; of its retry, if the cell diverged."""
+        run = self._finished_attempt(cell)
+        if run is None or run.record.status != records.DIVERGED:
+            return run
+        return self._finished_attempt(at_half_rate(cell))
 
-    def _ended_once(self, cell: Cell) -> Finished | None:
-        known = self.known.get(cell.key)
+    def _finished_attempt(self, cell: Cell) -> FinishedRun | None:
+        mlflow_run = self.mlflow_runs.get(cell.key)
         if record_path(cell).exists():
-            return claim.find_done(cell, self.store, STUDY, known)
-        return claim.finished_elsewhere(cell, known, self.store)
+            return claim.find_finished(cell, self.store, STUDY, mlflow_run)
+        return claim.finished_in_mlflow(cell, mlflow_run, self.store)
 
-    def tell(self, remark: str = "") -> None:
-        """Brings the progress up to date; seldom where it takes a request for every cell."""
-        if not remark and time.monotonic() - self._told < (LOOK_SECONDS if storage.is_remote(self.cells[0].folder) else 0):
+    def report_progress(self, remark: str = "") -> None:
+        """Updates the progress bar; less often for a storage at a URI, where it costs a request per cell."""
+        interval = PROGRESS_SECONDS if storage.is_remote(self.cells[0].folder) else 0
+        if not remark and time.monotonic() - self._last_progress < interval:
             return
-        self._told = time.monotonic()
-        ended = sum(1 for cell in self.cells if cell.key in self.done or record_path(cell).exists())
+        self._last_progress = time.monotonic()
+        ended = sum(1 for cell in self.cells if cell.key in self.finished or record_path(cell).exists())
         self.progress("ladder", ended, len(self.cells), f"{ended} of {len(self.cells)} cells ended {remark}".strip())
 
-    def close(self, status: str, patience_seconds: float) -> None:
-        """Says in MLflow that what this driver was running is over for now, since its workers could not."""
-        deadline = time.monotonic() + patience_seconds
-        for cell in (cell for index in self.running for cell in self.works[index]):
-            for tried in (cell, at_half_rate(cell)):
+    def close(self, status: str, timeout_seconds: float) -> None:
+        """Closes the MLflow runs of trials that died or were interrupted, because their workers cannot."""
+        deadline = time.monotonic() + timeout_seconds
+        for cell in (cell for index in self.running for cell in self.work_items[index]):
+            for attempt in (cell, at_half_rate(cell)):
                 with suppress(ConfigError, Timeout, OSError):
-                    claim.close(tried, self.store, status, max(1.0, deadline - time.monotonic()))
+                    claim.close_run(attempt, self.store, status, max(1.0, deadline - time.monotonic()))
 
-    def _begun(self, trial: Any) -> None:
+    def _trial_started(self, trial: Any) -> None:
         self.running.add(trial.config["index"])
 
-    def _ended_trial(self, trial: Any, died: bool) -> None:
-        if not died:  # else nobody has closed its runs, and this driver does at its end
+    def _trial_ended(self, trial: Any, died: bool) -> None:
+        if not died:  # the runs of a trial that died are still open; `close` closes them
             self.running.discard(trial.config["index"])
 
-    def end(self, notes: Iterable[str]) -> LadderResult:
-        """The summary."""
-        done = ((cell.key, self.done[cell.key]) for cell in self.cells if cell.key in self.done)
-        ended = tuple(replace(finished, already_done=key in self.before) for key, finished in done)
-        said = dict.fromkeys(note for finished in ended for note in finished.notes)
-        return LadderResult(ended, self.failures, (*said, *notes))
+    def result(self, notes: Iterable[str]) -> LadderResult:
+        """The result of the ladder, with further notes."""
+        finished = ((cell.key, self.finished[cell.key]) for cell in self.cells if cell.key in self.finished)
+        runs = tuple(replace(run, already_done=key in self.finished_before) for key, run in finished)
+        run_notes = dict.fromkeys(note for run in runs for note in run.notes)
+        return LadderResult(runs, self.failures, (*run_notes, *notes))
 
 
 def _run_trunk(
-    params: dict[str, Any], works: list[tuple[Cell, ...]], tracking_uri: str, environment: dict[str, str]
+    params: dict[str, Any], work_items: list[tuple[Cell, ...]], tracking_uri: str, environment: dict[str, str]
 ) -> dict[str, Any]:
-    """A trial: runs the cells of one trunk, and those that diverged once more at half the learning rate."""
+    """The function of a trial: trains the cells of one trunk, then retries those that diverged at half the learning rate."""
     os.environ.update(environment)
     set_client_limits()
-    cells = works[params["index"]]
+    cells = work_items[params["index"]]
     try:
+        if (source := cells[0].family_source) is not None:
+            registry.register(source)
         store = Store(tracking_uri)
-        finished = run_series(cells, store, STUDY)
-        wild = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED]
-        if wild:
-            run_series(wild, store, STUDY)
-    except (BusyError, AwayError):
+        finished = train_run_group(cells, store, STUDY)
+        diverged = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED]
+        if diverged:
+            train_run_group(diverged, store, STUDY)
+    except (BusyError, MLflowUnavailableError):
         return {"busy": True}
     except (ConfigError, FailedError, OSError) as e:
         return {"error": str(e)}
     return {"busy": False}
 
 
-def _named(cells: list[Cell], key: str) -> Cell:
+def _cell_with_key(cells: list[Cell], key: str) -> Cell:
+    """The cell whose key, or whose retry's key, starts with `key`. Raises ConfigError unless there is exactly one."""
     found = [cell for cell in cells if cell.key.startswith(key) or at_half_rate(cell).key.startswith(key)]
     if len(found) != 1:
         raise ConfigError(
-            f"--rerun {key}: {len(found) or 'no'} cells of this ladder have a key that begins so; lmu-dist status names them"
+            f"--rerun {key}: {len(found) or 'no'} cells of this ladder have a key that starts with this; see lmu-dist status"
         )
     return found[0]
 
 
-def _retire(cell: Cell, store: Store) -> None:
-    """Makes a cell, its second try too, as if it had never run; MLflow keeps its old run under another tag."""
-    for tried in (cell, at_half_rate(cell)):
-        if not tried.folder.exists() and store.find_run(tried.key) is None:
+def _reset(cell: Cell, store: Store) -> None:
+    """Deletes the folders of a cell and its retry. MLflow keeps their runs, without the tag of a cell."""
+    for attempt in (cell, at_half_rate(cell)):
+        if not attempt.folder.exists() and store.find_run(attempt.key) is None:
             continue
-        with claim.alone(tried):
-            if (run := store.find_run(tried.key)) is not None:
-                claim.check_not_elsewhere(tried, run)
+        with claim.exclusive_lock(attempt):
+            if (run := store.find_run(attempt.key)) is not None:
+                claim.check_not_running_elsewhere(attempt, run)
                 store.retire_run(run.info.run_id)
-            storage.remove(tried.folder)
-            storage.remove(storage.beside(tried.folder))
-            storage.remove(tried.trunk_folder / FORKS)
+            storage.remove(attempt.folder)
+            storage.remove(storage.local_state_dir(attempt.folder))
+            storage.remove(attempt.trunk_folder / BRANCH_POINTS)
 
 
 def _plan_row(cell: Cell) -> dict[str, Any]:

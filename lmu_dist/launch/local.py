@@ -1,7 +1,7 @@
-"""A cluster of several Ray nodes on this machine, behind a token, and an MLflow server beside it. Settings in, processes out.
+"""A local cluster: several Ray nodes on this machine, protected by a token, and an MLflow server.
 
-All of it is in one folder: token, pid files, logs, MLflow's database and artifacts. Other Rays on the machine are not touched.
-Called by `lmu-dist cluster up|status|down`, which is what `make cluster-up`, `cluster-status` and `cluster-down` run.
+Its folder holds the token, pid files, logs, and MLflow's database and artifacts. Other Ray clusters on the machine are not
+touched. Called by `lmu-dist cluster up|status|down`, which `make cluster-up`, `cluster-status` and `cluster-down` run.
 """
 
 import json
@@ -21,79 +21,83 @@ from filelock import FileLock, Timeout
 
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.launch import parts, processes
-from lmu_dist.launch.parts import HEAD, MLFLOW, Settings
+from lmu_dist.launch import local_commands, processes
+from lmu_dist.launch.local_commands import HEAD, MLFLOW, LocalClusterSettings
+from lmu_dist.records import known_fields
 
-UP_SECONDS = 180.0  # how long a part may take to answer; on two cores the head takes 10, MLflow 15
+UP_SECONDS = 180.0  # timeout for a process to answer; on two cores the head takes 10 seconds, MLflow 15
 
 
 @dataclass(frozen=True)
-class Part:
-    """A process of the cluster, with its children."""
+class ClusterProcess:
+    """The state of a process of the cluster: MLflow, the Ray head or a Ray node."""
 
     name: str
-    pid: int | None  # None: does not run
-    state: str  # dead, silent (does not answer, or not yet) or alive
+    pid: int | None  # None: not running
+    state: str  # alive, silent (runs but does not answer, or not yet) or dead
 
 
-def up(folder: Path, settings: Settings, progress: Callable[[str], None] = lambda _: None) -> list[Part]:
-    """Starts what does not run of the cluster, and waits until it answers. Raises ConfigError, FailedError.
+def up(folder: Path, settings: LocalClusterSettings, progress: Callable[[str], None] = lambda _: None) -> list[ClusterProcess]:
+    """Starts the processes of the cluster that are not running, and waits until they answer. Raises ConfigError, FailedError.
 
-    When something does not come up, all that was started now is ended again.
+    If one does not start, all processes that this call has started are stopped.
     """
     folder = folder.resolve()
-    environment = parts.mlflow_environment(settings, os.environ, folder)
+    environment = local_commands.mlflow_environment(settings, os.environ, folder)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with _alone(folder):
+    with _exclusive_lock(folder):
         _check_same(folder, settings)
-        missing = [name for name in settings.parts if processes.pid_of(folder, name) is None]
-        if HEAD in missing:  # nodes do not outlive their head for long
-            missing = [name for name in settings.parts if name != MLFLOW or name in missing]
-        _end(folder, missing)
-        parts.check_ports(settings, missing)
-        _keep_out_of_packages(folder)
-        _make_token(folder / "token")
-        storage.write_whole(folder / "settings.json", json.dumps(asdict(settings), indent=1).encode())
-        (folder / "basic_auth.ini").write_text(parts.basic_auth(folder))
+        missing = [name for name in settings.process_names if processes.pid_of(folder, name) is None]
+        if HEAD in missing:  # nodes exit soon after their head
+            missing = [name for name in settings.process_names if name != MLFLOW or name in missing]
+        _stop(folder, missing)
+        local_commands.check_ports(settings, missing)
+        _write_gitignore(folder)
+        _create_token(folder / "token")
+        storage.write_atomic(folder / "settings.json", json.dumps(asdict(settings), indent=1).encode())
+        (folder / "basic_auth.ini").write_text(local_commands.basic_auth(folder))
         try:
             for name in missing:
                 progress(f"starting {name}")
                 _start(folder, settings, name, environment)
-                # One after the other: Ray gives a node 30 seconds, also on a busy machine.
-                _wait(folder, [name] if name != MLFLOW else [])
-            _wait(folder, settings.parts)
+                # One after the other: Ray gives a node 30 seconds to start, even on a busy machine.
+                _wait_until_alive(folder, [name] if name != MLFLOW else [])
+            _wait_until_alive(folder, settings.process_names)
         except BaseException:
-            _end(folder, missing)
+            _stop(folder, missing)
             raise
     return status(folder)
 
 
-def status(folder: Path) -> list[Part]:
-    """What runs of the cluster, and whether it answers. Raises ConfigError if there never was one."""
+def status(folder: Path) -> list[ClusterProcess]:
+    """The state of each process of the cluster. Raises ConfigError if the folder has no cluster."""
     folder = folder.resolve()
     settings = _settings(folder)
-    pids = {name: processes.pid_of(folder, name) for name in settings.parts}
-    alive = {MLFLOW} if pids[MLFLOW] and _answer(f"{settings.mlflow}/health") is not None else set[str]()
+    pids = {name: processes.pid_of(folder, name) for name in settings.process_names}
+    alive = {MLFLOW} if pids[MLFLOW] and _get(f"{settings.mlflow}/health") is not None else set[str]()
     if pids[HEAD]:
         ips = _living_nodes(settings, folder / "token")
-        alive |= {name for name in settings.parts if name != MLFLOW and parts.ip_of(name) in ips}
+        alive |= {name for name in settings.process_names if name != MLFLOW and local_commands.ip_of(name) in ips}
     states = {name: "dead" if pid is None else "alive" if name in alive else "silent" for name, pid in pids.items()}
-    return [Part(name, pids[name], state) for name, state in states.items()]
+    return [ClusterProcess(name, pids[name], state) for name, state in states.items()]
 
 
 def down(folder: Path) -> list[str]:
-    """Ends the cluster's processes; token, logs, and what MLflow has, stay. Returns the parts that ran. Raises ConfigError."""
+    """Stops the cluster's processes and returns the names of those that ran. Raises ConfigError.
+
+    The token, the logs, and MLflow's database and artifacts are kept.
+    """
     folder = folder.resolve()
-    names = _settings(folder).parts
-    with _alone(folder):
-        ran = [name for name in names if processes.pid_of(folder, name) is not None]
-        _end(folder, names)
+    names = _settings(folder).process_names
+    with _exclusive_lock(folder):
+        running = [name for name in names if processes.pid_of(folder, name) is not None]
+        _stop(folder, names)
         _remove_scratch(folder)
-    return ran
+    return running
 
 
 def exports(folder: Path) -> dict[str, str]:
-    """Environment variables by which ray, mlflow and lmu-dist find the cluster. Raises ConfigError if there never was one."""
+    """The environment variables with which ray, mlflow and lmu-dist find the cluster. Raises ConfigError if there is none."""
     settings = _settings(folder.resolve())
     return {
         "RAY_ADDRESS": settings.gcs,
@@ -104,31 +108,33 @@ def exports(folder: Path) -> dict[str, str]:
     }
 
 
-def _settings(folder: Path) -> Settings:
+def _settings(folder: Path) -> LocalClusterSettings:
     path = folder / "settings.json"
     try:
-        return Settings(**json.loads(path.read_text()))
+        return LocalClusterSettings(**known_fields(LocalClusterSettings, json.loads(path.read_text())))
     except FileNotFoundError as e:
         raise ConfigError(f"there is no cluster in {folder}; start one with lmu-dist cluster up") from e
-    except (ValueError, TypeError) as e:  # no JSON, or not these fields
+    except (ValueError, TypeError) as e:  # not JSON, or other fields
         raise ConfigError(
-            f"{path} is cut short or of another version; lmu-dist cluster up, with the options it had, writes it anew"
+            f"{path} is truncated or from another version; run lmu-dist cluster up with the same options to write it again"
         ) from e
 
 
-def _check_same(folder: Path, settings: Settings) -> None:
-    """Raises ConfigError if a cluster with other settings runs."""
+def _check_same(folder: Path, settings: LocalClusterSettings) -> None:
+    """Raises ConfigError if the cluster is running with other settings."""
     try:
         now = _settings(folder)
     except ConfigError:
         return
-    if now != settings and any(processes.pid_of(folder, name) for name in now.parts):
+    if now != settings and any(processes.pid_of(folder, name) for name in now.process_names):
         differ = [f"{key} is {value}" for key, value in asdict(now).items() if value != asdict(settings)[key]]
-        raise ConfigError(f"the cluster in {folder} runs with other settings ({', '.join(differ)}); end it with cluster down")
+        raise ConfigError(
+            f"the cluster in {folder} runs with other settings ({', '.join(differ)}); stop it first with lmu-dist cluster down"
+        )
 
 
 def _scratch(folder: Path, new: bool = False) -> Path:
-    """Ray's folder, which only this user can enter; the link `ray` leads there, since sockets need a shorter path than that."""
+    """Ray's temporary folder, readable by this user only. The link `ray` points to it: sockets need a short path."""
     link = folder / "ray"
     if new:
         _remove_scratch(folder)
@@ -137,61 +143,61 @@ def _scratch(folder: Path, new: bool = False) -> Path:
 
 
 def _remove_scratch(folder: Path) -> None:
-    """Nothing to do where the head was never started."""
+    """Deletes Ray's temporary folder, if there is one."""
     link = folder / "ray"
     if link.is_symlink():
         shutil.rmtree(link.readlink(), ignore_errors=True)
         link.unlink()
 
 
-def _keep_out_of_packages(folder: Path) -> None:
-    """Git and Ray pass over what is here, also where the project does not ask for it: jobs would bring the token."""
+def _write_gitignore(folder: Path) -> None:
+    """Makes git and Ray ignore the folder: a submitted job would otherwise contain the token."""
     if not (folder / ".gitignore").exists():
         (folder / ".gitignore").write_text("*\n")
 
 
-def _make_token(path: Path) -> None:
-    """For this user's eyes only; what a token opens today it opens tomorrow."""
+def _create_token(path: Path) -> None:
+    """Creates the token file, readable by this user only, unless there is one."""
     if path.exists() and path.stat().st_size:
         return
-    with storage.writing(path) as file:
-        os.fchmod(file.fileno(), 0o600)  # before there is anything to read
+    with storage.open_atomic(path) as file:
+        os.fchmod(file.fileno(), 0o600)  # before the token is written
         file.write(secrets.token_hex(32).encode())
 
 
-def _start(folder: Path, settings: Settings, name: str, mlflow_environment: Mapping[str, str]) -> None:
+def _start(folder: Path, settings: LocalClusterSettings, name: str, mlflow_environment: Mapping[str, str]) -> None:
     if name == MLFLOW:
-        processes.start(folder, name, parts.mlflow_command(settings, folder), mlflow_environment)
+        processes.start(folder, name, local_commands.mlflow_command(settings, folder), mlflow_environment)
         return
-    command = parts.ray_command(settings, name, _scratch(folder, new=name == HEAD))
-    processes.start(folder, name, command, parts.ray_environment(os.environ, folder / "token", settings.mlflow))
+    command = local_commands.ray_command(settings, name, _scratch(folder, new=name == HEAD))
+    processes.start(folder, name, command, local_commands.ray_environment(os.environ, folder / "token", settings.mlflow))
 
 
-def _wait(folder: Path, names: Sequence[str]) -> None:
-    """Until the parts answer. Raises FailedError with the last words of one that does not."""
+def _wait_until_alive(folder: Path, names: Sequence[str]) -> None:
+    """Waits until the processes answer. Raises FailedError with the last log line of one that does not."""
     deadline = time.monotonic() + UP_SECONDS
-    while waiting := [part for part in status(folder) if part.name in names and part.state != "alive"]:
-        for part in waiting:
-            if part.pid is None or time.monotonic() > deadline:
-                how = "ended at once" if part.pid is None else f"did not answer in {UP_SECONDS:.0f} s"
-                said = processes.last_words(folder, part.name)[:200]
-                raise FailedError(f"{part.name} {how}: {said} (the rest is in {folder / part.name}.log)")
+    while waiting := [process for process in status(folder) if process.name in names and process.state != "alive"]:
+        for process in waiting:
+            if process.pid is None or time.monotonic() > deadline:
+                failure = "exited at once" if process.pid is None else f"did not answer in {UP_SECONDS:.0f} s"
+                log_line = processes.last_log_line(folder, process.name)[:200]
+                raise FailedError(f"{process.name} {failure}: {log_line} (the full log is {folder / process.name}.log)")
         time.sleep(0.5)
 
 
-def _living_nodes(settings: Settings, token: Path) -> set[str]:
-    """Addresses of the nodes that Ray takes for alive; none if it is not Ray that answers."""
-    answer = _answer(f"{settings.dashboard}/api/v0/nodes", {"Authorization": f"Bearer {token.read_text()}"})
+def _living_nodes(settings: LocalClusterSettings, token: Path) -> set[str]:
+    """The addresses of the nodes that Ray lists as alive; empty if the answer is not from Ray."""
+    body = _get(f"{settings.dashboard}/api/v0/nodes", {"Authorization": f"Bearer {token.read_text()}"})
     try:
-        nodes = json.loads(answer or b"")["data"]["result"]["result"]
+        nodes = json.loads(body or b"")["data"]["result"]["result"]
         return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
     except (ValueError, KeyError, TypeError):
         return set()
 
 
-def _answer(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
-    """The body, or None where nobody answers, or not well."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy is for other machines
+def _get(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
+    """The body of an HTTP GET; None if the request fails."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # without a proxy: the server is on this machine
     try:
         with direct.open(urllib.request.Request(url, headers=dict(headers or {})), timeout=5) as response:
             return response.read()
@@ -199,15 +205,15 @@ def _answer(url: str, headers: Mapping[str, str] | None = None) -> bytes | None:
         return None
 
 
-def _end(folder: Path, names: Sequence[str]) -> None:
-    for name in reversed(names):  # nodes sign off from a head that still is there
+def _stop(folder: Path, names: Sequence[str]) -> None:
+    for name in reversed(names):  # nodes before their head, from which they deregister
         processes.stop(folder, name)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def _exclusive_lock(folder: Path) -> Iterator[None]:
     try:
         with FileLock(folder / "lock", timeout=0):
             yield
     except Timeout as e:
-        raise ConfigError(f"another command is at work on the cluster in {folder}; wait for it") from e
+        raise ConfigError(f"another command is starting or stopping the cluster in {folder}; wait for it") from e

@@ -1,7 +1,7 @@
-"""Processes that outlive who started them: commands in, pid files and logs in a folder out; ends them, and nobody else's.
+"""Starts and stops background processes that outlive their parent, with a pid file and a log for each.
 
-A pid may be another's after a while, and other Rays may run on the machine. So each process carries a mark in its environment,
-which its children inherit, and what neither has the mark nor descends from it is never signalled. Called by local, tests/netns.
+A pid may be reused, and other Ray clusters may run on the machine. So each process has a marker in its environment, which its
+children inherit, and only processes with the marker and their descendants are ever signalled. Called by local and tests/netns.
 """
 
 import os
@@ -15,86 +15,86 @@ import psutil
 
 from lmu_dist.config import FailedError
 
-MARK = "LMU_DIST_PART"  # environment variable: the folder of the pid file, and the name of the part
-GRACE_SECONDS = 10.0  # what a process that was asked to end may take; Ray's need two
+MARKER = "LMU_DIST_PART"  # environment variable: the folder of the pid file and the name of the process
+GRACE_SECONDS = 10.0  # timeout after SIGTERM; Ray's processes need two seconds
 
 
 def start(folder: Path, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Starts a command with just this environment, in a session of its own; `name`.pid and `name`.log go to the folder."""
+    """Starts a command with exactly this environment in a new session. Writes NAME.pid and NAME.log to the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{name}.log", "wb") as log:
         process = subprocess.Popen(
             command,
-            env={**environment, MARK: _mark(folder, name)},
+            env={**environment, MARKER: _marker(folder, name)},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     (folder / f"{name}.pid").write_text(f"{process.pid}\n")
-    # Popen returns when the command begins to take the place of its child, a moment before the environment is to be seen.
-    while process.poll() is None and _mark_of(psutil.Process(process.pid)) is None:
+    # Popen returns a moment before the environment of the new process is visible.
+    while process.poll() is None and _marker_of(psutil.Process(process.pid)) is None:
         time.sleep(0.01)
 
 
 def pid_of(folder: Path, name: str) -> int | None:
-    """The pid in the pid file, if that process is still the one that was started; else None."""
+    """The pid in the pid file; None if that process has ended or the pid belongs to another process now."""
     try:
         process = psutil.Process(int((folder / f"{name}.pid").read_text()))
     except (OSError, ValueError, psutil.NoSuchProcess):
         return None
-    return process.pid if _mark_of(process) == _mark(folder, name) else None
+    return process.pid if _marker_of(process) == _marker(folder, name) else None
 
 
 def stop(folder: Path, name: str, grace_seconds: float = GRACE_SECONDS) -> None:
-    """Ends a part with all that descends from it, also what its death left behind; without grace as a power cut would.
+    """Stops a process and all its descendants, including those it left behind when it died. With no grace time, uses SIGKILL.
 
-    Raises FailedError if a process does not die.
+    Raises FailedError if a process does not exit.
     """
     if (pid := pid_of(folder, name)) is not None and grace_seconds:
         with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
             leader = psutil.Process(pid)
-            leader.terminate()  # it sees to its children first
+            leader.terminate()  # so that it can stop its children itself
             leader.wait(grace_seconds)
     deadline = time.monotonic() + GRACE_SECONDS
-    while family := _family(folder, name):
+    while alive := _live_processes(folder, name):
         if time.monotonic() > deadline:
-            raise FailedError(f"processes of {name} do not die: {', '.join(str(p.pid) for p in family)}")
-        for process in family:
+            raise FailedError(f"processes of {name} do not exit after SIGKILL: {', '.join(str(p.pid) for p in alive)}")
+        for process in alive:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(family, timeout=1)
+        psutil.wait_procs(alive, timeout=1)
     (folder / f"{name}.pid").unlink(missing_ok=True)
 
 
-def last_words(folder: Path, name: str) -> str:
-    """The last line of a part's log."""
+def last_log_line(folder: Path, name: str) -> str:
+    """The last line of a process's log that is not empty."""
     lines = [line.strip() for line in (folder / f"{name}.log").read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "the log is empty"
 
 
-def _mark(folder: Path, name: str) -> str:
+def _marker(folder: Path, name: str) -> str:
     return f"{folder.resolve()}:{name}"
 
 
-def _mark_of(process: psutil.Process) -> str | None:
+def _marker_of(process: psutil.Process) -> str | None:
     try:
-        return process.environ().get(MARK)
+        return process.environ().get(MARKER)
     except (psutil.Error, OSError):
-        return None  # gone, a zombie, or another user's
+        return None  # the process has ended, is a zombie, or belongs to another user
 
 
-def _family(folder: Path, name: str) -> set[psutil.Process]:
-    """What lives of a part. Descendants count too: a process that rewrites its title may lose its environment with it."""
-    family = set[psutil.Process]()
+def _live_processes(folder: Path, name: str) -> set[psutil.Process]:
+    """The live processes with the marker, and their descendants: setting its title may overwrite a process's environment."""
+    found = set[psutil.Process]()
     for process in psutil.process_iter():
-        if process.pid != os.getpid() and _mark_of(process) == _mark(folder, name):
+        if process.pid != os.getpid() and _marker_of(process) == _marker(folder, name):
             with suppress(psutil.NoSuchProcess):
-                family.update([process, *process.children(recursive=True)])
-    return {process for process in family if _lives(process)}
+                found.update([process, *process.children(recursive=True)])
+    return {process for process in found if _is_alive(process)}
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

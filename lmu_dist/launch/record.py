@@ -1,25 +1,25 @@
-"""What is told of a run: how it ended in, RunRecord out, and the telling of it through the recorder."""
+"""What is logged of a run besides its metrics per step: its constants at the start, its RunRecord at the end.
+
+Takes a Cell and an Outcome, returns a RunRecord, and logs both through a RunLogger. Called by worker, run_group and claim.
+"""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import Folder
 from lmu_dist.launch.cell import Cell, git_commit
-from lmu_dist.models import accounting
+from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics, RunRecord
-from lmu_dist.storage import write_whole
-from lmu_dist.train import checkpoint
-
-Tell = Callable[..., Any]  # a method of Spool by name, and its arguments
+from lmu_dist.storage import write_atomic
+from lmu_dist.tracking.metrics_log import RunLogger
+from lmu_dist.train import VERSION, checkpoint
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, and where it stood then."""
+    """How a run ended, and its state at that step."""
 
     status: str
     phase: str
@@ -28,44 +28,47 @@ class Outcome:
 
     @property
     def evaluation(self) -> EvalMetrics | None:
-        """The last validation."""
+        """The last validation; None if there was none."""
         if not (saved := self.state.evaluation):
             return None
-        values: dict[str, Any] = saved | {"position_loss_nats": tuple(saved["position_loss_nats"])}  # a list, once in JSON
-        return EvalMetrics(**values)
+        # JSON made a list of the tuple.
+        return EvalMetrics(
+            **records.known_fields(EvalMetrics, saved | {"position_loss_nats": tuple(saved["position_loss_nats"])})
+        )
 
 
-def tell_start(cell: Cell, tell: Tell) -> None:
-    """What is known before the first step."""
+def log_start(cell: Cell, logger: RunLogger) -> None:
+    """Logs what is known before the first step: params, tags and the dataset."""
     config, manifest = configuration.to_dict(cell.config), cell.corpus.manifest
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
-    tell("start")
-    tell("params", constants | record_of_cell(cell, None).columns("params"))
-    tell("tags", {"lmu.status": records.WAITING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
-    tell("tags", {"lmu.retry_of": cell.retry_of})
-    tell("dataset", manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
+    logger.start_run()
+    logger.log_params(constants | record_of_cell(cell, None).columns("params"))
+    logger.set_tags({"lmu.status": records.WAITING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
+    appearance = registry.family_of(cell.shape).appearance()
+    logger.set_tags({"lmu.retry_of": cell.retry_of, "lmu.family_appearance": json.dumps(asdict(appearance))})
+    logger.log_dataset(manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
 
 
-def tell_result(record: RunRecord, evaluation: EvalMetrics | None, tell: Tell) -> None:
-    """The record, and the loss by position as curve and as table."""
-    tell("metrics", record.steps, record.columns("metrics"))
+def log_result(record: RunRecord, evaluation: EvalMetrics | None, logger: RunLogger) -> None:
+    """Logs the record, and the validation loss by position as a curve and as a table."""
+    logger.log_metrics(record.steps, record.columns("metrics"))
     if evaluation:
         curve = evaluation.position_loss_nats
         positions = list(range(1, len(curve) + 1))
         for position, loss in zip(positions, curve, strict=True):
-            tell("metrics", position, {records.POSITION_LOSS: loss})
-        tell("table", "position_loss", {"position": positions, "loss_nats": list(curve)})
-    tell("tags", record.columns("tags"))
+            logger.log_metrics(position, {records.POSITION_LOSS: loss})
+        logger.log_table("position_loss", {"position": positions, "loss_nats": list(curve)})
+    logger.set_tags(record.columns("tags"))
 
 
 def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
-    """The row of a run; without an outcome, that of one about to start."""
-    train, model = cell.config.train, cell.config.model
+    """The RunRecord of a run. Without an outcome: of a run that is about to start, with NaN for its losses."""
+    train = cell.config.train
     counts, flops = accounting.parameters(cell.shape), accounting.flops(cell.shape)
     evaluation = outcome.evaluation if outcome else None
     nan = float("nan")
     return RunRecord(
-        family=model.family,
+        family=cell.shape.family,
         n_params=counts.non_embedding,
         n_params_with_head=counts.with_head,
         n_params_total=counts.total,
@@ -84,6 +87,9 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         training_flops_per_token_kaplan=flops.training_kaplan,
         data_digest=cell.corpus.manifest.data_digest,
         code_digest=cell.code_digest,
+        family_version=cell.family_version,
+        train_version=VERSION,
+        schema_version=records.SCHEMA_VERSION,
         tokens=outcome.state.step * train.batch_tokens if outcome else 0,
         steps=outcome.state.step if outcome else 0,
         train_loss_nats=outcome.state.train_loss_nats if outcome else nan,
@@ -101,15 +107,15 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
 
 
 def record_path(cell: Cell) -> Folder:
-    """The record of a cell that has ended: its being there is what says so."""
+    """The path of record.json. The cell has ended if and only if this file exists."""
     return cell.folder / "record.json"
 
 
 def read_record(cell: Cell) -> RunRecord:
-    """The record of a cell that ended in its folder."""
-    return RunRecord(**json.loads(record_path(cell).read_text()))
+    """Reads the record of a cell that has ended."""
+    return RunRecord.from_json(json.loads(record_path(cell).read_text()))
 
 
 def write_record(cell: Cell, record: RunRecord) -> None:
-    """Ends a cell. Comes after the telling, so that what ended is told."""
-    write_whole(record_path(cell), json.dumps(asdict(record), indent=1).encode())
+    """Writes record.json, which marks the cell as ended. Call this after the metrics were logged."""
+    write_atomic(record_path(cell), json.dumps(record.to_json(), indent=1).encode())

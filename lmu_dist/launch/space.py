@@ -1,4 +1,4 @@
-"""The space of a search as Ray Tune has it: a TuneConfig in, domains, searcher and scheduler out. For launch/tune."""
+"""Translates a TuneConfig into Ray Tune's search space, search algorithm and scheduler. For launch/tune."""
 
 from typing import Any
 
@@ -10,49 +10,51 @@ from ray.tune.search.optuna import OptunaSearch
 
 from lmu_dist.config import Range, TrainConfig, TuneConfig
 
-LOSS, TOKENS = "val_loss_nats", "tokens"  # what trials report
+LOSS, TOKENS = "val_loss_nats", "tokens"  # keys of a trial's reports
 
 
 def settings(params: dict[str, Any]) -> dict[str, Any]:
-    """What was drawn, with four digits: a learning rate has no more that matter."""
+    """The sampled settings, with numbers rounded to four digits: more digits of a learning rate do not matter."""
     return {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in params.items()}
 
 
-def searcher(tune: TuneConfig, seed: int, concurrent: int, drawn: list[dict[str, Any]]) -> Any:
-    """Who draws the settings; Optuna begins with those that an earlier start has drawn."""
+def searcher(tune: TuneConfig, seed: int, max_concurrent: int, samples: list[dict[str, Any]]) -> Any:
+    """The search algorithm. Optuna starts with the `samples` of earlier starts of the search."""
     if tune.search == "optuna":
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        # Optuna's ten random trials before it learns are more than many searches have in all.
+        # By default TPE starts with ten random trials, and many searches have fewer trials in total.
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(4, tune.samples // 3))
-        return ConcurrencyLimiter(OptunaSearch(sampler=sampler, points_to_evaluate=list(drawn) or None), concurrent)
-    return BasicVariantGenerator(random_state=seed, max_concurrent=concurrent)
+        return ConcurrencyLimiter(OptunaSearch(sampler=sampler, points_to_evaluate=list(samples) or None), max_concurrent)
+    return BasicVariantGenerator(random_state=seed, max_concurrent=max_concurrent)
 
 
 def scheduler(tune: TuneConfig, train: TrainConfig) -> Any:
-    """Who stops trials early; None if nobody does."""
+    """The ASHA scheduler, which stops trials early; None if tune.first_rung_tokens is not set."""
     if tune.first_rung_tokens is None:
         return None
     return AsyncHyperBandScheduler(
         time_attr=TOKENS,
-        max_t=2 * train.tokens,  # beyond every run: reaching the end of the budget is no reason to be stopped
-        grace_period=train.eval_every_steps * train.batch_tokens,  # where the first evaluation falls, in whole batches
+        max_t=2 * train.tokens,  # beyond the budget, so that ASHA does not stop a trial that reaches its end
+        grace_period=train.eval_every_steps * train.batch_tokens,  # the first evaluation, in whole batches
         reduction_factor=tune.reduction_factor,
         stop_last_trials=False,
     )
 
 
-def values(where: Range) -> tuple[Any, ...]:
-    """The ends of a range, or all its choices."""
-    found = where.uniform or where.log or where.integer or where.log_integer or where.choice
+def values(search_range: Range) -> tuple[Any, ...]:
+    """The two ends of a range, or all its choices."""
+    r = search_range
+    found = r.uniform or r.log or r.integer or r.log_integer or r.choice
     assert found is not None
     return found
 
 
-def domain(where: Range, search: str) -> Any:
-    """As Ray Tune has it."""
-    if where.choice is not None:
-        return ray_tune.grid_search(list(where.choice)) if search == "sweep" else ray_tune.choice(list(where.choice))
-    low, high = values(where)
-    if where.uniform or where.log:
-        return (ray_tune.uniform if where.uniform else ray_tune.loguniform)(low, high)
-    return (ray_tune.randint if where.integer else ray_tune.lograndint)(low, high + 1)
+def domain(search_range: Range, search: str) -> Any:
+    """A range as a search domain of Ray Tune."""
+    if search_range.choice is not None:
+        choices = list(search_range.choice)
+        return ray_tune.grid_search(choices) if search == "sweep" else ray_tune.choice(choices)
+    low, high = values(search_range)
+    if search_range.uniform or search_range.log:
+        return (ray_tune.uniform if search_range.uniform else ray_tune.loguniform)(low, high)
+    return (ray_tune.randint if search_range.integer else ray_tune.lograndint)(low, high + 1)

@@ -1,6 +1,6 @@
-"""The driver of one run: a Config in, a trained and recorded run out. Starts Ray if there is none, and cleans up after it.
+"""The driver of `lmu-dist train`: trains and records the run of a Config. Starts a local Ray cluster if none is given.
 
-`train` does what `lmu-dist train` does; progress goes to a listener, so nothing here prints.
+Progress goes to callbacks; nothing here prints.
 """
 
 import time
@@ -10,45 +10,46 @@ from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import make_cell
-from lmu_dist.launch.claim import Finished, PerhapsGoneError
-from lmu_dist.launch.cluster import check_before, cluster
-from lmu_dist.launch.corpus import prepared
-from lmu_dist.launch.series import Listener, run_series
-from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import SILENCE_SECONDS, AwayError, Store
+from lmu_dist.launch.claim import FinishedRun, OwnerUnresponsiveError
+from lmu_dist.launch.cluster import check_before_start, cluster
+from lmu_dist.launch.corpus import prepare_corpus
+from lmu_dist.launch.run_group import MetricsListener, train_run_group
+from lmu_dist.tracking.store import HEARTBEAT_TIMEOUT_SECONDS, MLflowUnavailableError, Store
+from lmu_dist.tracking.upload import set_client_limits
 
-PAUSE_SECONDS = 5.0  # between two looks at whether another driver is gone
+POLL_SECONDS = 5.0  # between two checks whether another driver is still alive
 
 
 def train(
-    config: Config, tracking_uri: str, progress: Progress = lambda *_: None, listener: Listener = lambda _: None
-) -> Finished:
-    """Prepares the data if need be, trains the cell from where it stood, records it. Raises ConfigError, FailedError.
+    config: Config, tracking_uri: str, progress: Progress = lambda *_: None, listener: MetricsListener = lambda _: None
+) -> FinishedRun:
+    """Prepares the data if needed, trains the cell, and returns its record. Raises ConfigError, FailedError.
 
-    A cell that has ended is not run again: its record is delivered, if part of it still waits, and returned.
+    Resumes from the newest checkpoint. A cell that has ended is not trained again: the rest of its metrics log is uploaded, and
+    its record is returned.
     """
     set_client_limits()
     store = Store(tracking_uri)
-    check_before([config])
+    check_before_start([config])
     try:
         store.check()
-    except AwayError:
+    except MLflowUnavailableError:
         if not is_prepared(config.data, config.storage_folder):
-            raise  # before hours of preparing; later an absent store is no obstacle to a run it knows
-    cell = make_cell(config, prepared(config, progress))
+            raise  # before hours of preparing; a run that MLflow has already can be resumed without MLflow
+    cell = make_cell(config, prepare_corpus(config, progress))
     cell.corpus.tokenizer()
-    if (done := claim.find_done(cell, store, "train")) is not None:
-        return done
-    with claim.alone(cell):  # nobody is writing the checkpoints
+    if (finished := claim.find_finished(cell, store, "train")) is not None:
+        return finished
+    with claim.exclusive_lock(cell):  # so that no other driver is writing checkpoints
         claim.check_resumable(cell)
-    deadline = time.monotonic() + SILENCE_SECONDS + PAUSE_SECONDS
+    deadline = time.monotonic() + HEARTBEAT_TIMEOUT_SECONDS + POLL_SECONDS
     with cluster([config]):
         while True:
             try:
-                [finished] = run_series([cell], store, listener=listener)
+                [finished] = train_run_group([cell], store, listener=listener)
                 return finished
-            except PerhapsGoneError:
+            except OwnerUnresponsiveError:
                 if time.monotonic() > deadline:
                     raise
-                progress("waiting for a driver elsewhere that may be gone", 0, 1)
-                time.sleep(PAUSE_SECONDS)
+                progress("waiting for another driver to end or time out", 0, 1)
+                time.sleep(POLL_SECONDS)

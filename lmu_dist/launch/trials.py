@@ -1,7 +1,7 @@
-"""Ray Tune trials that are Ray Train runs of different sizes: works and slots in, results out. Used by ladder and tune.
+"""Runs Ray Tune trials that start Ray Train runs with different numbers of workers. Used by ladder and tune.
 
-A trial is only a small driver; its workers are placed by Ray Train. So trials ask for a trace of a resource that every head
-node has, and what keeps them from overbooking the cluster is counted here, in slots: one for every worker.
+A trial is only a driver; Ray Train places its workers. So a trial asks for a tiny share of a resource that every head node has,
+and the number of concurrent trials is limited here by slots, one for each worker.
 """
 
 import logging
@@ -28,55 +28,55 @@ from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.tracking.store import one_line
 
 HEAD = "node:__internal_head__"
-RELEASE_SECONDS = 60.0  # how long Ray may take to give back what a stopped trial had reserved
+RELEASE_SECONDS = 60.0  # how long Ray may take to release the resources of a stopped trial
 STATE_ERRORS = (RayStateApiException, RayError, RuntimeError, OSError)
-TICK_SECONDS = 2.0
-LOOK_SECONDS = 10.0  # between two looks for what nobody gave back
+TICK_SECONDS = 2.0  # between two calls of TrialCallback's on_tick
+REAP_SECONDS = 10.0  # between two searches for leaked placement groups
 
 
 class Slots(Searcher):
-    """Hands out works by their index, in order, each once as many slots are free as it has workers; what fits goes first."""
+    """A Tune search algorithm that suggests each work item once, by its index: the first one that fits into the free slots."""
 
     def __init__(self, n_workers: Sequence[int], n_slots: int) -> None:
         super().__init__(metric=None, mode=None)
         assert max(n_workers) <= n_slots
-        self._sizes, self._free = list(n_workers), n_slots
-        self._waiting, self._held = list(range(len(n_workers))), dict[str, int]()
+        self._n_workers, self._free_slots = list(n_workers), n_slots
+        self._queue, self._slots_of_trial = list(range(len(n_workers))), dict[str, int]()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
-        """Takes note of nothing: the works are what they are."""
+        """Required by Searcher; there is nothing to set."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The first work that fits; None while none does."""
-        if not self._waiting:
+        """The index of the first work item that fits into the free slots; None while none fits."""
+        if not self._queue:
             return Searcher.FINISHED
-        for index in self._waiting:
-            if self._sizes[index] <= self._free:
-                self._waiting.remove(index)
-                self._held[trial_id] = self._sizes[index]
-                self._free -= self._sizes[index]
+        for index in self._queue:
+            if self._n_workers[index] <= self._free_slots:
+                self._queue.remove(index)
+                self._slots_of_trial[trial_id] = self._n_workers[index]
+                self._free_slots -= self._n_workers[index]
                 return {"index": index}
         return None
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        """Gives the slots back, however the trial ended."""
-        self._free += self._held.pop(trial_id, 0)
+        """Frees the slots of a trial, whether it succeeded or not."""
+        self._free_slots += self._slots_of_trial.pop(trial_id, 0)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing to keep: a ladder that starts again looks at what is done."""
+        """Saves nothing: a ladder that starts again reads which cells have ended."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing was kept."""
+        """Restores nothing."""
 
 
 def check_state_api() -> None:
-    """Raises ConfigError if the cluster's State API is silent: without it Ray never frees what a stopped trial reserved."""
+    """Raises ConfigError if the cluster's State API does not answer: without it the resources of stopped trials leak."""
     try:
-        _held()
+        _reserved_groups()
     except STATE_ERRORS as e:
         raise ConfigError(
-            "the cluster's State API does not answer, without which stopped trials would keep their workers' places; "
+            "the cluster's State API does not answer, and without it stopped trials keep their resources reserved; "
             f"start the head with its dashboard (ray[default]): {one_line(e)}"
         ) from e
 
@@ -89,10 +89,10 @@ def run_trials(
     param_space: dict[str, Any] | None = None,
     callbacks: Sequence[Any] = (),
 ) -> list[Any]:
-    """Runs trials to their end and returns their results; one that raises does not end the others. Raises FailedError if the
-    cluster goes away.
+    """Runs trials and returns their results. A trial that raises does not stop the others. Raises FailedError if the cluster is
+    lost.
     """
-    # Ctrl-C is for the caller, who has records to close; nothing reads Tune's own logs and snapshots.
+    # The caller handles Ctrl-C, because it has runs to close. Tune's logs and snapshots are not used.
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
@@ -106,7 +106,7 @@ def run_trials(
         run_config=tune.RunConfig(name=name, storage_path=str(scratch), verbose=0, callbacks=list(callbacks)),
     )
     try:
-        with _Reaper().watching():
+        with _Reaper().running():
             return list(tuner.fit())  # pyright: ignore[reportArgumentType]
     except (RayError, TuneError, ConnectionError) as e:
         raise FailedError(f"the cluster was lost: {one_line(e)}") from e
@@ -114,90 +114,92 @@ def run_trials(
         shutil.rmtree(scratch / name, ignore_errors=True)
 
 
-def still_reserved() -> tuple[str, ...]:
-    """What a person should know of the cluster after the trials: what, by the State API, nobody has given back in a minute."""
+def wait_for_release() -> tuple[str, ...]:
+    """Waits until the resources of all trials are released. Returns a warning if they are not after RELEASE_SECONDS."""
     reaper, deadline = _Reaper(), time.monotonic() + RELEASE_SECONDS
     try:
-        while held := _held():
+        while groups := _reserved_groups():
             if time.monotonic() > deadline:
-                return (f"Ray still holds {len(held)} placement groups of trials that ended: {', '.join(held)}",)
-            reaper.look()
+                return (f"Ray still holds {len(groups)} placement groups of trials that ended: {', '.join(groups)}",)
+            reaper.remove_leaked()
             time.sleep(2)
     except STATE_ERRORS as e:
-        return (f"whether all places were given back is not known, the State API does not answer: {one_line(e)}",)
+        return (f"whether Ray has released all resources is unknown, since the State API does not answer: {one_line(e)}",)
     return ()
 
 
 def driver_environment() -> dict[str, str]:
-    """Credentials and network settings of this process, which trials, on a cluster that was there before, do not have."""
+    """The environment variables that trials need from this process: credentials and network settings."""
     return {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "AWS_", "NCCL_", "GLOO_", "TORCH_EXTENSIONS_DIR"))}
 
 
-class Watcher(tune.Callback):
-    """Hears of trials from Tune: that one has begun, that it has ended and whether it died of it, and every two seconds."""
+class TrialCallback(tune.Callback):
+    """A Tune callback that calls on_start with a trial, on_end with a trial and whether it died, and on_tick regularly."""
 
-    def __init__(self, begun: Callable[[Any], None], ended: Callable[[Any, bool], None], tick: Callable[[], None]) -> None:
-        self._begun, self._ended, self._tick, self._ticked = begun, ended, tick, 0.0
+    def __init__(
+        self, on_start: Callable[[Any], None], on_end: Callable[[Any, bool], None], on_tick: Callable[[], None]
+    ) -> None:
+        self._on_start, self._on_end, self._on_tick, self._last_tick = on_start, on_end, on_tick, 0.0
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of Tune's callbacks."""
-        self._begun(trial)
+        """Called by Tune."""
+        self._on_start(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of Tune's callbacks; called for a trial that a scheduler stopped, too."""
-        self._ended(trial, False)
+        """Called by Tune, also for a trial that a scheduler stopped."""
+        self._on_end(trial, False)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Of Tune's callbacks; called when the trial's process died or raised."""
-        self._ended(trial, True)
+        """Called by Tune when the trial's process died or its function raised."""
+        self._on_end(trial, True)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Of Tune's callbacks; called some times a second."""
-        if time.monotonic() - self._ticked > TICK_SECONDS:
-            self._tick()
-            self._ticked = time.monotonic()
+        """Called by Tune several times a second."""
+        if time.monotonic() - self._last_tick > TICK_SECONDS:
+            self._on_tick()
+            self._last_tick = time.monotonic()
 
     def __reduce__(self) -> Any:
-        """Tune pickles its callbacks into a snapshot that nobody reads."""
+        """Pickles as an empty callback: Tune pickles its callbacks into a snapshot, which is not used."""
         return tune.Callback, ()
 
 
-def why(result: Any) -> str:
-    """One line: why a trial came to no good; "" if it did."""
-    said = (result.metrics or {}).get("error")
+def error_message(result: Any) -> str:
+    """One line: why a trial failed; "" if it succeeded."""
+    reported = (result.metrics or {}).get("error")
     lines = [line.strip() for line in str(result.error or "").splitlines() if line.strip()]
-    return str(said) if said else lines[-1][:300] if lines else ""
+    return str(reported) if reported else lines[-1][:300] if lines else ""
 
 
 class _Reaper:
-    """Gives back what the workers of a stopped trial had reserved.
+    """Removes the placement groups that the workers of stopped trials leave behind.
 
-    Ray's own cleaner does so while it can tell its cluster from others on the machine, and dies where it cannot.
+    Ray Train has a cleaner for these, but it fails if other Ray clusters run on the same machine.
     """
 
     def __init__(self) -> None:
         self._suspects: set[str] = set()
 
-    def look(self) -> None:
-        """Removes placement groups that had no living actor at this look nor at the one before."""
+    def remove_leaked(self) -> None:
+        """Removes the placement groups that have no live actor now and had none at the previous call."""
         options: Any = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": 30, "detail": True}
         actors: Any = list_actors(filters=[("state", "!=", "DEAD")], raise_on_missing_output=False, **options)
-        empty = set(_held()) - {actor.placement_group_id for actor in actors}
+        empty = set(_reserved_groups()) - {actor.placement_group_id for actor in actors}
         for group in empty & self._suspects:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
         self._suspects = empty
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Looks every ten seconds, from a thread of its own."""
+    def running(self) -> Iterator[None]:
+        """Calls `remove_leaked` every REAP_SECONDS from a background thread until the block ends."""
         stop = threading.Event()
 
-        def watch() -> None:
-            while not stop.wait(LOOK_SECONDS):
-                with suppress(*STATE_ERRORS):  # the next look may succeed
-                    self.look()
+        def reap() -> None:
+            while not stop.wait(REAP_SECONDS):
+                with suppress(*STATE_ERRORS):  # the next call may succeed
+                    self.remove_leaked()
 
-        thread = threading.Thread(target=watch, name="reaper", daemon=True)
+        thread = threading.Thread(target=reap, name="reaper", daemon=True)
         thread.start()
         try:
             yield
@@ -206,9 +208,9 @@ class _Reaper:
             thread.join()
 
 
-def _held() -> list[str]:
-    """Ids of this driver's placement groups that hold something."""
+def _reserved_groups() -> list[str]:
+    """The ids of this driver's placement groups that hold resources."""
     context = ray.get_runtime_context()
-    # Of this cluster, by its address: there may be others on the machine.
+    # By the address of this cluster, because others may run on the same machine.
     groups: Any = list_placement_groups(address=context.gcs_address, limit=10_000, timeout=30, raise_on_missing_output=False)
     return [g.placement_group_id for g in groups if g.creator_job_id == context.get_job_id() and g.state == "CREATED"]

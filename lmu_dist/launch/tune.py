@@ -1,7 +1,7 @@
-"""The driver of a hyper-parameter search: a Config with a tune section in, the best settings per family and size out.
+"""The driver of `lmu-dist tune`: a hyper-parameter search. Returns the best settings for each family and model size.
 
-One Ray Tune search for every family and size, since losses of different sizes at equal tokens must not compete; ASHA compares
-trials by tokens inside it. Every trial is a cell like any other: keyed, recorded, never run twice.
+There is one Ray Tune search for each family and size, because losses of different sizes at equal tokens must not compete. In a
+search ASHA compares trials by tokens. Every trial is a cell as in a ladder: it has a key and a record, and is trained once.
 """
 
 import hashlib
@@ -22,233 +22,260 @@ from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim, space
-from lmu_dist.launch.cell import Cell, code_digest, make_cell
-from lmu_dist.launch.claim import BusyError, Finished
-from lmu_dist.launch.cluster import check_before, cluster, room
-from lmu_dist.launch.corpus import prepared
+from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.claim import BusyError, FinishedRun
+from lmu_dist.launch.cluster import capacity, check_before_start, cluster
+from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.record import Outcome, read_record, record_path
-from lmu_dist.launch.series import run_series
+from lmu_dist.launch.run_group import train_run_group
 from lmu_dist.launch.space import LOSS, TOKENS
-from lmu_dist.launch.trials import Watcher, check_state_api, driver_environment, run_trials, still_reserved, why
+from lmu_dist.launch.trials import (
+    TrialCallback,
+    check_state_api,
+    driver_environment,
+    error_message,
+    run_trials,
+    wait_for_release,
+)
+from lmu_dist.models import registry
+from lmu_dist.models.registry import FamilySource
+from lmu_dist.planning.grid import own_keys
 from lmu_dist.records import RunRecord
-from lmu_dist.tracking.delivery import set_client_limits
-from lmu_dist.tracking.store import AwayError, Store
-from lmu_dist.train import checkpoint
+from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.upload import set_client_limits
+from lmu_dist.train import VERSION, checkpoint
 
 STUDY = "tune"
-CLOSING_SECONDS = 15.0  # what an interrupted search takes to say so in MLflow, for each of its runs
-WORST = 1e9  # told of a trial that diverged
+CLOSING_SECONDS = 15.0  # timeout of an interrupted search for closing an MLflow run
+DIVERGED_LOSS = 1e9  # nats; reported to Tune for a trial that diverged or failed
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One try: the settings that were drawn, and its record."""
+class TrialResult:
+    """One trial: the sampled settings and the record of its run."""
 
     settings: dict[str, Any]
     record: RunRecord
 
 
 @dataclass(frozen=True)
-class Search:
-    """All tries of one family at one size, best first: complete ones by their loss, then the others by tokens they lived."""
+class SearchResult:
+    """All trials of one family and size: complete ones by ascending loss, then the others by descending tokens."""
 
     family: Family
     n_params: int
-    trials: tuple[Trial, ...]
+    trials: tuple[TrialResult, ...]
     failures: tuple[str, ...]
 
     @property
-    def best(self) -> Trial | None:
-        """The winner; None if no trial came to its end."""
+    def best(self) -> TrialResult | None:
+        """The complete trial with the lowest loss; None if no trial is complete."""
         return next((t for t in self.trials if t.record.status == records.COMPLETE), None)
 
 
-def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None) -> tuple[list[Search], tuple[str, ...]]:
-    """Runs the searches of `config.tune`. Returns them and what a person should know. Raises ConfigError, FailedError."""
+def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None) -> tuple[list[SearchResult], tuple[str, ...]]:
+    """Runs the searches of `config.tune`. Returns their results and notes for the user. Raises ConfigError, FailedError."""
     if config.tune is None:
         raise ConfigError("this configuration has no section tune; take jobs/tune_lr.yaml as an example")
     set_client_limits()
     store = Store(tracking_uri)
     store.check()
-    check_before([config])
-    corpus = prepared(config, progress)
+    check_before_start([config])
+    corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
-    searches = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
-    for search in searches:
-        search.check()
+    drivers = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
+    for driver in drivers:
+        driver.check()
     try:
         with cluster([config]):
             check_state_api()
-            found = [search.run() for search in searches]
-            notes = still_reserved()
+            results = [driver.run() for driver in drivers]
+            notes = wait_for_release()
     except BaseException:
-        for search in searches:
-            search.close_interrupted()
+        for driver in drivers:
+            driver.close_interrupted()
         raise
-    return found, notes
+    return results, notes
 
 
 class _Driver:
-    """One search while its driver lives."""
+    """The state of one search: its sampled settings and the cells of its trials."""
 
     def __init__(self, config: Config, family: Family, n_params: int, corpus: Corpus, store: Store, progress: Progress) -> None:
         assert config.tune is not None
         self.tune: TuneConfig = config.tune
         first_rung = self.tune.first_rung_tokens
-        settings = {"model.family": family, "model.n_params": n_params, "tune": None, "ladder": None}
+        settings: dict[str, Any] = {
+            "model.family": registry.absolute(family),
+            "model.n_params": n_params,
+            "tune": None,
+            "ladder": None,
+        }
+        settings |= own_keys(config, family)
         settings |= {"storage": str(config.storage_folder)}  # trials have working folders of their own
-        # Rungs are only seen where there is an evaluation.
+        # ASHA sees a rung only where there is an evaluation.
         settings |= {"train.eval_every_tokens": first_rung} if first_rung else {}
         self.base = with_settings(config, settings)
         self.family: Family = family
+        self.family_name = registry.find(family).name
         self.n_params, self.corpus, self.store, self.progress = n_params, corpus, store, progress
         self.n_trials = self.tune.n_trials
-        self.closing, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
-        self.begun: dict[str, tuple[dict[str, Any], Cell]] = {}  # by trial
-        self.ended = (*claim.RESULTS, records.STOPPED_EARLY) if first_rung else claim.RESULTS
-        content = json.dumps([to_dict(self.base), to_dict(config)["tune"], corpus.manifest.data_digest, code_digest()])
+        self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
+        self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
+        self.final_statuses = (*claim.FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else claim.FINAL_STATUSES
+        versions = [str(registry.find(family).version), VERSION]
+        content = json.dumps([to_dict(self.base), to_dict(config)["tune"], corpus.manifest.data_digest, versions])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
-        self.journal = self.base.storage_folder / "tune" / f"{family}-{n_params}-{digest}.json"
-        self.drawn = self._drawn_before()
+        self.journal = self.base.storage_folder / "tune" / f"{self.family_name}-{n_params}-{digest}.json"
+        self.samples = self._read_journal()
 
     def check(self) -> None:
-        """Raises ConfigError if the ends of the ranges make no configuration."""
+        """Raises ConfigError if the low ends or the high ends of all ranges together give an invalid configuration."""
         for end in (0, -1):
-            settings = {key: space.values(where)[end] for key, where in self.tune.space.items()}
+            settings = {key: space.values(search_range)[end] for key, search_range in self.tune.space.items()}
             try:
                 make_cell(with_settings(self.base, settings), self.corpus)
             except ConfigError as e:
-                raise ConfigError(f"tune.space: {settings} is an impossible configuration: {e}") from e
+                raise ConfigError(f"tune.space: {settings} is an invalid configuration: {e}") from e
 
-    def run(self) -> Search:
-        """The search, to its end."""
-        self.tell()
-        concurrent = max(1, room(self.base) // self.base.cluster.n_workers)
+    def run(self) -> SearchResult:
+        """Runs the search and returns its result."""
+        self.report_progress()
+        max_concurrent = max(1, capacity(self.base) // self.base.cluster.n_workers)
         results = run_trials(
-            _try,
+            _run_trial,
             {
                 "base": self.base,
                 "corpus": self.corpus,
                 "tracking_uri": self.store.uri,
                 "environment": driver_environment(),
-                "ended": self.ended,
+                "final_statuses": self.final_statuses,
+                "sources": registry.sources({self.family}),
             },
-            storage.beside(self.base.storage_folder) / "tune",
+            storage.local_state_dir(self.base.storage_folder) / "tune",
             ray_tune.TuneConfig(
                 metric=LOSS,
                 mode="min",
-                search_alg=space.searcher(self.tune, self.base.seed, concurrent, self.drawn),
+                search_alg=space.searcher(self.tune, self.base.seed, max_concurrent, self.samples),
                 scheduler=space.scheduler(self.tune, self.base.train),
                 num_samples=1 if self.tune.search == "sweep" else self.n_trials,
             ),
-            param_space={key: space.domain(where, self.tune.search) for key, where in self.tune.space.items()},
-            callbacks=[Watcher(self._begin, self._end, self.tell)],
+            param_space={key: space.domain(search_range, self.tune.search) for key, search_range in self.tune.space.items()},
+            callbacks=[TrialCallback(self._trial_started, self._trial_ended, self.report_progress)],
         )
-        self.closing.shutdown()
-        errors = [why(result) for result in results]
-        errors += [f"a stopped run was not closed: {error}" for f in self.closings if (error := f.exception())]
-        tried = {cell.key: Trial(s, read_record(cell)) for s, cell in self.begun.values() if record_path(cell).exists()}
-        complete = [t for t in tried.values() if t.record.status == records.COMPLETE]
-        others = [t for t in tried.values() if t.record.status != records.COMPLETE]
+        self.closer.shutdown()
+        errors = [error_message(result) for result in results]
+        errors += [
+            f"the MLflow run of a stopped trial was not closed: {error}" for f in self.closings if (error := f.exception())
+        ]
+        ended = [(settings, cell) for settings, cell in self.started.values() if record_path(cell).exists()]
+        trials = {cell.key: TrialResult(settings, read_record(cell)) for settings, cell in ended}
+        complete = [t for t in trials.values() if t.record.status == records.COMPLETE]
+        others = [t for t in trials.values() if t.record.status != records.COMPLETE]
         complete.sort(key=lambda t: t.record.val_loss_nats)
         others.sort(key=lambda t: -t.record.tokens)
-        return Search(self.family, self.n_params, (*complete, *others), tuple(e for e in errors if e))
+        return SearchResult(self.family, self.n_params, (*complete, *others), tuple(e for e in errors if e))
 
-    def tell(self) -> None:
-        """Brings the progress up to date."""
-        ended = sum(record_path(cell).exists() for _, cell in list(self.begun.values()))
-        what = f"{self.family}, N = {self.n_params:,}"
-        self.progress(what, ended, self.n_trials, f"{ended} of {self.n_trials} trials ended")
+    def report_progress(self) -> None:
+        """Updates the progress bar."""
+        ended = sum(record_path(cell).exists() for _, cell in list(self.started.values()))
+        label = f"{self.family_name}, N = {self.n_params:,}"
+        self.progress(label, ended, self.n_trials, f"{ended} of {self.n_trials} trials ended")
 
-    def _begin(self, trial: Any) -> None:
+    def _trial_started(self, trial: Any) -> None:
         settings = space.settings(trial.config)
-        with suppress(ConfigError):  # the trial itself will say so
-            self.begun[trial.trial_id] = settings, _cell(self.base, settings, self.corpus)
-            self._remember(settings)
+        with suppress(ConfigError):  # the trial reports the same error
+            self.started[trial.trial_id] = settings, _cell(self.base, settings, self.corpus)
+            self._write_journal(settings)
 
-    def _end(self, trial: Any, died: bool) -> None:
-        # What is to be told waits for the death of the run's processes, which Tune, in this thread, sees to.
-        found = self.begun.get(trial.trial_id)
-        if found is not None and not record_path(found[1]).exists():
+    def _trial_ended(self, trial: Any, died: bool) -> None:
+        # In another thread, because closing a run waits until its processes are dead, and Tune ends them in this thread.
+        started = self.started.get(trial.trial_id)
+        if started is not None and not record_path(started[1]).exists():
             report = {} if died else dict(trial.last_result)
-            self.closings.append(self.closing.submit(self._close, found[1], report))
+            self.closings.append(self.closer.submit(self._close, started[1], report))
 
     def _close(self, cell: Cell, report: dict[str, Any]) -> None:
-        """Records a run that ASHA stopped, or whose trial died: its workers are dead, or about to be, and cannot."""
+        """Closes a run that ASHA stopped, or whose trial died, because its workers cannot: they are dead or dying."""
         if "error" in report:
-            return  # the trial came to its end, and its run was closed
+            return  # the trial returned, and its run is closed
         if not report:
-            claim.close(cell, self.store, records.FAILED)
+            claim.close_run(cell, self.store, records.FAILED)
             return
-        # Without a state the trial was stopped while it told of an earlier start: where that stood is in its checkpoint.
+        # Without a state the trial was stopped while it reported the evaluations of an earlier start, which left a checkpoint.
         state = (
-            checkpoint.Meta(**json.loads(report["state"])) if "state" in report else checkpoint.newest_intact(cell.folder)[1]
+            checkpoint.meta_from_json(json.loads(report["state"]))
+            if "state" in report
+            else checkpoint.newest_intact(cell.folder)[1]
         )
         if state is None:
             raise FailedError(f"{cell.name} was stopped before it had a checkpoint")
         rule = f"ASHA: not in the best 1/{self.tune.reduction_factor} of its rung at {report[TOKENS]:,} tokens"
-        claim.close(cell, self.store, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
+        claim.close_run(cell, self.store, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
 
-    def _remember(self, settings: dict[str, Any]) -> None:
-        if self.tune.search == "optuna" and settings not in self.drawn:
-            self.drawn.append(settings)
+    def _write_journal(self, settings: dict[str, Any]) -> None:
+        if self.tune.search == "optuna" and settings not in self.samples:
+            self.samples.append(settings)
             storage.make_folder(self.journal.parent)
-            storage.write_whole(self.journal, json.dumps(self.drawn).encode())
+            storage.write_atomic(self.journal, json.dumps(self.samples).encode())
 
-    def _drawn_before(self) -> list[dict[str, Any]]:
-        """What an earlier start of this search has drawn, in order: it goes on with that."""
+    def _read_journal(self) -> list[dict[str, Any]]:
+        """The settings that earlier starts of this search have sampled, in order; the search resumes with them."""
         return json.loads(self.journal.read_text()) if self.journal.exists() else []
 
     def close_interrupted(self) -> None:
-        """Says in MLflow that what was begun here is over for now."""
-        self.closing.shutdown(cancel_futures=True)
-        for _, cell in self.begun.values():
+        """Closes the MLflow runs of the trials that were started and have not ended, as interrupted."""
+        self.closer.shutdown(cancel_futures=True)
+        for _, cell in self.started.values():
             if not record_path(cell).exists():
                 with suppress(ConfigError, Timeout, OSError):
-                    claim.close(cell, self.store, records.INTERRUPTED, CLOSING_SECONDS)
+                    claim.close_run(cell, self.store, records.INTERRUPTED, CLOSING_SECONDS)
 
 
-class _Evaluations(TuneReportCallback):
-    """Hands evaluations, and nothing else, from the workers to Tune."""
+class _ReportEvaluations(TuneReportCallback):
+    """Forwards the workers' reports of evaluations, and no other reports, to Tune."""
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train for every report."""
+        """Called by Ray Train for every report of the workers."""
         if metrics and LOSS in metrics[0]:
             super().after_report(run_context, metrics, None)
 
 
-def _try(
+def _run_trial(
     params: dict[str, Any],
     base: Config,
     corpus: Corpus,
     tracking_uri: str,
     environment: dict[str, str],
-    ended: tuple[str, ...],
+    final_statuses: tuple[str, ...],
+    sources: tuple[FamilySource, ...],
 ) -> dict[str, Any]:
-    """A trial: one cell, from where it stood; Tune hears of each of its evaluations, of earlier starts too."""
+    """The function of a trial: trains one cell and reports each of its evaluations to Tune, those of earlier starts too."""
     os.environ.update(environment)
     set_client_limits()
     try:
+        for source in sources:
+            registry.register(source)
         store = Store(tracking_uri)
         cell = _cell(base, space.settings(params), corpus)
-        known = store.find_run(cell.key)
-        if known is not None:
-            for tokens, loss in store.validations(known.info.run_id, cell.config.train.batch_tokens):
+        run = store.find_run(cell.key)
+        if run is not None:
+            for tokens, loss in store.validation_losses(run.info.run_id, cell.config.train.batch_tokens):
                 ray_tune.report({TOKENS: tokens, LOSS: loss})
-        finished = _wait_for_turn(cell, store, ended)
+        finished = _train_when_free(cell, store, final_statuses)
     except (ConfigError, FailedError, OSError) as e:
-        return {"error": str(e), TOKENS: 0, LOSS: WORST}
+        return {"error": str(e), TOKENS: 0, LOSS: DIVERGED_LOSS}
     record = finished.record
-    return {TOKENS: record.tokens, LOSS: WORST if record.status == records.DIVERGED else record.val_loss_nats}
+    return {TOKENS: record.tokens, LOSS: DIVERGED_LOSS if record.status == records.DIVERGED else record.val_loss_nats}
 
 
-def _wait_for_turn(cell: Cell, store: Store, ended: tuple[str, ...]) -> Finished:
-    """Runs a cell; if another driver is at it, or MLflow is away, waits."""
+def _train_when_free(cell: Cell, store: Store, final_statuses: tuple[str, ...]) -> FinishedRun:
+    """Trains a cell. Waits while another driver is training it or MLflow is unavailable."""
     while True:
         try:
-            [finished] = run_series([cell], store, STUDY, callbacks=[_Evaluations()], ended=ended)
+            [finished] = train_run_group([cell], store, STUDY, callbacks=[_ReportEvaluations()], final_statuses=final_statuses)
             return finished
-        except (BusyError, AwayError):
+        except (BusyError, MLflowUnavailableError):
             time.sleep(5)
 
 

@@ -1,4 +1,4 @@
-"""What a search leaves for people: the searches in, a YAML fragment for ladders and a figure of the sensitivity out."""
+"""Writes the results of hyper-parameter searches: a YAML fragment for ladders, and a figure of loss against learning rate."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,42 +8,42 @@ from ruamel.yaml.comments import CommentedMap
 
 from lmu_dist import records
 from lmu_dist.config import Config
-from lmu_dist.launch.tune import Search
-from lmu_dist.report.sensitivity import Tries, draw
+from lmu_dist.launch.tune import SearchResult
+from lmu_dist.report.sensitivity import SearchTrials, draw
 
 
-def write_winners(path: Path, config: Config, searches: Sequence[Search]) -> None:
-    """Writes `ladder.tuned` with the best settings of every search, and beside each what it was won by."""
+def write_winners(path: Path, config: Config, searches: Sequence[SearchResult]) -> None:
+    """Writes `ladder.tuned` with the best settings of every search, each with its loss and its key in a comment."""
     entries = []
     for search in searches:
         if search.best is None:
             continue
         record = search.best.record
         entry = CommentedMap(family=search.family, n_params=search.n_params, settings=dict(search.best.settings))
-        won_by = f"{record.val_loss_nats:.4f} nats after {record.tokens:,} tokens, best of {len(search.trials)}"
-        entry.yaml_set_start_comment(f"{won_by}; key {record.key[:12]}", indent=4)
+        comment = f"{record.val_loss_nats:.4f} nats after {record.tokens:,} tokens, best of {len(search.trials)}"
+        entry.yaml_set_start_comment(f"{comment}; key {record.key[:12]}", indent=4)
         entries.append(entry)
     path.parent.mkdir(parents=True, exist_ok=True)
     fragment = CommentedMap(ladder={"tuned": entries})
-    found_by = f"Best settings found by `lmu-dist tune` in experiment {config.experiment}. A ladder takes them by"
-    fragment.yaml_set_start_comment(f"{found_by}\n  include: {path.name}")
+    comment = f"Best settings found by `lmu-dist tune` in experiment {config.experiment}. A ladder uses them with"
+    fragment.yaml_set_start_comment(f"{comment}\n  include: {path.name}")
     yaml = YAML()
     yaml.indent(mapping=2, sequence=4, offset=2)
     with open(path, "w", encoding="utf-8") as file:
         yaml.dump(fragment, file)
 
 
-def sensitivity(path: Path, config: Config, searches: Sequence[Search]) -> Path:
-    """Draws the loss against the learning rate; against the first tuned setting with numbers if the rate was not tuned."""
+def plot_sensitivity(path: Path, config: Config, searches: Sequence[SearchResult]) -> Path:
+    """Plots the loss against the learning rate, or against the first tuned numeric setting if the rate was not tuned."""
     assert config.tune is not None
     space = config.tune.space
-    numeric = [key for key, where in space.items() if all(isinstance(v, int | float) for v in where.choice or ())]
+    numeric = [key for key, r in space.items() if all(isinstance(v, int | float) for v in r.choice or ())]
     key = "train.learning_rate" if "train.learning_rate" in space else (numeric or list(space))[0]
 
-    def points(search: Search, complete: bool) -> list[tuple[float, float]]:
+    def points(search: SearchResult, complete: bool) -> list[tuple[float, float]]:
         chosen = [t for t in search.trials if (t.record.status == records.COMPLETE) == complete]
         return [(t.settings[key], t.record.val_loss_nats) for t in chosen if t.record.val_loss_nats == t.record.val_loss_nats]
 
-    tries = [Tries(f"{s.family}, N = {s.n_params:,}", points(s, True), points(s, False)) for s in searches]
+    tries = [SearchTrials(f"{s.family}, N = {s.n_params:,}", points(s, True), points(s, False)) for s in searches]
     draw(path, key, tries, logarithmic=key == "train.learning_rate" or space[key].log is not None)
     return path

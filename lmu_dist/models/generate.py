@@ -1,6 +1,7 @@
-"""Text from a model, token by token: prompts in, an endless stream of token ids out. Called by the command line.
+"""Text generation: prompts in, an endless stream of token ids out, one per text and step. Called by the command line.
 
-For the LMU and the LSTM memory and work per token do not grow with the text; attention keeps the keys and values of all of it.
+For the LMU and the LSTM, memory and work per token do not grow with the text. Attention keeps the keys and values of all
+tokens.
 """
 
 import math
@@ -16,12 +17,12 @@ from lmu_dist.models.lm import LanguageModel
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from softmax(logits / temperature). Raises ValueError.
+    """How the next token is sampled from softmax(logits / temperature). Raises ValueError.
 
-    temperature  0 takes the best
-    top_k        of the k most likely only (0: of all)
-    top_p        of the fewest that together have this probability (1: of all), after top_k (Holtzman et al. 2020)
-    seed         of the first text; the one after it has seed + 1, and so on, alone or beside others
+    temperature  0 takes the most likely token
+    top_k        samples from the k most likely tokens only (0: from all)
+    top_p        samples from the fewest tokens with this probability together (1: from all), after top_k (Holtzman et al. 2020)
+    seed         of the first text; text i has seed + i, so that a text does not depend on the others in the batch
     """
 
     temperature: float = 1.0
@@ -35,37 +36,39 @@ class Sampling:
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (all tokens) or more, not {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, not {self.top_p}; temperature 0 takes the best token")
+            raise ValueError(
+                f"top_p must be above 0 and at most 1, not {self.top_p}; for the most likely token only, set temperature to 0"
+            )
 
 
 @torch.no_grad()
 def generate(model: LanguageModel, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Int[Tensor, "B"]]:
-    """The next token of every text, again and again. Prompts must be of one length, and not empty."""
+    """Yields the next token of every text, without end. Raises ValueError if prompts are empty or differ in length."""
     if len({len(prompt) for prompt in prompts}) != 1 or not prompts[0]:
         raise ValueError("prompts must be of one length, and hold at least one token")
-    dice = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
+    rngs = [torch.Generator().manual_seed(sampling.seed + i) for i in range(len(prompts))]
     model.eval()
     logits, state = model.advance(torch.tensor([list(prompt) for prompt in prompts]))
     while True:
-        tokens = draw(logits[:, -1].float(), sampling, dice)
+        tokens = sample_tokens(logits[:, -1].float(), sampling, rngs)
         yield tokens
         logits, state = model.advance(tokens[:, None], state)
 
 
-def draw(scores: Float[Tensor, "B V"], sampling: Sampling, dice: Sequence[torch.Generator]) -> Int[Tensor, "B"]:
-    """A token for every row, each by its own dice. Raises ValueError where the model has no finite answer."""
-    if not bool(scores.isfinite().all()):
-        raise ValueError("the model's scores are not finite: it diverged in training, or its weights are damaged")
+def sample_tokens(logits: Float[Tensor, "B V"], sampling: Sampling, rngs: Sequence[torch.Generator]) -> Int[Tensor, "B"]:
+    """Samples a token for every row, each with its own generator. Raises ValueError if logits are not finite."""
+    if not bool(logits.isfinite().all()):
+        raise ValueError("the model's logits are not finite: it diverged in training, or its weights are damaged")
     if sampling.temperature == 0:
-        return scores.argmax(1)
-    # The largest is 0, so that no temperature, however low, makes infinities of two scores at once.
-    scores = (scores - scores.amax(1, keepdim=True)).double() / sampling.temperature
-    kept = sampling.top_k if 0 < sampling.top_k < scores.shape[1] else scores.shape[1]
-    scores, tokens = scores.topk(kept) if kept < scores.shape[1] else scores.sort(descending=True)
-    likely = torch.softmax(scores, 1).cumsum(1)
-    # The first token is always in: what stands before it has probability 0.
-    allowed = (likely.roll(1, 1).index_fill(1, torch.tensor([0]), 0.0) < sampling.top_p).sum(1)
-    ceiling = likely.gather(1, allowed[:, None] - 1)
-    thrown = torch.stack([torch.rand(1, generator=die) for die in dice]) * ceiling
-    place = torch.searchsorted(likely, thrown, right=True).clamp(max=allowed[:, None] - 1)
-    return tokens.gather(1, place)[:, 0]
+        return logits.argmax(1)
+    # With a maximum of 0, no division by a low temperature makes two logits infinite.
+    logits = (logits - logits.amax(1, keepdim=True)).double() / sampling.temperature
+    top_k = sampling.top_k if 0 < sampling.top_k < logits.shape[1] else logits.shape[1]
+    logits, tokens = logits.topk(top_k) if top_k < logits.shape[1] else logits.sort(descending=True)
+    cumulative = torch.softmax(logits, 1).cumsum(1)
+    # A token is in the nucleus if the more likely ones have less than top_p together; for the first one that is 0.
+    n_nucleus = (cumulative.roll(1, 1).index_fill(1, torch.tensor([0]), 0.0) < sampling.top_p).sum(1)
+    nucleus_probability = cumulative.gather(1, n_nucleus[:, None] - 1)
+    thresholds = torch.stack([torch.rand(1, generator=rng) for rng in rngs]) * nucleus_probability
+    index = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=n_nucleus[:, None] - 1)
+    return tokens.gather(1, index)[:, 0]

@@ -1,4 +1,4 @@
-"""In which precision matrix products of blocked operators run: the model's, where the device is fast at it."""
+"""Precision of the matrix products in blocked operators: the model's, except where the device computes them slowly."""
 
 from functools import cache
 
@@ -7,7 +7,7 @@ import torch
 
 @cache
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """float32 for bfloat16 on processors without tiles for it, where products of bfloat16 take longer than of float32."""
+    """float32 for bfloat16 on CPUs without AMX tiles, where bfloat16 products are slower than float32 ones; else `dtype`."""
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16"):
         return torch.float32
     return dtype

@@ -1,39 +1,23 @@
-"""What an architecture is: a family and its widths, a handful of whole numbers from which everything follows.
+"""Shape: the widths of one language model, whole numbers from which the network and its counts follow.
 
-Sizing makes a Shape from a target N, lm builds the network of it, accounting counts it.
+sizing makes a Shape from a target N, lm builds the network, accounting counts it. What its widths mean is up to the family.
 """
 
-from dataclasses import dataclass
-
-# A block is a row of sublayers, each behind its own norm and skip connection: x <- x + sublayer(LayerNorm(x)).
-# lmu and lmu_attention are the paper's section 3 (FFN -> LMU -> FFN, global attention in place of the first FFN);
-# the transformer is GPT-2's pre-norm block as in Kaplan et al. 2020.
-LAYOUTS: dict[str, tuple[str, ...]] = {
-    "lmu": ("ffn", "lmu", "ffn"),
-    "lmu_attention": ("attention", "lmu", "ffn"),
-    "transformer": ("attention", "ffn"),
-    "lstm": ("lstm",),
-}
-FAMILIES = tuple(LAYOUTS)
-# Kaplan et al.'s LSTM baseline is the plain stack: its layers are one sublayer, with no norms or skips between them.
-PLAIN = ("lstm",)
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths of one language model. Widths that a family has no use for are 0.
+    """Widths of one language model.
 
-    family          one of FAMILIES
+    family          name of the family (models/registry)
     d_model         width of the embedding and of the residual stream
-    n_blocks        number of blocks; of the LSTM, its layers
-    d_ff            hidden width of a feed-forward sublayer (the paper's d')
-    n_heads         attention heads; divides d_model
-    d_hidden        hidden width of the LSTM layers
-    order           Legendre order q of the memory
-    reduced_order   rows q' that read the memory
-    theta_tokens    window of the memory
-    sequence_tokens length n of the training sequences; also the number of learned positions of the transformer
+    n_blocks        number of blocks
+    sequence_tokens length n of the training sequences
     vocab_tokens    size of the vocabulary
+    widths          the family's own, by name; read them as attributes: shape.d_ff, shape.n_heads, shape.order
     """
 
     family: str
@@ -41,24 +25,31 @@ class Shape:
     n_blocks: int
     sequence_tokens: int
     vocab_tokens: int
-    d_ff: int = 0
-    n_heads: int = 0
-    d_hidden: int = 0
-    order: int = 0
-    reduced_order: int = 0
-    theta_tokens: int = 0
+    widths: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def sublayers(self) -> tuple[str, ...]:
-        """All sublayers, in order."""
-        return LAYOUTS[self.family] * (1 if self.family in PLAIN else self.n_blocks)
+    def __getattr__(self, name: str) -> int:
+        widths: Mapping[str, int] = self.__dict__.get("widths", {})  # absent while an object is being unpickled
+        if name in widths:
+            return widths[name]
+        raise AttributeError(f"a shape of family {self.__dict__.get('family')!r} has no width {name!r}")
 
-    @property
-    def skips(self) -> bool:
-        """Whether a sublayer stands behind a norm and a skip connection of its own."""
-        return self.family not in PLAIN
+    def __hash__(self) -> int:
+        own = (self.family, self.d_model, self.n_blocks, self.sequence_tokens, self.vocab_tokens)
+        return hash((own, tuple(sorted(self.widths.items()))))
 
-    @property
-    def learned_positions(self) -> bool:
-        """Whether positions are embedded. Only the transformer needs it: a memory knows the order of its input."""
-        return self.family == "transformer"
+    def with_widths(self, **widths: int) -> "Shape":
+        """The same shape with some of the family's own widths changed."""
+        return replace(self, widths={**self.widths, **widths})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` gives the shape back."""
+        return asdict(replace(self, widths=dict(self.widths)))
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> "Shape":
+        """The shape that `to_dict` wrote, or one of version 0.1, whose families had all their widths in one flat list."""
+        own = {f.name for f in fields(cls)}
+        flat = {name: value for name, value in stored.items() if name not in own and value}
+        return cls(
+            **{name: value for name, value in stored.items() if name in own} | {"widths": flat | stored.get("widths", {})}
+        )

@@ -14,11 +14,11 @@ from itertools import pairwise
 from typing import Any
 
 from lmu_dist.config import Config, ConfigError, Folder, to_dict
-from lmu_dist.data.manifest import is_prepared, locate, read_manifest
-from lmu_dist.data.tokenizer import nominal_size
+from lmu_dist.data.manifest import corpus_folder, is_prepared, read_manifest
+from lmu_dist.data.tokenizer import configured_vocab_size
 from lmu_dist.models import accounting
-from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import Planned, grid, shared_settings
+from lmu_dist.records import known_fields
 
 CALIBRATION = "calibration.json"  # in the storage folder
 STAGES = (0, 1, 2, 3)
@@ -32,16 +32,12 @@ class Measured:
     device: str
     step_seconds: float
     worker_flops_per_second: float  # training FLOPs of the step over its seconds, per worker
+    n_params: int = 0  # N; 0: measured by version 0.1, which did not store it
 
     @property
     def kind(self) -> tuple[Any, ...]:
         """What must be alike for the speed of one size to tell of another's."""
         return tuple(self.step[key] for key in ("family", "precision", "gpus_per_worker", "cpus_per_worker"))
-
-    @property
-    def n_params(self) -> int:
-        """N of the model."""
-        return accounting.parameters(Shape(**self.step["shape"])).non_embedding
 
 
 def step_of(cell: Planned) -> dict[str, Any]:
@@ -49,10 +45,10 @@ def step_of(cell: Planned) -> dict[str, Any]:
     train, cluster = cell.config.train, cell.config.cluster
     return {
         "family": cell.shape.family,
-        "shape": asdict(cell.shape),
+        "shape": cell.shape.to_dict(),
         "batch_rows": train.batch_rows,
         "precision": train.precision,
-        "lmu_form": train.lmu_form,
+        "options": dict(cell.config.model.options),
         "n_workers": cluster.n_workers,
         "cpus_per_worker": cluster.cpus_per_worker,
         "gpus_per_worker": cluster.gpus_per_worker,
@@ -69,9 +65,7 @@ class Line:
     n_params: int
     n_params_with_head: int
     d_model: int
-    order: int
-    n_heads: int
-    d_inner: int
+    widths: dict[str, int]  # the family's own
     tokens: int
     seed: int
     steps: int
@@ -133,8 +127,8 @@ def vocab_tokens(config: Config) -> int:
     """Size of the vocabulary: of the prepared corpus if there is one, else what the tokenizer's settings promise."""
     with suppress(ConfigError):  # a corpus that is not on this machine
         if is_prepared(config.data, config.storage_folder):
-            return read_manifest(locate(config.data, config.storage_folder)).vocab_tokens
-    return nominal_size(config.data.tokenizer)
+            return read_manifest(corpus_folder(config.data, config.storage_folder)).vocab_tokens
+    return configured_vocab_size(config.data.tokenizer)
 
 
 def plan(config: Config) -> Plan:
@@ -144,7 +138,7 @@ def plan(config: Config) -> Plan:
     trunks = _trunks(cells)
     shared = _shared_steps(cells, trunks)
     lines = tuple(_line(cell, shared[i], measured) for i, cell in enumerate(cells))
-    names = tuple(f"{c.config.model.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
+    names = tuple(f"{c.shape.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
     kinds = {(cell.shape.family, cell.config.train.precision) for cell in cells}
     used = not config.plan.flops_per_second and any(m.kind[:2] in kinds for m in measured)
     n_trials = config.tune.n_trials if config.tune and not config.ladder else 1
@@ -163,7 +157,11 @@ def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:
         return flops / config.plan.flops_per_second
     if exact := [m for m in measured if m.step == step]:
         return exact[-1].step_seconds
-    speeds = {m.n_params: math.log(m.worker_flops_per_second) for m in measured if m.kind == Measured(step, "", 0, 0).kind}
+    speeds = {
+        m.n_params: math.log(m.worker_flops_per_second)
+        for m in measured
+        if m.n_params and m.kind == Measured(step, "", 0, 0).kind
+    }
     if not speeds:
         return None
     points = sorted((math.log(n), speed) for n, speed in speeds.items())
@@ -173,7 +171,7 @@ def step_seconds(cell: Planned, measured: Sequence[Measured]) -> float | None:
 def read_calibration(storage: Folder) -> list[Measured]:
     """What was measured, oldest first; nothing if nothing was."""
     path = storage / CALIBRATION
-    return [Measured(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    return [Measured(**known_fields(Measured, row)) for row in json.loads(path.read_text())] if path.exists() else []
 
 
 def write_calibration(storage: Folder, measured: Sequence[Measured]) -> Folder:
@@ -226,7 +224,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
     counts, flops = accounting.parameters(shape), accounting.flops(shape)
     rate = config.plan.price_per_worker_hour
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, measured)
-    micro_rows = config.cluster.micro_batch_rows or train.batch_rows // workers
+    micro_rows = config.cluster.micro_batch_rows or -(-train.batch_rows // workers)
     activations = accounting.activation_bytes(shape, micro_rows, train.precision, bool(config.cluster.gpus_per_worker))
     memory = tuple(accounting.zero_memory(shape, stage, workers, train.precision).peak_bytes(activations) for stage in STAGES)
     seconds = seconds_each * steps if seconds_each is not None else None
@@ -235,9 +233,7 @@ def _line(cell: Planned, shared_steps: int, measured: list[Measured]) -> Line:
         n_params=counts.non_embedding,
         n_params_with_head=counts.with_head,
         d_model=shape.d_model,
-        order=shape.order,
-        n_heads=shape.n_heads,
-        d_inner=shape.d_ff or shape.d_hidden,
+        widths=dict(shape.widths),
         tokens=train.tokens,
         seed=config.seed,
         steps=train.n_steps,

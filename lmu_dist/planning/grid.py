@@ -4,13 +4,13 @@ The one place that turns a size into learning rate, batch, warm-up and workers. 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
-from lmu_dist.models import accounting
+from lmu_dist.models import accounting, registry
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
 
@@ -34,21 +34,39 @@ class Planned:
 
 
 def shape_of(config: Config, vocab_tokens: int) -> Shape:
-    """The widths of a run. Raises ConfigError if none give the size asked for."""
+    """The widths of a run. Raises ConfigError if none give the size asked for, or if the family has no such keys."""
     model, train = config.model, config.train
+    family = registry.find(model.family)
     try:
         return shape_for(
-            model.family,
+            family,
             model.n_params,
             vocab_tokens=vocab_tokens,
             sequence_tokens=train.sequence_tokens,
             n_blocks=model.n_blocks,
-            order=model.order,
-            reduced_order=model.reduced_order,
-            theta_tokens=model.theta_tokens,
+            options=registry.options_of(family, model.options),
         )
+    except ConfigError:
+        raise
     except ValueError as e:
         raise ConfigError(f"model: {e}") from e
+
+
+def families_of(config: Config) -> list[Family]:
+    """References of the families that a configuration trains: those of its ladder or its search, else its one run's."""
+    grid = config.ladder or config.tune
+    return list(grid.families if grid else (config.model.family,))
+
+
+def check_families(config: Config) -> None:
+    """Raises ConfigError for a family that does not exist, and for keys under `model` that none of the families has."""
+    found = [registry.find(reference) for reference in families_of(config)]
+    named = [tuned.family for tuned in config.ladder.tuned] if config.ladder else []
+    for reference in (config.model.family, *named):
+        registry.find(reference)
+    for key in config.model.options:
+        if not any(key in registry.option_names(family) for family in found):
+            registry.options_of(found[0], {key: config.model.options[key]})  # says what there is
 
 
 def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned]]:
@@ -57,6 +75,7 @@ def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned
     Without a ladder: one trial for every family and size of `tune`, and without that the one run it describes. Raises
     ConfigError, naming the cell, when a rule gives an impossible setting.
     """
+    check_families(config)
     planned = []
     for what, make in _wanted(config):
         try:
@@ -76,19 +95,30 @@ def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned
 def _wanted(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
     """The name of every cell, and what makes its configuration."""
     if (ladder := config.ladder) is not None:
-        for family in dict.fromkeys(ladder.families):
+        for family in _distinct(ladder.families):
             for n_params in sorted(set(ladder.n_params)):
                 for tokens in budgets(ladder, n_params):
                     for seed in dict.fromkeys(ladder.seeds):
-                        what = f"ladder: {family}, N = {n_params:,}, {tokens:,} tokens"
+                        what = f"ladder: {registry.find(family).name}, N = {n_params:,}, {tokens:,} tokens"
                         yield what, partial(_cell, config, ladder, family, n_params, tokens, seed)
     elif (tune := config.tune) is not None:
-        for family in dict.fromkeys(tune.families):
+        for family in _distinct(tune.families):
             for n_params in sorted(set(tune.n_params)):
-                settings = {"model.family": family, "model.n_params": n_params, "tune": None}
-                yield f"tune: {family}, N = {n_params:,}", partial(with_settings, config, settings)
+                settings = own_keys(config, family) | {"model.family": family, "model.n_params": n_params, "tune": None}
+                yield f"tune: {registry.find(family).name}, N = {n_params:,}", partial(with_settings, config, settings)
     else:
         yield "", lambda: config
+
+
+def _distinct(references: Sequence[Family]) -> list[Family]:
+    """Each family once, however it is referred to."""
+    return list({registry.find(reference).name: reference for reference in reversed(references)}.values())[::-1]
+
+
+def own_keys(config: Config, family: Family) -> dict[str, None]:
+    """Settings that take out the keys under `model` which are other families' of a grid."""
+    known = registry.option_names(registry.find(family))
+    return {f"model.{key}": None for key in config.model.options if key not in known}
 
 
 def shared_settings(train: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +135,9 @@ def budgets(ladder: LadderConfig, n_params: int) -> list[int]:
 
 def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, tokens: int, seed: int) -> Config:
     tuned = min(
-        (t for t in ladder.tuned if t.family == family), key=lambda t: abs(math.log(t.n_params / n_params)), default=None
+        (t for t in ladder.tuned if registry.find(t.family) is registry.find(family)),
+        key=lambda t: abs(math.log(t.n_params / n_params)),
+        default=None,
     )
     settings = dict(tuned.settings) if tuned else {}
     workers, cluster = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers), config.cluster
@@ -120,12 +152,16 @@ def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, t
             scaled[key] = rule.at(n_params)
     row = config.train.sequence_tokens
     if "batch_tokens" in scaled:
-        step = row * workers.n_workers
-        scaled["batch_tokens"] = max(1, round(scaled["batch_tokens"] / step)) * step
+        # Whole rows, whatever the number of workers: on how many a cell runs must not decide what it computes.
+        scaled["batch_tokens"] = max(1, round(scaled["batch_tokens"] / row)) * row
     if "warmup_tokens" in scaled:
         scaled["warmup_tokens"] = round(scaled["warmup_tokens"])
     settings |= {f"train.{key}": value for key, value in scaled.items()}
-    settings |= {"model.family": family, "model.n_params": n_params, "train.tokens": tokens, "seed": seed}
+    settings = (
+        own_keys(config, family)
+        | settings
+        | {"model.family": family, "model.n_params": n_params, "train.tokens": tokens, "seed": seed}
+    )
     stage = cluster.zero_stage if workers.zero_stage is None else workers.zero_stage
     settings |= {"cluster.n_workers": workers.n_workers, "cluster.zero_stage": stage}
     settings |= {"cluster.micro_batch_rows": workers.micro_batch_rows or cluster.micro_batch_rows}

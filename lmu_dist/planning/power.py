@@ -14,7 +14,7 @@ from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import Planned, grid
 from lmu_dist.scaling.fit import refit
 from lmu_dist.scaling.laws import Chinchilla, Floats
-from lmu_dist.scaling.table import rows_of
+from lmu_dist.scaling.table import rows_from_columns
 
 SIMULATIONS = 100
 INTERVAL = (5.0, 95.0)  # percentiles
@@ -53,7 +53,7 @@ def power(config: Config, seed: int = 0) -> Power:
     base = Chinchilla(E=assumed.E, A=assumed.A, B=assumed.B, alpha=assumed.alpha, beta=assumed.beta)
     better = replace(base, B=base.B * factor**-base.beta)
     given = {"alpha": base.alpha, "beta": base.beta, "efficiency_factor": factor, "noise": config.plan.noise}
-    families = {cell.config.model.family for cell in cells}
+    families = {cell.shape.family for cell in cells}
     baseline = config.plan.baseline if config.plan.baseline in families else min(families, default=config.plan.baseline)
     base_grid = _points(cells, baseline)
     others = sorted(families - {baseline})
@@ -91,7 +91,7 @@ def power(config: Config, seed: int = 0) -> Power:
 
 def _points(cells: list[Planned], family: str) -> Floats:
     """N and D of a family's cells, as rows."""
-    rows = [(c.config.model.n_params, c.trained_tokens) for c in cells if c.config.model.family == family]
+    rows = [(c.config.model.n_params, c.trained_tokens) for c in cells if c.shape.family == family]
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
@@ -116,7 +116,7 @@ def _point_of_comparison(
 
 def _draw_and_fit(points: Floats, law: Chinchilla, noise: float, rng: np.random.Generator) -> Chinchilla:
     loss = law.loss(points[:, 0], points[:, 1]) * np.exp(rng.normal(0.0, noise, len(points)))
-    fitted = refit(law, rows_of(points[:, 0], points[:, 1], loss)).law
+    fitted = refit(law, rows_from_columns(points[:, 0], points[:, 1], loss)).law
     assert isinstance(fitted, Chinchilla)
     return fitted
 

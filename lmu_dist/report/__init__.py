@@ -1,1 +1,1 @@
-"""What people are shown of a study: figures, one page, files. No torch, no Ray; numbers come from scaling/."""
+"""The report of a study: figures, an HTML page, and files. The numbers come from scaling/. Uses neither torch nor Ray."""

@@ -1,7 +1,7 @@
-"""Figures of a study: results in, PNG and SVG files and the same SVG for the page out.
+"""Draws the figures of a study: results in, PNG and SVG files and an SVG for the page out.
 
-Every figure is one panel of a phone's width. Families differ in colour (told apart by the colour-blind), marker and line. In
-the page, colours are CSS variables, so that one drawing serves light and dark.
+Every figure is one panel that fits the width of a phone. Families differ in colour (from a palette for the colour-blind),
+marker and line style. In the page, colours are CSS variables, so that one SVG works in light and dark mode.
 """
 
 import io
@@ -21,12 +21,12 @@ from lmu_dist.scaling.collect import Study, title
 from lmu_dist.scaling.results import Results
 
 VARIABLES = {INK: "--ink", FAINT: "--faint", OTHER[0]: OTHER[1]} | {look[0]: look[1] for look in LOOKS.values()}
-MOST_SIZES = 8  # panels of loss against tokens
+MAX_SIZE_FIGURES = 8  # most figures of loss against tokens
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A figure: its file name without suffix, what it shows, how to read it, and its SVG with CSS variables for colours."""
+class ReportFigure:
+    """A figure of the page: file name without suffix, section, heading, caption, and SVG with CSS variables as colours."""
 
     name: str
     section: str
@@ -35,13 +35,13 @@ class Drawn:
     svg: str
 
 
-Paint = Callable[[Axes], None]
+DrawPanel = Callable[[Axes], None]
 
 
-def draw(study: Study, results: Results, folder: Path) -> list[Drawn]:
-    """Writes all figures that the study has points for, in the order of the page."""
-    drawn = list[Drawn]()
-    for name, section, heading, caption, paint in _figures(study, results):
+def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFigure]:
+    """Writes all figures for which the study has data, and returns them in the order of the page."""
+    figures = list[ReportFigure]()
+    for name, section, heading, caption, draw_panel in _figures(study, results):
         with rc_context(
             {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": INK, "text.color": INK}
         ):
@@ -52,19 +52,19 @@ def draw(study: Study, results: Results, folder: Path) -> list[Drawn]:
             axes.tick_params(colors=INK, which="both")
             axes.xaxis.label.set_color(INK)
             axes.yaxis.label.set_color(INK)
-            paint(axes)
+            draw_panel(axes)
             if axes.get_legend_handles_labels()[1]:
                 axes.legend(frameon=False, fontsize=8, labelcolor=INK)
             figure.savefig(folder / f"{name}.png", dpi=160)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        drawn.append(Drawn(name, section, heading, caption, _themed(text.getvalue(), heading)))
-    return drawn
+        figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading)))
+    return figures
 
 
-def _themed(svg: str, heading: str) -> str:
-    """For the page: no XML header, no fixed size, colours as variables, a title for those who listen."""
+def _to_page_svg(svg: str, heading: str) -> str:
+    """Returns an SVG for the page: no XML header, no fixed size, CSS variables as colours, a label for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
@@ -81,32 +81,37 @@ def _themed(svg: str, heading: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{heading}" ', 1)
 
 
-def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, str, Paint]]:
+def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, str, DrawPanel]]:
     yield (
         "loss_vs_n",
         "size",
         "Loss against size",
-        "Each family at its largest budget, seeds averaged. Thin lines: the paper's curves, after 13 billion tokens of other "
-        "text in another vocabulary, so compare slopes and order, not heights.",
+        "Validation loss of each family at its largest token budget, averaged over seeds. Thin lines: the paper's curves. They "
+        "are for 13 billion tokens of another text with another vocabulary: compare slopes and order, not the loss itself.",
         lambda axes: panels.loss_vs_n(axes, study),
     )
-    asked = results.asked
-    if asked and any(size.curves.known or size.curves.bound or size.laws.known for size in asked.sizes):
+    headline = results.headline
+    if headline and any(size.curves.known or size.curves.bound or size.laws.known for size in headline.sizes):
         yield (
             "efficiency",
             "efficiency",
-            f"Tokens of the {title(BASE)} over tokens of the {title(NEW)}",
-            "How many times the tokens for the same loss, at equal N, with 90 % intervals if there are any. Arrows are bounds: "
-            "no loss was seen of both. The dotted line is the paper's ten.",
-            lambda axes: panels.efficiency(axes, asked),
+            f"Data-efficiency factor: {title(BASE)} against {title(NEW)}",
+            f"Tokens that the {title(BASE)} needs, divided by the tokens that the {title(NEW)} needs for the same loss at "
+            "equal N; with 90 % intervals where known. Triangles are bounds, where the families have no loss in common "
+            "(pointing up: the factor is larger). Dotted line: the factor of 10 that the paper claims.",
+            lambda axes: panels.efficiency(axes, headline),
         )
-    sizes = study.rungs if len(study.rungs) <= MOST_SIZES else study.rungs[:: -(-len(study.rungs) // MOST_SIZES)]
+    sizes = (
+        study.size_bins
+        if len(study.size_bins) <= MAX_SIZE_FIGURES
+        else study.size_bins[:: -(-len(study.size_bins) // MAX_SIZE_FIGURES)]
+    )
     for n in sizes:
         yield (
             f"tokens_{n}",
             "tokens",
             f"Loss against tokens at N = {n:,}",
-            "The horizontal distance between two curves is the factor.",
+            "The horizontal distance between two curves is the data-efficiency factor.",
             lambda axes, n=n: panels.tokens(axes, study, results, n),
         )
     if results.positions:
@@ -114,25 +119,27 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         yield (
             "position",
             "position",
-            f"Loss against position in the row, N = {largest:,}",
-            "Largest budget, seeds averaged, in bins of half a doubling; validation rows are the same for all, so are some of "
-            "the wiggles. A line stands where a loss is level and the bins can tell.",
+            f"Loss against position in the sequence at N = {largest:,}",
+            "Validation loss at the largest budget, averaged over seeds and over bins of positions (two bins per doubling). "
+            "All families are evaluated on the same sequences, so they share some fluctuations. A vertical line marks where "
+            "the loss of a family stops falling, if this could be determined.",
             lambda axes: panels.positions(axes, results, largest),
         )
     if results.by_position and any(f.known for _, _, f in results.by_position.bins):
         yield (
             "efficiency_by_position",
             "position",
-            f"The factor by position, N = {results.by_position.n_params:,}",
-            "From the curves of loss against tokens in each bin of positions, with 90 % intervals; gaps: no loss in common.",
+            f"Data-efficiency factor by position at N = {results.by_position.n_params:,}",
+            "Computed from loss against tokens in each bin of positions, with 90 % intervals. Bins in which the families have "
+            "no loss in common are missing.",
             lambda axes: panels.by_position(axes, results),
         )
     yield (
         "frontier",
         "compute",
         "Loss against compute",
-        "Every run at its 6 N D FLOPs; lines: the least loss a law with a certificate gives for the compute, where its optimum "
-        "is among the sizes and tokens seen.",
+        "Points: all runs, with compute 6 N D. Lines: the lowest loss for a given compute, according to each law whose fit "
+        "passed its checks, shown only where the optimal N and D lie within the range of the runs.",
         lambda axes: panels.frontier(axes, study, results),
     )
     for fitted in results.fits:
@@ -141,17 +148,18 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             yield (
                 f"isoflop_{fitted.family}",
                 "compute",
-                f"Runs of equal compute, {title(fitted.family)}",
-                "Loss against N at one 6 N D, and its parabola; a star where the least loss lies inside the sizes tried.",
+                f"Runs of equal compute (isoFLOP), {title(fitted.family)}",
+                "Loss against N for runs of equal compute 6 N D (FLOPs at the right end), with a fitted parabola. A star marks "
+                "the minimum, if it lies within the sizes trained.",
                 lambda axes, fitted=fitted: panels.isoflop(axes, fitted),
             )
-    if any(f.examination.law for f in results.fits):
+    if any(f.result.law for f in results.fits):
         for axis in ("n", "d"):
             name = {"n": "parameters N", "d": "tokens D"}[axis]
             yield (
                 f"residuals_{axis}",
                 "fits",
                 f"Residuals against {name}",
-                "ln loss seen over predicted, each run; a trend means that the law is wrong there, not only noisy.",
+                "ln(measured loss / predicted loss) of every run. A trend shows where the law itself is wrong, beyond noise.",
                 lambda axes, axis=axis: panels.residuals(axes, study, results, axis),
             )

@@ -1,4 +1,4 @@
-"""The page: study, results and figures in, one HTML file out that needs nothing else. The layout is page.html."""
+"""Renders the report page: study, results and figures in, one self-contained HTML file out. The template is page.html."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lmu_dist import __version__
-from lmu_dist.report.figures import Drawn
+from lmu_dist.report.figures import ReportFigure
 from lmu_dist.report.panels import look
 from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study, title
@@ -22,14 +22,14 @@ SECTIONS = (
     ("tokens", "Loss against tokens"),
     ("position", "Loss by position"),
     ("compute", "Compute"),
-    ("fits", "Laws"),
+    ("fits", "Scaling laws"),
 )
 
 
-def render(study: Study, results: Results, figures: Sequence[Drawn], reproduce: Sequence[tuple[str, str]]) -> str:
-    """The page as text. `reproduce`: what, and the command that gives it again."""
+def render(study: Study, results: Results, figures: Sequence[ReportFigure], reproduce: Sequence[tuple[str, str]]) -> str:
+    """Returns the page as HTML. `reproduce` has pairs of a result's name and the command that reproduces it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "between": _between, "apart": _apart}
+    environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "interval": _interval, "difference": _difference}
     environment.globals |= {"look": look, "parameters": parameters, "title": title}
     template = environment.from_string(files("lmu_dist.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
@@ -61,12 +61,12 @@ def _thousands(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}"
 
 
-def _between(value: tuple[float, float] | None, digits: int = 3) -> str:
+def _interval(value: tuple[float, float] | None, digits: int = 3) -> str:
     return "-" if value is None else f"{_number(value[0], digits)} to {_number(value[1], digits)}"
 
 
-def _apart(nats: float, interval: tuple[float, float] | None) -> str:
-    """As in "0.13 (0.10 to 0.16) nats below"."""
+def _difference(nats: float, interval: tuple[float, float] | None) -> str:
+    """Formats a loss difference, as in "0.13 (0.10 to 0.16) nats below"."""
     sign = 1 if nats >= 0 else -1
-    ends = f" ({_between((min(sign * end for end in interval), max(sign * end for end in interval)), 2)})" if interval else ""
+    ends = f" ({_interval((min(sign * end for end in interval), max(sign * end for end in interval)), 2)})" if interval else ""
     return f"{_number(abs(nats), 2)}{ends} nats {'below' if sign > 0 else 'above'}"

@@ -1,18 +1,17 @@
-"""Panels: what each figure paints on its axes, numbers in, marks out. And how families look: colour, marker, line."""
+"""Draws the content of each figure on matplotlib axes. Also defines colour, marker and line style of each family."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lmu_dist.scaling.answer import CLAIM, NEW
-from lmu_dist.scaling.collect import Study, title
-from lmu_dist.scaling.collect import rows as table_of
-from lmu_dist.scaling.compare import Comparison, at_size
-from lmu_dist.scaling.compute import SIX_ND, within
+from lmu_dist.scaling.answer import CLAIMED_FACTOR, NEW
+from lmu_dist.scaling.collect import Study, rows_from_runs, title
+from lmu_dist.scaling.compare import Comparison, loss_curve
+from lmu_dist.scaling.compute import SIX_ND, within_table
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.fit import log_residuals
 from lmu_dist.scaling.laws import Floats, paper_loss
-from lmu_dist.scaling.positions import binned
+from lmu_dist.scaling.positions import bin_positions
 from lmu_dist.scaling.results import FamilyFit, Results
 
 INK, FAINT = "#1b1f24", "#9aa3ad"
@@ -32,15 +31,15 @@ def look(family: str) -> tuple[str, str, str, str]:
 
 
 def loss_vs_n(axes: Axes, study: Study) -> None:
-    """Loss against N by family, and the paper's curves."""
-    sizes = np.geomspace(study.rungs[0] / 1.3, study.rungs[-1] * 1.3, 60)
+    """Draws loss against N per family, and the paper's curves."""
+    sizes = np.geomspace(study.size_bins[0] / 1.3, study.size_bins[-1] * 1.3, 60)
     for family in study.families:
         colour, _, marker, line = look(family)
-        budget = max(run.record.planned_tokens for run in study.of(family))
+        budget = max(run.record.planned_tokens for run in study.runs_of(family))
         losses = dict[int, list[float]]()
-        for run in study.of(family):
+        for run in study.runs_of(family):
             if run.record.planned_tokens == budget:
-                losses.setdefault(run.rung, []).append(np.log(run.record.val_loss_nats))
+                losses.setdefault(run.size_bin, []).append(np.log(run.record.val_loss_nats))
         points = sorted((n, float(np.exp(np.mean(logs)))) for n, logs in losses.items())
         label = f"{title(family)}, {si(budget)} tokens"
         axes.plot(*zip(*points, strict=True), line, marker=marker, markersize=5, linewidth=1.4, color=colour, label=label)
@@ -53,14 +52,14 @@ def loss_vs_n(axes: Axes, study: Study) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def efficiency(axes: Axes, asked: Comparison) -> None:
-    """The factor against N, from curves and from laws, and its bounds."""
-    axes.axhline(CLAIM, color=INK, linestyle=":", linewidth=1)
+def efficiency(axes: Axes, comparison: Comparison) -> None:
+    """Draws the data-efficiency factor against N, from curves and from laws, with intervals and bounds."""
+    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
     axes.axhline(1, color=INK, linewidth=0.8)
-    colour = look(asked.new)[0]
+    colour = look(comparison.new)[0]
     for shift, marker, pick, label in ((0.97, "o", lambda s: s.curves, "curves"), (1.03, "s", lambda s: s.laws, "laws")):
         first = True
-        for size in asked.sizes:
+        for size in comparison.sizes:
             factor: Factor = pick(size)
             x = size.n_params * shift
             if factor.value is not None:
@@ -76,14 +75,14 @@ def efficiency(axes: Axes, asked: Comparison) -> None:
     axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(15, axes.get_ylim()[1]))
     _log(axes, x=True, y=True)
     axes.set_xlabel("parameters N, without embeddings")
-    axes.set_ylabel("times the tokens")
+    axes.set_ylabel("data-efficiency factor")
 
 
-def tokens(axes: Axes, study: Study, results: Results, rung: int) -> None:
-    """Loss against tokens at one size, with the laws or lines between the points."""
-    laws = {f.family: f.examination.law for f in results.fits}
+def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
+    """Draws loss against tokens at one size; the lines are the fitted laws, or else connect the points."""
+    laws = {f.family: f.result.law for f in results.fits}
     for family in study.families:
-        runs = study.of(family, rung)
+        runs = study.runs_of(family, size_bin)
         if not runs:
             continue
         colour, _, marker, line = look(family)
@@ -92,22 +91,22 @@ def tokens(axes: Axes, study: Study, results: Results, rung: int) -> None:
         law = laws[family]
         if law is not None:
             dense = np.geomspace(tokens.min(), tokens.max(), 50)
-            axes.plot(dense, law.loss(rung, dense), line, color=colour, linewidth=1)
+            axes.plot(dense, law.loss(size_bin, dense), line, color=colour, linewidth=1)
         else:
-            curve = at_size(study, family, rung)
+            curve = loss_curve(study, family, size_bin)
             axes.plot(curve.tokens, curve.loss, line, color=colour, linewidth=1)
     _log(axes, x=True, y=True)
     axes.set_xlabel("training tokens D")
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def positions(axes: Axes, results: Results, rung: int) -> None:
-    """Loss against position at one size; a thin line where it becomes level."""
+def positions(axes: Axes, results: Results, size_bin: int) -> None:
+    """Draws loss against position at one size; a thin vertical line marks where it becomes level."""
     for position in results.positions:
-        if position.n_params != rung:
+        if position.n_params != size_bin:
             continue
         colour, _, marker, line = look(position.family)
-        bins = binned(np.array(position.losses))
+        bins = bin_positions(np.array(position.losses))
         middle = np.sqrt(np.array(bins.first, float) * np.array(bins.last))
         axes.plot(
             middle, bins.loss, line, marker=marker, markersize=3, color=colour, linewidth=1.2, label=title(position.family)
@@ -115,12 +114,12 @@ def positions(axes: Axes, results: Results, rung: int) -> None:
         if position.level.position and position.level.determined:
             axes.axvline(position.level.position, color=colour, linewidth=0.7, alpha=0.6)
     _log(axes, x=True)
-    axes.set_xlabel("position in the row (tokens)")
+    axes.set_xlabel("position in the sequence (tokens)")
     axes.set_ylabel("validation loss (nats per token)")
 
 
 def by_position(axes: Axes, results: Results) -> None:
-    """The factor against position."""
+    """Draws the data-efficiency factor against position."""
     assert results.by_position is not None
     for first, last, factor in results.by_position.bins:
         if factor.value is not None and factor.interval is not None:
@@ -129,17 +128,17 @@ def by_position(axes: Axes, results: Results) -> None:
                 [np.sqrt(first * last)], [factor.value], yerr=reach, fmt="o", color=look(NEW)[0], markersize=4, capsize=2
             )
     axes.axhline(1, color=INK, linewidth=0.8)
-    axes.axhline(CLAIM, color=INK, linestyle=":", linewidth=1)
+    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
     _log(axes, x=True, y=True)
-    axes.set_xlabel("position in the row (tokens)")
-    axes.set_ylabel("times the tokens")
+    axes.set_xlabel("position in the sequence (tokens)")
+    axes.set_ylabel("data-efficiency factor")
 
 
 def frontier(axes: Axes, study: Study, results: Results) -> None:
-    """Loss against compute, and the least loss that the laws give for it."""
+    """Draws loss against compute, and the lowest loss for a given compute according to the laws."""
     for fitted in results.fits:
         colour, _, marker, line = look(fitted.family)
-        runs = study.of(fitted.family)
+        runs = study.runs_of(fitted.family)
         flops = np.array([r.record.training_flops_per_token_kaplan * r.record.tokens for r in runs])
         axes.plot(
             flops,
@@ -150,11 +149,11 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
             alpha=0.6,
             label=title(fitted.family),
         )
-        law = fitted.examination.law
+        law = fitted.result.law
         if law is not None:
             dense = np.geomspace(flops.min(), flops.max(), 60)
             n, d = law.optimum(dense)
-            seen = within(table_of(runs), n, d)
+            seen = within_table(rows_from_runs(runs), n, d)
             axes.plot(dense[seen], law.loss(n[seen], d[seen]), line, color=colour, linewidth=1.2)
     _log(axes, x=True, y=True)
     axes.xaxis.set_major_locator(LogLocator(numticks=8))
@@ -164,7 +163,7 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
 
 
 def isoflop(axes: Axes, fitted: FamilyFit) -> None:
-    """Runs of equal compute and their parabolas."""
+    """Draws runs of equal compute and their parabolas."""
     convention = next(c for c in fitted.conventions if c.counting_flops == SIX_ND)
     colour = look(fitted.family)[0]
     curves = [p for p in convention.parabolas if p.coefficients]
@@ -184,23 +183,23 @@ def isoflop(axes: Axes, fitted: FamilyFit) -> None:
 
 
 def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
-    """How far each run is off its law, against N (`n`) or D (`d`)."""
+    """Draws the residual of each run from its law, against N (`n`) or D (`d`)."""
     axes.axhline(0, color=INK, linewidth=0.8)
     for i, fitted in enumerate(results.fits):
-        if fitted.examination.law is None:
+        if fitted.result.law is None:
             continue
         colour, _, marker, _ = look(fitted.family)
-        table = table_of(study.of(fitted.family))
+        table = rows_from_runs(study.runs_of(fitted.family))
         x: Floats = table.n_params if axis == "n" else table.tokens
-        residual = -log_residuals(fitted.examination.law, table)
+        residual = -log_residuals(fitted.result.law, table)
         axes.plot(x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=title(fitted.family))
     _log(axes, x=True)
     axes.set_xlabel({"n": "parameters N, without embeddings", "d": "training tokens D"}[axis])
-    axes.set_ylabel("ln(seen / predicted)")
+    axes.set_ylabel("ln(measured / predicted)")
 
 
 def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
-    """Logarithmic axes that label what is between decades where there are few of them."""
+    """Makes axes logarithmic, with labels between decades if they span few."""
     for wanted, scaled, axis, limits in (
         (x, axes.set_xscale, axes.xaxis, axes.get_xlim),
         (y, axes.set_yscale, axes.yaxis, axes.get_ylim),
@@ -219,7 +218,7 @@ def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
 
 
 def si(value: float) -> str:
-    """A number with its decimal prefix; beyond these as a power of ten."""
+    """Formats a number with k, M or B; from 1e12 on as a power of ten."""
     for unit, letter in ((1e12, ""), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if value >= unit:
             return f"{value:.0e}".replace("e+", "e") if not letter else f"{value / unit:.3g}{letter}"

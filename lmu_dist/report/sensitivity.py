@@ -1,4 +1,4 @@
-"""How much a loss depends on a setting: the tries of a search in, a figure out. For `lmu-dist tune`."""
+"""Draws how the loss depends on a tuned setting: the trials of each search in, a figure out. Used by `lmu-dist tune`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,21 +6,21 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart by the colour-blind too.
+# The palette of Okabe and Ito, which the colour-blind can distinguish.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 @dataclass(frozen=True)
-class Tries:
-    """Tries of one search: (setting, loss in nats) of those that came to their end, and of those stopped before."""
+class SearchTrials:
+    """The trials of one search as (setting, loss in nats): those that completed and those that were stopped early."""
 
     name: str
     complete: Sequence[tuple[float, float]]
     stopped: Sequence[tuple[float, float]]
 
 
-def draw(path: Path, setting: str, searches: Sequence[Tries], logarithmic: bool) -> None:
-    """Writes a figure (PNG or SVG by the suffix) of validation loss against a setting, a line for every search."""
+def draw(path: Path, setting: str, searches: Sequence[SearchTrials], logarithmic: bool) -> None:
+    """Writes a figure (PNG or SVG, by the suffix) of validation loss against a setting, with a line for every search."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     for search, colour in zip(searches, COLOURS * len(searches), strict=False):

@@ -1,7 +1,7 @@
-"""`lmu-dist report`: an MLflow store and an experiment in, a folder of files out, and a run of the report in MLflow.
+"""Writes the report of `lmu-dist report`: an MLflow store and an experiment in, a folder of files and an MLflow run out.
 
-runs.csv, fits.json, results.json, figures as PNG and SVG, report.html. The MLflow run has them as artifacts, and the digest
-of the runs it was made from as a tag: when these change, it is stale.
+The files are runs.csv, fits.json, results.json, figures as PNG and SVG, and report.html. The MLflow run has them as artifacts,
+and as a tag the digest of the runs they were made from: if these runs change, the report is stale.
 """
 
 import json
@@ -15,37 +15,40 @@ import numpy as np
 
 from lmu_dist import __version__
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.report.figures import draw
+from lmu_dist.report.figures import draw_figures
 from lmu_dist.report.page import render
+from lmu_dist.scaling.as_json import fit_to_json, to_json
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.intervals import N_RESAMPLES
-from lmu_dist.scaling.results import FamilyFit, Results, analyse, compared_by_position, largest_budgets
-from lmu_dist.scaling.tell import plain, told
-from lmu_dist.tracking.store import AwayError, Store
+from lmu_dist.scaling.results import FamilyFit, Results, analyse, runs_at_largest_budget, runs_compared_by_position
+from lmu_dist.tracking.store import MLflowUnavailableError, Store
 
-Show = Callable[[str, float, float], None]
+ShowProgress = Callable[[str, float, float], None]
 
 
 @dataclass(frozen=True)
-class Written:
-    """What was made: the folder, the run in MLflow that keeps it, the results, and the reports that it makes stale."""
+class ReportFiles:
+    """A written report: its folder, its MLflow run, the study and its results, and earlier reports that are now stale."""
 
     folder: Path
     run_id: str
     study: Study
-    answer: Results
-    results: dict[str, Any]
+    results: Results
+    results_json: dict[str, Any]
     stale: tuple[str, ...]
 
 
 def write_report(
-    store: Store, experiment: str, folder: Path, any_code: bool, show: Show, n_resamples: int = N_RESAMPLES
-) -> Written:
-    """Collects, analyses, draws and writes. Raises ConfigError if there is nothing to report on; OSError if it cannot write."""
+    store: Store, experiment: str, folder: Path, any_code: bool, show: ShowProgress, n_resamples: int = N_RESAMPLES
+) -> ReportFiles:
+    """Collects and analyses the runs of an experiment and writes all files of the report.
+
+    Raises ConfigError if the experiment has no usable run, OSError if a file cannot be written.
+    """
     show("collecting runs", 0, 4)
     study = collect(store, experiment, any_code)
-    _make_room(folder)
-    wanted = {run.run_id: run for run in [*largest_budgets(study), *compared_by_position(study)]}
+    _prepare_folder(folder)
+    wanted = {run.run_id: run for run in [*runs_at_largest_budget(study), *runs_compared_by_position(study)]}
     curves = dict[str, np.ndarray]()
     for i, run_id in enumerate(wanted):
         show("reading losses by position", 1 + i / len(wanted), 4)
@@ -54,15 +57,15 @@ def write_report(
     show("fitting", 2, 4)
     results = analyse(study, curves, n_resamples)
     show("drawing", 3, 4)
-    figures = draw(study, results, folder)
+    figures = draw_figures(study, results, folder)
     write_runs(folder / "runs.csv", study)
     facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
-    told_results = facts | plain(_results(study, results))
-    fits = facts | plain({"fits": [_fit(fit) for fit in results.fits]})
-    _write_json(folder / "results.json", told_results)
+    results_json = facts | to_json(_results(study, results))
+    fits = facts | to_json({"fits": [_fit(fit) for fit in results.fits]})
+    _write_json(folder / "results.json", results_json)
     _write_json(folder / "fits.json", fits)
     (folder / "report.html").write_text(render(study, results, figures, _reproduce(study, results, any_code)), encoding="utf-8")
-    show("telling MLflow", 3.5, 4)
+    show("uploading to MLflow", 3.5, 4)
     names = [
         "runs.csv",
         "fits.json",
@@ -73,13 +76,13 @@ def write_report(
     try:
         kept = [folder / name for name in names]
         run_id, stale = store.write_report(experiment, study.digest, any_code, kept, _params(study), _metrics(results))
-    except AwayError as e:
-        raise FailedError(f"the report is whole in {folder}, but {e}") from e
-    return Written(folder, run_id, study, results, told_results, tuple(stale))
+    except MLflowUnavailableError as e:
+        raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
+    return ReportFiles(folder, run_id, study, results, results_json, tuple(stale))
 
 
-def _make_room(folder: Path) -> None:
-    """Makes the folder, and takes the figures of an earlier report out of it. Raises ConfigError if nothing can be written."""
+def _prepare_folder(folder: Path) -> None:
+    """Creates the folder and deletes the figures of an earlier report. Raises ConfigError if the folder is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "runs.csv").touch()
@@ -91,7 +94,7 @@ def _make_room(folder: Path) -> None:
 
 
 def stale_reports(store: Store, experiment: str) -> list[str]:
-    """Run ids of the reports of an experiment that were made from other runs than it has now."""
+    """Returns the run ids of the reports whose runs differ from those the experiment has now."""
     made = store.reports(experiment)
     now = {any_code: _digest(store, experiment, any_code) for any_code in {any_code for _, _, any_code in made}}
     return [run_id for run_id, digest, any_code in made if digest != now[any_code]]
@@ -100,14 +103,14 @@ def stale_reports(store: Store, experiment: str) -> list[str]:
 def _digest(store: Store, experiment: str, any_code: bool) -> str:
     try:
         return collect(store, experiment, any_code).digest
-    except AwayError:
+    except MLflowUnavailableError:
         raise
-    except ConfigError:  # no finished run any more
+    except ConfigError:  # the experiment has no finished run any more
         return ""
 
 
 def _fit(fit: FamilyFit) -> dict[str, Any]:
-    facts = told(fit.examination, fit.run_ids)
+    facts = fit_to_json(fit.result, fit.run_ids)
     return {"family": fit.family, **facts, "conventions": [asdict(c) for c in fit.conventions], "run_ids": list(fit.run_ids)}
 
 
@@ -121,7 +124,7 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
         },
         "seed_noise": asdict(results.noise) if results.noise else None,
         "by_position": asdict(results.by_position) if results.by_position else None,
-        "determined": {fit.family: fit.examination.certificate.ok for fit in results.fits},
+        "determined": {fit.family: fit.result.diagnostics.passed for fit in results.fits},
         "n_runs": len(study.runs),
         "left_out": left_out,
     }
@@ -138,10 +141,10 @@ def _params(study: Study) -> dict[str, str]:
 
 
 def _metrics(results: Results) -> dict[str, float]:
-    """What one may want to query: parameters of determined laws, and the factors that are known."""
+    """Returns the metrics of the report's MLflow run: parameters of determined laws, and known factors with intervals."""
     found = dict[str, float]()
     for fit in results.fits:
-        if law := fit.examination.law:
+        if law := fit.result.law:
             found |= {f"fit/{fit.family}/{name}": value for name, value in vars(law).items()}
     for comparison in results.comparisons:
         for size in comparison.sizes:
@@ -156,17 +159,17 @@ def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str
     flag = " --any-code" if any_code else ""
     again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}"
     commands = [
-        ("this report", f"{again}  (MLFLOW_TRACKING_URI names the store)"),
-        ("answer, factors, growth", f"{again} --json: answer, comparisons"),
-        ("ratio, noise, power laws", f"{again} --json: improvement, seed_noise, in_size"),
-        ("loss by position", f"{again} --json: positions, by_position"),
+        ("this report", f"{again}  (set MLFLOW_TRACKING_URI to the MLflow store)"),
+        ("answer, factors, change with size", f"{again} --json  (keys answer, comparisons)"),
+        ("improvement ratio, seed noise, power laws in N", f"{again} --json  (keys improvement, seed_noise, in_size)"),
+        ("loss by position", f"{again} --json  (keys positions, by_position)"),
     ]
     for fit in results.fits:
         conditions = f"--where family={fit.family} --where 'left_out='"
         columns = "--n n_params --d tokens --loss val_loss_nats"
-        commands.append((f"law of {fit.family}", f"lmu-dist fit runs.csv {columns} {conditions}"))
+        commands.append((f"scaling law of {fit.family}", f"lmu-dist fit runs.csv {columns} {conditions}"))
     commands.append(
-        ("all numbers", "results.json, fits.json and runs.csv, beside this page and as artifacts of its MLflow run")
+        ("all numbers", "results.json, fits.json and runs.csv, in the folder of this page and as artifacts of its MLflow run")
     )
     return commands
 

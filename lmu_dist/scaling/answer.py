@@ -1,22 +1,26 @@
-"""The question and its answer in words: a comparison in, what a reader takes home out. No more is said than intervals allow."""
+"""Puts the result of a study into sentences: a comparison of two families in, an `Answer` out.
+
+The sentences claim no more than the 90 % intervals support.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
 
 from lmu_dist.scaling.collect import Study, title
-from lmu_dist.scaling.compare import AtSize, Comparison
+from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor, SeedNoise
 
-CLAIM = 10.0  # times the tokens, as the paper has it
+CLAIMED_FACTOR = 10.0  # the paper's claim: the transformer needs ten times the tokens
 BASE, NEW, WORST = "transformer", "lmu", "lstm"
-UNKNOWN = "Not determined"
+NOT_DETERMINED = "Not determined"
+SOURCES = {"laws": "the fitted scaling laws", "curves": "the curves of loss against tokens"}
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a reader takes home: a word, a sentence, and what it rests on, which is what is known at the largest size.
+    """The answer to the study's question: verdict, sentences, and the factor at the largest size, on which it is based.
 
-    `others` says where smaller sizes have another answer. `factor` may be unknown.
+    `others` names smaller sizes whose verdict is different. `factor` may be unknown.
     """
 
     verdict: str
@@ -29,45 +33,51 @@ class Answer:
     caveats: tuple[str, ...]
 
 
-def answer(study: Study, asked: Comparison | None, noise: SeedNoise | None) -> Answer:
-    """From the comparison of the two families asked about, if the study has it."""
+def answer(study: Study, headline: Comparison | None, noise: SeedNoise | None) -> Answer:
+    """Returns the answer from the comparison of BASE and NEW; `headline` is None if the study has no such comparison."""
     caveats = _caveats(study, noise)
-    if asked is None or not asked.sizes:
-        return Answer(UNKNOWN, f"The study cannot say: {_lacking(study)}.", "", None, None, "none", "", caveats)
-    largest = asked.sizes[-1]
-    factor, source = known_best(largest)
-    sense = _sense(factor)
-    verdict = f"{sense}: {_told(factor)}" if factor.interval else sense
-    times = f"the {title(BASE)} needs {_told(factor)} the tokens of the {title(NEW)} for the same loss"
+    if headline is None or not headline.sizes:
+        sentence = f"This study cannot answer the question: {_explain_missing_families(study)}."
+        return Answer(NOT_DETERMINED, sentence, "", None, None, "none", "", caveats)
+    largest = headline.sizes[-1]
+    factor, source = best_known_factor(largest)
+    verdict = _verdict(factor)
+    at_size, tokens = f"At N = {largest.n_params:,} parameters", f"{_format_factor(factor)} as many tokens as the {title(NEW)}"
     if factor.interval is not None:
-        either = factor.interval[0] < 1 < factor.interval[1]
-        fewer = " That it needs fewer is as possible as that it needs more." if either else ""
-        said = f"At N = {largest.n_params:,} {times}; from {source}, with its 90 % interval.{fewer}"
+        undecided = factor.interval[0] < 1 < factor.interval[1]
+        which = " The interval includes 1, so the study does not show which of the two needs fewer tokens." if undecided else ""
+        needs = f"{at_size}, the {title(BASE)} needs {tokens} to reach the same loss"
+        sentence = f"{needs} (90 % interval in brackets; computed from {SOURCES[source]}).{which}"
     elif factor.value is not None:
-        why = f"Without an interval, since {factor.remark}, that decides nothing."
-        said = f"At N = {largest.n_params:,} {times}, as far as one can see. {why}"
+        sentence = f"{at_size}, the {title(BASE)} needs {tokens} to reach the same loss. "
+        sentence += f"This factor has no interval ({factor.remark}), so it does not decide the question."
     else:
-        said = f"At N = {largest.n_params:,} it would be {_told(factor)}, with an unknown error: {factor.remark}."
-    differing = [size for size in asked.sizes[:-1] if _sense(known_best(size)[0]) not in (sense, UNKNOWN)]
+        sentence = f"{at_size}, the {title(BASE)} seems to need {tokens} to reach the same loss. "
+        sentence += f"The error of this bound is unknown: {factor.remark}."
     others = [
-        f"At N = {size.n_params:,}: {_sense(known_best(size)[0]).lower()}, {_told(known_best(size)[0])}." for size in differing
+        f"At N = {size.n_params:,} the verdict is different: {_verdict(other).lower()}, namely {_format_factor(other)}."
+        for size in headline.sizes[:-1]
+        if _verdict(other := best_known_factor(size)[0]) not in (verdict, NOT_DETERMINED)
     ]
-    return Answer(verdict, said, " ".join(others), largest.n_params, factor, source, _growth(asked), caveats)
+    summary = f"{verdict}: {_format_factor(factor)}" if factor.interval else verdict
+    return Answer(summary, sentence, " ".join(others), largest.n_params, factor, source, _growth(headline), caveats)
 
 
-def known_best(size: AtSize) -> tuple[Factor, str]:
-    """What is known best at a size: the factor of laws if it has an interval, else that of curves."""
+def best_known_factor(size: SizeComparison) -> tuple[Factor, str]:
+    """Returns the factor to show for a size, and its source: from the laws if that has an interval, else from the curves."""
     return (size.laws, "laws") if size.laws.interval is not None else (size.curves, "curves")
 
 
-def _sense(factor: Factor) -> str:
+def _verdict(factor: Factor) -> str:
     if factor.interval is None:
-        return UNKNOWN
+        return NOT_DETERMINED
     low, high = factor.interval
-    return "More than ten" if low > CLAIM else "Less than ten" if high < CLAIM else "Ten is possible"
+    if low > CLAIMED_FACTOR:
+        return "More than 10 times"
+    return "Less than 10 times" if high < CLAIMED_FACTOR else "10 times is possible"
 
 
-def _told(factor: Factor) -> str:
+def _format_factor(factor: Factor) -> str:
     if factor.value is None:
         assert factor.bound is not None
         return f"{'more' if factor.bound[0] == '>' else 'less'} than {factor.bound[1]:.3g} times"
@@ -75,37 +85,41 @@ def _told(factor: Factor) -> str:
     return f"{factor.value:.3g} times{ends}"
 
 
-def _lacking(study: Study) -> str:
+def _explain_missing_families(study: Study) -> str:
     missing = [name for name in (NEW, BASE) if name not in study.families]
     if not missing:
-        return f"{title(NEW)} and {title(BASE)} have no size in common"
+        return f"{title(NEW)} and {title(BASE)} were not trained at a common size"
     out = Counter(o.reason.split(":")[0] for o in study.left_out if o.record and o.record.family in missing)
     reasons = "; left out: " + ", ".join(f"{n} {reason}" for reason, n in out.items()) if out else ""
-    return f"there is no finished run of {' or '.join(map(title, missing))} that may be compared{reasons}"
+    return f"it has no finished, comparable run of {' or '.join(map(title, missing))}{reasons}"
 
 
-def _growth(asked: Comparison) -> str:
-    if asked.growth is None or asked.growth_interval is None:
-        return f"Whether it holds as models grow is not determined: {asked.remark}."
-    low, high = asked.growth_interval
-    sense = "It grows with the model" if low > 1 else "It shrinks as models grow" if high < 1 else "No change with size is seen"
-    first, last = asked.growth_sizes
-    times = f"tenfold N multiplies the factor by {asked.growth:.2f} ({low:.2f} to {high:.2f})"
-    where = f"between N = {first:,} and {last:,}, from {asked.growth_from}, at the losses seen at each size"
-    return f"{sense}: {times}, {where}."
+def _growth(headline: Comparison) -> str:
+    if headline.growth is None or headline.growth_interval is None:
+        return f"Whether this factor holds for larger models is not determined: {headline.remark}."
+    low, high = headline.growth_interval
+    unchanged = "No change of the factor with model size was found"
+    trend = "The factor grows with model size" if low > 1 else "The factor shrinks with model size" if high < 1 else unchanged
+    first, last = headline.growth_sizes
+    change = f"with ten times the parameters it is multiplied by {headline.growth:.2f} ({low:.2f} to {high:.2f})"
+    source = f"computed from {SOURCES[headline.growth_from]}, at the losses that both families reached at each size"
+    return f"{trend}: {change}, between N = {first:,} and N = {last:,} ({source})."
 
 
 def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
-    sizes, tokens = study.rungs, [run.record.tokens for run in study.runs]
-    span = f"N = {min(sizes):,}" if len(sizes) == 1 else f"N from {min(sizes):,} to {max(sizes):,}"
-    told = [f"Seen: {span}, {min(tokens):,} to {max(tokens):,} tokens of {study.source}. Nothing is said beyond."]
+    sizes, tokens = study.size_bins, [run.record.tokens for run in study.runs]
+    size_range = f"N = {min(sizes):,}" if len(sizes) == 1 else f"N from {min(sizes):,} to {max(sizes):,}"
+    token_range = f"{min(tokens):,} to {max(tokens):,} training tokens of {study.source}"
+    caveats = [f"The runs cover {size_range} and {token_range}. The answer holds only within this range."]
     if noise is None:
-        told.append("No cell was run with two seeds, so seed noise is unknown.")
+        caveats.append("No size and budget was trained with more than one seed, so the seed noise is unknown.")
     else:
-        told.append(f"Another seed changes a loss by {noise.deviation:.2%} ({noise.freedom} degrees of freedom).")
-    if len(set(study.tries.values())) > 1:
-        tried = ", ".join(f"{title(family)} {n}" for family, n in study.tries.items())
-        told.append(f"Rates tried at one size differ ({tried}), and the best of more tries looks better than it is.")
+        of_freedom = f"{noise.freedom} degree{'s' * (noise.freedom != 1)} of freedom"
+        caveats.append(f"The standard deviation of the loss between seeds is {noise.deviation:.2%} ({of_freedom}).")
+    if len(set(study.n_settings_tried.values())) > 1:
+        tried = ", ".join(f"{title(family)} {n}" for family, n in study.n_settings_tried.items())
+        unequal = f"The families were tuned with different numbers of settings per size ({tried})"
+        caveats.append(f"{unequal}; the best of more settings looks better than it is.")
     if len({run.record.code_digest for run in study.runs}) > 1:
-        told.append("Runs were made by different versions of the training code.")
-    return tuple(told)
+        caveats.append("The runs were made by more than one version of the training code.")
+    return tuple(caveats)

@@ -1,49 +1,59 @@
-"""From MLflow to a table: an experiment in, the runs a fit may see out, and those it may not, each with the reason.
+"""Reads the runs of an experiment from MLflow: those a fit may use, and those left out, each with the reason.
 
-A loss counts only if its run is complete and its schedule came to its end; losses meet in one fit only if data, sequence length
-and training code are the same.
+A run is used only if it is complete and its learning-rate schedule reached its end. Runs are compared only if data, sequence
+length and training code are the same.
 """
 
 import csv
 import hashlib
+import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmu_dist.config import ConfigError
-from lmu_dist.records import COMPLETE, RunRecord
-from lmu_dist.scaling.table import Rows, rows_of, rungs
+from lmu_dist.models import registry
+from lmu_dist.records import COMPLETE, Appearance, RunRecord, known_fields
+from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
 from lmu_dist.tracking.store import STATUS, Store, record_of
 
-# In the order in which they are shown.
-FAMILIES = {"lmu": "LMU", "lmu_attention": "LMU with attention", "transformer": "transformer", "lstm": "LSTM"}
+# (light mode, dark mode), for families that define no colour; distinct from each other and from the built-in families.
+FREE_COLOURS = (
+    ("#6b5b00", "#d8c75a"),
+    ("#5b4bb7", "#a99cf0"),
+    ("#00707a", "#4cc3cf"),
+    ("#8a3324", "#e08a78"),
+    ("#4d5560", "#b6bfc9"),
+)
+FREE_MARKERS = ("v", "P", "X", "*", "<")
 Settings = tuple[float, int, str, str]
-FEWEST_TRUNKS = 20  # below, budgets are resampled each by itself
+MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
 
 
 def title(family: str) -> str:
-    """A family's name for people."""
-    return FAMILIES.get(family, family)
+    """Returns the title of a built-in or installed family, or else its name; Study.title also knows titles stored with runs."""
+    return registry.find(family).appearance().title if family in registry.names() else family.replace("_", " ")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with a result. `rung` is the size it is compared at: that of the smallest model within 5 %."""
+    """A run with a result. `size_bin` is the size at which it is compared: the smallest N of the runs within 5 %."""
 
     run_id: str
     name: str
-    rung: int
+    size_bin: int
     record: RunRecord
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A run that no fit sees, and why. `record` is None if it has no result."""
+class LeftOutRun:
+    """A run that fits do not use, and the reason. `record` is None if the run has no result."""
 
     run_id: str
     name: str
@@ -53,164 +63,215 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Study:
-    """What an experiment says: comparable, finished runs, and the others."""
+    """The runs of an experiment: those that are finished and comparable, and those left out."""
 
     experiment: str
     source: str  # of the data, as configured
     runs: tuple[Run, ...]
-    left_out: tuple[LeftOut, ...]
-    tries: Mapping[str, int]  # settings that a family tried at a size, at most; what is used is the best of so many
+    left_out: tuple[LeftOutRun, ...]
+    n_settings_tried: Mapping[str, int]  # per family the most settings tried at one size; the best of them is used
+
+    appearances: Mapping[str, Appearance]  # how reports show each family
+
+    def title(self, family: str) -> str:
+        """Returns the display name of a family."""
+        return self.appearances[family].title if family in self.appearances else title(family)
 
     @property
     def families(self) -> tuple[str, ...]:
-        """Families that have runs, in the order they are shown in."""
+        """Families that have runs, in display order."""
         return tuple(sorted({run.record.family for run in self.runs}, key=_place))
 
     @property
-    def rungs(self) -> tuple[int, ...]:
-        """Sizes, ascending."""
-        return tuple(sorted({run.rung for run in self.runs}))
+    def size_bins(self) -> tuple[int, ...]:
+        """Size bins, ascending."""
+        return tuple(sorted({run.size_bin for run in self.runs}))
 
-    def of(self, family: str, rung: int | None = None) -> list[Run]:
-        """Runs of a family, of one size if given."""
-        return [run for run in self.runs if run.record.family == family and rung in (None, run.rung)]
+    def runs_of(self, family: str, size_bin: int | None = None) -> list[Run]:
+        """Returns the runs of a family; only those of one size bin if it is given."""
+        return [run for run in self.runs if run.record.family == family and size_bin in (None, run.size_bin)]
 
     @property
     def digest(self) -> str:
-        """Of all that fits are made from: another digest means that a report is stale."""
+        """Digest of the runs that the fits use. If it changes, earlier reports are stale."""
         facts = sorted((run.run_id, repr(run.record)) for run in self.runs)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
 
-    def reasons(self) -> dict[str, int]:
-        """How many runs were left out for what."""
+    def left_out_counts(self) -> dict[str, int]:
+        """Returns how many runs were left out for each reason, most frequent first."""
         return dict(Counter(out.reason.split(":")[0] for out in self.left_out).most_common())
 
 
-def rows(runs: Sequence[Run], with_head: bool = False) -> Rows:
-    """Runs as a table: N without embeddings (Kaplan), or with the head (Porian)."""
+def rows_from_runs(runs: Sequence[Run], with_head: bool = False) -> Rows:
+    """Returns the runs as a table, with N without embeddings (Kaplan) or with the output head (Porian)."""
     size = [r.record.n_params_with_head if with_head else r.record.n_params for r in runs]
-    return rows_of(size, [r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
+    return rows_from_columns(size, [r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
 
 
-def labels(runs: Sequence[Run]) -> list[str]:
-    """What is resampled as one, in all families alike: a size and a seed, or these and a budget where trunks are few.
+def resampling_groups(runs: Sequence[Run]) -> list[str]:
+    """Returns a label per run; the bootstrap resamples runs with the same label together, in all families alike.
 
-    The budgets of a size and seed share a trunk, so their errors are not independent; of a handful of trunks, though, no
-    resample says anything.
+    Runs of one size and seed share a trunk, so their errors are not independent and they form one group. With fewer than
+    MIN_TRUNKS trunks a bootstrap over trunks means nothing, so every run is a group.
     """
-    trunks = [f"{r.rung}/{r.record.seed}" for r in runs]
-    if len(set(trunks)) >= FEWEST_TRUNKS:
+    trunks = [f"{r.size_bin}/{r.record.seed}" for r in runs]
+    if len(set(trunks)) >= MIN_TRUNKS:
         return trunks
     return [f"{trunk}/{r.record.planned_tokens}" for trunk, r in zip(trunks, runs, strict=True)]
 
 
 def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
-    """The study of an experiment. Cells of its plan that another experiment had done before are part of it.
+    """Returns the study of an experiment, including cells of its plan that another experiment had already trained.
 
-    Raises ConfigError if there is no such experiment, or no run that could be used.
+    Raises ConfigError if the experiment does not exist or has no run that can be used.
     """
     own, elsewhere, waiting = store.cells(experiment)
-    used, out = list[Run](), [LeftOut("", cell["name"], "no result: planned, not begun", None) for cell in waiting]
-    sources = dict[str, str]()
+    used, out = list[Run](), [LeftOutRun("", cell["name"], "no result: planned, not started", None) for cell in waiting]
+    sources, appearances = dict[str, str](), dict[str, Appearance]()
     for run in [*own, *elsewhere.values()]:
         record, name = record_of(run), run.data.tags.get("mlflow.runName", "")
-        reason = _ineligible(record, run.data.tags.get(STATUS, "unknown"))
+        reason = _reason_to_leave_out(record, run.data.tags.get(STATUS, "unknown"))
         if record is None or reason:
-            out.append(LeftOut(run.info.run_id, name, reason, record))
+            out.append(LeftOutRun(run.info.run_id, name, reason, record))
         else:
             used.append(Run(run.info.run_id, name, 0, record))
+            appearances[record.family] = _appearance(record.family, run.data.tags.get("lmu.family_appearance"))
             sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
     used, incomparable = _comparable(used, any_code)
-    used, beaten, tries = _best(used)
+    used, beaten, n_settings_tried = _keep_best_settings(used)
     if not used:
-        told = "; ".join(sorted({o.reason for o in out})[:4]) or "it has none"
-        raise ConfigError(f"experiment {experiment!r} has no finished run to report on: {told}")
-    sizes = rungs(np.array([run.record.n_params for run in used], np.float64))
-    used = [replace(run, rung=int(size)) for run, size in zip(used, sizes, strict=True)]
+        reasons = "; ".join(sorted({o.reason for o in out})[:4]) or "it has no runs"
+        raise ConfigError(f"experiment {experiment!r} has no finished run to report on: {reasons}")
+    sizes = size_bins(np.array([run.record.n_params for run in used], np.float64))
+    used = [replace(run, size_bin=int(size)) for run, size in zip(used, sizes, strict=True)]
     used.sort(key=lambda r: (_place(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
     left_out = sorted([*out, *incomparable, *beaten], key=lambda o: (o.reason, o.name, o.run_id))
-    return Study(experiment, sources[used[0].run_id], tuple(used), tuple(left_out), tries)
+    found = {family: appearances[family] for family in sorted({run.record.family for run in used}, key=_place)}
+    return Study(
+        experiment, sources[used[0].run_id], tuple(used), tuple(left_out), n_settings_tried, _fill_in_colours_and_markers(found)
+    )
+
+
+def _appearance(family: str, stored: str | None) -> Appearance:
+    """Returns the appearance stored with a run, or, if none is stored, that of the family."""
+    if stored:
+        return Appearance(**known_fields(Appearance, json.loads(stored)))
+    return registry.find(family).appearance() if family in registry.names() else Appearance(title(family))
+
+
+def _fill_in_colours_and_markers(appearances: Mapping[str, Appearance]) -> dict[str, Appearance]:
+    """Returns the appearances, with a free colour and marker for every family that defines none."""
+    found = dict[str, Appearance]()
+    free = zip(cycle(FREE_COLOURS), cycle(FREE_MARKERS), strict=False)
+    for family, own in appearances.items():
+        (colour, dark), marker = ((own.colour, own.colour_dark), own.marker) if own.colour and own.marker else next(free)
+        found[family] = replace(
+            own, colour=own.colour or colour, colour_dark=own.colour_dark or own.colour or dark, marker=own.marker or marker
+        )
+    return found
 
 
 def write_runs(path: Path, study: Study) -> None:
-    """All runs as CSV, those left out with the reason and whatever is known of them."""
-    columns = [f.name for f in fields(RunRecord)]
+    """Writes all runs as CSV; those left out with the reason and what is known about them."""
+    columns = [f.name for f in fields(RunRecord) if f.name != "unknown"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, ["run_id", "name", "rung", "left_out", *columns], restval="")
         writer.writeheader()
         for run in study.runs:
-            writer.writerow({"run_id": run.run_id, "name": run.name, "rung": run.rung} | asdict(run.record))
+            writer.writerow({"run_id": run.run_id, "name": run.name, "rung": run.size_bin} | _columns(run.record))
         for out in study.left_out:
-            known: dict[str, Any] = asdict(out.record) if out.record else {}
+            known: dict[str, Any] = _columns(out.record) if out.record else {}
             writer.writerow({"run_id": out.run_id, "name": out.name, "left_out": out.reason} | known)
 
 
-def _ineligible(record: RunRecord | None, status: str) -> str:
-    """Why a run's loss is no result; empty if it is one."""
+def _columns(record: RunRecord) -> dict[str, Any]:
+    return {name: value for name, value in asdict(record).items() if name != "unknown"}
+
+
+def _reason_to_leave_out(record: RunRecord | None, status: str) -> str:
+    """Returns why a run cannot be used; empty if it can."""
     if record is None:
-        return f"no result: {status}, or recorded by another version"
+        return f"no result: {status}, or recorded by another version of lmu-dist"
     if record.status != COMPLETE:
         return f"{record.status.replace('_', ' ')}: {record.stop_rule}" if record.stop_rule else record.status.replace("_", " ")
     if record.phase != "decayed":
-        return "undecayed: its schedule had not come to its end"
+        return "undecayed: its learning-rate schedule did not reach its end"
     if not (math.isfinite(record.val_loss_nats) and record.val_loss_nats > 0):
-        return f"no loss: {record.val_loss_nats}"
+        return f"no valid loss: {record.val_loss_nats}"
     return ""
 
 
-def _comparable(runs: Iterable[Run], any_code: bool) -> tuple[list[Run], list[LeftOut]]:
-    """The largest set of runs on the same data, in rows of one length, by the same code; and the rest."""
-    runs, out = list(runs), list[LeftOut]()
-    asked = [("data", "data_digest"), ("sequence length", "sequence_tokens")] + ([] if any_code else [("code", "code_digest")])
-    for what, name in asked:
-        counts = Counter(getattr(run.record, name) for run in runs)
-        if len(counts) < 2:
-            continue
-        common = max(sorted(counts), key=lambda value: counts[value])
-        for run in runs:
-            if (other := getattr(run.record, name)) != common:
-                reason = f"other {what}: {str(other)[:12]}, most runs have {str(common)[:12]}"
-                out.append(LeftOut(run.run_id, run.name, reason, run.record))
-        runs = [run for run in runs if getattr(run.record, name) == common]
-    return runs, out
+def _comparable(runs: Iterable[Run], any_code: bool) -> tuple[list[Run], list[LeftOutRun]]:
+    """Returns the largest set of runs with the same data, sequence length and versions; and the runs left out.
+
+    The version of the training must be the same for all, that of a family for its own runs. `any_code`: versions may differ.
+    """
+    kept, out = _most_common(list(runs), "data", lambda r: r.data_digest)
+    kept, more = _most_common(kept, "sequence length", lambda r: str(r.sequence_tokens))
+    out += more
+    if any_code:
+        return kept, out
+    kept, more = _most_common(kept, "training version", lambda r: r.versions[1])
+    out += more
+    same = list[Run]()
+    for family in {run.record.family: None for run in kept}:
+        of_family = [run for run in kept if run.record.family == family]
+        found, more = _most_common(of_family, f"version of {title(family)}", lambda r: r.versions[0])
+        same += found
+        out += more
+    return same, out
 
 
-def _best(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOut], dict[str, int]]:
-    """The runs of the best settings of each family and size; the others; how many settings a family tried at a size, at most.
+def _most_common(runs: list[Run], what: str, value: Callable[[RunRecord], str]) -> tuple[list[Run], list[LeftOutRun]]:
+    """Returns the runs that have the most common value, the greater of two that are equally common; and the runs left out."""
+    counts = Counter(value(run.record) for run in runs)
+    common = max(sorted(counts, key=lambda v: (len(v), v)), key=lambda v: (counts[v], len(v), v), default="")
+    kept = [run for run in runs if value(run.record) == common]
+    out = [
+        LeftOutRun(run.run_id, run.name, f"other {what}: {value(run.record)[:12]}, most runs have {common[:12]}", run.record)
+        for run in runs
+        if value(run.record) != common
+    ]
+    return kept, out
 
-    The same settings for all budgets and seeds: the best of each cell would be the luckiest of each. Best is what has the
-    lowest loss at the largest budget.
+
+def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun], dict[str, int]]:
+    """Returns the runs with the best settings per family and size, the runs left out, and per family the most settings tried.
+
+    The best settings have the lowest loss at the largest budget. They hold for all budgets and seeds of a size: choosing the
+    best run of every cell would select for luck.
     """
     sizes = defaultdict[tuple[str, int], dict[Settings, list[Run]]](lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run.record.val_loss_nats, run.run_id)):
         sizes[run.record.family, run.record.n_params][_settings(run.record)].append(run)
-    kept, out, tries = dict[tuple[Any, ...], Run](), list[LeftOut](), Counter[str]()
+    kept, out, n_settings_tried = dict[tuple[Any, ...], Run](), list[LeftOutRun](), Counter[str]()
     for (family, _), tried in sizes.items():
-        tries[family] = max(tries[family], len(tried))
-        best = min(tried, key=lambda settings: _order(tried[settings]))
+        n_settings_tried[family] = max(n_settings_tried[family], len(tried))
+        best = min(tried, key=lambda settings: _largest_budget_then_loss(tried[settings]))
         for settings, found in tried.items():
             for run in found:
                 r = run.record
                 if settings != best:
-                    why = f"not the best settings: rate {r.learning_rate:.3g}, batch {r.batch_tokens:,}"
-                    out.append(LeftOut(run.run_id, run.name, why, r))
+                    reason = f"not the best settings: learning rate {r.learning_rate:.3g}, batch {r.batch_tokens:,} tokens"
+                    out.append(LeftOutRun(run.run_id, run.name, reason, r))
                 elif (cell := (family, r.n_params, r.planned_tokens, r.seed)) in kept:
-                    out.append(LeftOut(run.run_id, run.name, f"twice: {kept[cell].run_id} is the same cell", r))
+                    out.append(LeftOutRun(run.run_id, run.name, f"duplicate: run {kept[cell].run_id} is the same cell", r))
                 else:
                     kept[cell] = run
-    return list(kept.values()), out, {family: tries[family] for family in sorted(tries, key=_place)}
+    return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=_place)}
 
 
 def _settings(r: RunRecord) -> Settings:
-    """What was chosen for a run beside its size, budget and seed. A second try at half the rate goes with the first."""
+    """Returns the tuned settings of a run. A retry at half the learning rate counts as the settings of the first attempt."""
     return r.learning_rate * (2 if r.retry_of else 1), r.batch_tokens, r.schedule, r.precision
 
 
-def _order(runs: Sequence[Run]) -> tuple[int, float]:
-    """The largest budget first, then the lowest loss there."""
+def _largest_budget_then_loss(runs: Sequence[Run]) -> tuple[int, float]:
+    """Returns a sort key: the largest budget first, then the lowest loss at that budget."""
     most = max(run.record.planned_tokens for run in runs)
     return -most, min(run.record.val_loss_nats for run in runs if run.record.planned_tokens == most)
 
 
 def _place(family: str) -> tuple[int, str]:
-    return (list(FAMILIES).index(family) if family in FAMILIES else len(FAMILIES), family)
+    known = registry.names()
+    return (known.index(family) if family in known else len(known), family)

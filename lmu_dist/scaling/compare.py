@@ -1,4 +1,4 @@
-"""A new family against a base at every size both have run: a study and its laws in, factors and their change with size out."""
+"""Compares a new family with a base family: a study and its laws in, data-efficiency factors and their trend with size out."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmu_dist.scaling.collect import Study, title
-from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, curve, from_curves, from_laws
-from lmu_dist.scaling.examine import Examination
-from lmu_dist.scaling.intervals import Interval, around
+from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, factor_from_curves, factor_from_laws, lower_envelope
+from lmu_dist.scaling.intervals import Interval, bootstrap_interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.validate import FitResult
 
-Growth = tuple[float, Interval, str, tuple[int, int]]  # factor per decade of N, its interval, of what, from and to which N
+Growth = tuple[float, Interval, str, tuple[int, int]]  # change per tenfold N, its interval, laws or curves, range of N
 
 
 @dataclass(frozen=True)
-class AtSize:
-    """The factor at one size: between the curves seen there, and between the laws of all sizes."""
+class SizeComparison:
+    """The factor at one size: from the measured curves at that size, and from the laws fitted to all sizes."""
 
     n_params: int
     curves: Factor
@@ -26,14 +26,15 @@ class AtSize:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A new family against a base, at every size both have. `growth`: by what tenfold N multiplies the factor.
+    """The factors of a new family against a base family at all common sizes.
 
-    It is that of `growth_from`, `laws` if these have a factor at two sizes or more, else `curves`.
+    `growth` is the number by which tenfold N multiplies the factor. It is computed from `growth_from`: `laws` if they have a
+    factor at two sizes or more, else `curves`.
     """
 
     base: str
     new: str
-    sizes: tuple[AtSize, ...]
+    sizes: tuple[SizeComparison, ...]
     growth: float | None
     growth_interval: Interval | None
     growth_from: str
@@ -41,69 +42,76 @@ class Comparison:
     remark: str
 
 
-def at_size(study: Study, family: str, rung: int) -> Curve:
-    """Loss against tokens of a family at a size."""
-    runs = study.of(family, rung)
-    return curve([r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
+def loss_curve(study: Study, family: str, size_bin: int) -> Curve:
+    """Returns loss against tokens of a family in one size bin."""
+    runs = study.runs_of(family, size_bin)
+    return lower_envelope([r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
 
 
-def compare(study: Study, laws: Mapping[str, Examination], base: str, new: str, noise: SeedNoise | None) -> Comparison:
-    """All factors of one pair of families."""
-    sizes = list[AtSize]()
-    for rung in (n for n in study.rungs if study.of(base, n) and study.of(new, n)):
-        seeds = (_fewest_seeds(study, base, rung), _fewest_seeds(study, new, rung))
-        curves = from_curves(at_size(study, base, rung), at_size(study, new, rung), noise, seeds)
-        sizes.append(AtSize(rung, curves, _between_laws(study, laws, base, new, rung)))
-    found = _growth_of_laws(laws[base], laws[new], sizes) or _growth_of_curves(sizes)
-    if found is None:
-        why = "fewer than two sizes have a factor with an interval"
-        return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), why)
-    return Comparison(base, new, tuple(sizes), *found, "")
+def compare(study: Study, laws: Mapping[str, FitResult], base: str, new: str, noise: SeedNoise | None) -> Comparison:
+    """Returns all factors of one pair of families."""
+    sizes = list[SizeComparison]()
+    for size_bin in (n for n in study.size_bins if study.runs_of(base, n) and study.runs_of(new, n)):
+        seeds = (_fewest_seeds(study, base, size_bin), _fewest_seeds(study, new, size_bin))
+        curves = factor_from_curves(loss_curve(study, base, size_bin), loss_curve(study, new, size_bin), noise, seeds)
+        sizes.append(SizeComparison(size_bin, curves, _factor_from_laws(study, laws, base, new, size_bin)))
+    growth = _growth_from_laws(laws[base], laws[new], sizes) or _growth_from_curves(sizes)
+    if growth is None:
+        remark = "fewer than two sizes have a factor with an interval"
+        return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), remark)
+    return Comparison(base, new, tuple(sizes), *growth, "")
 
 
-def _fewest_seeds(study: Study, family: str, rung: int) -> int:
-    """Of any budget: the point of a curve that is known worst counts."""
-    return min(Counter(run.record.planned_tokens for run in study.of(family, rung)).values())
+def _fewest_seeds(study: Study, family: str, size_bin: int) -> int:
+    """Returns the smallest number of seeds at any budget; it determines the error of the least certain point of the curve."""
+    return min(Counter(run.record.planned_tokens for run in study.runs_of(family, size_bin)).values())
 
 
-def _growth_of_laws(base: Examination, new: Examination, sizes: list[AtSize]) -> Growth | None:
+def _growth_from_laws(base: FitResult, new: FitResult, sizes: list[SizeComparison]) -> Growth | None:
     known = [(size.n_params, size.laws.value, size.laws.losses) for size in sizes if size.laws.value and size.laws.losses]
     if len(known) < 2:
         return None
-    slope = _slope([n for n, _, _ in known])
+    slope = _slope_weights([n for n, _, _ in known])
     growth = float(np.exp(slope @ np.log([value for _, value, _ in known])))
-    pairs = _pairs(base, new)
-    drawn = np.array([_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known])
-    interval = around(growth, np.exp(slope @ np.log(drawn)), max(base.widen, new.widen))
+    pairs = _paired_resamples(base, new)
+    resampled = np.array([_factors(pairs, float(np.sqrt(np.prod(losses))), n) for n, _, losses in known])
+    interval = bootstrap_interval(growth, np.exp(slope @ np.log(resampled)), max(base.correction, new.correction))
     return (growth, interval, "laws", (known[0][0], known[-1][0])) if interval else None
 
 
-def _growth_of_curves(sizes: list[AtSize]) -> Growth | None:
-    """Their factors are of other runs at every size, so their errors are independent."""
+def _growth_from_curves(sizes: list[SizeComparison]) -> Growth | None:
+    """The factors at different sizes come from different runs, so their errors are independent."""
     known = [
         (size.n_params, size.curves.value, size.curves.interval) for size in sizes if size.curves.value and size.curves.interval
     ]
     if len(known) < 2:
         return None
-    slope = _slope([n for n, _, _ in known])
+    slope = _slope_weights([n for n, _, _ in known])
     growth = float(slope @ np.log([value for _, value, _ in known]))
     reach = float(np.linalg.norm(slope * [np.log(high / low) / 2 for _, _, (low, high) in known]))
     interval = float(np.exp(growth - reach)), float(np.exp(growth + reach))
     return float(np.exp(growth)), interval, "curves", (known[0][0], known[-1][0])
 
 
-def _between_laws(study: Study, laws: Mapping[str, Examination], base: str, new: str, rung: int) -> Factor:
+def _factor_from_laws(study: Study, laws: Mapping[str, FitResult], base: str, new: str, size_bin: int) -> Factor:
     b, w = laws[base].law, laws[new].law
     if not (isinstance(b, Chinchilla) and isinstance(w, Chinchilla)):
-        lacking = base if laws[base].law is None else new
-        return Factor(None, None, None, None, None, f"the law of the {title(lacking)} is not determined")
-    tokens = [[run.record.tokens for run in study.of(family, rung)] for family in (base, new)]
-    seen = [(float(min(d)), float(max(d))) for d in tokens]
-    return from_laws(b, w, rung, (seen[0], seen[1]), _pairs(laws[base], laws[new]), max(laws[base].widen, laws[new].widen))
+        undetermined = base if laws[base].law is None else new
+        return Factor(None, None, None, None, None, f"the law of the {title(undetermined)} is not determined")
+    tokens = [[run.record.tokens for run in study.runs_of(family, size_bin)] for family in (base, new)]
+    token_ranges = [(float(min(d)), float(max(d))) for d in tokens]
+    return factor_from_laws(
+        b,
+        w,
+        size_bin,
+        (token_ranges[0], token_ranges[1]),
+        _paired_resamples(laws[base], laws[new]),
+        max(laws[base].correction, laws[new].correction),
+    )
 
 
-def _pairs(base: Examination, new: Examination) -> list[tuple[Chinchilla, Chinchilla]]:
-    """Laws of the same draw of runs; as many as both have, which is fewer for a longer table."""
+def _paired_resamples(base: FitResult, new: FitResult) -> list[tuple[Chinchilla, Chinchilla]]:
+    """Returns pairs of laws from the same resample of runs; as many as both have (a longer table has fewer)."""
     both = zip(base.laws, new.laws, strict=False)
     return [(b, w) for b, w in both if isinstance(b, Chinchilla) and isinstance(w, Chinchilla)]
 
@@ -112,8 +120,8 @@ def _factors(pairs: list[tuple[Chinchilla, Chinchilla]], loss: float, n_params: 
     return np.array([float(b.tokens_for(loss, n_params) / w.tokens_for(loss, n_params)) for b, w in pairs])
 
 
-def _slope(n_params: list[int]) -> Floats:
-    """Weights that make of values at these sizes their least-squares slope per decade of N."""
+def _slope_weights(n_params: list[int]) -> Floats:
+    """Returns the weights whose product with values at these sizes is the least-squares slope per decade of N."""
     x = np.log10(np.array(n_params, np.float64))
     centred = x - x.mean()
     return centred / (centred @ centred)

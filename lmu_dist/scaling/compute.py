@@ -1,7 +1,7 @@
-"""Compute: how a law splits a budget of FLOPs between N and D, under each convention of counting either.
+"""Compute-optimal N and D of a law, for every convention of counting parameters and FLOPs.
 
-Kaplan's exponent .88 and Chinchilla's .5 differ for a good part by what is counted (Porian et al. 2024, arXiv 2406.19146),
-so the choice is shown with every law. Counts come from the records; nothing is counted here.
+Kaplan's exponent 0.88 and Chinchilla's 0.5 differ largely because they count differently (Porian et al. 2024, arXiv
+2406.19146), so results are given for all conventions. The counts come from the run records; nothing is counted here.
 """
 
 from collections.abc import Sequence
@@ -10,26 +10,27 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmu_dist.scaling.collect import Run, labels, rows
-from lmu_dist.scaling.examine import Examination, examine
-from lmu_dist.scaling.intervals import Interval, around
-from lmu_dist.scaling.isoflop import Parabola, frontier, parabolas
-from lmu_dist.scaling.laws import Floats, Law, parameters
+from lmu_dist.scaling.collect import Run, resampling_groups, rows_from_runs
+from lmu_dist.scaling.intervals import Interval, bootstrap_interval
+from lmu_dist.scaling.isoflop import Parabola, fit_parabolas, optimal_size_power_law
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
 from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
-BODY, WITH_HEAD = "without embeddings", "with the head"
+WITHOUT_EMBEDDINGS, WITH_HEAD = "without embeddings", "with the head"
 SIX_ND, ALL_PRODUCTS = "6 N D", "every product"
-FEW_RESAMPLES = 200  # for the law that is only there to be compared
+FEW_RESAMPLES = 200  # for the law that only serves as a comparison
 
 
 @dataclass(frozen=True)
-class Convention:
-    """A law of one way of counting. N_opt grows as C^exponent; `n_params` and `tokens` are the optimum at `flops`, the most
-    seen.
+class CountingConvention:
+    """The compute-optimal allocation of a law under one counting convention: N_opt grows as C^exponent.
 
-    They are None where the optimum lies outside the sizes and tokens seen; the exponent is of the law, wherever that holds.
+    `n_params` and `tokens` are the optimum at `flops`, the largest compute of any run. They are None if the optimum lies
+    outside the range of the runs; the exponent is that of the law and does not depend on this range.
 
-    FLOPs per token are `k` N^`gamma`, within `deviation` (relative, worst run). Without a certificate there is no law.
+    FLOPs per token are fitted by `k` N^`gamma`; `deviation` is the largest relative error of that. If the fit of the law
+    failed a check, there are no parameters.
     """
 
     counting_n: str
@@ -48,45 +49,50 @@ class Convention:
     reasons: tuple[str, ...]
 
 
-def conventions(runs: Sequence[Run], body: Examination) -> list[Convention]:
-    """All four ways of counting for the runs of a family, the usual one (body, 6ND) first; `body` is its examined law."""
-    found = list[Convention]()
-    with_head = examine(body.form, rows(runs, with_head=True), labels(runs), FEW_RESAMPLES)
-    for counting_n, seen in ((BODY, body), (WITH_HEAD, with_head)):
-        table = rows(runs, with_head=counting_n == WITH_HEAD)
+def fit_conventions(runs: Sequence[Run], usual: FitResult) -> list[CountingConvention]:
+    """Returns all four counting conventions for the runs of a family, first the usual one: N without embeddings and 6 N D.
+
+    `usual` is the fitted law for N without embeddings.
+    """
+    all_conventions = list[CountingConvention]()
+    with_head = fit_and_validate(usual.form, rows_from_runs(runs, with_head=True), resampling_groups(runs), FEW_RESAMPLES)
+    for counting_n, result in ((WITHOUT_EMBEDDINGS, usual), (WITH_HEAD, with_head)):
+        table = rows_from_runs(runs, with_head=counting_n == WITH_HEAD)
         for counting_flops in (SIX_ND, ALL_PRODUCTS):
             per_token = _flops_per_token(runs, counting_n, counting_flops)
             flops = per_token * table.tokens
-            k, gamma, deviation = _power(table.n_params, per_token)
-            curves = parabolas(table, flops)
-            through, most, law = frontier(curves), float(flops.max()), seen.law
-            n, d = law.optimum(most, k, gamma) if law else (np.array(np.nan), np.array(np.nan))
-            inside = bool(within(table, n, d))
+            k, gamma, deviation = _fit_flops_per_token(table.n_params, per_token)
+            curves = fit_parabolas(table, flops)
+            through_optima, max_flops, law = optimal_size_power_law(curves), float(flops.max()), result.law
+            n, d = law.optimum(max_flops, k, gamma) if law else (np.array(np.nan), np.array(np.nan))
+            inside = bool(within_table(table, n, d))
             exponent = _exponent(law, gamma) if law else None
-            drawn = np.array([_exponent(other, gamma) for other in seen.laws])
-            found.append(
-                Convention(
+            resampled = np.array([_exponent(other, gamma) for other in result.laws])
+            all_conventions.append(
+                CountingConvention(
                     counting_n=counting_n,
                     counting_flops=counting_flops,
                     parameters=parameters(law) if law else None,
                     exponent=exponent,
-                    exponent_interval=around(exponent, drawn, seen.widen) if exponent and len(drawn) else None,
-                    flops=most,
+                    exponent_interval=bootstrap_interval(exponent, resampled, result.correction)
+                    if exponent and len(resampled)
+                    else None,
+                    flops=max_flops,
                     n_params=float(n) if inside else None,
                     tokens=float(d) if inside else None,
                     k=k,
                     gamma=gamma,
                     deviation=deviation,
                     parabolas=tuple(curves),
-                    parabola_exponent=through[1] if through else None,
-                    reasons=seen.certificate.reasons,
+                    parabola_exponent=through_optima[1] if through_optima else None,
+                    reasons=result.diagnostics.reasons,
                 )
             )
-    return found
+    return all_conventions
 
 
-def within(table: Rows, n_params: Floats, tokens: Floats) -> NDArray[np.bool_]:
-    """Where sizes and tokens are among those seen; False for nan."""
+def within_table(table: Rows, n_params: Floats, tokens: Floats) -> NDArray[np.bool_]:
+    """Returns where sizes and tokens lie within the range of a table; False for nan."""
     inside = (n_params >= table.n_params.min()) & (n_params <= table.n_params.max())
     return np.asarray(inside & (tokens >= table.tokens.min()) & (tokens <= table.tokens.max()))
 
@@ -94,18 +100,19 @@ def within(table: Rows, n_params: Floats, tokens: Floats) -> NDArray[np.bool_]:
 def _flops_per_token(runs: Sequence[Run], counting_n: str, counting_flops: str) -> Floats:
     if counting_flops == ALL_PRODUCTS:
         return np.array([r.record.training_flops_per_token for r in runs])
-    if counting_n == BODY:
+    if counting_n == WITHOUT_EMBEDDINGS:
         return np.array([r.record.training_flops_per_token_kaplan for r in runs])
-    return np.array([6.0 * r.record.n_params_with_head for r in runs])  # the convention's definition; no record has it
+    # The definition of this convention; the records do not store it.
+    return np.array([6.0 * r.record.n_params_with_head for r in runs])
 
 
-def _exponent(law: Law, gamma: float) -> float:
+def _exponent(law: ScalingLaw, gamma: float) -> float:
     form = law.additive()
     return form.beta / (form.alpha + gamma * form.beta)
 
 
-def _power(n_params: Floats, per_token: Floats) -> tuple[float, float, float]:
-    """(k, gamma, worst relative deviation) of per_token = k N^gamma."""
+def _fit_flops_per_token(n_params: Floats, per_token: Floats) -> tuple[float, float, float]:
+    """Fits per_token = k N^gamma and returns (k, gamma, largest relative error)."""
     x, y = np.log(n_params), np.log(per_token)
     if np.ptp(x) < 1e-9:
         return float(np.exp(np.mean(y - x))), 1.0, 0.0

@@ -1,4 +1,4 @@
-"""Intervals of fitted numbers, 90 %: by a bootstrap over whole runs, and by profiles of the objective as a cross-check."""
+"""90 % intervals of fitted numbers: from a bootstrap over whole runs, and from objective profiles as a cross-check."""
 
 import zlib
 from collections.abc import Sequence
@@ -11,97 +11,100 @@ from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.fit import DELTA, Fit, log_residuals, n_parameters, refit, unit_of_loss
-from lmu_dist.scaling.laws import Floats, Law, parameters
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
 from lmu_dist.scaling.table import Rows
 
-LEVEL = 0.9
+CONFIDENCE = 0.9
 N_RESAMPLES = 1000
-LOOSE = 1e-2  # gradient, in units of DELTA^2, at which a resample is near enough: far inside its interval
-MOST_STEPS = 300  # where a resample needs more, nothing is determined
-FEWEST = 0.95  # share of the resamples that must have an answer for there to be an interval
+RESAMPLE_TOLERANCE = 1e-2  # gradient in units of DELTA^2; the remaining error is small compared with the interval
+MAX_STEPS = 300  # a resample that needs more belongs to a law that is not determined
+MIN_SHARE = 0.95  # share of the resamples that must have a valid value, otherwise there is no interval
 
 Interval = tuple[float, float]
 
 
-def weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, seed: int = 0) -> Floats:
-    """(n_resamples, runs): how much each run counts in each resample, exponential with mean 1 (Rubin 1981, "the Bayesian
-    bootstrap").
+def bootstrap_weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, seed: int = 0) -> Floats:
+    """Returns weights (n_resamples, runs) of a Bayesian bootstrap: exponential with mean 1 (Rubin 1981).
 
-    Random weights keep every rung of a small grid in every resample, where drawing runs would lose some. Runs with one label
-    share their weight, also in another table: that is how two families are resampled in pairs.
+    Weights keep every size and budget of a small grid in every resample; drawing runs with replacement would lose some. Runs
+    with the same label get the same weights, in any table, so two families are resampled in pairs.
     """
     columns = {label: np.random.default_rng([seed, zlib.crc32(label.encode())]) for label in dict.fromkeys(labels)}
-    drawn = {label: rng.exponential(size=n_resamples) for label, rng in columns.items()}
-    return np.stack([drawn[label] for label in labels], axis=1)
+    by_label = {label: rng.exponential(size=n_resamples) for label, rng in columns.items()}
+    return np.stack([by_label[label] for label in labels], axis=1)
 
 
-def resampled(fit: Fit, rows: Rows, drawn: Floats) -> list[Law]:
-    """The law of every resample, in order."""
-    return [refit(fit.law, rows, weights=w / w.mean(), tolerance=LOOSE, most_steps=MOST_STEPS).law for w in drawn]
+def fit_resamples(fit: Fit, rows: Rows, weights: Floats) -> list[ScalingLaw]:
+    """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs)."""
+    return [refit(fit.law, rows, weights=w / w.mean(), tolerance=RESAMPLE_TOLERANCE, max_steps=MAX_STEPS).law for w in weights]
 
 
-def widening(fit: Fit, rows: Rows, n_labels: int) -> float:
-    """By what a resample's deviation is too small: parameters fitted to few runs, and a t in place of a normal distribution.
+def small_sample_correction(fit: Fit, rows: Rows, n_groups: int) -> float:
+    """Returns the small-sample correction of the bootstrap's standard deviation, a factor of at least 1.
 
-    Both hold for least squares, where leverage shrinks residuals by p/n on average, and resamples with them (White's HC3
-    makes good for the same). A fit whose residuals are mostly beyond DELTA is one of least absolute errors, of which
-    resamples tell the deviation, if anything, too wide; between the two it is a matter of shares.
+    It has two causes: fitted parameters shrink the residuals, by p/n on average, and with them the spread of the resamples
+    (White's HC3 corrects the same); and few degrees of freedom require a t in place of a normal distribution. Both hold for
+    least squares. A fit whose residuals are mostly beyond DELTA minimises absolute errors, for which the bootstrap is, if
+    anything, too wide and needs no correction. In between, the correction is applied to the share of residuals within DELTA.
     """
-    dof = n_labels - n_parameters(type(fit.law))
+    dof = n_groups - n_parameters(type(fit.law))
     if dof < 1:
         return 1.0
-    upper = (1 + LEVEL) / 2
-    full = float(n_labels / dof * t_distribution.ppf(upper, dof) / norm.ppf(upper))
-    squared = 1.0 if fit.law.SQUARES else float(np.mean(np.abs(log_residuals(fit.law, rows)) <= DELTA))
-    return 1 + squared * (full - 1)
+    upper = (1 + CONFIDENCE) / 2
+    full = float(n_groups / dof * t_distribution.ppf(upper, dof) / norm.ppf(upper))
+    quadratic_share = 1.0 if fit.law.LEAST_SQUARES else float(np.mean(np.abs(log_residuals(fit.law, rows)) <= DELTA))
+    return 1 + quadratic_share * (full - 1)
 
 
-def around(best: float, values: Floats, widen: float = 1.0) -> Interval | None:
-    """The interval of a number from its resamples: best x exp(-+ 1.645 deviations of their logarithm), widened.
+def bootstrap_interval(best: float, values: Floats, correction: float = 1.0) -> Interval | None:
+    """Returns the interval of a number from its resamples: best x exp(-+ 1.645 standard deviations of their logarithm).
 
-    Not their percentiles: fits bend, so that resamples lie to one side of the fit as fits do of the truth, and percentiles
-    hold the truth too often on wide grids, too seldom on small ones (benchmarks/intervals.py). Resamples beyond four
-    deviations, by the middle 68 %, count as if they were there. None when too many are missing for any of this to mean
-    something.
+    The standard deviation is multiplied by `correction`. Percentiles are not used: because laws are nonlinear, resamples are
+    shifted from the fit just as the fit is shifted from the truth, and intervals from percentiles contain the truth too often
+    on wide grids and too rarely on small ones (benchmarks/intervals.py). Resamples beyond four standard deviations, estimated
+    from the middle 68 %, are clipped there. Returns None if too many resamples have no valid value.
     """
     known = values[np.isfinite(values) & (np.sign(values) == np.sign(best)) & (values != 0)]
-    if not np.isfinite(best) or len(known) < max(FEWEST * len(values), 20):
+    if not np.isfinite(best) or len(known) < max(MIN_SHARE * len(values), 20):
         return None
     logs = np.log(np.abs(known))
     low, middle, high = np.percentile(logs, [15.87, 50, 84.13])
     clipped = np.clip(logs, middle - 4 * (high - low) / 2, middle + 4 * (high - low) / 2)
-    reach = float(widen * norm.ppf((1 + LEVEL) / 2) * clipped.std())
+    reach = float(correction * norm.ppf((1 + CONFIDENCE) / 2) * clipped.std())
     ends = sorted((best * float(np.exp(-reach)), best * float(np.exp(reach))))
     return ends[0], ends[1]
 
 
-def of_parameters(best: Law, laws: Sequence[Law], widen: float = 1.0) -> dict[str, Interval]:
-    """Intervals of the parameters of a law, from its resamples."""
+def parameter_intervals(best: ScalingLaw, laws: Sequence[ScalingLaw], correction: float = 1.0) -> dict[str, Interval]:
+    """Returns the intervals of the parameters of a law, from the laws of its resamples."""
     values = [parameters(law) for law in laws]
-    found = {name: around(value, np.array([v[name] for v in values]), widen) for name, value in parameters(best).items()}
-    return {name: interval for name, interval in found.items() if interval is not None}
+    intervals = {
+        name: bootstrap_interval(value, np.array([v[name] for v in values]), correction)
+        for name, value in parameters(best).items()
+    }
+    return {name: interval for name, interval in intervals.items() if interval is not None}
 
 
-def profile(fit: Fit, rows: Rows, name: str) -> Interval | None:
-    """Where a parameter without units (E or an exponent) can go before the objective says no; None if it never does.
+def profile_interval(fit: Fit, rows: Rows, name: str) -> Interval | None:
+    """Returns the profile interval of E or an exponent: the values up to which the refitted objective rises to a limit.
 
-    The objective is no likelihood: its rise is measured in E[psi^2]/E[psi'] of its own residuals, as in robust regression, and
-    compared with the F distribution.
+    The objective is not a likelihood, so its rise is scaled by E[psi^2]/E[psi'] of the residuals, as in robust regression, and
+    compared with the F distribution. Returns None if the objective never reaches the limit.
     """
     dof = len(rows) - n_parameters(type(fit.law))
     if dof < 1:
         return None
     best = getattr(fit.law, name)
-    allowed = 0.5 * float(f_distribution.ppf(LEVEL, 1, dof)) * _scale(fit.law, rows) * len(rows) / dof
+    allowed = 0.5 * float(f_distribution.ppf(CONFIDENCE, 1, dof)) * _residual_scale(fit.law, rows) * len(rows) / dof
     if not allowed > 0:
         return None
     last = fit.law
 
     def rise(value: float) -> float:
         nonlocal last
-        found = refit(_with(last, name, value), rows, held=name, tolerance=1e-4)
-        last = found.law if np.isfinite(found.minimised) else fit.law
-        return found.minimised - fit.minimised - allowed
+        refitted = refit(_with_parameter(last, name, value), rows, fixed=name, tolerance=1e-4)
+        last = refitted.law if np.isfinite(refitted.minimised_objective) else fit.law
+        return refitted.minimised_objective - fit.minimised_objective - allowed
 
     ends = list[float]()
     for direction in (-1, 1):
@@ -115,19 +118,19 @@ def profile(fit: Fit, rows: Rows, name: str) -> Interval | None:
             inside, step = outside, 2 * step
         else:
             return None
-        crossed = rise(inside) < 0  # not so where the objective is all but flat: rounding
+        crossed = rise(inside) < 0  # false, by rounding, where the objective is almost flat
         ends.append(cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best))) if crossed else inside)
     return ends[0], ends[1]
 
 
-def _with(law: Law, name: str, value: float) -> Law:
+def _with_parameter(law: ScalingLaw, name: str, value: float) -> ScalingLaw:
     return type(law)(**{**parameters(law), name: value})
 
 
-def _scale(law: Law, rows: Rows) -> float:
-    """E[psi^2] / E[psi'] of the residuals, psi' by a difference over their spread, since Huber's is a spike."""
+def _residual_scale(law: ScalingLaw, rows: Rows) -> float:
+    """Returns E[psi^2] / E[psi'] of the residuals; psi' by a finite difference as wide as their spread, since Huber's jumps."""
     loss = law.loss(rows.n_params, rows.tokens)
-    if law.SQUARES:
+    if law.LEAST_SQUARES:
         return float(np.mean(((loss - rows.loss) / unit_of_loss(rows)) ** 2))
     residual = np.log(loss / rows.loss)
     spread = 1.4826 * float(np.median(np.abs(residual))) + 1e-300

@@ -1,4 +1,4 @@
-"""All that a study says in one value: collected runs in, fits, factors and an answer out. results.json and the page show it."""
+"""Analyses a study: collected runs in, one `Results` with fits, factors and the answer out, for results.json and the page."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -8,44 +8,44 @@ import numpy as np
 
 from lmu_dist.scaling import positions
 from lmu_dist.scaling.answer import BASE, NEW, WORST, Answer, answer
-from lmu_dist.scaling.collect import Run, Study, labels, rows
+from lmu_dist.scaling.collect import Run, Study, resampling_groups, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, compare
-from lmu_dist.scaling.compute import Convention, conventions
-from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement, seed_noise
-from lmu_dist.scaling.examine import Examination, examine
-from lmu_dist.scaling.intervals import N_RESAMPLES, weights
+from lmu_dist.scaling.compute import CountingConvention, fit_conventions
+from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement_ratio, seed_noise
+from lmu_dist.scaling.intervals import N_RESAMPLES, bootstrap_weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
-from lmu_dist.scaling.positions import Level
-from lmu_dist.scaling.sizes import InSize, power_law
+from lmu_dist.scaling.positions import Plateau
+from lmu_dist.scaling.sizes import SizeLaw, fit_power_law
+from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
 Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
 
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """The law of a family, and what the four ways of counting make of it."""
+    """The fitted law of a family, and its compute-optimal allocation under the four counting conventions."""
 
     family: str
-    examination: Examination
-    conventions: tuple[Convention, ...]
+    result: FitResult
+    conventions: tuple[CountingConvention, ...]
     run_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Position:
-    """Loss by position for a family and size at its largest budget, seeds averaged."""
+class PositionLoss:
+    """Loss by position of a family and size at its largest budget, averaged over seeds."""
 
     family: str
     n_params: int
     tokens: int
     n_seeds: int
     losses: tuple[float, ...]
-    level: Level
+    level: Plateau
 
 
 @dataclass(frozen=True)
-class ByPosition:
-    """The factor of the comparison asked for, by position, at one size. Only where seed noise is known: bins are noisy."""
+class FactorByPosition:
+    """The factor of NEW against BASE by position, at one size. It needs known seed noise, since bins are noisy."""
 
     n_params: int
     bins: tuple[tuple[int, int, Factor], ...]
@@ -53,65 +53,65 @@ class ByPosition:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report shows. `asked` is the comparison that the question is about, one of `comparisons`."""
+    """Everything the report shows. `headline` is the comparison of NEW and BASE, one of `comparisons`."""
 
-    asked: Comparison | None
+    headline: Comparison | None
     answer: Answer
     fits: tuple[FamilyFit, ...]
     comparisons: tuple[Comparison, ...]
     improvement: Improvement
     noise: SeedNoise | None
-    in_size: tuple[InSize, ...]
-    positions: tuple[Position, ...]
-    by_position: ByPosition | None
+    in_size: tuple[SizeLaw, ...]
+    positions: tuple[PositionLoss, ...]
+    by_position: FactorByPosition | None
 
 
-def largest_budgets(study: Study) -> list[Run]:
-    """The runs whose loss by position the report shows: those of the largest budget of every family and size."""
-    found = list[Run]()
+def runs_at_largest_budget(study: Study) -> list[Run]:
+    """Returns the runs at the largest budget of every family and size; the report shows their loss by position."""
+    largest = list[Run]()
     for family in study.families:
-        for rung in study.rungs:
-            runs = study.of(family, rung)
+        for size_bin in study.size_bins:
+            runs = study.runs_of(family, size_bin)
             most = max((run.record.planned_tokens for run in runs), default=0)
-            found += [run for run in runs if run.record.planned_tokens == most]
-    return found
+            largest += [run for run in runs if run.record.planned_tokens == most]
+    return largest
 
 
-def compared_by_position(study: Study) -> list[Run]:
-    """The runs from which the factor by position is made: the two families asked about, at the largest size both have."""
-    common = [n for n in study.rungs if study.of(BASE, n) and study.of(NEW, n)]
-    return [run for family in (BASE, NEW) for run in study.of(family, common[-1])] if common else []
+def runs_compared_by_position(study: Study) -> list[Run]:
+    """Returns the runs of BASE and NEW at the largest common size; the factor by position is computed from them."""
+    common = [n for n in study.size_bins if study.runs_of(BASE, n) and study.runs_of(NEW, n)]
+    return [run for family in (BASE, NEW) for run in study.runs_of(family, common[-1])] if common else []
 
 
 def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Results:
-    """From runs, and the loss by position of those that have one, to all results."""
+    """Computes all results from the runs of a study, and the losses by position of those runs that have them."""
     noise = seed_noise(_cells(study.runs))
     fits = tuple(_fit(study, family, n_resamples) for family in study.families)
-    laws = {f.family: f.examination for f in fits}
+    laws = {f.family: f.result for f in fits}
     base = BASE if BASE in study.families else (study.families[-1])
     comparisons = tuple(compare(study, laws, base, new, noise) for new in study.families if new != base)
-    asked = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
+    headline = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
     return Results(
-        asked=asked,
-        answer=answer(study, asked, noise),
+        headline=headline,
+        answer=answer(study, headline, noise),
         fits=fits,
         comparisons=comparisons,
         improvement=_improvement(study, n_resamples),
         noise=noise,
-        in_size=tuple(_in_size(study, family) for family in study.families),
+        in_size=tuple(_size_law(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
         by_position=_by_position(study, curves, noise) if noise else None,
     )
 
 
 def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
-    runs = study.of(family)
-    seen = examine(Chinchilla, rows(runs), labels(runs), n_resamples)
-    return FamilyFit(family, seen, tuple(conventions(runs, seen)), tuple(run.run_id for run in runs))
+    runs = study.runs_of(family)
+    result = fit_and_validate(Chinchilla, rows_from_runs(runs), resampling_groups(runs), n_resamples)
+    return FamilyFit(family, result, tuple(fit_conventions(runs, result)), tuple(run.run_id for run in runs))
 
 
 def _cells(runs: Sequence[Run]) -> list[list[float]]:
-    """Losses of cells that differ in the seed only."""
+    """Returns groups of losses whose runs differ only in the seed."""
     groups = defaultdict[tuple[str, int, int], list[float]](list)
     for run in runs:
         groups[run.record.family, run.record.n_params, run.record.planned_tokens].append(run.record.val_loss_nats)
@@ -121,15 +121,15 @@ def _cells(runs: Sequence[Run]) -> list[list[float]]:
 def _improvement(study: Study, n_resamples: int) -> Improvement:
     losses = defaultdict[tuple[int, int, int], dict[str, Run]](dict)
     for run in study.runs:
-        losses[run.rung, run.record.planned_tokens, run.record.seed][run.record.family] = run
+        losses[run.size_bin, run.record.planned_tokens, run.record.seed][run.record.family] = run
     common = [cell for cell in losses.values() if all(name in cell for name in (NEW, BASE, WORST))]
     table = [[cell[name].record.val_loss_nats for name in (NEW, BASE, WORST)] for cell in common]
-    drawn = weights(labels([cell[NEW] for cell in common]), n_resamples) if common else None
-    return improvement(np.array(table), drawn)
+    weights = bootstrap_weights(resampling_groups([cell[NEW] for cell in common]), n_resamples) if common else None
+    return improvement_ratio(np.array(table), weights)
 
 
-def _in_size(study: Study, family: str) -> InSize:
-    runs = [run for run in largest_budgets(study) if run.record.family == family]
+def _size_law(study: Study, family: str) -> SizeLaw:
+    runs = [run for run in runs_at_largest_budget(study) if run.record.family == family]
     most = max(run.record.planned_tokens for run in runs)
     losses = defaultdict[int, list[float]](list)
     for run in runs:
@@ -137,28 +137,28 @@ def _in_size(study: Study, family: str) -> InSize:
             losses[run.record.n_params].append(np.log(run.record.val_loss_nats))
     sizes = sorted(losses)
     means = np.exp([np.mean(losses[n]) for n in sizes])
-    return power_law(family, most, np.array(sizes, np.float64), means)
+    return fit_power_law(family, most, np.array(sizes, np.float64), means)
 
 
-def _positions(study: Study, curves: Curves) -> list[Position]:
+def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
     groups = defaultdict[tuple[str, int], list[Run]](list)
-    for run in largest_budgets(study):
+    for run in runs_at_largest_budget(study):
         if run.run_id in curves:
-            groups[run.record.family, run.rung].append(run)
-    found = []
-    for (family, rung), runs in groups.items():
+            groups[run.record.family, run.size_bin].append(run)
+    position_losses = []
+    for (family, size_bin), runs in groups.items():
         mean = np.mean([curves[run.run_id] for run in runs], axis=0)
-        level = positions.level_from(positions.binned(mean))
+        level = positions.find_plateau(positions.bin_positions(mean))
         tokens = runs[0].record.planned_tokens
-        found.append(Position(family, rung, tokens, len(runs), tuple(float(v) for v in mean), level))
-    return found
+        position_losses.append(PositionLoss(family, size_bin, tokens, len(runs), tuple(float(v) for v in mean), level))
+    return position_losses
 
 
-def _by_position(study: Study, curves: Curves, noise: SeedNoise) -> ByPosition | None:
+def _by_position(study: Study, curves: Curves, noise: SeedNoise) -> FactorByPosition | None:
     tables: dict[str, dict[int, list[Floats]]] = {BASE: defaultdict(list), NEW: defaultdict(list)}
-    runs = [run for run in compared_by_position(study) if run.run_id in curves]
+    runs = [run for run in runs_compared_by_position(study) if run.run_id in curves]
     for run in runs:
         tables[run.record.family][run.record.tokens].append(curves[run.run_id])
     if not tables[BASE] or not tables[NEW]:
         return None
-    return ByPosition(runs[0].rung, tuple(positions.factors(tables[BASE], tables[NEW], noise)))
+    return FactorByPosition(runs[0].size_bin, tuple(positions.factors_by_position(tables[BASE], tables[NEW], noise)))

@@ -1,21 +1,22 @@
-"""The paper's first claim: is loss a power law in N? Losses of a family at one budget in, exponent and its interval out."""
+"""Tests whether loss is a power law in N, the paper's first claim: losses at one budget in, exponent and interval out."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as t_distribution
 
-from lmu_dist.scaling.intervals import LEVEL, Interval
+from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Floats, PowerLaw
 
-FEWEST_SIZES = 4
+MIN_SIZES = 4
 
 
 @dataclass(frozen=True)
-class InSize:
-    """L = (scale/N)^exponent of a family at one budget, by least squares of ln L; None and why for fewer than four sizes.
+class SizeLaw:
+    """The power law L = (scale/N)^exponent of a family at one budget, fitted by least squares of ln L.
 
-    `bends` says that a curve fits better than the line: the second difference in ln N is told from zero at 90 %.
+    With fewer than four sizes there is no law, and `remark` says so. `bends`: a parabola in ln N fits better than the line; its
+    quadratic coefficient differs from zero at the 90 % level.
     """
 
     family: str
@@ -28,28 +29,26 @@ class InSize:
     remark: str
 
 
-def power_law(family: str, tokens: int, n_params: Floats, loss: Floats) -> InSize:
-    """From the mean loss at each size."""
+def fit_power_law(family: str, tokens: int, n_params: Floats, loss: Floats) -> SizeLaw:
+    """Fits the power law to the mean loss at each size."""
     count = len(n_params)
-    if count < FEWEST_SIZES:
-        return InSize(
-            family, tokens, count, None, None, None, None, f"{count} sizes; a line that could miss needs {FEWEST_SIZES}"
-        )
+    if count < MIN_SIZES:
+        return SizeLaw(family, tokens, count, None, None, None, None, f"{count} sizes; the test needs at least {MIN_SIZES}")
     x, y = np.log(n_params) - np.log(n_params).mean(), np.log(loss)
     (slope, offset), residual, slope_error = _regress(np.stack([x, np.ones(count)], axis=1), y)
     exponent = -slope
-    reach = float(t_distribution.ppf((1 + LEVEL) / 2, count - 2)) * slope_error
+    reach = float(t_distribution.ppf((1 + CONFIDENCE) / 2, count - 2)) * slope_error
     (bend, *_), _, bend_error = _regress(np.stack([x**2, x, np.ones(count)], axis=1), y)
-    bends = abs(bend) > t_distribution.ppf((1 + LEVEL) / 2, count - 3) * bend_error
+    bends = abs(bend) > t_distribution.ppf((1 + CONFIDENCE) / 2, count - 3) * bend_error
     scale = float(np.exp(np.log(n_params).mean() + offset / exponent)) if exponent else float("inf")
     law = PowerLaw(scale, float(exponent))
     interval = (float(exponent - reach), float(exponent + reach))
-    return InSize(family, tokens, count, law, interval, float(np.abs(np.expm1(residual)).max()), bool(bends), "")
+    return SizeLaw(family, tokens, count, law, interval, float(np.abs(np.expm1(residual)).max()), bool(bends), "")
 
 
 def _regress(columns: Floats, y: Floats) -> tuple[Floats, Floats, float]:
-    """Coefficients, residuals, and the standard error of the first coefficient."""
-    found: Floats = np.asarray(np.linalg.lstsq(columns, y, rcond=None)[0], np.float64)
-    residual = y - columns @ found
+    """Returns the coefficients, the residuals, and the standard error of the first coefficient."""
+    coefficients: Floats = np.asarray(np.linalg.lstsq(columns, y, rcond=None)[0], np.float64)
+    residual = y - columns @ coefficients
     variance = float(residual @ residual) / (len(y) - columns.shape[1])
-    return found, residual, float(np.sqrt(variance * np.linalg.inv(columns.T @ columns)[0, 0]))
+    return coefficients, residual, float(np.sqrt(variance * np.linalg.inv(columns.T @ columns)[0, 0]))

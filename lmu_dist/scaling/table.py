@@ -1,4 +1,4 @@
-"""Tables that laws are fitted to: columns or anybody's CSV in, checked Rows out. For `fit`, and for `lmu-dist fit`."""
+"""Tables for fitting laws: columns or a CSV file in, checked `Rows` out. Used by the report and by `lmu-dist fit`."""
 
 import csv
 import math
@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.laws import Floats
 
-MOST_ROWS = 20_000  # a run is a row; a longer table holds steps of curves, which are not independent
-LEAST, MOST = 1e-100, 1e100  # beyond, products of them are no numbers any more
-SAME_SIZE = 1.05  # sizes and budgets within this ratio are one rung: families meet a size within 2 %
+MAX_ROWS = 20_000  # one row per run; a longer table has the steps of training curves, which are not independent
+MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # products of values outside this range overflow
+SIZE_BIN_RATIO = 1.05  # sizes (and budgets) within this ratio are in one bin; models meet a requested size within 2 %
 COMPARISONS = {
     "!=": operator.ne,
     "<=": operator.le,
@@ -39,26 +39,26 @@ class Rows:
         return len(self.loss)
 
     def where(self, keep: NDArray[np.bool_]) -> "Rows":
-        """Some of the rows, by a mask."""
+        """Returns the rows selected by a mask."""
         return Rows(self.n_params[keep], self.tokens[keep], self.loss[keep])
 
-    def copies(self) -> list[str]:
-        """For each row the number of the first that is the same: a row pasted twice is one run."""
+    def duplicate_groups(self) -> list[str]:
+        """Returns, per row, the index of the first equal row as text: rows that occur twice count as one run."""
         first = dict[tuple[float, float, float], str]()
         triples = zip(self.n_params.tolist(), self.tokens.tolist(), self.loss.tolist(), strict=True)
         return [first.setdefault(triple, str(i)) for i, triple in enumerate(triples)]
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Rows that a fit does not see, by their number in the file (the first below the header is 1), and why."""
+class LeftOutRows:
+    """Rows that a fit does not use, by their number in the file (1 is the first below the header), and the reason."""
 
     reason: str
     rows: tuple[int, ...]
 
 
-def rows_of(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Rows:
-    """A table from columns. Raises ValueError unless all are positive, finite numbers."""
+def rows_from_columns(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Rows:
+    """Returns a table made from columns. Raises ValueError unless all values are positive and finite."""
     rows = Rows(*(np.asarray(v, np.float64) for v in (n_params, tokens, loss)))
     for column in (rows.n_params, rows.tokens, rows.loss):
         if not (np.all(column > 0) and np.all(np.isfinite(column))):
@@ -66,32 +66,36 @@ def rows_of(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Rows:
     return rows
 
 
-def rungs(values: Floats) -> Floats:
-    """For each value the least of its rung: a rung starts at the least value that is left and reaches as far as SAME_SIZE."""
-    rung, start = np.empty_like(values), 0.0
+def size_bins(values: Floats) -> Floats:
+    """Returns, for each value, the smallest value of its bin.
+
+    A bin starts at the smallest value that is not yet in a bin and includes all values within SIZE_BIN_RATIO of it.
+    """
+    bins, start = np.empty_like(values), 0.0
     for i in np.argsort(values):
-        if not start or values[i] > start * SAME_SIZE:
+        if not start or values[i] > start * SIZE_BIN_RATIO:
             start = values[i]
-        rung[i] = start
-    return rung
+        bins[i] = start
+    return bins
 
 
 def read_table(
     path: Path, n_params: str, tokens: str, loss: str, where: Sequence[str] = ()
-) -> tuple[Rows, tuple[int, ...], list[LeftOut]]:
-    """Rows of a CSV file, their numbers, and those left out. Raises ConfigError for what no fit can be made from.
+) -> tuple[Rows, tuple[int, ...], list[LeftOutRows]]:
+    """Reads a CSV file and returns its rows, their numbers, and the rows left out. Raises ConfigError if it cannot be fitted.
 
-    `where` are conditions such as `data=c4` or `N>=1e7`: several on one column with `=` mean any of them, otherwise all hold.
-    Rows whose loss is missing or not finite (a diverged run) are left out; any other bad number is an error.
+    `where` has conditions such as `data=c4` or `N>=1e7`. Several conditions with `=` on one column are joined by "or", all
+    others by "and". Rows whose loss is missing or not finite (a diverged run) are left out; any other invalid number is an
+    error.
     """
-    lines, header = _read(path, (n_params, tokens, loss))
+    lines, header = _read_csv(path, (n_params, tokens, loss))
     conditions = [_condition(text, header, path) for text in where]
     kept, numbers, excluded, lossless = list[tuple[float, ...]](), list[int](), list[int](), list[int]()
     for number, line in enumerate(lines, 1):
         if len(line) != len(header):
-            raise ConfigError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}; mend the row")
+            raise ConfigError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}; correct the row")
         cells = dict(zip(header, line, strict=True))
-        if not _holds(cells, conditions):
+        if not _matches(cells, conditions):
             excluded.append(number)
             continue
         y = _number(cells[loss], path, number, loss, missing_ok=True)
@@ -101,52 +105,56 @@ def read_table(
         numbers.append(number)
         kept.append(tuple(_positive(cells[column], path, number, column) for column in (n_params, tokens, loss)))
     if not kept:
-        raise ConfigError(f"{path}: none of {len(lines)} rows is left; loosen --where, or look at column {loss!r}")
-    if len(kept) > MOST_ROWS:
+        raise ConfigError(f"{path}: no row of {len(lines)} can be used; relax --where, or check column {loss!r}")
+    if len(kept) > MAX_ROWS:
         raise ConfigError(
-            f"{path}: {len(kept):,} rows; a fit takes one row per finished run, at most {MOST_ROWS:,}. Steps of one training "
-            "curve are not independent: keep the last of each run, by --where or beforehand"
+            f"{path}: {len(kept):,} rows; a fit takes one row per finished run, at most {MAX_ROWS:,}. Steps of one training "
+            "curve are not independent: keep only the last step of each run, with --where or before calling this command"
         )
-    said = [("excluded by --where", excluded), (f"{loss} is missing or not finite", lossless)]
-    return rows_of(*np.array(kept).T), tuple(numbers), [LeftOut(reason, tuple(rows)) for reason, rows in said if rows]
+    reasons = [("excluded by --where", excluded), (f"{loss} is missing or not finite", lossless)]
+    return (
+        rows_from_columns(*np.array(kept).T),
+        tuple(numbers),
+        [LeftOutRows(reason, tuple(rows)) for reason, rows in reasons if rows],
+    )
 
 
-def _read(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]]:
+def _read_csv(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
     except FileNotFoundError as e:
-        raise ConfigError(f"no file {path}") from e
+        raise ConfigError(f"the file {path} does not exist") from e
     except (UnicodeDecodeError, csv.Error, IsADirectoryError) as e:
-        raise ConfigError(f"{path} is no CSV file of text: {e}") from e
+        raise ConfigError(f"{path} is not a CSV text file: {e}") from e
     if len(lines) < 2:
-        raise ConfigError(f"{path} has no rows below its header" if lines else f"{path} is empty")
+        raise ConfigError(f"{path} has a header but no rows" if lines else f"{path} is empty")
     header = [name.strip() for name in lines[0]]
     while header and not header[-1] and all(len(line) < len(header) or not line[len(header) - 1].strip() for line in lines):
-        header.pop()  # what spreadsheets leave at the end of each line
+        header.pop()  # an empty last column, as spreadsheets write it
         lines = [line[: len(header)] for line in lines]
     if len(set(header)) != len(header):
-        raise ConfigError(f"{path}: two columns of one name; rename one")
+        raise ConfigError(f"{path}: two columns have the same name; rename one")
     for column in needed:
         if column not in header:
-            raise ConfigError(f"{path}: no column {column!r}; there are: {', '.join(header)}")
+            raise ConfigError(f"{path} has no column {column!r}; its columns are: {', '.join(header)}")
     return lines[1:], header
 
 
 def _condition(text: str, header: Sequence[str], path: Path) -> tuple[str, str, str]:
     parts = re.match(r"(.*?)(!=|<=|>=|==?|<|>)(.*)", text)
     if not parts:
-        raise ConfigError(f"--where {text!r} is no condition; write --where 'column=value', or with != < <= > >=")
+        raise ConfigError(f"--where {text!r} is not a condition; write --where 'column=value', or use != < <= > >=")
     column, sign, value = (part.strip() for part in parts.groups())
     sign = sign.replace("==", "=")
     if column not in header:
-        raise ConfigError(f"--where {text!r}: {path} has no column {column!r}; there are: {', '.join(header)}")
+        raise ConfigError(f"--where {text!r}: {path} has no column {column!r}; its columns are: {', '.join(header)}")
     if sign in ("<", "<=", ">", ">=") and _as_number(value) is None:
-        raise ConfigError(f"--where {text!r}: {value!r} is no number")
+        raise ConfigError(f"--where {text!r}: {value!r} is not a number")
     return column, sign, value
 
 
-def _holds(cells: dict[str, str], conditions: Sequence[tuple[str, str, str]]) -> bool:
+def _matches(cells: dict[str, str], conditions: Sequence[tuple[str, str, str]]) -> bool:
     any_of = dict[str, bool]()
     for column, sign, value in conditions:
         have, want = _as_number(cells[column]), _as_number(value)
@@ -173,13 +181,15 @@ def _number(text: str, path: Path, row: int, column: str, missing_ok: bool = Fal
     if value is None and missing_ok and text.strip().lower() in ("", "na", "n/a", "null", "none"):
         return math.nan
     if value is None:
-        raise ConfigError(f"{path}: row {row}, column {column!r}: {text!r} is no number")
+        raise ConfigError(f"{path}: row {row}, column {column!r}: {text!r} is not a number")
     return value
 
 
 def _positive(text: str, path: Path, row: int, column: str) -> float:
     value = _number(text, path, row, column)
-    if not LEAST < value < MOST:
-        asked = "it must be positive and finite, from 1e-100 to 1e100"
-        raise ConfigError(f"{path}: row {row}, column {column!r}: {text!r}; {asked}. Mend it, or use --where")
+    if not MIN_VALUE < value < MAX_VALUE:
+        requirement = "it must be positive and finite, from 1e-100 to 1e100"
+        raise ConfigError(
+            f"{path}: row {row}, column {column!r}: {text!r}; {requirement}. Correct it, or exclude it by --where"
+        )
     return value

@@ -1,1 +1,1 @@
-"""Tracking, the only room that knows MLflow: studies and runs, the spool of what is to be told, and who delivers it."""
+"""Tracking, the only package that imports MLflow: studies and runs, the metrics log of a run, and its upload to MLflow."""

@@ -1,6 +1,6 @@
-"""How far an experiment is: an MLflow store in, one row per cell out. For `lmu-dist status`, and for the ladder while it runs.
+"""The progress of an experiment, one row per cell, read from MLflow. For `lmu-dist status`.
 
-Reads what MLflow has as newest value of every metric, never a history.
+Reads only the newest value of every metric, never a history.
 """
 
 import time
@@ -10,15 +10,15 @@ from typing import Any
 from mlflow.entities import Run
 
 from lmu_dist import records
-from lmu_dist.tracking.store import ALIVE, KEY, SILENCE_SECONDS, STATUS, Store
+from lmu_dist.tracking.store import HEARTBEAT, HEARTBEAT_TIMEOUT_SECONDS, KEY, STATUS, Store
 
-PLANNED, LOST = "planned", "lost"  # states beside the statuses of a run: not begun; begun, and silent since
+PLANNED, LOST = "planned", "lost"  # more states than a run has: not started; started, and without a recent heartbeat
 ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One cell. `loss_nats` is the validation loss once there is one, else that of the last step."""
+    """The progress of one cell. `loss_nats` is the validation loss; before the first validation, the loss of the last step."""
 
     name: str
     key: str
@@ -35,18 +35,18 @@ class Row:
 
 
 def rows(store: Store, experiment: str) -> list[Row]:
-    """All cells of an experiment, those planned and not begun included; what is being worked on first, the finished last."""
-    own, elsewhere, waiting = store.cells(experiment)
+    """All cells of an experiment, including those not started: running cells first, finished ones last."""
+    own, elsewhere, planned = store.cells(experiment)
     found = {run.data.tags[KEY]: _row(run) for run in own}
     found |= {key: _row(run, "in another experiment") for key, run in elsewhere.items()}
     order = {state: i for i, state in enumerate(ORDER)}
     return sorted(
-        [*found.values(), *map(_planned, waiting)],
+        [*found.values(), *map(_planned_row, planned)],
         key=lambda row: (order.get(row.state, len(order)), row.planned_tokens, row.name),
     )
 
 
-def _planned(cell: dict[str, Any]) -> Row:
+def _planned_row(cell: dict[str, Any]) -> Row:
     return Row(
         name=cell["name"],
         key=cell["key"],
@@ -66,12 +66,12 @@ def _planned(cell: dict[str, Any]) -> Row:
 def _row(run: Run, remark: str = "") -> Row:
     tags, metrics = run.data.tags, run.data.metrics
     state, planned = tags.get(STATUS, records.WAITING), int(run.data.params.get("planned_tokens", "0"))
-    alive = time.time() - float(tags.get(ALIVE, "0")) / 1000 < SILENCE_SECONDS
-    if state in (records.RUNNING, records.WAITING) and not alive:
+    is_alive = time.time() - float(tags.get(HEARTBEAT, "0")) / 1000 < HEARTBEAT_TIMEOUT_SECONDS
+    if state in (records.RUNNING, records.WAITING) and not is_alive:
         state = LOST
     tokens, speed = int(metrics.get(records.TRAIN_TOKENS, 0)), metrics.get(records.TOKENS_PER_SECOND)
     running = state == records.RUNNING
-    said = [remark, tags.get("lmu.stop_rule", ""), "second try at half the rate" if tags.get("lmu.retry_of") else ""]
+    remarks = [remark, tags.get("lmu.stop_rule", ""), "retry at half the learning rate" if tags.get("lmu.retry_of") else ""]
     return Row(
         name=tags.get("mlflow.runName", ""),
         key=tags[KEY],
@@ -84,5 +84,5 @@ def _row(run: Run, remark: str = "") -> Row:
         n_workers=int(tags.get("lmu.n_workers", "0")),
         attempts=int(tags.get("lmu.attempt", "0")),
         eta_seconds=(planned - tokens) / speed if running and speed else None,
-        remark="; ".join(text for text in said if text),
+        remark="; ".join(text for text in remarks if text),
     )

@@ -1,4 +1,4 @@
-"""When a run has diverged: the losses so far in, a rule in words out. Called by launch/worker after every step."""
+"""Divergence check: running mean of the training loss in, the reason for stopping out. Called by launch/worker every step."""
 
 import math
 
@@ -6,12 +6,12 @@ from lmu_dist.config import TrainConfig
 
 
 def running_mean(mean: float | None, loss: float) -> float:
-    """The mean over about the last ten steps, as an exponential average; single batches are too noisy to judge by."""
+    """Exponential moving average of the loss over about ten steps. The loss of a single batch is too noisy to compare."""
     return loss if mean is None else 0.9 * mean + 0.1 * loss
 
 
-def diverged(train: TrainConfig, mean_loss: float, best_mean_loss: float) -> str:
-    """The rule by which a run has diverged; "" while it has not."""
+def divergence_reason(train: TrainConfig, mean_loss: float, best_mean_loss: float) -> str:
+    """Why the run counts as diverged, as text; "" if it has not diverged."""
     if not math.isfinite(mean_loss):
         return "non-finite loss"
     if mean_loss > train.divergence_factor * best_mean_loss:

@@ -1,6 +1,7 @@
-"""The only file that knows DeepSpeed: a model in, optimizer steps, losses and ZeRO-sharded state out.
+"""DeepSpeed engine: a LanguageModel in; optimizer steps, losses and ZeRO-sharded checkpoints out.
 
-Needs a process group (Ray makes it for workers, tests make their own). Built by launch/worker.
+The only module that imports DeepSpeed. It needs an initialized process group: Ray makes it for workers, tests make their own.
+Built by launch/worker.
 """
 
 import math
@@ -27,7 +28,7 @@ TAG = "zero"  # DeepSpeed's folder inside a checkpoint
 
 
 class Engine:
-    """A LanguageModel under ZeRO stage 0 to 3 with Adam, on this rank's device. All methods are collective."""
+    """A LanguageModel under ZeRO stage 0 to 3 with Adam, on this rank's device. Methods are collective: all ranks call them."""
 
     def __init__(self, model: LanguageModel, train: TrainConfig, cluster: ClusterConfig, device: torch.device) -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend())
@@ -50,8 +51,8 @@ class Engine:
                 "bf16": {"enabled": train.precision == "bf16"},
                 "zero_optimization": {
                     "stage": cluster.zero_stage,
-                    # With DeepSpeed's defaults buckets are larger than most models, and weights that will be needed again,
-                    # as all are in backward, stay whole at stage 3: no stage would save anything.
+                    # DeepSpeed's default buckets are larger than most of our models. At stage 3 its defaults also keep gathered
+                    # weights that will be used again, which all are in the backward pass. No stage would then save memory.
                     "reduce_bucket_size": bucket,
                     "stage3_prefetch_bucket_size": bucket,
                     "stage3_max_reuse_distance": bucket,
@@ -63,9 +64,10 @@ class Engine:
         )
 
     def step(self, batch: Batch, learning_rate: float) -> tuple[float, float]:
-        """One optimizer step on this rank's share of the global batch: (mean loss over all rows in nats, gradient norm).
+        """Takes one optimizer step on this rank's share of the global batch. Returns (mean loss in nats, gradient norm).
 
-        Shares may differ by a row. A loss that is not finite leaves the weights as they were, on every rank.
+        The mean is over all rows of the global batch; shares may differ by one row. If the loss is not finite, no rank changes
+        its weights and the norm is NaN.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
@@ -75,10 +77,10 @@ class Engine:
         micro_batches = zip(batch.inputs.tensor_split(self._n_micro), batch.targets.tensor_split(self._n_micro), strict=True)
         for i, (inputs, targets) in enumerate(micro_batches):
             if i:
-                self._ds.step()  # closes the micro-batch before; weights move after the last one only
-            # DeepSpeed takes the mean over micro-batches and ranks; where they have not equally many rows these are weighed.
+                self._ds.step()  # ends the previous micro-batch; DeepSpeed updates weights after the last one only
+            # DeepSpeed averages over micro-batches and ranks. The weight corrects for their different numbers of rows.
             weight = len(inputs) * self._n_micro * n_ranks / self.batch_rows
-            if not weight:  # passes are collective: a rank with nothing left runs one that counts for nothing
+            if not weight:  # passes are collective, so a rank with no rows left runs one with weight 0
                 inputs, targets = batch.inputs[:1], batch.targets[:1]
             loss = self._ds(inputs.to(self.device), targets.to(self.device)).mean() * weight
             self._ds.backward(loss)
@@ -92,13 +94,13 @@ class Engine:
         return mean.item(), float(unsharded_norm if norm is None else norm)
 
     def _gradient_norm(self) -> float:
-        """Norm of the averaged gradients at stage 0, for which DeepSpeed reports none."""
+        """Norm of the averaged gradients. Used at stage 0, for which DeepSpeed reports none."""
         grads = [p.grad for p in self.model.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(grads)) if grads else math.nan
 
     @torch.no_grad()
     def losses(self, batch: Batch) -> Float[Tensor, "B T"]:
-        """Loss of every target in nats, on this rank's rows, weights untouched."""
+        """Loss of every target in nats on this rank's rows, without an update."""
         self._ds.eval()
         return self._ds(batch.inputs.to(self.device), batch.targets.to(self.device)).double().cpu()
 
@@ -115,7 +117,7 @@ class Engine:
         return moved.item()
 
     def weights(self) -> dict[str, Tensor]:
-        """All weights on the CPU of rank 0 (other ranks get an empty dict), gathered one at a time under ZeRO 3."""
+        """All weights, on the CPU of rank 0; other ranks get an empty dict. ZeRO 3 gathers one parameter at a time."""
         gathered = {}
         for name, parameter in self.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._ds.zero_optimization_stage() == 3):
@@ -124,34 +126,40 @@ class Engine:
         return gathered
 
     def save(self, folder: Path) -> None:
-        """Writes this rank's shards below `folder`."""
+        """Writes this rank's ZeRO shards to `folder`."""
         self._ds.save_checkpoint(str(folder), tag=TAG, save_latest=False)
 
     def load(self, folder: Path, universal: bool = False) -> None:
-        """Takes weights and optimizer state from the shards of as many ranks, or from what `to_universal` made of others."""
-        self._ds._config.load_universal_checkpoint = universal  # else an engine could load one of the two only
+        """Loads weights and optimizer state from ZeRO shards of the same number of ranks.
+
+        With `universal`, `folder` is a universal checkpoint made by `to_universal`, from any number of ranks.
+        """
+        self._ds._config.load_universal_checkpoint = universal  # set here, so that one engine can load both kinds
         loaded, _ = self._ds.load_checkpoint(str(folder), tag=TAG)
         if loaded is None:
             raise ValueError(f"DeepSpeed found no checkpoint in {folder}")
 
     def close(self) -> None:
-        """Gives its memory back, which DeepSpeed's hooks would keep as long as the process lives."""
+        """Frees the engine's memory, which DeepSpeed's hooks would otherwise hold until the process ends."""
         self._ds.destroy()
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights that passes work with."""
+        """dtype of the weights in forward and backward passes."""
         return next(self.model.parameters()).dtype
 
     def peak_bytes(self) -> int:
-        """Most memory this worker has held: of the GPU where there is one, else resident memory of the process."""
+        """Peak memory of this worker in bytes: of its GPU if it has one, else the process's resident memory."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def to_universal(folder: Path, to: Path) -> None:
-    """Makes from the shards of any number of ranks, at stage 1 to 3, a checkpoint that any other number can load."""
+    """Converts ZeRO shards (stage 1 to 3) to a DeepSpeed universal checkpoint, which any number of ranks can load.
+
+    Raises ValueError if DeepSpeed's converter fails.
+    """
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(folder / TAG), "--output_folder", str(to / TAG)]
@@ -162,8 +170,8 @@ def to_universal(folder: Path, to: Path) -> None:
 
 
 def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
-    """torch's AdamW; with weight_decay 0 it is Adam. Biases, norms and other vectors never decay."""
-    # Foreach is how torch does it on GPUs; on CPUs it saves one of two temporaries.
+    """torch's AdamW, which is Adam when weight_decay is 0. Biases, norms and other vectors get no weight decay."""
+    # foreach is torch's default on GPUs; on CPUs it saves one of two temporaries.
     settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps, "foreach": True}
     if not train.weight_decay:
         return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **settings)
@@ -174,7 +182,7 @@ def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
 
 
 def matmul_peak(precision: str, device: torch.device, size: int = 1024, repeats: int = 5) -> float:
-    """Measured FLOP/s of this worker's best (size x size) matrix product: what a step's FLOP/s are a share of."""
+    """Measured FLOP/s of a (size x size) matrix product on this worker, the best of `repeats`: the denominator of MFU."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if device.type == "cuda":
         size *= 8

@@ -1,4 +1,4 @@
-"""Validation: rows of the held-out split in, EvalMetrics out (nats per token, bits per byte, loss by position).
+"""Validation loss: rows of the validation split in, EvalMetrics out (nats per token, bits per byte, loss by position).
 
 Legend: B batch, T time. Collective over all ranks; called by launch/worker.
 """
@@ -8,30 +8,30 @@ import math
 import numpy as np
 import torch
 
-from lmu_dist.data.batches import Rows
+from lmu_dist.data.batches import TokenDataset
 from lmu_dist.records import EvalMetrics
 from lmu_dist.train.engine import Engine
 
 
 def evaluate(
-    engine: Engine, rows: Rows, n_rows: int, rank: int, world_size: int, step: int, bytes_per_token: float
+    engine: Engine, rows: TokenDataset, n_rows: int, rank: int, world_size: int, step: int, bytes_per_token: float
 ) -> EvalMetrics:
-    """Mean loss over the first `n_rows` rows, each rank taking its share; the standard error is that over rows.
+    """Mean loss over the first `n_rows` rows, divided among the ranks. The standard error is that of the mean over rows.
 
-    bits_per_byte = nats / ln 2 / bytes_per_token, with the bytes of the split's text per token of the split.
+    bits_per_byte = nats / ln 2 / bytes_per_token, where bytes_per_token is the split's bytes of text per token.
     """
     per_rank = -(-n_rows // world_size)
     mine = np.arange(rank * per_rank, (rank + 1) * per_rank)
     chunk = engine.micro_rows
     by_position = torch.zeros(rows.sequence_tokens, dtype=torch.float64)
     sums = torch.zeros(2, dtype=torch.float64)  # of row means, of their squares
-    # Ranks run the same number of passes (ZeRO 3 gathers weights in each); rows past the end weigh nothing.
+    # All ranks run the same number of passes, because ZeRO 3 gathers weights in each. Rows past the end get weight 0.
     for start in range(0, per_rank, chunk):
         indices = mine[start : start + chunk]
-        real = torch.from_numpy(indices < n_rows).double()
+        valid = torch.from_numpy(indices < n_rows).double()
         losses = engine.losses(rows.batch(np.minimum(indices, n_rows - 1)))
-        by_position += (losses * real[:, None]).sum(0)
-        means = losses.mean(1) * real
+        by_position += (losses * valid[:, None]).sum(0)
+        means = losses.mean(1) * valid
         sums += torch.stack([means.sum(), means.square().sum()])
     by_position = engine.sum_over_ranks(by_position) / n_rows
     total, squares = engine.sum_over_ranks(sums).tolist()

@@ -1,10 +1,10 @@
-"""A trained model outside its run: safetensors, config.json and tokenizer.json in one folder, and back.
+"""Export and loading of trained models: one folder with safetensors, config.json and tokenizer.json.
 
-Nothing is unpickled on the way. Called by the commands export and generate.
+Nothing is unpickled. Called by the commands export and generate.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
@@ -17,40 +17,68 @@ from lmu_dist import storage
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER
+from lmu_dist.models import registry
+from lmu_dist.models.family import Family
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.train import checkpoint
 
 CONFIG = "config.json"
+FAMILY_CODE = "family.py"  # copy of a user's own family
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A model ready to use, in float32 on the CPU, with its tokenizer and what is known of its training."""
+class TrainedModel:
+    """A trained model in float32 on the CPU, with its tokenizer and the metadata of its training (config.json)."""
 
     model: LanguageModel
     tokenizer: Tokenizer
-    facts: dict[str, Any]
-    passed_over: tuple[str, ...]  # damaged checkpoints newer than the one taken
+    metadata: dict[str, Any]
+    skipped: tuple[str, ...]  # one message per damaged checkpoint newer than the loaded one
 
 
-def open_trained(folder: Folder) -> Trained:
-    """A model from an exported folder, or from the newest whole checkpoint of a run's. Raises ConfigError."""
+def load_trained_model(folder: Folder, family: str | None = None) -> TrainedModel:
+    """Loads a model from an exported folder, or from the newest intact checkpoint of a run's folder. Raises ConfigError.
+
+    `family`: path/to/file.py:CLASS of a user's own family. Code is run only if the user names it, never because a folder does.
+    """
     try:
-        facts, weights, passed_over = _read_export(folder) if (folder / CONFIG).is_file() else _read_run(folder)
-        model = LanguageModel(Shape(**facts["shape"]))
+        metadata, weights, skipped = _read_export(folder) if (folder / CONFIG).is_file() else _read_run(folder)
+        shape = Shape.from_dict(metadata["shape"])
+        found = _find_family(folder, shape, family)
+        stored = metadata.get("training", {}).get("model", {})
+        options = {k: v for k, v in stored.items() if k in registry.option_names(found) and v is not None}
+        model = LanguageModel(shape, options=registry.options_of(found, options))
+        version = metadata.get("family_version") or str(found.version)
+        if version != str(found.version):
+            skipped = [
+                *skipped,
+                f"trained with version {version} of {found.name}, and this is {found.version}: check its outputs",
+            ]
         model.load_state_dict({name: w.float() for name, w in weights.items()})
-        expected = facts["tokenizer_digest"]
+        expected = metadata["tokenizer_digest"]
     except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as e:
         if isinstance(e, ConfigError):
             raise
-        raise ConfigError(
-            f"{folder} holds no model of lmu-dist, or a damaged one: {type(e).__name__} {e}".splitlines()[0]
-        ) from e
+        raise ConfigError(f"{folder} holds no lmu-dist model, or a damaged one: {type(e).__name__} {e}".splitlines()[0]) from e
     tokenizer = vocabulary.load(folder / TOKENIZER)
     if vocabulary.digest(tokenizer) != expected:
-        raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; put that one back")
-    return Trained(model.eval(), tokenizer, facts, tuple(passed_over))
+        raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; restore the original file")
+    return TrainedModel(model.eval(), tokenizer, metadata, tuple(skipped))
+
+
+def _find_family(folder: Folder, shape: Shape, reference: str | None) -> Family:
+    if reference is None and shape.family not in registry.names():
+        raise ConfigError(
+            f"{folder} was trained with {shape.family}, a family in a user's own file; give --family path/to/file.py:CLASS. "
+            f"A copy of the code is in {folder / FAMILY_CODE}: read it before you run it"
+        )
+    family = registry.find(reference or shape.family)
+    if family.name != shape.family:
+        raise ConfigError(
+            f"{folder} was trained with {shape.family}, and --family names {family.name}; give the file of that one"
+        )
+    return family
 
 
 def _read_export(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
@@ -58,29 +86,34 @@ def _read_export(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], lis
 
 
 def _read_run(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    path, meta, passed_over = checkpoint.newest_intact(folder)
+    path, meta, skipped = checkpoint.newest_intact(folder)
     if path is None or meta is None:
-        raise ConfigError("; ".join([*passed_over, f"no whole checkpoint in {folder}; train the run first"]))
-    facts = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
-    facts |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
-    return facts, checkpoint.read_weights(path), passed_over
+        raise ConfigError("; ".join([*skipped, f"no complete checkpoint in {folder}; train the run first"]))
+    metadata = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
+    metadata |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
+    metadata |= {"family_version": meta.family_version}
+    return metadata, checkpoint.read_weights(path), skipped
 
 
-def export(run_folder: Folder, to: Folder) -> tuple[str, ...]:
-    """Writes a run's model to a new folder, reads it back and compares logits; returns which checkpoints were passed over.
+def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[str, ...]:
+    """Exports a run's model to a new folder, loads it again and compares logits. Returns messages about skipped checkpoints.
 
-    Raises ConfigError if the folder exists or the model read back computes anything else.
+    Raises ConfigError if the folder is not empty, or if the loaded model computes other logits.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"{to} exists and is not an empty folder; name a new one")
-    trained = open_trained(run_folder)
+        raise ConfigError(f"{to} exists and is not an empty folder; give the name of a new folder")
+    trained = load_trained_model(run_folder, family)
     storage.make_folder(to)
-    storage.write_whole(to / checkpoint.WEIGHTS, safetensors.torch.save(trained.model.state_dict()))
-    storage.write_whole(to / TOKENIZER, trained.tokenizer.to_str().encode())
-    storage.write_whole(to / CONFIG, json.dumps(trained.facts | {"shape": asdict(trained.model.shape)}, indent=1).encode())
+    storage.write_atomic(to / checkpoint.WEIGHTS, safetensors.torch.save(trained.model.state_dict()))
+    storage.write_atomic(to / TOKENIZER, trained.tokenizer.to_str().encode())
+    storage.write_atomic(
+        to / CONFIG, json.dumps(trained.metadata | {"shape": trained.model.shape.to_dict()}, indent=1).encode()
+    )
+    if (run_folder / FAMILY_CODE).is_file():
+        storage.write_atomic(to / FAMILY_CODE, (run_folder / FAMILY_CODE).read_bytes())
     shape = trained.model.shape
     tokens = torch.arange(min(shape.sequence_tokens, 64))[None] * 7919 % shape.vocab_tokens
     with torch.no_grad():
-        if not torch.equal(open_trained(to).model.logits(tokens), trained.model.logits(tokens)):
-            raise ConfigError(f"the model read back from {to} computes other logits; the disk is not to be trusted")
-    return trained.passed_over
+        if not torch.equal(load_trained_model(to, family).model.logits(tokens), trained.model.logits(tokens)):
+            raise ConfigError(f"the model exported to {to} computes other logits than the run's; check the disk, export again")
+    return trained.skipped

@@ -1,6 +1,6 @@
-"""The training loop, the only one: a generator of StepMetrics that knows neither Ray, MLflow nor files.
+"""The training loop: a generator of StepMetrics. It uses neither Ray, MLflow nor files.
 
-Whoever iterates it (launch/worker) decides when to evaluate, save and report.
+Its caller, launch/worker, decides when to evaluate, save and log. There is no other loop.
 """
 
 import time
@@ -11,7 +11,7 @@ from lmu_dist.records import StepMetrics
 from lmu_dist.train.engine import Engine
 
 
-def steps(
+def train_steps(
     engine: Engine,
     batch_at: Callable[[int], Batch],
     learning_rate_at: Callable[[int], float],
@@ -19,7 +19,7 @@ def steps(
     n_steps: int,
     batch_tokens: int,
 ) -> Iterator[StepMetrics]:
-    """Takes optimizer steps first_step .. n_steps - 1, one per item; ends after the first that is not finite."""
+    """Runs optimizer steps first_step .. n_steps - 1 and yields the metrics of each. Stops after a step that is not finite."""
     for step in range(first_step, n_steps):
         began = time.perf_counter()
         rate = learning_rate_at(step)

@@ -1,6 +1,6 @@
 """Learning rate as a pure function of the configuration, the step and the validation losses so far.
 
-Nothing is remembered between steps, so a resumed run has the rate of an uninterrupted one. Called by launch/worker.
+It keeps no state between steps, so a resumed run gets the same rates as an uninterrupted one. Called by launch/worker.
 """
 
 import math
@@ -10,10 +10,11 @@ from lmu_dist.config import TrainConfig
 
 
 def learning_rate(train: TrainConfig, step: int, val_losses: Sequence[float] = ()) -> float:
-    """Rate of optimizer step `step` (0 is the first): linear warm-up, then cosine to zero, or WSD; times the plateau.
+    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then cosine or WSD, times `plateau_scale`.
 
-    cosine: 1/2 (1 + cos(pi x)), x the share of the steps after warm-up that are done.
-    wsd: constant, then linear to zero over the last `decay_share` of all steps (Hu et al. 2024, arXiv 2404.06395).
+    cosine: 1/2 (1 + cos(pi x)), where x is the share of the steps after warm-up that are done.
+    wsd (warmup-stable-decay): constant, then linear to zero over the last `decay_share` of all steps (Hu et al. 2024,
+    arXiv 2404.06395).
     """
     total, warmup = train.n_steps, train.warmup_steps
     if step < warmup:
@@ -26,7 +27,7 @@ def learning_rate(train: TrainConfig, step: int, val_losses: Sequence[float] = (
 
 
 def plateau_scale(train: TrainConfig, val_losses: Sequence[float]) -> float:
-    """plateau_factor once for every `plateau_patience` evaluations in a row that brought no new best loss."""
+    """Factor of reduce-on-plateau: plateau_factor for each `plateau_patience` evaluations in a row without a new best loss."""
     if not train.plateau_patience:
         return 1.0
     scale, best, waited = 1.0, math.inf, 0
@@ -41,5 +42,5 @@ def plateau_scale(train: TrainConfig, val_losses: Sequence[float]) -> float:
 
 
 def phase(train: TrainConfig, steps_done: int) -> str:
-    """`decayed` if the schedule came to its end, else `undecayed`: losses of the two must never meet in one fit."""
+    """`decayed` if the schedule is complete, else `undecayed`. Losses of the two phases must not be fitted together."""
     return "decayed" if steps_done >= train.n_steps else "undecayed"

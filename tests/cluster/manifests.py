@@ -1,7 +1,7 @@
-"""What Kubernetes would make of cluster/kuberay: a folder of kustomize in, documents or their faults out. For test_kuberay.
+"""Renders and validates kustomize folders, for test_kuberay: a folder in, Kubernetes documents or schema errors out.
 
-Renders the part of kustomize that cluster/ uses (resources, JSON patches from files, images) and refuses all else, so that no
-feature can be misread in silence; where there is a kubectl a test compares the two.
+It supports the part of kustomize that cluster/ uses (resources, JSON patches from files, images) and rejects everything else,
+so that no feature is silently ignored. If kubectl is installed, a test compares its output with this renderer's.
 """
 
 import gzip
@@ -25,16 +25,16 @@ HEADER = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomizatio
 
 
 def read(text: str) -> list[Any]:
-    """The documents of a YAML text, aliases as copies of their own; YAML 1.1, as Kubernetes and Ray read it."""
+    """Parses the documents of a YAML text, as YAML 1.1 like Kubernetes and Ray. Aliases become separate copies."""
     return [json.loads(json.dumps(document)) for document in yaml.load_all(text, yaml.CSafeLoader)]
 
 
 def render(folder: Path) -> list[Document]:
-    """All documents of a kustomization. Raises ValueError for what this renderer does not know."""
+    """All documents of a kustomization. Raises ValueError for a feature that this renderer does not support."""
     [kustomization] = read((folder / "kustomization.yaml").read_text())
     header = {key: kustomization.pop(key, None) for key in HEADER}
     if header != HEADER or (unknown := set(kustomization) - {"resources", "patches", "images"}):
-        raise ValueError(f"{folder}: {unknown if header == HEADER else header} is not known here")
+        raise ValueError(f"{folder}: {unknown if header == HEADER else header} is not supported here")
     documents = []
     for name in kustomization["resources"]:
         path = folder / name
@@ -48,11 +48,11 @@ def render(folder: Path) -> list[Document]:
 
 def _patch(documents: list[Document], folder: Path, patch: Document) -> list[Document]:
     if set(patch) != {"path", "target"} or set(patch["target"]) != {"kind", "name"}:
-        raise ValueError(f"{folder}: a patch has a path and a target of kind and name, not {patch}")
+        raise ValueError(f"{folder}: a patch must have a path and a target with kind and name, not {patch}")
     [operations] = read((folder / patch["path"]).read_text())
     wanted = (patch["target"]["kind"], patch["target"]["name"])
     if wanted not in {(d["kind"], d["metadata"]["name"]) for d in documents}:
-        raise ValueError(f"{folder}: nothing to patch is called {wanted}")
+        raise ValueError(f"{folder}: no document {wanted} to patch")
     return [jsonpatch.apply_patch(d, operations) if (d["kind"], d["metadata"]["name"]) == wanted else d for d in documents]
 
 
@@ -63,7 +63,7 @@ def _set_image(documents: list[Document], name: str, newName: str, newTag: str) 
 
 
 def pods(documents: list[Document]) -> Iterator[tuple[str, Document]]:
-    """Every pod template, with the kind and name of what it belongs to."""
+    """Every pod template, with the kind and name of its document."""
     for document in documents:
         spec, name = document.get("spec", {}), f"{document['kind']} {document['metadata']['name']}"
         groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]] if document["kind"] == "RayCluster" else [spec]
@@ -73,14 +73,14 @@ def pods(documents: list[Document]) -> Iterator[tuple[str, Document]]:
 
 
 def containers(documents: list[Document]) -> Iterator[tuple[str, Document]]:
-    """Every container of every pod, with the kind and name of what it belongs to."""
+    """Every container of every pod, with the kind and name of its document."""
     for name, pod in pods(documents):
         for container in [*pod["spec"]["containers"], *pod["spec"].get("initContainers", [])]:
             yield name, container
 
 
-def fault(document: Document) -> str | None:
-    """What the schema of a document's kind objects to; unknown fields are faults. None: nothing."""
+def schema_error(document: Document) -> str | None:
+    """Validates a document against the schema of its kind. Returns the error, or None. Unknown fields are errors."""
     if document["apiVersion"] == "ray.io/v1":
         return next((error.message for error in _ray_validator(document["kind"]).iter_errors(document)), None)
     try:
@@ -94,24 +94,27 @@ def fault(document: Document) -> str | None:
 def _ray_validator(kind: str) -> jsonschema.Draft202012Validator:
     [definition] = read(gzip.decompress((SCHEMAS / f"{RAY_KINDS[kind]}.crd.yaml.gz").read_bytes()).decode())
     [version] = [v for v in definition["spec"]["versions"] if v["name"] == "v1"]
-    schema = _closed(version["schema"]["openAPIV3Schema"])
-    schema["properties"]["metadata"] = {"type": "object", "required": ["name", "namespace"]}  # left open by every definition
+    schema = _forbid_unknown_fields(version["schema"]["openAPIV3Schema"])
+    schema["properties"]["metadata"] = {
+        "type": "object",
+        "required": ["name", "namespace"],
+    }  # the definitions do not specify it
     return jsonschema.Draft202012Validator(schema)
 
 
-def _closed(schema: Any) -> Any:
-    """The schema with objects that have no field but those it names, and Kubernetes' own words in those of JSON schema."""
+def _forbid_unknown_fields(schema: Any) -> Any:
+    """The schema with additionalProperties false for its objects, and Kubernetes' extensions translated to JSON schema."""
     if isinstance(schema, list):
-        return [_closed(part) for part in schema]
+        return [_forbid_unknown_fields(part) for part in schema]
     if not isinstance(schema, dict):
         return schema
-    closed = {key: _closed(value) for key, value in schema.items()}
+    strict = {key: _forbid_unknown_fields(value) for key, value in schema.items()}
     if schema.get("x-kubernetes-int-or-string"):
-        closed["type"] = ["integer", "string"]
+        strict["type"] = ["integer", "string"]
     if (
         isinstance(schema.get("properties"), dict)
         and "type" in schema
         and not schema.get("x-kubernetes-preserve-unknown-fields")
     ):
-        closed.setdefault("additionalProperties", False)
-    return closed
+        strict.setdefault("additionalProperties", False)
+    return strict

@@ -1,4 +1,4 @@
-"""cluster/mlflow/server.py: no server without passwords, none on a command line; on a real PostgreSQL where there is one."""
+"""Tests of cluster/mlflow/server.py: authentication is always on, no secret on a command line; on a real PostgreSQL if any."""
 
 import importlib.util
 import os
@@ -28,7 +28,7 @@ def server() -> ModuleType:
     return module
 
 
-def test_listens_on_loopback_behind_passwords(server: ModuleType):
+def test_server_listens_on_loopback_with_authentication(server: ModuleType):
     command, environment = server.prepare(["--port=5001"], GIVEN)
     assert command[3:] == ["server", "--app-name=basic-auth", "--host=127.0.0.1", "--port=5001"]
     assert environment.items() >= GIVEN.items()
@@ -37,14 +37,14 @@ def test_listens_on_loopback_behind_passwords(server: ModuleType):
 
 @pytest.mark.parametrize("missing", ["MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"])
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
-def test_starts_nowhere_without_authentication(server: ModuleType, missing: str, host: str):
+def test_server_does_not_start_without_authentication(server: ModuleType, missing: str, host: str):
     with pytest.raises(ValueError, match=f"set {missing}"):
         server.prepare([f"--host={host}"], GIVEN | {missing: ""})
 
 
 @pytest.mark.parametrize("option", [["--app-name", "none"], ["--backend-store-uri=postgresql://u:p@h/d"]])
-def test_options_that_would_undo_it_are_refused(server: ModuleType, option: list[str]):
-    with pytest.raises(ValueError, match=f"leave {option[0].split('=')[0]} out"):
+def test_options_that_disable_authentication_are_rejected(server: ModuleType, option: list[str]):
+    with pytest.raises(ValueError, match=f"remove {option[0].split('=')[0]}"):
         server.prepare(option, GIVEN)
 
 
@@ -57,7 +57,7 @@ def test_secrets_come_from_files(server: ModuleType, tmp_path: Path):
         server.prepare([], files | {"PGPASSWORD_FILE": str(tmp_path / "none")})
 
 
-def test_bad_input_is_one_line_and_exit_2():
+def test_invalid_input_is_one_line_and_exit_code_2():
     done = subprocess.run([sys.executable, SERVER], env={}, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
 
@@ -78,7 +78,7 @@ def database() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.slow
-def test_records_on_a_real_postgresql_and_refuses_strangers(
+def test_server_works_on_postgresql_and_rejects_wrong_passwords(
     database: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from mlflow import MlflowClient
@@ -102,9 +102,9 @@ def test_records_on_a_real_postgresql_and_refuses_strangers(
             assert serving.poll() is None, (tmp_path / "log").read_text()
             time.sleep(0.5)
         client = MlflowClient(f"http://127.0.0.1:{port}")
-        run = client.create_run(client.create_experiment("tried")).info.run_id
+        run = client.create_run(client.create_experiment("test")).info.run_id
         client.log_metric(run, "loss", 1.5)
-        client.log_text(run, "kept", "note.txt")
+        client.log_text(run, "text", "note.txt")
         assert client.get_run(run).data.metrics == {"loss": 1.5}
         assert [artifact.path for artifact in client.list_artifacts(run)] == ["note.txt"]
         monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")

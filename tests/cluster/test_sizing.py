@@ -1,4 +1,4 @@
-"""The sizing table of cluster/README.md: what `lmu-dist plan` says now. Renew it by `python tests/cluster/test_sizing.py`."""
+"""Checks the sizing table of cluster/README.md against `lmu-dist plan`. `python tests/cluster/test_sizing.py` updates it."""
 
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -12,17 +12,17 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "cluster" / "README.md"
 BEGIN, END = "<!-- sizing -->\n", "<!-- /sizing -->\n"
 JOBS = ("paper", "orders6")
-FLOPS_PER_SECOND = 1e14  # that a GPU is taken to keep up
+FLOPS_PER_SECOND = 1e14  # assumed sustained training speed of a GPU
 
 
 def table() -> str:
-    """One row per job and size: what its cells of all families and budgets take, and a row for all of the job."""
+    """The table: a row per job and size, with the cost of its cells of all families and budgets, and a row per whole job."""
     header = "| job | N | GPUs | ZeRO | smallest | GB per GPU | GPU-hours | hours |\n|---|--:|--:|--:|--:|--:|--:|--:|\n"
     return header + "".join(f"| {row} |\n" for job in JOBS for row in _rows(job))
 
 
 def _rows(job: str) -> Iterator[str]:
-    # Storage with neither corpus nor calibration: the same numbers on every machine.
+    # A storage folder without corpus and calibration, so that the numbers are the same on every machine.
     config = load(ROOT / "jobs" / f"{job}.yaml", [f"plan.flops_per_second={FLOPS_PER_SECOND}", "storage=/nonexistent"])
     planned = plan(config)
     cells, _ = grid(config, vocab_tokens(config))
@@ -49,9 +49,9 @@ def _gpu_hours(lines: Iterable[Line]) -> float:
     return sum((line.seconds or 0) * line.n_workers for line in lines) / 3600
 
 
-def test_the_table_is_what_plan_says():
+def test_sizing_table_is_up_to_date():
     _, _, rest = README.read_text().partition(BEGIN)
-    assert rest.partition(END)[0] == table(), "renew it: python tests/cluster/test_sizing.py"
+    assert rest.partition(END)[0] == table(), "update it: python tests/cluster/test_sizing.py"
 
 
 if __name__ == "__main__":

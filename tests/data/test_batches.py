@@ -1,11 +1,11 @@
-"""Batches as a pure function of the step: the same rows for any number of workers, each once an epoch."""
+"""Tests of batches: rows are a pure function of the step, the same for any number of workers, and each row once per epoch."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmu_dist.data.batches import Rows, row_indices, shuffle
+from lmu_dist.data.batches import TokenDataset, row_indices, shuffle
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 100))
@@ -14,7 +14,7 @@ def test_shuffle_is_a_permutation(n: int, seed: int, epoch: int):
     assert sorted(shuffle(np.arange(n), n, seed, epoch)) == list(range(n))
 
 
-def test_shuffle_looks_random():
+def test_shuffle_is_uncorrelated_with_the_position():
     n = 10_000
     a, b = shuffle(np.arange(n), n, 0, 0), shuffle(np.arange(n), n, 0, 1)
     assert (a == b).sum() < 10
@@ -22,32 +22,32 @@ def test_shuffle_looks_random():
     assert abs(np.corrcoef(a, np.arange(n))[0, 1]) < 0.05
 
 
-def test_shuffle_stays_the_same_for_ever():
-    """A change here would silently give every resumed run other data."""
+def test_shuffle_never_changes():
+    """A changed permutation would silently give every resumed run other data."""
     assert shuffle(np.arange(8), 1000, 42, 3).tolist() == [892, 318, 960, 443, 852, 579, 356, 234]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("step", [0, 1, 5, 6, 40])
-def test_any_number_of_workers_makes_the_same_batch(world_size: int, step: int):
-    whole = row_indices(100, 7, step, 16)
-    parts = [row_indices(100, 7, step, 16, rank, world_size) for rank in range(world_size)]
-    assert np.concatenate(parts).tolist() == whole.tolist()
+def test_global_batch_does_not_depend_on_world_size(world_size: int, step: int):
+    global_batch = row_indices(100, 7, step, 16)
+    shares = [row_indices(100, 7, step, 16, rank, world_size) for rank in range(world_size)]
+    assert np.concatenate(shares).tolist() == global_batch.tolist()
 
 
-def test_every_row_once_an_epoch():
-    drawn = np.concatenate([row_indices(100, 7, step, 16) for step in range(50)])
-    assert sorted(drawn[:100]) == list(range(100))
-    assert sorted(drawn[100:200]) == list(range(100))
-    assert drawn[:100].tolist() != drawn[100:200].tolist()
+def test_every_row_once_per_epoch():
+    indices = np.concatenate([row_indices(100, 7, step, 16) for step in range(50)])
+    assert sorted(indices[:100]) == list(range(100))
+    assert sorted(indices[100:200]) == list(range(100))
+    assert indices[:100].tolist() != indices[100:200].tolist()
 
 
-def test_rows_share_a_token_so_that_each_is_a_target(tmp_path):
+def test_neighbouring_rows_share_a_token(tmp_path):
     np.arange(26, dtype="<u2").tofile(tmp_path / "s.bin")
-    rows = Rows(tmp_path / "s.bin", "<u2", 5)
+    rows = TokenDataset(tmp_path / "s.bin", "<u2", 5)
     assert len(rows) == 5
     batch = rows.batch(np.array([0, 4]))
     assert batch.inputs.tolist() == [[0, 1, 2, 3, 4], [20, 21, 22, 23, 24]]
     assert batch.targets.tolist() == [[1, 2, 3, 4, 5], [21, 22, 23, 24, 25]]
     (tmp_path / "empty.bin").touch()
-    assert len(Rows(tmp_path / "empty.bin", "<u2", 5)) == 0
+    assert len(TokenDataset(tmp_path / "empty.bin", "<u2", 5)) == 0

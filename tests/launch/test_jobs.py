@@ -1,4 +1,4 @@
-"""Submitting and following: mostly against a small fake of the Jobs API that loses connections; once on a real Ray head."""
+"""Submitting, following, listing and stopping jobs, against a fake Jobs API that loses connections; once on a real Ray head."""
 
 import asyncio
 import json
@@ -28,25 +28,25 @@ from lmu_dist import show
 from lmu_dist.cli import main
 from lmu_dist.config import load
 from lmu_dist.launch import jobs, submission
-from lmu_dist.launch.jobs import AwayError, UnknownJobError, connect, follow, submit
-from lmu_dist.launch.submission import Draft, draft
+from lmu_dist.launch.jobs import ClusterUnavailableError, UnknownJobError, connect, follow, submit
+from lmu_dist.launch.submission import JobSpec, make_job_spec
 
-# Ray warns of itself, and leaves sockets to the end of the process.
+# Ray raises warnings, and keeps sockets open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).parents[2]
 LOG = "".join(f"line {i}: übung\n" for i in range(400)) + "no line break at the end"
 
 
 class Fake:
-    """The Jobs API as far as it is used, on loopback, in a thread of its own; it goes away and loses its memory at will."""
+    """A fake of the Jobs API on loopback, in a background thread, which can drop connections and forget its jobs."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
-        self.bodies: list[str] = []  # of all that was sent
-        self.cuts: list[int] = []  # characters after which the log breaks off, once each
-        self.away = 0  # requests that find nobody
+        self.bodies: list[str] = []  # of the submissions
+        self.cuts: list[int] = []  # characters after which a connection to the log is dropped, one per connection
+        self.n_dropped = 0  # requests to drop from now on
         self.ray_version, self.answers_submissions, self.status_after_log = ray.__version__, True, "SUCCEEDED"
-        self.began, self.goes_silent = 1_700_000_000_000, False
+        self.start_time, self.stalls = 1_700_000_000_000, False
         self.address = ""
 
     def end(self, status: str = "SUCCEEDED") -> None:
@@ -55,8 +55,8 @@ class Fake:
 
     @web.middleware
     async def _middle(self, request: web.Request, handler: Any) -> web.StreamResponse:
-        if self.away:
-            self.away -= 1
+        if self.n_dropped:
+            self.n_dropped -= 1
             assert request.transport is not None
             request.transport.abort()
         return await handler(request)
@@ -71,7 +71,7 @@ class Fake:
         body = await request.text()
         self.bodies.append(body)
         wanted = json.loads(body)
-        self.jobs[wanted["submission_id"]] = wanted | {"status": "RUNNING", "start_time": self.began, "type": "SUBMISSION"}
+        self.jobs[wanted["submission_id"]] = wanted | {"status": "RUNNING", "start_time": self.start_time, "type": "SUBMISSION"}
         if not self.answers_submissions:
             return web.Response(status=500, text="Traceback\nTimeoutError: of the agent")
         return web.json_response({"submission_id": wanted["submission_id"], "job_id": wanted["submission_id"]})
@@ -90,7 +90,7 @@ class Fake:
         cut = self.cuts.pop(0) if self.cuts else len(LOG)
         for start in range(0, cut, 100):
             await answer.send_str(LOG[start : min(start + 100, cut)])
-        if cut < len(LOG) and self.goes_silent:
+        if cut < len(LOG) and self.stalls:
             await asyncio.sleep(2)
         elif cut < len(LOG):
             assert request.transport is not None
@@ -144,8 +144,8 @@ def fake() -> Iterator[Fake]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # also takes back what connect sets
-    monkeypatch.setattr(jobs, "PAUSES_SECONDS", (0.01, 0.05))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")  # also undoes what connect sets
+    monkeypatch.setattr(jobs, "RETRY_SECONDS", (0.01, 0.05))
 
 
 @pytest.fixture
@@ -166,11 +166,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def drafted(folder: Path, *overrides: str) -> Draft:
-    return draft(load(folder / "job.yaml", overrides), folder / "job.yaml", overrides, None, folder)
+def job_spec(folder: Path, *overrides: str) -> JobSpec:
+    return make_job_spec(load(folder / "job.yaml", overrides), folder / "job.yaml", overrides, None, folder)
 
 
-def test_what_is_said_to_travel_is_what_ray_packs(folder: Path, tmp_path: Path):
+def test_package_lists_the_files_that_ray_packs(folder: Path, tmp_path: Path):
     for name in (
         "kept/.gitignore",
         "kept/a.bin",
@@ -186,7 +186,7 @@ def test_what_is_said_to_travel_is_what_ray_packs(folder: Path, tmp_path: Path):
     (folder / "kept" / ".gitignore").write_text("b.*\n")
     (folder / ".rayignore").write_text("corpus/part-3.jsonl\n")
     (folder / "job.yaml").write_text((folder / "job.yaml").read_text().replace("corpus/*", "corpus/part-[0-2]*"))
-    package = drafted(folder).package
+    package = job_spec(folder).package
     target = tmp_path / "package.zip"
     excludes = get_runtime_env_default_excludes()
     create_package(str(folder), target, include_gitignore=True, excludes=excludes)
@@ -196,12 +196,12 @@ def test_what_is_said_to_travel_is_what_ray_packs(folder: Path, tmp_path: Path):
     assert package.left_out["runs/"] == len("runs/x/deep.bin")
 
 
-def test_what_git_ignores_by_rules_of_elsewhere_stays_here(folder: Path, tmp_path: Path):
+def test_files_ignored_by_a_parent_gitignore_are_not_sent(folder: Path, tmp_path: Path):
     subprocess.run(["git", "init", "-q", folder.parent], check=True)
     (folder.parent / ".gitignore").write_text(".env\nweights \\[1\\]*\n")
     for name in (".env", "weights [1].bin", "weights.txt"):
         (folder / name).write_text(name)
-    package = drafted(folder).package
+    package = job_spec(folder).package
     create_package(str(folder), tmp_path / "package.zip", include_gitignore=True, excludes=list(package.excludes))
     with ZipFile(tmp_path / "package.zip") as packed:
         assert {entry.filename for entry in packed.infolist() if not entry.is_dir()} == set(package.files)
@@ -209,28 +209,28 @@ def test_what_git_ignores_by_rules_of_elsewhere_stays_here(folder: Path, tmp_pat
     assert "weights.txt" in package.files
 
 
-def test_a_store_that_only_this_machine_reaches_is_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_local_mlflow_uri_is_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch):
     for uri in ("http://127.0.0.1:5000", "http://localhost:5000", f"sqlite:///{folder}/mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        job = drafted(folder)
+        job = job_spec(folder)
         assert "MLFLOW_TRACKING_URI" not in job.environment
-        assert any("the cluster's own is taken" in note for note in job.notes)
+        assert any("uses that of the cluster" in note for note in job.notes)
     name = job.name
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
-    assert drafted(folder).name != name
+    assert job_spec(folder).name != name
 
 
-def test_a_name_is_of_the_content_alone(folder: Path):
+def test_job_name_depends_only_on_the_content(folder: Path):
     (folder / ".gitignore").write_text("runs/\n")
-    name = drafted(folder).name
+    name = job_spec(folder).name
     assert name.startswith("train-tests-")
     (folder / "runs").mkdir()
     (folder / "runs" / "losses").write_text("1")
     os.utime(folder / "job.yaml", (1, 1))
-    assert drafted(folder).name == name
-    assert drafted(folder, "seed=1").name != name
+    assert job_spec(folder).name == name
+    assert job_spec(folder, "seed=1").name != name
     (folder / "more.py").write_text("")
-    assert drafted(folder).name != name
+    assert job_spec(folder).name != name
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_a_name_is_of_the_content_alone(folder: Path):
         ("", ["job.yaml", "--address", "http://127.0.0.1:1"], "no answer from http://127.0.0.1:1"),
     ],
 )
-def test_what_cannot_be_submitted_is_one_line(change: str, arguments, message: str, folder: Path, monkeypatch, capfd):
+def test_invalid_submission_is_an_error_of_one_line(change: str, arguments, message: str, folder: Path, monkeypatch, capfd):
     shutil.copy(folder / "job.yaml", folder.parent / "outside.yaml")
     monkeypatch.setattr(submission, "GCS_STORAGE_MAX_SIZE", 300_000)
     subprocess.run(change, shell=True, check=True)
@@ -263,106 +263,106 @@ def test_what_cannot_be_submitted_is_one_line(change: str, arguments, message: s
     assert len([line for line in error.splitlines() if line.startswith("lmu-dist:")]) == 1
 
 
-def test_another_ray_or_no_ray_is_named(fake: Fake, capfd: pytest.CaptureFixture[str]):
+def test_other_ray_versions_and_other_servers_are_refused(fake: Fake, capfd: pytest.CaptureFixture[str]):
     fake.ray_version = "2.40.0"
     assert main(["jobs", "list", "--address", fake.address]) == 2
     assert "runs Ray 2.40.0" in capfd.readouterr().err
     assert main(["jobs", "list", "--address", f"{fake.address}/elsewhere"]) == 2
-    assert "is no dashboard of Ray" in capfd.readouterr().err
+    assert "is not a Ray dashboard" in capfd.readouterr().err
 
 
-def test_settings_arrive_as_they_were_typed(folder: Path):
+def test_overrides_survive_the_shell(folder: Path):
     typed = ["data.text_field=a 'b' \"c\" $HOME `id` \\ ; *", "seed=3"]
-    told = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
-    entrypoint = drafted(folder, *typed).entrypoint.replace("python -m lmu_dist.cli", told)
+    print_arguments = f"{sys.executable} -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
+    entrypoint = job_spec(folder, *typed).entrypoint.replace("python -m lmu_dist.cli", print_arguments)
     out = subprocess.run(entrypoint, shell=True, check=True, capture_output=True, text=True).stdout
     assert json.loads(out) == ["train", "job.yaml", *typed]
 
 
-def test_secrets_stay_here(fake: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+def test_secrets_are_not_sent(fake: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hunter2@mlflow.example")
     assert main(["submit", "job.yaml", "--address", fake.address]) == 2
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://mlflow.example")
     assert main(["submit", "job.yaml", "--address", fake.address]) == 0
-    said = "".join(capfd.readouterr())
-    assert "AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD" in said
-    assert "hunter2" not in said + "".join(fake.bodies)
+    output = "".join(capfd.readouterr())
+    assert "AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD" in output
+    assert "hunter2" not in output + "".join(fake.bodies)
     [body] = map(json.loads, fake.bodies)
     assert body["runtime_env"]["env_vars"]["MLFLOW_TRACKING_URI"] == "https://mlflow.example"
     assert body["metadata"]["experiment"] == "tests"
-    assert "entrypoint_num_cpus" not in body  # so that Ray keeps it on the head
+    assert "entrypoint_num_cpus" not in body  # so that Ray runs the driver on the head
 
 
-def test_what_has_not_ended_is_not_submitted_again(fake: Fake, folder: Path, capfd: pytest.CaptureFixture[str]):
-    client, job = connect(fake.address), drafted(folder)
+def test_running_job_is_not_submitted_again(fake: Fake, folder: Path, capfd: pytest.CaptureFixture[str]):
+    client, job = connect(fake.address), job_spec(folder)
     assert submit(client, job) == (job.name, True)
     assert submit(client, job) == (job.name, False)
     for status, number in (("SUCCEEDED", 2), ("FAILED", 3), ("STOPPED", 4)):
         fake.end(status)
         assert submit(client, job) == (f"{job.name}-{number}", True)
     assert submit(client, job) == (f"{job.name}-4", False)
-    fake.jobs.clear()  # as a new cluster
+    fake.jobs.clear()  # like a new cluster
     assert submit(client, job) == (job.name, True)
     assert main(["submit", "job.yaml", "--address", fake.address, "--follow"]) == 0
-    said = capfd.readouterr()
-    assert "not submitted again" in said.out
-    assert LOG in said.out
+    captured = capfd.readouterr()
+    assert "not submitted again" in captured.out
+    assert LOG in captured.out
 
 
-def test_a_submission_whose_answer_was_lost_is_found(fake: Fake, folder: Path):
-    client, job = connect(fake.address), drafted(folder)
+def test_submission_whose_answer_was_lost_is_found(fake: Fake, folder: Path):
+    client, job = connect(fake.address), job_spec(folder)
     fake.answers_submissions = False
     assert submit(client, job) == (job.name, False)
-    fake.away = 1
-    with pytest.raises(AwayError, match="no answer"):
-        submit(client, drafted(folder, "seed=1"))
+    fake.n_dropped = 1
+    with pytest.raises(ClusterUnavailableError, match="no answer"):
+        submit(client, job_spec(folder, "seed=1"))
 
 
-def test_a_log_is_whole_whatever_happens_to_the_connection(fake: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_followed_log_is_complete_after_lost_connections(fake: Fake, folder: Path, monkeypatch: pytest.MonkeyPatch):
     client = connect(fake.address)
-    name, _ = submit(client, drafted(folder))
+    name, _ = submit(client, job_spec(folder))
     fake.cuts = [0, 150, 149, 6000]
-    written, told = list[str](), list[str]()
+    written, messages = list[str](), list[str]()
 
     def write(text: str) -> None:
         written.append(text)
         if len(written) == 20:
-            fake.away = 5
+            fake.n_dropped = 5
 
-    ended = follow(client, name, write, told.append)
+    ended = follow(client, name, write, messages.append)
     assert "".join(written) == LOG
     assert ended is not None
     assert ended.status == "SUCCEEDED"
-    waits, backs = [t for t in told if "waiting" in t], [t for t in told if "is back" in t]
-    assert len(waits) == len(backs) == len(told) / 2
-    assert 2 <= len(waits) <= 4  # of consecutive failures the first is told
-    fake.cuts, fake.goes_silent = [0, 300], True
-    monkeypatch.setattr(jobs, "SILENCE_SECONDS", 0.2)
+    waiting, back = [m for m in messages if "waiting" in m], [m for m in messages if "answers again" in m]
+    assert len(waiting) == len(back) == len(messages) / 2
+    assert 2 <= len(waiting) <= 4  # only the first of consecutive failures is reported
+    fake.cuts, fake.stalls = [0, 300], True
+    monkeypatch.setattr(jobs, "LOG_IDLE_SECONDS", 0.2)
     written.clear()
-    told.clear()
-    follow(client, name, written.append, told.append)
+    messages.clear()
+    follow(client, name, written.append, messages.append)
     assert "".join(written) == LOG
-    assert told == []
+    assert messages == []
 
 
-def test_the_end_of_a_job_is_told_though_its_log_cannot_be_read(fake: Fake, folder: Path):
+def test_end_of_a_job_is_reported_without_its_log(fake: Fake, folder: Path):
     client = connect(fake.address)
-    name, _ = submit(client, drafted(folder))
+    name, _ = submit(client, job_spec(folder))
     fake.end("FAILED")
-    fake.cuts, written, told = [300] * 10, list[str](), list[str]()
-    ended = follow(client, name, written.append, told.append)
+    fake.cuts, written, messages = [300] * 10, list[str](), list[str]()
+    ended = follow(client, name, written.append, messages.append)
     assert "".join(written) == LOG[:300]
     assert ended is not None
     assert ended.status == "FAILED"
-    assert "cannot be read" in told[-1]
+    assert "cannot be read" in messages[-1]
 
 
-def test_a_cluster_that_was_started_anew_is_told_from_one_that_is_away(fake: Fake, folder: Path, capfd, monkeypatch):
+def test_restarted_cluster_is_distinguished_from_an_unreachable_one(fake: Fake, folder: Path, capfd, monkeypatch):
     client = connect(fake.address)
-    name, _ = submit(client, drafted(folder))
-    with pytest.raises(UnknownJobError, match="knows no job other"):
+    name, _ = submit(client, job_spec(folder))
+    with pytest.raises(UnknownJobError, match="has no job other"):
         follow(client, "other", print, print)
     fake.cuts = [100]
 
@@ -370,25 +370,25 @@ def test_a_cluster_that_was_started_anew_is_told_from_one_that_is_away(fake: Fak
         fake.jobs.clear()
 
     assert follow(client, name, forget, print) is None
-    submit(client, drafted(folder))
+    submit(client, job_spec(folder))
     fake.cuts, written = [100], list[str]()
 
     def renew(_: str) -> None:
         fake.jobs[name]["start_time"] += 1
 
     follow(client, name, written.append, renew)
-    assert "".join(written) == LOG[:100] + LOG  # of two jobs
+    assert "".join(written) == LOG[:100] + LOG  # the logs of two jobs
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs, "follow", interrupt)
     assert main(["jobs", "follow", name, "--address", fake.address]) == 1
-    assert f"the job goes on; lmu-dist jobs follow {name}" in capfd.readouterr().err
+    assert f"the job keeps running; to follow it again: lmu-dist jobs follow {name}" in capfd.readouterr().err
 
 
-def test_jobs_are_listed_and_stopped(fake: Fake, folder: Path, capfd: pytest.CaptureFixture[str]):
-    name, _ = submit(connect(fake.address), drafted(folder))
+def test_jobs_list_and_stop(fake: Fake, folder: Path, capfd: pytest.CaptureFixture[str]):
+    name, _ = submit(connect(fake.address), job_spec(folder))
     assert main(["jobs", "stop", name, "--address", fake.address]) == 0
     assert main(["jobs", "list", "--address", fake.address]) == 0
     assert capfd.readouterr().out.count(f"{name}") == 2
@@ -397,23 +397,23 @@ def test_jobs_are_listed_and_stopped(fake: Fake, folder: Path, capfd: pytest.Cap
     assert (row["id"], row["status"], row["config"], row["experiment"]) == (name, "STOPPED", "job.yaml", "tests")
 
 
-def test_progress_in_a_log_has_a_line_when_it_says_more_and_now_and_then(monkeypatch, capfd: pytest.CaptureFixture[str]):
+def test_progress_in_a_log_file_has_a_line_per_change_and_per_minute(monkeypatch, capfd: pytest.CaptureFixture[str]):
     clock = iter(range(0, 1000, 2))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
-    with show.bars() as bars:
+    with show.progress_bars() as bars:
         for i in range(40):  # eighty seconds
-            bars.show("ladder", i // 20, 16, f"{i // 20} of 16 cells ended")
+            bars.update("ladder", i // 20, 16, f"{i // 20} of 16 cells ended")
     lines = [line.strip() for line in capfd.readouterr().err.splitlines()]
     assert lines == ["ladder 0% 0 of 16 cells ended"] * 2 + ["ladder 6% 1 of 16 cells ended"] * 2
 
 
 @pytest.fixture
 def head() -> Iterator[str]:
-    """A Ray head with a dashboard and a token, on ports of its own, as `ray start` gives; the dashboard's address."""
+    """A Ray head with a dashboard and a token, on free ports, started by `ray start`; the address of its dashboard."""
     ports = [_free_port() for _ in range(4)]
     names = ("--port", "--dashboard-port", "--dashboard-agent-listen-port", "--ray-client-server-port")
     options = [f"{name}={port}" for name, port in zip(names, ports, strict=True)]
-    scratch = tempfile.mkdtemp(prefix="lmu")  # Ray's sockets bear no long paths
+    scratch = tempfile.mkdtemp(prefix="lmu")  # Ray's sockets need short paths
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "RAY_API_SERVER_ADDRESS")}
     environment["LMU_DIST_HOME"] = scratch
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -462,7 +462,7 @@ def _listens(port: int) -> bool:
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_a_job_runs_on_a_cluster_with_the_code_that_was_sent(head: str, folder: Path, monkeypatch, capfd):
+def test_job_runs_on_a_cluster_with_the_submitted_code(head: str, folder: Path, monkeypatch, capfd):
     shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(folder / "lmu_dist" / "__init__.py", "a") as file:
         file.write('print("the code that was sent")\n')
@@ -480,10 +480,10 @@ def test_a_job_runs_on_a_cluster_with_the_code_that_was_sent(head: str, folder: 
         assert answer in refused.stderr
         assert "RAY_AUTH_TOKEN" in refused.stderr
     assert main(["submit", "job.yaml", "--address", head, "--follow"]) == 0
-    said = capfd.readouterr()
-    assert "not submitted again" in said.out
-    assert "the code that was sent" in said.out
-    assert "complete    lmu-3k-25.6k-s0-" in said.out
+    captured = capfd.readouterr()
+    assert "not submitted again" in captured.out
+    assert "the code that was sent" in captured.out
+    assert "complete    lmu-3k-25.6k-s0-" in captured.out
     assert main(["jobs", "list", "--json", "--address", head]) == 0
     [row] = json.loads(capfd.readouterr().out)
     assert (row["status"], row["experiment"]) == ("SUCCEEDED", "tests")

@@ -1,6 +1,6 @@
-"""The ladder on Ray: cells of 1, 2 and 4 workers on four slots, a planted divergence, shared cells, killed and rival drivers.
+"""The ladder on Ray: cells with 1, 2 and 4 workers on four slots, a forced divergence, shared cells, killed and rival drivers.
 
-Every trunk costs some 20 seconds; what can be tested without Ray is tested in tests/planning and test_trials.
+Every trunk takes about 20 seconds; tests/planning and test_trials cover what needs no Ray.
 """
 
 import json
@@ -27,7 +27,7 @@ from lmu_dist.records import RunRecord
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.store import Store, default_uri
 
-# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+# Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 SHORT, LONG = 51_200, 102_400
 
@@ -84,7 +84,7 @@ def undisturbed(job: Path, four_slots: None, tmp_path_factory: pytest.TempPathFa
     return folder, ladder(configured(job, folder), default_uri(folder))
 
 
-def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tuple[Path, LadderResult]):
+def test_cells_of_all_sizes_complete_and_release_their_resources(undisturbed: tuple[Path, LadderResult]):
     _, result = undisturbed
     assert not result.failures
     assert not [note for note in result.notes if "Ray still holds" in note]
@@ -101,48 +101,53 @@ def test_cells_of_all_sizes_complete_and_nothing_stays_reserved(undisturbed: tup
     assert ray.available_resources()["CPU"] == 4
 
 
-def test_a_divergence_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_diverged_cell_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, _ = undisturbed
-    wild = '[{"family": "lstm", "n_params": 1000, "settings": {"train.learning_rate": 1000, "train.clip_norm": 0}}]'
-    settings = ["ladder.families=[lmu, lstm]", "ladder.n_params=[1000]", f"ladder.tuned={wild}", "experiment=wild"]
+    lstm_settings = '[{"family": "lstm", "n_params": 1000, "settings": {"train.learning_rate": 1000, "train.clip_norm": 0}}]'
+    settings = [
+        "ladder.families=[lmu, lstm]",
+        "ladder.n_params=[1000]",
+        f"ladder.tuned={lstm_settings}",
+        "experiment=diverging",
+    ]
     result = ladder(configured(job, folder, *settings), default_uri(folder))
     assert not result.failures
-    second = [f.record for f in result.finished if f.record.family == "lstm"]
-    assert [r.status for r in second] == [records.DIVERGED] * 2
+    retries = [f.record for f in result.finished if f.record.family == "lstm"]
+    assert [r.status for r in retries] == [records.DIVERGED] * 2
     store = Store(default_uri(folder))
-    first = {r.key: r for r in store.records("wild").values()}
-    for tried in second:
-        before = first[tried.retry_of]
+    first = {r.key: r for r in store.records("diverging").values()}
+    for retry in retries:
+        before = first[retry.retry_of]
         assert (before.status, before.phase) == (records.DIVERGED, "undecayed")
         assert before.stop_rule
-        assert before.learning_rate == 2 * tried.learning_rate
-        assert before.planned_tokens == tried.planned_tokens
-    assert {row.state for row in rows(store, "wild") if row.name.startswith("lstm")} == {records.DIVERGED}
+        assert before.learning_rate == 2 * retry.learning_rate
+        assert before.planned_tokens == retry.planned_tokens
+    assert {row.state for row in rows(store, "diverging") if row.name.startswith("lstm")} == {records.DIVERGED}
     assert [f.record.status for f in result.finished if f.record.family == "lmu"] == [records.COMPLETE] * 2
     again = ladder(configured(job, folder, *settings), default_uri(folder))
     assert [f.record for f in again.finished] == [f.record for f in result.finished]
 
 
-def test_a_branch_of_a_trunk_is_the_run_it_would_be_alone(undisturbed: tuple[Path, LadderResult], tmp_path: Path):
+def test_branch_of_a_trunk_equals_a_run_from_step_0(undisturbed: tuple[Path, LadderResult], tmp_path: Path):
     _, result = undisturbed
     branch = next(f for f in result.finished if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG))
-    stable = int(0.8 * SHORT / 256)
-    assert branch.record.fork_step == stable
+    decay_start = int(0.8 * SHORT / 256)
+    assert branch.record.fork_step == decay_start
     history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
     losses = {p.step: p.value for p in history}
-    assert sorted(losses) == list(range(stable, LONG // 256))
+    assert sorted(losses) == list(range(decay_start, LONG // 256))
     data = branch.cell.corpus.folder
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / data.name).symlink_to(data)
-    alone = train(with_settings(branch.cell.config, {"storage": str(tmp_path)}), default_uri(tmp_path))
-    assert alone.cell.key == branch.cell.key
-    assert alone.record.fork_step == 0
-    assert alone.record.val_loss_nats == branch.record.val_loss_nats
-    history = Store(alone.tracking_uri).client.get_metric_history(alone.run_id, records.TRAIN_LOSS)
-    assert {p.step: p.value for p in history if p.step >= stable} == losses
+    from_step_0 = train(with_settings(branch.cell.config, {"storage": str(tmp_path)}), default_uri(tmp_path))
+    assert from_step_0.cell.key == branch.cell.key
+    assert from_step_0.record.fork_step == 0
+    assert from_step_0.record.val_loss_nats == branch.record.val_loss_nats
+    history = Store(from_step_0.tracking_uri).client.get_metric_history(from_step_0.run_id, records.TRAIN_LOSS)
+    assert {p.step: p.value for p in history if p.step >= decay_start} == losses
 
 
-def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_another_ladder_trains_only_new_cells(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
     settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}, {2 * LONG}]", "experiment=another"]
     began = time.monotonic()
@@ -151,7 +156,7 @@ def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path
     shared, new = other.finished
     assert (shared.already_done, new.already_done) == (True, False)
     assert shared.record == by_key(result)[shared.cell.key]
-    # it branched from the latest fork of the trunk, which the first ladder left
+    # it starts from the latest branch point of the trunk, which the first ladder saved
     assert new.record.fork_step == int(0.8 * LONG / 256)
     again = ladder(configured(job, folder, *settings), default_uri(folder))
     assert [f.already_done for f in again.finished] == [True, True]
@@ -160,7 +165,7 @@ def test_another_ladder_runs_only_what_is_new(job: Path, undisturbed: tuple[Path
     assert found[shared.cell.key].remark == "in another experiment"
 
 
-def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_rerun_cell_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
     settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}]"]
     [before] = [
@@ -178,7 +183,9 @@ def test_a_cell_that_is_run_again_keeps_its_key_and_its_losses(job: Path, undist
     assert retired.data.tags["lmu.retired_key"] == before.cell.key
 
 
-def test_the_table_of_an_experiment(undisturbed: tuple[Path, LadderResult], monkeypatch, capsys: pytest.CaptureFixture[str]):
+def test_status_command_lists_all_cells(
+    undisturbed: tuple[Path, LadderResult], monkeypatch, capsys: pytest.CaptureFixture[str]
+):
     folder, result = undisturbed
     monkeypatch.setenv("MLFLOW_TRACKING_URI", default_uri(folder))
     assert main(["status", "grid", "--json"]) == 0
@@ -194,7 +201,7 @@ def test_the_table_of_an_experiment(undisturbed: tuple[Path, LadderResult], monk
     assert "no experiment 'nothing'" in capsys.readouterr().err
 
 
-def test_a_calibration_is_what_plans_reckon_with(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
     config = configured(job, folder, "ladder.n_params=[1000, 3000]", "ladder.tokens=[102400]")
     assert plan(config).worker_seconds is None
@@ -204,18 +211,20 @@ def test_a_calibration_is_what_plans_reckon_with(job: Path, undisturbed: tuple[P
     for line in found.lines:
         [real] = [f.record for f in result.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
         assert line.step_seconds is not None
-        assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share these cores
+        assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share the CPUs
 
 
-def test_what_can_never_fit_is_refused_before_anything_starts(job: Path, four_slots: None, tmp_path: Path):
+def test_cell_that_cannot_fit_is_refused_before_anything_starts(job: Path, four_slots: None, tmp_path: Path):
     workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 9000, "n_workers": 8}]'
-    with pytest.raises(ConfigError, match=r"n_workers=8 with 1 CPU each is more than the cluster has room for \(4"):
+    with pytest.raises(
+        ConfigError, match=r"n_workers=8 with 1 CPU each does not fit on the cluster, which can hold 4 such workers"
+    ):
         ladder(configured(job, tmp_path, f"ladder.workers={workers}"), default_uri(tmp_path))
     assert not list(tmp_path.glob("lmu-*"))
 
 
-def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed: tuple[Path, LadderResult], tmp_path: Path):
-    """A driver is killed in the middle; then two at once finish what it left, on one storage and one store."""
+def test_killed_and_rival_drivers_give_the_same_results(job: Path, undisturbed: tuple[Path, LadderResult], tmp_path: Path):
+    """A driver is killed in the middle of a run; then two drivers at once finish the ladder, on one storage and one store."""
     command = [sys.executable, "-m", "lmu_dist.cli", "ladder", str(job), f"storage={tmp_path}", "ladder.n_params=[1000, 3000]"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
 
@@ -246,7 +255,7 @@ def test_killed_and_rival_drivers_come_to_the_same_table(job: Path, undisturbed:
         assert run.info.status == "FINISHED"
 
 
-def test_the_second_try_has_another_key_and_says_whose_it_is(undisturbed: tuple[Path, LadderResult]):
+def test_retry_has_another_key_and_the_key_of_its_cell(undisturbed: tuple[Path, LadderResult]):
     cell = undisturbed[1].finished[0].cell
     halved = at_half_rate(cell)
     assert halved.retry_of == cell.key != halved.key

@@ -1,4 +1,4 @@
-"""A real MLflow server that goes away in the middle of a run: training does not wait, and the history is whole afterwards."""
+"""An MLflow server that stops in the middle of a run: training does not wait, and the metrics are complete afterwards."""
 
 import os
 import socket
@@ -16,12 +16,12 @@ from lmu_dist.config import load
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store
 
-AWAY_SECONDS = float(os.environ.get("AWAY_SECONDS", "60"))
+OUTAGE_SECONDS = float(os.environ.get("OUTAGE_SECONDS", "60"))
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(900)]
 
 
 class Server:
-    """`mlflow server` on loopback, over one SQLite file, started and stopped at will."""
+    """An `mlflow server` on loopback with an SQLite file, which can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
         with socket.socket() as s:
@@ -42,7 +42,7 @@ class Server:
                 return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        pytest.fail("the MLflow server did not come up")
+        pytest.fail("the MLflow server did not start")
 
     def stop(self) -> None:
         os.killpg(self.process.pid, 9)
@@ -53,22 +53,22 @@ def test_training_does_not_wait_for_mlflow(corpus_glob: str, tmp_path: Path):
     job = tmp_path / "job.yaml"
     job.write_text(f"data: {{source: files, files: ['{corpus_glob}'], tokenizer: {{vocab_tokens: 400}}}}\n")
     shape = ["model.n_params=3000", "train.sequence_tokens=32", "train.batch_tokens=256", "train.warmup_tokens=2560"]
-    n_steps = int(100 * AWAY_SECONDS)  # some 70 steps a second here
+    n_steps = int(100 * OUTAGE_SECONDS)  # at about 70 steps a second
     length = [f"train.tokens={256 * n_steps}", "train.eval_every_tokens=1e6", "train.eval_tokens=512"]
     config = load(job, [f"storage={tmp_path}", *shape, *length, "cluster.checkpoint_every_steps=1000"])
     server = Server(tmp_path)
     server.start()
-    seen: list[tuple[float, float, bool]] = []  # time, step, whether the server was there
-    away_since: list[float] = []
+    seen: list[tuple[float, float, bool]] = []  # time, step, whether the server was running
+    outage_start: list[float] = []
 
     def listen(latest: dict[str, float]) -> None:
         step = latest.get("step", 0)
-        here = not away_since or time.monotonic() - away_since[0] > AWAY_SECONDS
-        seen.append((time.monotonic(), step, here))
-        if step > 200 and not away_since:
+        server_running = not outage_start or time.monotonic() - outage_start[0] > OUTAGE_SECONDS
+        seen.append((time.monotonic(), step, server_running))
+        if step > 200 and not outage_start:
             server.stop()
-            away_since.append(time.monotonic())
-        elif away_since and here and server.process.poll() is not None:
+            outage_start.append(time.monotonic())
+        elif outage_start and server_running and server.process.poll() is not None:
             server.start()
 
     try:
@@ -79,7 +79,7 @@ def test_training_does_not_wait_for_mlflow(corpus_glob: str, tmp_path: Path):
         assert Store(server.uri).client.get_run(finished.run_id).info.status == "FINISHED"
     finally:
         server.stop()
-    during = [(t, s) for t, s, here in seen if not here]
-    steps_away = during[-1][1] - during[0][1]
-    print(f"{steps_away} steps in {during[-1][0] - during[0][0]:.0f} s without a server")
-    assert steps_away > 10 * (during[-1][0] - during[0][0])
+    during = [(t, s) for t, s, server_running in seen if not server_running]
+    outage_steps = during[-1][1] - during[0][1]
+    print(f"{outage_steps} steps in {during[-1][0] - during[0][0]:.0f} s without a server")
+    assert outage_steps > 10 * (during[-1][0] - during[0][0])

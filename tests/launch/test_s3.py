@@ -1,4 +1,4 @@
-"""The road with everything at s3://: prepare, train, killed, gone on with on another machine, exported, reported."""
+"""All commands with storage at s3://: prepare, train, kill, resume on another machine, export, generate, report."""
 
 import json
 import os
@@ -21,7 +21,7 @@ STEPS = 2000
 
 
 @pytest.mark.timeout(600)
-def test_all_of_it_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine, capfd, monkeypatch):
+def test_all_commands_with_storage_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine, capfd, monkeypatch):
     job, storage = tmp_path / "job.yaml", f"{bucket}/{tmp_path.name}"
     tree = {
         "experiment": "on-s3",
@@ -47,7 +47,7 @@ def test_all_of_it_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine,
         assert time.monotonic() < deadline
         assert first.poll() is None
         time.sleep(0.2)
-    os.killpg(first.pid, signal.SIGKILL)  # the driver; its Ray follows
+    os.killpg(first.pid, signal.SIGKILL)  # the driver; its local Ray cluster ends with it
     first.wait()
 
     store = Store(default_uri(tmp_path))
@@ -55,9 +55,9 @@ def test_all_of_it_on_s3(corpus_glob: str, bucket: str, tmp_path: Path, machine,
     machine("second")
     second = subprocess.run(command, env=os.environ.copy(), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    told = json.loads(second.stdout)
-    assert told["val_loss_nats"] == undisturbed.record.val_loss_nats
-    assert (told["folder"], told["run_id"]) == (str(folder), run.info.run_id)
+    printed = json.loads(second.stdout)
+    assert printed["val_loss_nats"] == undisturbed.record.val_loss_nats
+    assert (printed["folder"], printed["run_id"]) == (str(folder), run.info.run_id)
     for finished_store, run_id in ((store, run.info.run_id), (Store(undisturbed.tracking_uri), undisturbed.run_id)):
         points = finished_store.client.get_metric_history(run_id, records.TRAIN_LOSS)
         assert sorted(p.step for p in points) == list(range(STEPS))

@@ -1,6 +1,6 @@
-"""The whole road on Ray: two workers, ZeRO 1, MLflow; then the same with a worker killed, a driver killed, a divergence.
+"""`lmu-dist train` on Ray: two workers, ZeRO 1, MLflow; also with a killed worker, a killed driver, and a divergence.
 
-Each run costs some 20 to 40 seconds; what can be tested without Ray is tested elsewhere.
+Each run takes 20 to 40 seconds; other tests cover what needs no Ray.
 """
 
 import json
@@ -20,18 +20,18 @@ from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch import claim
-from lmu_dist.launch.claim import Finished
+from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
 
 STEPS = 600
-# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+# Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
 def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job file of a small LMU; each test gives it a storage of its own."""
+    """A configuration file of a small LMU; each test sets its own storage."""
     path = tmp_path_factory.mktemp("job") / "job.yaml"
     tree = {
         "experiment": "tests",
@@ -55,21 +55,21 @@ def configured(job: Path, storage: Path, *overrides: str) -> Config:
     return load(job, [f"storage={storage}", *overrides])
 
 
-def losses(finished: Finished) -> dict[int, float]:
-    """The history of the training loss, after checking that no step is in it twice."""
+def losses(finished: FinishedRun) -> dict[int, float]:
+    """The training loss by step, after a check that no step is logged twice."""
     points = Store(finished.tracking_uri).client.get_metric_history(finished.run_id, records.TRAIN_LOSS)
     assert len({p.step for p in points}) == len(points)
     return {p.step: p.value for p in points}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("undisturbed")
     return train(configured(job, folder), default_uri(folder))
 
 
 @pytest.mark.timeout(300)
-def test_a_run_is_trained_and_recorded(undisturbed: Finished):
+def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     record = undisturbed.record
     assert (record.status, record.phase, record.steps, record.tokens) == ("complete", "decayed", STEPS, STEPS * 256)
     history = losses(undisturbed)
@@ -95,22 +95,22 @@ def test_a_run_is_trained_and_recorded(undisturbed: Finished):
     assert len(list(undisturbed.cell.folder.glob("step-*"))) == 2
 
 
-def test_a_finished_run_is_not_run_again(undisturbed: Finished):
+def test_finished_run_is_not_trained_again(undisturbed: FinishedRun):
     began = time.monotonic()
     again = train(undisturbed.cell.config, undisturbed.tracking_uri)
     assert time.monotonic() - began < 20
     assert again.already_done
     assert (again.record, again.run_id) == (undisturbed.record, undisturbed.run_id)
-    # nor where only MLflow knows of it
+    # nor if only MLflow has its record
     record = undisturbed.cell.folder / "record.json"
-    record.rename(record.with_suffix(".away"))
+    record.rename(record.with_suffix(".moved"))
     elsewhere = train(undisturbed.cell.config, undisturbed.tracking_uri)
-    record.with_suffix(".away").rename(record)
+    record.with_suffix(".moved").rename(record)
     assert elsewhere.already_done
     assert elsewhere.record == undisturbed.record
 
 
-def test_a_store_that_never_knew_the_run_hears_all_of_it(undisturbed: Finished, tmp_path: Path):
+def test_finished_run_is_uploaded_to_a_new_store(undisturbed: FinishedRun, tmp_path: Path):
     moved = train(undisturbed.cell.config, default_uri(tmp_path))
     assert moved.already_done
     assert moved.run_id != undisturbed.run_id
@@ -118,7 +118,7 @@ def test_a_store_that_never_knew_the_run_hears_all_of_it(undisturbed: Finished, 
     assert Store(moved.tracking_uri).records("tests") == {moved.run_id: undisturbed.record}
 
 
-def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
+def test_generate_and_export(undisturbed: FinishedRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", undisturbed.tracking_uri)
     run, out = str(undisturbed.cell.folder), str(tmp_path / "export")
     assert main(["export", run, out]) == 0
@@ -133,14 +133,14 @@ def test_text_and_export_of_a_run(undisturbed: Finished, tmp_path: Path, capfd: 
     assert "is not an empty folder" in capfd.readouterr().err
 
 
-def test_damaged_checkpoints_and_a_wrong_tokenizer_are_named(undisturbed: Finished, tmp_path: Path, capfd):
+def test_damaged_checkpoints_and_a_wrong_tokenizer_are_reported(undisturbed: FinishedRun, tmp_path: Path, capfd):
     run = tmp_path / "run"
     shutil.copytree(undisturbed.cell.folder, run)
     [older, newest] = sorted(run.glob("step-*"))
     weights = newest / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
     capfd.readouterr()
-    assert main(["generate", str(run), "--tokens", "3"]) == 0  # from the one before
+    assert main(["generate", str(run), "--tokens", "3"]) == 0  # from the older checkpoint
     assert "model.safetensors is damaged" in capfd.readouterr().err
     (older / "meta.json").unlink()
     assert main(["generate", str(run), "--tokens", "3"]) == 2
@@ -153,7 +153,7 @@ def test_damaged_checkpoints_and_a_wrong_tokenizer_are_named(undisturbed: Finish
     assert "is not the tokenizer this model was trained with" in capfd.readouterr().err
 
 
-def test_more_workers_than_the_cluster_is_refused_before_anything_starts(undisturbed: Finished, tmp_path: Path, capfd):
+def test_too_many_workers_are_refused_before_anything_starts(undisturbed: FinishedRun, tmp_path: Path, capfd):
     config = undisturbed.cell.config
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps({"storage": config.storage, "data": {"source": "files", "files": list(config.data.files)}}))
@@ -161,11 +161,11 @@ def test_more_workers_than_the_cluster_is_refused_before_anything_starts(undistu
     settings += ["train.warmup_tokens=0", "cluster.n_workers=4096"]
     before = sorted(Path(config.storage).iterdir())
     assert main(["train", str(job), *settings]) == 2
-    assert "cluster.n_workers=4096 with 1 CPU each is more than the cluster has room for" in capfd.readouterr().err
+    assert "cluster.n_workers=4096 with 1 CPU each does not fit on the cluster" in capfd.readouterr().err
     assert sorted(Path(config.storage).iterdir()) == before
 
 
-def test_an_export_that_was_damaged_is_named(undisturbed: Finished, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_damaged_export_is_reported(undisturbed: FinishedRun, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     out = tmp_path / "export"
     assert main(["export", str(undisturbed.cell.folder), str(out)]) == 0
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
@@ -179,26 +179,26 @@ def test_an_export_that_was_damaged_is_named(undisturbed: Finished, tmp_path: Pa
     assert main(["export", str(undisturbed.cell.folder), str(tmp_path / "file")]) == 2
 
 
-def test_a_store_that_is_away_is_no_obstacle_to_a_run_it_knows(undisturbed: Finished, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(claim, "DELIVERY_SECONDS", 1.0)
-    cell, away = undisturbed.cell, "http://127.0.0.1:9"
+def test_known_run_does_not_need_mlflow(undisturbed: FinishedRun, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(claim, "UPLOAD_TIMEOUT_SECONDS", 1.0)
+    cell, unreachable = undisturbed.cell, "http://127.0.0.1:9"
     folder = tmp_path / cell.folder.relative_to(cell.config.storage)
     shutil.copytree(cell.folder, folder)
     shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
     config = replace(cell.config, storage=str(tmp_path))
     with pytest.raises(ConfigError, match="MLflow at http://127"):
-        train(config, away)
-    (folder / "run.json").write_text(json.dumps({"tracking_uri": away, "run_id": "r"}))
-    again = train(config, away)
+        train(config, unreachable)
+    (folder / "run.json").write_text(json.dumps({"tracking_uri": unreachable, "run_id": "r"}))
+    again = train(config, unreachable)
     assert again.already_done
     assert again.record == undisturbed.record
-    assert "MLflow has not all of the record yet" in again.notes[0]
+    assert "MLflow does not have all metrics of this run yet" in again.notes[0]
 
 
-def test_a_zero_stage_that_deepspeed_cannot_convert_to_is_refused_in_mid_run(undisturbed: Finished, tmp_path: Path):
+def test_inconvertible_zero_stage_is_refused_on_resume(undisturbed: FinishedRun, tmp_path: Path):
     cell = undisturbed.cell
     folder = tmp_path / cell.folder.relative_to(cell.config.storage)
-    shutil.copytree(cell.folder, folder, ignore=shutil.ignore_patterns("record.json", "spool*"))
+    shutil.copytree(cell.folder, folder, ignore=shutil.ignore_patterns("record.json", "metrics_log*"))
     shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
     for stage in (0, 3):
         other = replace(cell.config, storage=str(tmp_path), cluster=replace(cell.config.cluster, zero_stage=stage))
@@ -207,12 +207,12 @@ def test_a_zero_stage_that_deepspeed_cannot_convert_to_is_refused_in_mid_run(und
 
 
 def _workers() -> list[psutil.Process]:
-    """Ray Train workers of this machine that have begun to train."""
+    """The Ray Train workers on this machine that have started to train."""
     return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_worker_changes_nothing(job: Path, undisturbed: Finished, tmp_path: Path):
+def test_killed_worker_does_not_change_the_losses(job: Path, undisturbed: FinishedRun, tmp_path: Path):
     killed = []
 
     def kill_one(latest: dict[str, float]) -> None:
@@ -231,7 +231,7 @@ def test_a_killed_worker_changes_nothing(job: Path, undisturbed: Finished, tmp_p
 
 
 @pytest.mark.timeout(300)
-def test_an_interrupted_run_says_so_and_goes_on(job: Path, undisturbed: Finished, tmp_path: Path):
+def test_interrupted_run_is_marked_and_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
     command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
     driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -241,7 +241,7 @@ def test_an_interrupted_run_says_so_and_goes_on(job: Path, undisturbed: Finished
     driver.send_signal(signal.SIGINT)
     _, error = driver.communicate(timeout=120)
     assert driver.returncode == 1
-    assert "interrupted; the same command goes on" in error
+    assert "interrupted; run the same command again" in error
     store = Store(default_uri(tmp_path))
     run = store.find_run(undisturbed.cell.key)
     assert run is not None
@@ -252,7 +252,7 @@ def test_an_interrupted_run_says_so_and_goes_on(job: Path, undisturbed: Finished
 
 
 @pytest.mark.timeout(300)
-def test_a_killed_driver_goes_on_where_it_stood(job: Path, undisturbed: Finished, tmp_path: Path):
+def test_run_of_a_killed_driver_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
     command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
     driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
@@ -271,13 +271,13 @@ def test_a_killed_driver_goes_on_where_it_stood(job: Path, undisturbed: Finished
 
 
 @pytest.mark.timeout(300)
-def test_a_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(job: Path, tmp_path: Path):
-    wild = configured(job, tmp_path, "train.learning_rate=1e30", "train.clip_norm=0", "cluster.checkpoint_every_steps=1")
-    finished = train(wild, default_uri(tmp_path))
+def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(job: Path, tmp_path: Path):
+    config = configured(job, tmp_path, "train.learning_rate=1e30", "train.clip_norm=0", "cluster.checkpoint_every_steps=1")
+    finished = train(config, default_uri(tmp_path))
     assert (finished.record.status, finished.record.phase) == ("diverged", "undecayed")
     assert finished.record.stop_rule == "non-finite loss"
-    assert train(wild, default_uri(tmp_path)).already_done
-    # The first step was finite and left weights that compute nothing: no checkpoint was made of them.
+    assert train(config, default_uri(tmp_path)).already_done
+    # The loss of the first step was finite, but its new weights give no finite loss: they were not saved.
     assert list(finished.cell.folder.glob("step-*")) == []
     run = Store(finished.tracking_uri).client.get_run(finished.run_id)
     assert (run.info.status, run.data.tags["lmu.status"]) == ("FAILED", "diverged")

@@ -1,4 +1,4 @@
-"""A search on Ray: ASHA stops what is behind, its runs are closed with the reason, the winner can be included in a ladder."""
+"""A hyper-parameter search on Ray: ASHA stops trials, their runs are closed, and a ladder can include the best settings."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmu_dist.launch.tune import tune
 from lmu_dist.planning.grid import grid
 from lmu_dist.tracking.store import Store, default_uri
 
-# Ray and DeepSpeed warn of themselves, and leave sockets to the end of the process.
+# Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
 RATES = [1e-2, 3e-3, 1e-4, 1e-5]
 
@@ -32,7 +32,7 @@ def configured(corpus_glob: str, storage: Path, **search: object) -> Config:
     return parse(tree)
 
 
-def test_what_is_behind_is_stopped_and_says_so(corpus_glob: str, tmp_path: Path, monkeypatch, capfd):
+def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, tmp_path: Path, monkeypatch, capfd):
     config = configured(corpus_glob, tmp_path, first_rung_tokens=12_800, reduction_factor=2)
     job = tmp_path / "job.yaml"
     tree = {"experiment": "search", "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}}}
@@ -59,12 +59,12 @@ def test_what_is_behind_is_stopped_and_says_so(corpus_glob: str, tmp_path: Path,
         run = runs[record.key]
         assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", records.STOPPED_EARLY)
         assert run.data.metrics["final/val_loss_nats"] == pytest.approx(record.val_loss_nats)
-    # nothing is run twice, and nothing that was stopped goes on
+    # no trial is trained twice, and no stopped trial is continued
     assert {t.record.key: t.record for t in again.trials} == {t.record.key: t.record for t in search.trials}
 
     monkeypatch.setattr(launch_tune, "tune", lambda *_: ([search], ()))
-    told = tmp_path / "tune.yaml"
-    told.write_text(
+    tune_job = tmp_path / "tune.yaml"
+    tune_job.write_text(
         json.dumps(
             {
                 "tune": {
@@ -76,7 +76,7 @@ def test_what_is_behind_is_stopped_and_says_so(corpus_glob: str, tmp_path: Path,
             }
         )
     )
-    assert main(["tune", str(told), "-o", str(tmp_path / "winners.yaml")]) == 0
+    assert main(["tune", str(tune_job), "-o", str(tmp_path / "winners.yaml")]) == 0
     assert "best" in capfd.readouterr().out
     assert (tmp_path / "winners.png").stat().st_size > 5000
     ladder = ["ladder.families=[lmu]", "ladder.n_params=[1000]", "ladder.tokens=[1e6]"]
@@ -90,16 +90,16 @@ def test_what_is_behind_is_stopped_and_says_so(corpus_glob: str, tmp_path: Path,
         ({"space": {"train.tokens": {"choice": [1]}}}, "train.tokens cannot be tuned"),
         ({"space": {"train.learning_rate": {"log": [1e-1, 1e-3]}}}, "must be below the high end"),
         ({"space": {"train.learning_rate": {"log": [1e-3, 1e-1], "choice": [1]}}}, "give exactly one of"),
-        ({"space": {"train.learning_rate": {"log": [1e-3, 1e-1]}}}, "needs a choice, since a sweep tries all values"),
+        ({"space": {"train.learning_rate": {"log": [1e-3, 1e-1]}}}, "needs a choice .* because a sweep tries every value"),
         ({"space": {}}, "space"),
     ],
 )
-def test_bad_searches_are_refused(corpus_glob: str, tmp_path: Path, search: dict, message: str):
+def test_invalid_search_is_a_config_error(corpus_glob: str, tmp_path: Path, search: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         configured(corpus_glob, tmp_path, **search)
 
 
-def test_a_range_with_an_impossible_end_is_refused_before_anything_starts(corpus_glob: str, tmp_path: Path):
+def test_range_with_an_invalid_end_is_refused_before_anything_starts(corpus_glob: str, tmp_path: Path):
     space = {"train.warmup_tokens": {"choice": [1000, 1_000_000]}}
     with pytest.raises(ConfigError, match=r"tune\.space: .*warmup_tokens.* must be less"):
         tune(configured(corpus_glob, tmp_path, space=space), default_uri(tmp_path))

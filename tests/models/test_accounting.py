@@ -5,14 +5,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmu_dist.models import accounting
+from lmu_dist.models.families.lmu import LMUOptions
+from lmu_dist.models.family import Family
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.mixers.lmu import chunked, fourier
-from lmu_dist.models.mixers.lmu.mixer import Form
-from lmu_dist.models.shape import FAMILIES
+from lmu_dist.models.registry import built_in, family_of
 from lmu_dist.models.sizing import shape_for
 
 
-@pytest.fixture(params=[(f, n) for f in FAMILIES for n in (3_000, 60_000)], ids=str)
+@pytest.fixture(params=[(f, n) for f in built_in() for n in (3_000, 60_000)], ids=str)
 def shape(request: pytest.FixtureRequest):
     family, n = request.param
     return shape_for(family, n, vocab_tokens=97, sequence_tokens=40)
@@ -30,7 +31,7 @@ def test_parameters_equal_numel(shape):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_matmul_flops_equal_torchs_counter(shape):
-    model, counter = LanguageModel(shape, lmu_form="fft"), FlopCounterMode(display=False)
+    model, counter = LanguageModel(shape, options=family_of(shape).counted_options()), FlopCounterMode(display=False)
     tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
     # oneDNN's fused LSTM and the fused attention hide their products from the counter.
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
@@ -40,16 +41,34 @@ def test_matmul_flops_equal_torchs_counter(shape):
     assert (counted.matmul + counted.head) * shape.sequence_tokens == counter.get_total_flops()
 
 
+def test_hand_written_counts_equal_the_default_ones(shape):
+    """A family that counts by hand says what one that only builds its mixer would be counted at."""
+    family = family_of(shape)
+    assert family.n_sublayers(shape) == Family.n_sublayers(family, shape)
+    assert family.n_params(shape) == Family.n_params(family, shape)
+    assert family.largest_tensor(shape) == Family.largest_tensor(family, shape)
+    assert family.matmul_flops(shape) == Family.matmul_flops(family, shape)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_default_activation_bytes_bound_what_autograd_keeps(precision):
+    """Of a family whose kernels keep the same on every device. The LSTM's and the LMU's keep less than the meta device sees."""
+    shape = shape_for("transformer", 60_000, vocab_tokens=97, sequence_tokens=40)
+    family = family_of(shape)
+    default = Family.activation_bytes(family, shape, 4, precision, False)
+    assert 1 <= default / family.activation_bytes(shape, 4, precision, False) < 1.5
+
+
 def test_training_is_three_forwards_and_conventions_are_kept(shape):
     counted = accounting.flops(shape)
     assert counted.training == 3 * (counted.matmul + counted.fft + counted.head)
     assert counted.training_kaplan == 6 * accounting.parameters(shape).non_embedding
-    assert (counted.fft > 0) == ("lmu" in shape.sublayers)
+    assert (counted.fft > 0) == ("order" in shape.widths)
 
 
 def test_fft_flops_are_the_papers_within_its_reuse_of_spectra():
     """The paper's table transforms x once for each of Q, K and V and leaves the kernels out; we do the opposite."""
-    shape = shape_for("lmu", 1_000_000, vocab_tokens=97, sequence_tokens=1024, order=250, reduced_order=25)
+    shape = shape_for("lmu", 1_000_000, vocab_tokens=97, sequence_tokens=1024, options=LMUOptions(250, 25))
     d, q, r = shape.d_model, 250, 25
     table = 3 * d * (5 * (r + 1) * 11 + 6 * r) + 6 * q * r
     per_mixer = accounting.flops(shape).fft / shape.n_blocks + 6 * q * r
@@ -80,9 +99,9 @@ def test_buffers_never_meet_what_is_needed_after_backward():
     assert alone.peak_bytes(0) == alone.state_bytes + alone.update_buffers_bytes
 
 
-def saved_bytes(shape, n_rows: int, lmu_form: Form = "fused") -> int:
+def saved_bytes(shape, n_rows: int) -> int:
     """What autograd really keeps for the backward pass, weights not counted, each storage once."""
-    model = LanguageModel(shape, lmu_form=lmu_form)
+    model = LanguageModel(shape, options=LMUOptions(form="fused") if "order" in shape.widths else None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -109,9 +128,9 @@ def test_activation_bytes_are_what_autograd_keeps(shape):
 @pytest.mark.parametrize(("n_params", "length"), [(100_000, 256), (1_000_000, 1024)])
 def test_what_a_gpu_keeps(n_params, length, n_rows, monkeypatch):
     """The form that runs there, run here."""
-    made = chunked.plan
-    monkeypatch.setattr(fourier, "serves", lambda *_: False)
-    monkeypatch.setattr(chunked, "plan", lambda *given: made(*given)._replace(keep=False))
+    config = chunked.chunked_config
+    monkeypatch.setattr(fourier, "is_supported", lambda *_: False)
+    monkeypatch.setattr(chunked, "chunked_config", lambda *args: config(*args)._replace(keep_preactivations=False))
     shape = shape_for("lmu", n_params, vocab_tokens=256, sequence_tokens=length)
     kept = saved_bytes(shape, n_rows)
     assert accounting.activation_bytes(shape, n_rows, on_gpu=True) == pytest.approx(kept, rel=0.1)
@@ -119,6 +138,6 @@ def test_what_a_gpu_keeps(n_params, length, n_rows, monkeypatch):
 
 def test_chunks_are_what_costs_least():
     """Of the paper's largest mixer; where a row is shorter than chunk and memory together there is one chunk, and no memory."""
-    assert accounting.chunk_tokens(250, 75, 204, 1024, 2) == 32
-    assert accounting.chunk_tokens(250, 75, 204, 256, 2) == 256
-    assert accounting.chunk_tokens(10, 3, 16, 1024, 2) == 32
+    assert chunked.chunk_tokens(250, 75, 204, 1024, 2) == 32
+    assert chunked.chunk_tokens(250, 75, 204, 256, 2) == 256
+    assert chunked.chunk_tokens(10, 3, 16, 1024, 2) == 32

@@ -1,4 +1,4 @@
-"""The head in blocks against all logits at once, and what it holds."""
+"""The blocked cross-entropy head against plain torch, and the memory it uses."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ N, D, V = 37, 5, 23
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(head, "LOGITS", 4 * V)  # ten blocks, the last of one row
+    monkeypatch.setattr(head, "MAX_LOGITS", 4 * V)  # ten blocks, the last of one row
 
 
 def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -19,8 +19,8 @@ def problem(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     return torch.randn(N, D).to(dtype).requires_grad_(), torch.randn(V, D).to(dtype).requires_grad_(), torch.randint(V, (N,))
 
 
-def both(dtype: torch.dtype, weigh) -> list[tuple[torch.Tensor, ...]]:
-    """Losses and gradients of the head in blocks, and of the plain one in float64."""
+def blocked_and_plain(dtype: torch.dtype, reduce) -> list[tuple[torch.Tensor, ...]]:
+    """Losses and gradients of the blocked head, and of plain torch in float64."""
     x, w, targets = problem(dtype)
     results = []
     for a, b, loss in (
@@ -28,7 +28,7 @@ def both(dtype: torch.dtype, weigh) -> list[tuple[torch.Tensor, ...]]:
         (x.detach().double().requires_grad_(), w.detach().double().requires_grad_(), plain),
     ):
         losses = loss(a, b, targets)
-        results.append((losses.detach(), *torch.autograd.grad(weigh(losses), (a, b))))
+        results.append((losses.detach(), *torch.autograd.grad(reduce(losses), (a, b))))
     return results
 
 
@@ -37,23 +37,23 @@ def plain(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("weights", ["alike", "mean of squares"])
-def test_blocks_equal_the_whole(dtype, bound, weights):
-    got, expected = both(dtype, torch.Tensor.mean if weights == "alike" else lambda losses: losses.square().mean())
+@pytest.mark.parametrize("loss", ["mean", "mean of squares"])  # equal and unequal weights of the targets
+def test_blocked_equals_plain(dtype, bound, loss):
+    got, expected = blocked_and_plain(dtype, torch.Tensor.mean if loss == "mean" else lambda losses: losses.square().mean())
     assert got[0].dtype == torch.promote_types(dtype, torch.float32)
     assert [g.dtype for g in got[1:]] == [dtype, dtype]
-    for mine, exact in zip(got, expected, strict=True):
-        assert float((mine.double() - exact).norm() / exact.norm()) < bound
+    for actual, exact in zip(got, expected, strict=True):
+        assert float((actual.double() - exact).norm() / exact.norm()) < bound
 
 
-def test_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch):
-    """As GPUs take them, wherever this runs."""
+def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch):
+    """With the products a GPU uses, on any machine."""
     monkeypatch.setattr(head, "product_dtype", lambda dtype, _: dtype)
-    for mine, exact in zip(*both(torch.bfloat16, torch.Tensor.mean), strict=True):
-        assert float((mine.double() - exact).norm() / exact.norm()) < 1e-2
+    for actual, exact in zip(*blocked_and_plain(torch.bfloat16, torch.Tensor.mean), strict=True):
+        assert float((actual.double() - exact).norm() / exact.norm()) < 1e-2
 
 
-def test_logits_far_apart_and_what_is_not_a_number():
+def test_large_logits_and_nan():
     x, w, targets = problem(torch.float32)
     with torch.no_grad():
         x.mul_(1000)
@@ -63,16 +63,16 @@ def test_logits_far_apart_and_what_is_not_a_number():
         assert head.linear_cross_entropy(x, w, targets).isnan().nonzero().flatten().tolist() == [3]
 
 
-def test_no_more_than_a_block_of_logits_exists():
+def test_no_more_than_one_block_of_logits_exists():
     x, w, targets = problem(torch.float32)
-    made = list[int]()
+    sizes = list[int]()
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    class RecordSizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            made.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
+            sizes.extend(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
             return result
 
-    with Watch():
+    with RecordSizes():
         head.linear_cross_entropy(x, w, targets).mean().backward()
-    assert max(made) == max(4 * V, N * D, V * D) < N * V
+    assert max(sizes) == max(4 * V, N * D, V * D) < N * V

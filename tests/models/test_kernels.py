@@ -1,4 +1,4 @@
-"""The compiled readers against plain torch: C++ on the processor, Triton on a GPU or in its interpreter where there is none."""
+"""The compiled attention kernels against plain torch: C++ on the CPU, Triton on a GPU or, without one, in its interpreter."""
 
 import json
 import os
@@ -10,19 +10,20 @@ import pytest
 import torch
 from torch.utils import cpp_extension
 
-from lmu_dist.models.kernels import compiled, reader
+from lmu_dist.models.kernels import compiled, implicit_attention
 from lmu_dist.models.mixers.lmu import chunked, fourier
 from lmu_dist.models.mixers.lmu.mixer import LMU
+from lmu_dist.models.mixers.lmu.scan import parallel_scan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CPU = torch.device("cpu")
 GPU = CPU if INTERPRETED else torch.device("cuda")
 NO_GPU = not (INTERPRETED or torch.cuda.is_available())
-# R, D: of one, of no whole vectors, of several blocks of columns
+# (R, D): one row or column, incomplete vectors, several blocks of columns
 SHAPES = [(r, d) for r in (1, 2, 3, 5, 25) for d in (1, 3, 16, 17, 204)]
-# The interpreter takes a second for a hundred tokens. Besides: rows for more than one tile, and the most there can be
+# For the interpreter, which takes a second for a hundred tokens. Includes more rows than in one tile
 FEW_SHAPES = [(1, 1), (3, 17), (5, 33), (25, 204), (40, 16), (70, 5)]
-# bfloat16 rounds by 0.4 % at most, Triton's interpreter to nearest or not
+# bfloat16's rounding error is at most 0.4 %; Triton's interpreter does not always round to nearest
 PRECISIONS = [(torch.float32, 2e-6), (torch.bfloat16, 5e-3)]
 
 
@@ -32,36 +33,36 @@ def problem(rows, width, dtype, device=CPU, n=3, chunk=2):
     return pre, torch.randn(rows).to(device), torch.randn(n, chunk, width).to(device, dtype)
 
 
-def plainly(pre, p, dout):
-    """out, d pre and d p by plain torch in float64."""
+def expected_results(pre, p, dout):
+    """out, d pre and d p in plain torch and float64."""
     n, chunk, width = dout.shape
     pre, p = (tensor.double().clone().requires_grad_() for tensor in (pre, p))
-    out = reader.attend(pre.view(chunk, -1, n, width).permute(2, 0, 1, 3), p)
+    out = implicit_attention.attend(pre.view(chunk, -1, n, width).permute(2, 0, 1, 3), p)
     return out.detach(), *torch.autograd.grad(out, (pre, p), dout.double())
 
 
 def compare(got, expected, bound):
-    # d p is 0 with one row, its softmax being 1: the least that counts
+    # The bound has a minimum, since some expected gradients are 0 with one row, whose softmax is 1
     assert float((got.double() - expected).norm()) <= bound * max(1e-6, float(expected.norm()))
 
 
-def check(made, pre, p, dout, bound):
-    expected = plainly(pre, p, dout)
+def check(kernels, pre, p, dout, bound):
+    expected = expected_results(pre, p, dout)
     out, dp = torch.empty_like(dout), torch.ones_like(p)
-    made.read(pre, p, out)
-    made.read_back(pre, p, dout, dp)  # over pre
-    for got, exact, within in zip((out, pre, dp - 1), expected, (bound, bound, max(bound, 1e-5)), strict=True):
-        compare(got, exact, within)
+    kernels.forward(pre, p, out)
+    kernels.backward(pre, p, dout, dp)  # overwrites pre
+    for got, exact, tolerance in zip((out, pre, dp - 1), expected, (bound, bound, max(bound, 1e-5)), strict=True):
+        compare(got, exact, tolerance)
 
 
-def check_nan(made, pre, p, dout):
-    """NaN in one reading of a token: in whatever comes of it, as in plain torch, and nowhere else."""
+def check_nan(kernels, pre, p, dout):
+    """A NaN in one pre-activation reaches the same results as in plain torch, and no others."""
     width = dout.shape[2]
     pre[0, width] = torch.nan  # Q of the first token of the second chunk
-    expected = plainly(pre, p, dout)
+    expected = expected_results(pre, p, dout)
     out, dp = torch.empty_like(dout), torch.zeros_like(p)
-    made.read(pre, p, out)
-    made.read_back(pre, p, dout, dp)
+    kernels.forward(pre, p, out)
+    kernels.backward(pre, p, dout, dp)
     for got, exact in zip((out, pre, dp), expected, strict=True):
         assert exact.isnan().any()
         assert torch.equal(got.isnan(), exact.isnan())
@@ -70,210 +71,210 @@ def check_nan(made, pre, p, dout):
 @pytest.fixture
 def cpp():
     if not shutil.which(cpp_extension.get_cxx_compiler()):
-        pytest.skip("no C++ compiler here")
+        pytest.skip("no C++ compiler on this machine")
     assert compiled.library() is not None
 
 
-needs_gpu = pytest.mark.skipif(NO_GPU, reason="no GPU here: see test_triton_in_its_interpreter")
+needs_gpu = pytest.mark.skipif(NO_GPU, reason="no GPU on this machine; test_triton_in_the_interpreter runs it")
 
 
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
 @pytest.mark.parametrize(("rows", "width"), SHAPES)
-def test_cpp(rows, width, dtype, bound):
-    assert reader.implementation(dtype, CPU, rows) == "c++"
-    check(reader, *problem(rows, width, dtype), bound)
+def test_cpp_equals_plain_torch(rows, width, dtype, bound):
+    assert implicit_attention.implementation(dtype, CPU, rows) == "c++"
+    check(implicit_attention, *problem(rows, width, dtype), bound)
 
 
 @pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_in_cpp(dtype):
-    check_nan(reader, *problem(3, 17, dtype))
+def test_cpp_propagates_nan(dtype):
+    check_nan(implicit_attention, *problem(3, 17, dtype))
 
 
 @pytest.mark.usefixtures("cpp")
-def test_cpp_leaves_denormal_numbers_to_others():
-    check(reader, *problem(3, 17, torch.float32), 2e-6)
+def test_cpp_restores_denormals_afterwards():
+    check(implicit_attention, *problem(3, 17, torch.float32), 2e-6)
     assert (torch.tensor([1e-30]) * torch.tensor([1e-10])).item() > 0
 
 
-def test_no_compiler_is_one_line(monkeypatch, caplog):
+def test_missing_compiler_logs_one_line(monkeypatch, caplog):
     monkeypatch.setattr(compiled.cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
     assert compiled.library.__wrapped__() is None
     [record] = caplog.records
     assert record.getMessage() == (
-        "no compiled LMU, plain torch in its place: "
+        "cannot build the LMU's C++ kernels, using plain torch instead: "
         "there is no C++ compiler no-such-compiler; install g++, or name another in CXX"
     )
 
 
-def test_plain_torch_writes_over_pre_as_the_others_do():
-    assert reader.implementation(torch.float64, CPU) == "torch"
-    check(reader, *problem(3, 17, torch.float64), 1e-12)
+def test_plain_torch_overwrites_pre_too():
+    assert implicit_attention.implementation(torch.float64, CPU) == "torch"
+    check(implicit_attention, *problem(3, 17, torch.float64), 1e-12)
 
 
 @needs_gpu
 @pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
 @pytest.mark.parametrize(("rows", "width"), FEW_SHAPES if INTERPRETED else [*SHAPES, *FEW_SHAPES, (128, 40)])
-def test_triton(rows, width, dtype, bound):
-    from lmu_dist.models.kernels import device
+def test_triton_equals_plain_torch(rows, width, dtype, bound):
+    from lmu_dist.models.kernels import triton_kernels
 
-    assert INTERPRETED or reader.implementation(dtype, GPU, rows) == "triton"
-    check(device if INTERPRETED else reader, *problem(rows, width, dtype, GPU), bound)
+    assert INTERPRETED or implicit_attention.implementation(dtype, GPU, rows) == "triton"
+    check(triton_kernels if INTERPRETED else implicit_attention, *problem(rows, width, dtype, GPU), bound)
 
 
 @needs_gpu
-@pytest.mark.filterwarnings("ignore:invalid value")  # of numpy, in which the interpreter works
+@pytest.mark.filterwarnings("ignore:invalid value")  # from numpy, which the interpreter uses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nan_in_triton(dtype):
-    from lmu_dist.models.kernels import device
+def test_triton_propagates_nan(dtype):
+    from lmu_dist.models.kernels import triton_kernels
 
-    check_nan(device, *problem(3, 17, dtype, GPU))
+    check_nan(triton_kernels, *problem(3, 17, dtype, GPU))
 
 
-def stepped(lmu, x):
-    """Output of the fused form, and gradients of a loss of it."""
+def output_and_gradients(lmu, x):
+    """Output of the fused form, and gradients of a loss."""
     lmu.form = "fused"
     out = lmu(x)
     leaves = (x, *lmu.parameters())
     return out.detach(), *torch.autograd.grad(out.float().square().mean(), leaves)
 
 
-def check_operator(got, lmu, x, bound):
-    """Against the chunked form in float64, from the same weights."""
+def check_lmu(got, lmu, x, bound):
+    """Compares with the chunked form in float64 with the same weights."""
     exact, x = LMU(12, 3, 50.0, "chunked").double(), x.detach().cpu().double().requires_grad_()
     exact.load_state_dict(lmu.state_dict())
     out = exact(x)
     expected = (out.detach(), *torch.autograd.grad(out.square().mean(), (x, *exact.parameters())))
-    for some, other in zip(got, expected, strict=True):
-        compare(some.cpu(), other, bound)
+    for actual, exact_value in zip(got, expected, strict=True):
+        compare(actual.cpu(), exact_value, bound)
 
 
-OPERATOR = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
+LMU_PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
 
-def operator(dtype, device):
+def lmu_and_input(dtype, device):
     torch.manual_seed(0)
     return LMU(12, 3, 50.0).to(device, dtype), torch.randn(1, 70, 5).to(device, dtype).requires_grad_()
 
 
-@pytest.mark.parametrize(("dtype", "bound"), OPERATOR)
-def test_operator_on_a_cpu(dtype, bound):
-    lmu, x = operator(dtype, CPU)
-    check_operator(stepped(lmu, x), lmu, x, bound)
+@pytest.mark.parametrize(("dtype", "bound"), LMU_PRECISIONS)
+def test_lmu_on_a_cpu(dtype, bound):
+    lmu, x = lmu_and_input(dtype, CPU)
+    check_lmu(output_and_gradients(lmu, x), lmu, x, bound)
 
 
 @needs_gpu
-@pytest.mark.parametrize(("dtype", "bound"), OPERATOR)
-def test_triton_in_the_operator(dtype, bound, monkeypatch):
-    from lmu_dist.models.kernels import device
+@pytest.mark.parametrize(("dtype", "bound"), LMU_PRECISIONS)
+def test_triton_inside_the_lmu(dtype, bound, monkeypatch):
+    from lmu_dist.models.kernels import triton_kernels
 
     if INTERPRETED:
-        monkeypatch.setattr(fourier, "serves", lambda *_: False)
-        monkeypatch.setattr(reader, "_made", lambda *_: device)
-        monkeypatch.setattr(chunked, "one_by_one", lambda _: False)
-    lmu, x = operator(dtype, GPU)
-    check_operator(stepped(lmu, x), lmu, x, bound)
+        monkeypatch.setattr(fourier, "is_supported", lambda *_: False)
+        monkeypatch.setattr(implicit_attention, "_kernels", lambda *_: triton_kernels)
+        monkeypatch.setattr(chunked, "use_sequential_scan", lambda _: False)
+    lmu, x = lmu_and_input(dtype, GPU)
+    check_lmu(output_and_gradients(lmu, x), lmu, x, bound)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-@pytest.mark.parametrize(("dtype", "bound"), OPERATOR)
-def test_operator_in_a_cuda_graph(dtype, bound):
-    lmu, x = operator(dtype, GPU)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+@pytest.mark.parametrize(("dtype", "bound"), LMU_PRECISIONS)
+def test_lmu_in_a_cuda_graph(dtype, bound):
+    lmu, x = lmu_and_input(dtype, GPU)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        stepped(lmu, x)
-        torch.cuda.set_sync_debug_mode("error")  # a second time, nothing waits
+        output_and_gradients(lmu, x)
+        torch.cuda.set_sync_debug_mode("error")  # after the first call no operation may synchronize
         try:
-            stepped(lmu, x)
+            output_and_gradients(lmu, x)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = stepped(lmu, x)
+        got = output_and_gradients(lmu, x)
     with torch.no_grad():
-        x.normal_()  # what the graph reads when it is replayed
+        x.normal_()  # the graph's input at replay
     graph.replay()
     torch.cuda.synchronize()
-    check_operator(got, lmu, x, bound)
+    check_lmu(got, lmu, x, bound)
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the tests of Triton where there is no GPU")
-def test_triton_in_its_interpreter():
-    """In a process of its own, since Triton decides at import."""
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="runs the Triton tests on machines without a GPU")
+def test_triton_in_the_interpreter():
+    """In a process of its own, since Triton reads TRITON_INTERPRET at import."""
     pytest.importorskip("triton", reason="Triton is not installed: it is in the dev extra, on Linux")
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "test_triton or nan_in_triton", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{2 * len(FEW_SHAPES) + 4} passed" in done.stdout
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "test_triton", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{2 * len(FEW_SHAPES) + 4} passed" in result.stdout
 
 
 COMPILE = """
 import json, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lmu_dist.models.kernels import device
+from lmu_dist.models.kernels import triton_kernels
 
 for name, dtype, rows, width in json.loads(sys.argv[1]):
-    kernel, knobs = getattr(device, name), device.knobs(rows, width, getattr(torch, dtype))
-    warps = knobs.pop("num_warps")
+    kernel, config = getattr(triton_kernels, name), triton_kernels.launch_config(rows, width, getattr(torch, dtype))
+    warps = config.pop("num_warps")
     element = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
-    types = {"p": "*fp32", "dp": "*fp32", "n_chunks": "i32", "n_tokens": "i32", **dict.fromkeys(knobs, "constexpr")}
+    types = {"p": "*fp32", "dp": "*fp32", "n_chunks": "i32", "n_tokens": "i32", **dict.fromkeys(config, "constexpr")}
     signature = {n: types.get(n, element) for n in kernel.arg_names}
-    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in knobs.items()})
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    print(name, dtype, "mma" in made.asm["ptx"], made.metadata.shared)
+    source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in config.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    print(name, dtype, "mma" in compiled.asm["ptx"], compiled.metadata.shared)
 """
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_triton_compiles_without_a_gpu(tmp_path):
-    """What the interpreter takes and the compiler does not; bfloat16 has tensor cores, float32 none; shared memory will do."""
+    """The compiler accepts the kernels; bfloat16 uses tensor cores, float32 does not; shared memory suffices."""
     pytest.importorskip("triton", reason="Triton is not installed: it is in the dev extra, on Linux")
-    cases = [(name, dtype, 25, 204) for name in ("_read", "_read_back") for dtype in ("float32", "bfloat16")]
+    cases = [(name, dtype, 25, 204) for name in ("_forward", "_backward") for dtype in ("float32", "bfloat16")]
     command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
-    assert done.returncode == 0, done.stderr
-    made = [line.split() for line in done.stdout.splitlines()]
-    assert [(name, dtype) for name, dtype, *_ in made] == [(name, dtype) for name, dtype, *_ in cases]
-    assert all((tensor_cores == "True") == (dtype == "bfloat16") for _, dtype, tensor_cores, _ in made)
-    assert all(int(shared) < 48 * 1024 for *_, shared in made)
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
+    assert result.returncode == 0, result.stderr
+    compiled_kernels = [line.split() for line in result.stdout.splitlines()]
+    assert [(name, dtype) for name, dtype, *_ in compiled_kernels] == [(name, dtype) for name, dtype, *_ in cases]
+    assert all((tensor_cores == "True") == (dtype == "bfloat16") for _, dtype, tensor_cores, _ in compiled_kernels)
+    assert all(int(shared) < 48 * 1024 for *_, shared in compiled_kernels)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 7, 8])
-@pytest.mark.parametrize("back", [False, True])
-def test_memory_carried_by_pairs_is_carried_one_by_one(n, back):
+@pytest.mark.parametrize("transpose", [False, True])
+def test_parallel_scan_equals_sequential_scan(n, transpose):
     torch.manual_seed(n)
-    hop, added = torch.randn(6, 6, dtype=torch.float64) / 3, torch.randn(6, n, 4, dtype=torch.float64)
+    a, added = torch.randn(6, 6, dtype=torch.float64) / 3, torch.randn(6, n, 4, dtype=torch.float64)
     m, expected = torch.zeros(6, 4, dtype=torch.float64), []
     for i in range(n):
-        m = (hop.T if back else hop) @ m + added[:, i]
+        m = (a.T if transpose else a) @ m + added[:, i]
         expected.append(m)
-    assert torch.allclose(chunked.carried(added, hop, back), torch.stack(expected, 1), rtol=0, atol=1e-13)
-    assert torch.autograd.gradcheck(lambda given: chunked.carried(given, hop, back), added.requires_grad_())
+    assert torch.allclose(parallel_scan(added, a, transpose), torch.stack(expected, 1), rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda given: parallel_scan(given, a, transpose), added.requires_grad_())
 
 
-@pytest.mark.parametrize("length", [20, 64, 65, 200])  # one chunk; two; a third begun; many
-def test_operator_of_a_gpu_equals_that_of_a_cpu(length, monkeypatch):
+@pytest.mark.parametrize("length", [20, 64, 65, 200])  # one chunk; two; two and a partial one; many
+def test_chunked_lmu_with_a_gpus_scan_equals_that_of_a_cpu(length, monkeypatch):
     torch.manual_seed(0)
     given = [torch.randn(2, length, 5), torch.randn(9, 12) / 3, torch.randn(9), torch.randn(3)]
-    plan = chunked.Plan(chunked.steps(12, 50.0, 32, torch.float64, CPU), False, torch.float64, 2, False)
+    config = chunked.ChunkedConfig(chunked.chunk_transition(12, 50.0, 32, torch.float64, CPU), False, torch.float64, 2, False)
     results = []
-    for one_by_one in (True, False):
-        monkeypatch.setattr(chunked, "one_by_one", lambda _, taken=one_by_one: taken)
+    for sequential in (True, False):
+        monkeypatch.setattr(chunked, "use_sequential_scan", lambda _, value=sequential: value)
         leaves = [tensor.double().requires_grad_() for tensor in given]
-        x, reading, bias, p = leaves
-        out = chunked.attended(x, reading, bias, p, plan)
+        x, projection, bias, p = leaves
+        out = chunked.fused_lmu(x, projection, bias, p, config)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for cpu, gpu in zip(*results, strict=True):
         assert torch.allclose(cpu, gpu, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operator_never_asks_for_a_value(dtype):
-    """Tensors of the meta device have none: what waits for the device on a GPU, and breaks a CUDA graph, raises here."""
+def test_lmu_never_synchronizes(dtype):
+    """Reading a value from a tensor waits for a GPU and breaks a CUDA graph; on the meta device it raises."""
     lmu = LMU(30, 3, 100.0).to("meta", dtype)
     x = torch.empty(2, 500, 8, device="meta", dtype=dtype, requires_grad=True)
     lmu.form = "fused"

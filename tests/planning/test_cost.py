@@ -31,7 +31,11 @@ def configured(tmp_path: Path, schedule: str = "wsd") -> Config:
 def measured(cell: Planned, seconds: float) -> Measured:
     train, workers = cell.config.train, cell.config.cluster.n_workers
     return Measured(
-        step_of(cell), "test", seconds, train.batch_tokens * accounting.flops(cell.shape).training / workers / seconds
+        step_of(cell),
+        "test",
+        seconds,
+        train.batch_tokens * accounting.flops(cell.shape).training / workers / seconds,
+        accounting.parameters(cell.shape).non_embedding,
     )
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lmu_dist.config import Config, ConfigError, parse
+from lmu_dist.config import Config, ConfigError, parse, with_settings
 from lmu_dist.models import accounting
 from lmu_dist.planning.grid import grid
 
@@ -38,8 +38,8 @@ def test_rules_turn_a_size_into_settings():
     assert [c.train.learning_rate for c in (small, middle, large)] == pytest.approx([0.01, 0.004, 0.004])
     assert [c.train.warmup_tokens for c in (small, middle, large)] == [10_000, 31_623, 100_000]
     assert (small.cluster.n_workers, middle.cluster.n_workers, middle.cluster.zero_stage) == (1, 3, 2)
-    # whole rows of 256 for each of the workers
-    assert [c.train.batch_tokens for c in (small, middle, large)] == [12 * 256, 39 * 3 * 256, 391 * 3 * 256]
+    # whole rows of 256, on however many workers
+    assert [c.train.batch_tokens for c in (small, middle, large)] == [12 * 256, 117 * 256, 1172 * 256]
 
 
 def test_budgets_may_grow_with_the_size():
@@ -80,12 +80,35 @@ def test_cells_that_are_too_dear_are_named():
     assert len(left_out) == len(everything) - 6
 
 
+def test_the_number_of_workers_changes_no_setting_of_a_cell():
+    """Else a study would have other keys, and other losses, on another cluster."""
+    rule = {"batch_tokens": {"value": 2816}}
+    trains = {
+        n: [c.config.train for c in grid(configured(workers=[{"n_params": 0, "n_workers": n}], **rule), 400)[0]] for n in (1, 2, 3)
+    }
+    assert trains[1] == trains[2] == trains[3]
+
+
+def test_keys_of_a_family_go_to_its_cells_only():
+    config = with_settings(configured(families=["lmu", "lstm"], n_params=[30_000]), {"model.theta_tokens": 64})
+    cells = {cell.shape.family: cell for cell in grid(config, 400)[0]}
+    assert cells["lmu"].shape.theta_tokens == 64
+    assert cells["lstm"].config.model.options == {}
+    for key, message in (("model.thetta_tokens", "did you mean model.theta_tokens"), ("model.order", "greater than 0")):
+        with pytest.raises(ConfigError, match=message):
+            grid(with_settings(config, {key: -1}), 400)
+    with pytest.raises(ConfigError, match=r"model\.order: unknown key of family lstm; it has no keys of its own"):
+        grid(with_settings(configured(families=["lstm"]), {"model.order": 3}), 400)
+    with pytest.raises(ConfigError, match="unknown family 'gpt'; take one of lmu, .*, or path/to/file.py:CLASS"):
+        grid(configured(families=["gpt"]), 400)
+
+
 @pytest.mark.parametrize(
     ("ladder", "message"),
     [
         ({"tokens": [40_000]}, r"ladder: lmu, N = 3,000, 40,000 tokens: train\.warmup_tokens .* must be less"),
         ({"n_params": [1]}, "ladder: lmu, N = 1, .* no lmu of 2 blocks has N = 1"),
-        ({"workers": [{"n_params": 0, "n_workers": 3}]}, "must divide the 8 rows"),
+        ({"workers": [{"n_params": 0, "n_workers": 9}]}, "must not be more than the 8 rows"),
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.lr": 1}}]}, "train.lr: unknown key"),
         ({"max_cell_flops": 1.0}, r"max_cell_flops=1 leaves no cell"),
     ],
@@ -111,8 +134,8 @@ def test_without_a_ladder_it_is_the_searches_or_the_one_run():
 @pytest.mark.parametrize(
     ("ladder", "message"),
     [
-        ({"families": ["gpt"]}, "ladder.families"),
-        ({"tokens": []}, "give budgets"),
+        ({"families": ["GPT 2"]}, "ladder.families"),
+        ({"tokens": []}, "give token budgets"),
         ({"token": [1]}, "did you mean ladder.tokens"),
         ({"learning_rate": {"value": -1}}, r"ladder\.learning_rate"),
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"storage": "/x"}}]}, "storage cannot be tuned"),

@@ -1,12 +1,12 @@
-"""A simulated ladder, recorded and reported on, once for all tests of the report."""
+"""Fixtures: a simulated ladder in an MLflow store and its report, made once for all tests of the report."""
 
 import os
 from collections.abc import Iterator
 
 import pytest
-from simulate import record, study, write
+from simulate import make_record, simulate_study, write_runs_to_mlflow
 
-from lmu_dist.report.write import Written, write_report
+from lmu_dist.report.write import ReportFiles, write_report
 from lmu_dist.tracking.store import Store, default_uri
 
 EXPERIMENT = "quickstart"
@@ -15,14 +15,14 @@ EXPERIMENT = "quickstart"
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     store = Store(default_uri(tmp_path_factory.mktemp("reported")))
-    write(store.client, EXPERIMENT, study(seeds=(0, 1), noise=0.004), curves=True)
-    bad = record("lmu", 10_000, 10**6, 5, 4.0, status="diverged", stop_rule="loss is nan at step 7")
-    write(store.client, EXPERIMENT, [bad, record("lmu", 10_000, 10**6, 6, 4.0, phase="undecayed")])
+    write_runs_to_mlflow(store.client, EXPERIMENT, simulate_study(seeds=(0, 1), noise=0.004), curves=True)
+    bad = make_record("lmu", 10_000, 10**6, 5, 4.0, status="diverged", stop_rule="loss is nan at step 7")
+    write_runs_to_mlflow(store.client, EXPERIMENT, [bad, make_record("lmu", 10_000, 10**6, 6, 4.0, phase="undecayed")])
     return store
 
 
 @pytest.fixture(scope="session")
-def written(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
     return write_report(store, EXPERIMENT, tmp_path_factory.mktemp("report"), False, lambda *_: None, n_resamples=200)
 
 

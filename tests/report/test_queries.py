@@ -1,4 +1,4 @@
-"""docs/mlflow.md: every snippet runs with a bare MLflow client, and every name of the record stands there."""
+"""docs/mlflow.md: every snippet runs with a plain MLflow client, and every name of a run record is documented."""
 
 import re
 from dataclasses import fields
@@ -7,17 +7,17 @@ from pathlib import Path
 import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
-from simulate import record
+from simulate import make_record
 
 from lmu_dist import records
 from lmu_dist.records import RunRecord
-from lmu_dist.report.write import Written
+from lmu_dist.report.write import ReportFiles
 
 PAGE = (Path(__file__).parents[2] / "docs" / "mlflow.md").read_text()
 SNIPPETS = re.findall(r"```(python|filter)\n(.*?)```", PAGE, re.DOTALL)
 
 
-def test_every_snippet_runs(written: Written, tracking: str, capsys: pytest.CaptureFixture):
+def test_every_snippet_of_the_documentation_runs(written: ReportFiles, tracking: str, capsys: pytest.CaptureFixture):
     mlflow.set_tracking_uri(tracking)
     namespace: dict = {}
     try:
@@ -30,15 +30,15 @@ def test_every_snippet_runs(written: Written, tracking: str, capsys: pytest.Capt
     finally:
         mlflow.set_tracking_uri(None)
     assert {kind for kind, _ in SNIPPETS} == {"python", "filter"}
-    said = capsys.readouterr().out
-    assert "loss is nan at step 7" in said
-    assert "efficiency_factor/lmu_over_transformer/laws/1000000_low" in said
-    assert "report.html" in said
+    output = capsys.readouterr().out
+    assert "loss is nan at step 7" in output
+    assert "efficiency_factor/lmu_over_transformer/laws/1000000_low" in output
+    assert "report.html" in output
     assert len(namespace["cells"]) >= 1
     assert len(namespace["by_position"]) == 256
 
 
-def test_every_name_of_the_record_is_explained():
+def test_every_name_of_a_record_is_documented():
     names = [name for kind in ("params", "metrics", "tags") for name in record_names(kind)]
     names += [value for key, value in vars(records).items() if key.isupper() and isinstance(value, str) and "/" in value]
     assert len(names) > len(fields(RunRecord))
@@ -47,4 +47,4 @@ def test_every_name_of_the_record_is_explained():
 
 
 def record_names(kind: str) -> list[str]:
-    return list(record("lmu", 1000, 1000, 0, 4.0).columns(kind))
+    return list(make_record("lmu", 1000, 1000, 0, 4.0).columns(kind))

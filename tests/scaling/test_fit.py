@@ -1,4 +1,4 @@
-"""Fits of laws: the public tables as published, clean tables exactly, and a certificate that knows what cannot be fitted."""
+"""Fitting laws: published values of public tables, exact recovery without noise, and diagnostics of undetermined laws."""
 
 import json
 import re
@@ -10,13 +10,13 @@ import intervals
 import numpy as np
 import pytest
 
-from lmu_dist.scaling.certificate import Certificate, certify, unfit
-from lmu_dist.scaling.examine import examine, holdout
+from lmu_dist.scaling.as_json import fit_to_json
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose
 from lmu_dist.scaling.fit import fit, refit
-from lmu_dist.scaling.intervals import resampled, weights
-from lmu_dist.scaling.laws import HOFFMANN, KAPLAN_ND, Chinchilla, Gadre, Kaplan, Law, parameters
-from lmu_dist.scaling.table import Rows, read_table, rows_of
-from lmu_dist.scaling.tell import told
+from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples
+from lmu_dist.scaling.laws import HOFFMANN, KAPLAN_ND, Chinchilla, Gadre, Kaplan, ScalingLaw, parameters
+from lmu_dist.scaling.table import Rows, read_table, rows_from_columns
+from lmu_dist.scaling.validate import fit_and_validate, holdout
 
 TABLES = Path(__file__).parent / "tables"
 PUBLIC = [
@@ -43,9 +43,9 @@ PUBLIC = [
 ]
 
 
-def grid(law: Law, noise: float = 0.0, n_sizes: int = 6, n_budgets: int = 6, seed: int = 0) -> Rows:
+def grid(law: ScalingLaw, noise: float = 0.0, n_sizes: int = 6, n_budgets: int = 6, seed: int = 0) -> Rows:
     n, d = (v.ravel() for v in np.meshgrid(np.logspace(6, 10, n_sizes), np.logspace(8, 11, n_budgets)))
-    return rows_of(n, d, law.loss(n, d) * np.exp(np.random.default_rng(seed).normal(0, noise, len(n))))
+    return rows_from_columns(n, d, law.loss(n, d) * np.exp(np.random.default_rng(seed).normal(0, noise, len(n))))
 
 
 def last_digit(printed: str) -> float:
@@ -56,30 +56,32 @@ def last_digit(printed: str) -> float:
 @pytest.mark.parametrize(
     ("file", "n", "d", "loss", "where", "n_rows", "objective", "found"), PUBLIC, ids=[p[4][0] if p[4] else p[0] for p in PUBLIC]
 )
-def test_public_tables(file: str, n: str, d: str, loss: str, where: tuple, n_rows: int, objective: float, found: tuple):
+def test_fits_of_public_tables_match_the_published_values(
+    file: str, n: str, d: str, loss: str, where: tuple, n_rows: int, objective: float, found: tuple
+):
     rows, _, _ = read_table(TABLES / f"{file}.csv", n, d, loss, where)
     assert len(rows) == n_rows
     best = fit(Chinchilla, rows)
     assert best.objective == pytest.approx(objective, rel=1e-5 if objective < 1e-3 else 3e-6)
     for name, value in zip(("E", "A", "B", "alpha", "beta"), found, strict=True):
         assert getattr(best.law, name) == pytest.approx(float(value), abs=1.01 * last_digit(value)), name
-    assert certify(best, rows) == Certificate((), 5, 5, best.gradient, best.condition)
+    assert diagnose(best, rows) == FitDiagnostics((), 5, 5, best.gradient, best.condition)
 
 
-def test_gadres_over_training_law_as_its_authors_fit_it():
+def test_gadres_law_matches_its_authors_fit():
     path = TABLES / "gadre_overtraining_104_runs.csv"
     where = ("train_dataset=rpj", "N<1e9", "chinchilla_multiplier=1", "chinchilla_multiplier=16")
     rows, _, _ = read_table(path, "N", "D", "loss_c4_val", where)
     small = rows.where((rows.tokens / rows.n_params < 21) | (rows.n_params < 2e7))
     assert len(small) == 5
-    seen = examine(Gadre, small, n_resamples=0)
-    assert seen.law is not None
-    assert parameters(seen.law) == pytest.approx({"E": 1.83665, "a": 166.211, "b": 366.687, "eta": -0.272851}, rel=1e-5)
-    assert not seen.intervals  # five runs are met whatever they weigh
+    result = fit_and_validate(Gadre, small, n_resamples=0)
+    assert result.law is not None
+    assert parameters(result.law) == pytest.approx({"E": 1.83665, "a": 166.211, "b": 366.687, "eta": -0.272851}, rel=1e-5)
+    assert not result.intervals  # the law meets five runs almost exactly for any weights
     for condition, error in ((("N>1e9", "N<6e9", "chinchilla_multiplier=32"), 0.007103), (("N>6e9",), 0.007320)):
         large, _, _ = read_table(path, "N", "D", "loss_c4_val", ("train_dataset=rpj", *condition))
         assert len(large) == 1
-        assert abs(seen.law.loss(large.n_params, large.tokens)[0] / large.loss[0] - 1) == pytest.approx(error, abs=1e-6)
+        assert abs(result.law.loss(large.n_params, large.tokens)[0] / large.loss[0] - 1) == pytest.approx(error, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -93,14 +95,14 @@ def test_gadres_over_training_law_as_its_authors_fit_it():
     ],
     ids=["hoffmann", "b", "c", "gadre", "kaplan"],
 )
-def test_clean_tables_give_their_law_back(law: Law):
+def test_tables_without_noise_recover_their_law(law: ScalingLaw):
     found = fit(type(law), grid(law))
     assert parameters(found.law) == pytest.approx(parameters(law), rel=1e-6)
     assert found.objective < 1e-15
-    assert certify(found, grid(law)).ok
+    assert diagnose(found, grid(law)).passed
 
 
-def test_a_noisy_table_is_fitted_better_than_by_the_truth():
+def test_the_fit_of_a_noisy_table_has_a_lower_objective_than_the_truth():
     rows = grid(HOFFMANN, noise=0.003)
     found = fit(Chinchilla, rows)
     residual = np.abs(np.log(HOFFMANN.loss(rows.n_params, rows.tokens) / rows.loss))
@@ -108,18 +110,18 @@ def test_a_noisy_table_is_fitted_better_than_by_the_truth():
     assert refit(HOFFMANN, rows).objective == pytest.approx(found.objective, rel=1e-6)
 
 
-def test_speed():
+def test_fitting_and_resampling_are_fast():
     rows = grid(HOFFMANN, 0.003, 16, 15)
-    began = time.monotonic()
+    started_at = time.monotonic()
     found = fit(Chinchilla, rows)
-    assert certify(found, rows).ok
-    assert time.monotonic() - began < 1
-    began = time.monotonic()
-    resampled(found, rows, weights([str(i) for i in range(240)], 100))
-    assert time.monotonic() - began < 6  # a thousand in less than a minute
+    assert diagnose(found, rows).passed
+    assert time.monotonic() - started_at < 1
+    started_at = time.monotonic()
+    fit_resamples(found, rows, bootstrap_weights([str(i) for i in range(240)], 100))
+    assert time.monotonic() - started_at < 6  # a thousand in less than a minute
 
 
-def flat(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+def constant_loss(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return np.full_like(n, 3.0)
 
 
@@ -127,30 +129,44 @@ def noise_only(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return 3 * np.exp(np.random.default_rng(0).normal(0, 0.01, len(n)))
 
 
-def on_a_line(n: np.ndarray, d: np.ndarray) -> np.ndarray:
+def fixed_tokens_per_parameter(n: np.ndarray, d: np.ndarray) -> np.ndarray:
     return Chinchilla(1.7, 1e5, 20.0, 0.8, 0.2).loss(n, d) * np.exp(np.random.default_rng(1).normal(0, 1e-4, len(n)))
 
 
 N4, D4 = (v.ravel() for v in np.meshgrid(np.logspace(6, 9, 4), np.logspace(8, 11, 4)))
-ONE_ALONE = (np.append(np.tile(np.logspace(6, 9, 5), 2), 1e7), np.append(np.repeat([1e8, 1e11], 5), 1e9))
+ONE_DECISIVE_RUN = (np.append(np.tile(np.logspace(6, 9, 5), 2), 1e7), np.append(np.repeat([1e8, 1e11], 5), 1e9))
 
 
 @pytest.mark.parametrize(
     ("n", "d", "loss", "reason"),
     [
-        ([1e6, 1e7, 1e8], [1e8, 1e8, 1e9], lambda n, d: HOFFMANN.loss(n, d), "3 runs; a law of 5 parameters needs"),
-        (np.full(16, 1e7), D4, lambda n, d: HOFFMANN.loss(n, d), "N takes 1 value"),
-        (N4, np.where(D4 > 1e9, 1e10, 1e9), lambda n, d: HOFFMANN.loss(n, d), "D takes 2 values"),
-        (N4, D4, flat, "the loss is the same"),
-        (N4, D4, noise_only, "ran to|cannot be told apart"),
-        (N4, D4, lambda n, d: 1.69 + 406.4 * n**-0.34, "beta ran to|cannot be told apart"),
-        (N4, D4, lambda n, d: 2 + n**0.1 + d**0.1, "alpha is -0.1: the loss rises with N"),
-        (N4, D4, lambda n, d: 406.4 * n**-0.34 + 410.7 * d**-0.28, "E ran to zero|cannot be told apart"),
-        (*ONE_ALONE, lambda n, d: HOFFMANN.loss(n, d) * np.exp(0.01 * np.sin(7 * np.log(n * d))), "alone fixes a parameter"),
-        (np.repeat(np.logspace(6, 9, 20), 2), 20 * np.repeat(np.logspace(6, 9, 20), 2), on_a_line, "two different laws"),
-        (N4, D4, lambda n, d: 2 + 0.05 * n**0.2 + 410 * d**-0.28, "alpha is -.*the loss rises with N"),
-        (N4, D4, lambda n, d: 1.69 + 4e5 * (n * d) ** -0.3, "E lies anywhere|ran to|cannot be told"),
-        (np.tile(N4[::2], 5), np.tile(D4[::2], 5), lambda n, d: HOFFMANN.loss(n, d), "8 runs; a law"),
+        (
+            [1e6, 1e7, 1e8],
+            [1e8, 1e8, 1e9],
+            lambda n, d: HOFFMANN.loss(n, d),
+            "only 3 distinct runs",
+        ),
+        (np.full(16, 1e7), D4, lambda n, d: HOFFMANN.loss(n, d), "only 1 distinct value of N"),
+        (N4, np.where(D4 > 1e9, 1e10, 1e9), lambda n, d: HOFFMANN.loss(n, d), "only 2 distinct values of D"),
+        (N4, D4, constant_loss, "the loss is the same"),
+        (N4, D4, noise_only, "went to|cannot be separated"),
+        (N4, D4, lambda n, d: 1.69 + 406.4 * n**-0.34, "beta went to|cannot be separated"),
+        (N4, D4, lambda n, d: 2 + n**0.1 + d**0.1, "alpha is -0.1: the fitted loss rises with N"),
+        (N4, D4, lambda n, d: 406.4 * n**-0.34 + 410.7 * d**-0.28, "E went to zero|cannot be separated"),
+        (
+            *ONE_DECISIVE_RUN,
+            lambda n, d: HOFFMANN.loss(n, d) * np.exp(0.01 * np.sin(7 * np.log(n * d))),
+            "a single run determines",
+        ),
+        (
+            np.repeat(np.logspace(6, 9, 20), 2),
+            20 * np.repeat(np.logspace(6, 9, 20), 2),
+            fixed_tokens_per_parameter,
+            "two different laws",
+        ),
+        (N4, D4, lambda n, d: 2 + 0.05 * n**0.2 + 410 * d**-0.28, "alpha is -.*the fitted loss rises with N"),
+        (N4, D4, lambda n, d: 1.69 + 4e5 * (n * d) ** -0.3, "E is known too imprecisely|went to|cannot be separated"),
+        (np.tile(N4[::2], 5), np.tile(D4[::2], 5), lambda n, d: HOFFMANN.loss(n, d), "only 8 distinct runs"),
         (np.logspace(6, 9, 12), 20 * np.logspace(6, 9, 12), lambda n, d: HOFFMANN.loss(n, d) * np.exp(0.01 * np.sin(n)), "."),
     ],
     ids=[
@@ -162,7 +178,7 @@ ONE_ALONE = (np.append(np.tile(np.logspace(6, 9, 5), 2), 1e7), np.append(np.repe
         "no D",
         "rising",
         "no floor",
-        "one alone",
+        "one decisive run",
         "swapped",
         "rising in N",
         "product",
@@ -170,92 +186,96 @@ ONE_ALONE = (np.append(np.tile(np.logspace(6, 9, 5), 2), 1e7), np.append(np.repe
         "proportional",
     ],
 )
-def test_what_is_not_determined_says_why(n: object, d: object, loss: Callable, reason: str):
+def test_undetermined_laws_have_a_reason(n: object, d: object, loss: Callable, reason: str):
     n, d = np.array(n, float), np.array(d, float)
-    seen = examine(Chinchilla, rows_of(n, d, loss(n, d)), n_resamples=100)
-    assert seen.law is None
-    assert not seen.certificate.ok
-    assert any(re.search(reason, said) for said in seen.certificate.reasons), seen.certificate.reasons
-    facts = told(seen, [str(i) for i in range(len(n))])
+    result = fit_and_validate(Chinchilla, rows_from_columns(n, d, loss(n, d)), n_resamples=100)
+    assert result.law is None
+    assert not result.diagnostics.passed
+    assert any(re.search(reason, found_reason) for found_reason in result.diagnostics.reasons), result.diagnostics.reasons
+    facts = fit_to_json(result, [str(i) for i in range(len(n))])
     assert facts["parameters"] == facts["intervals"] == {}
 
 
-def test_an_examination_sees_all_sides():
+def test_fit_and_validate_returns_all_diagnostics():
     rows = grid(HOFFMANN, noise=0.003, seed=1)
-    seen = examine(Chinchilla, rows, n_resamples=200)
-    assert isinstance(seen.law, Chinchilla)
-    assert seen.intervals.keys() == {"E", "A", "B", "alpha", "beta"}
-    for name, value in parameters(seen.law).items():
-        low, high = seen.intervals[name]
+    result = fit_and_validate(Chinchilla, rows, n_resamples=200)
+    assert isinstance(result.law, Chinchilla)
+    assert result.intervals.keys() == {"E", "A", "B", "alpha", "beta"}
+    for name, value in parameters(result.law).items():
+        low, high = result.intervals[name]
         assert low < value < high
         assert low < getattr(HOFFMANN, name) < high  # with this seed
-    for name in ("E", "alpha", "beta"):  # the cross-check is of the same size
-        profile, interval = seen.profiles[name], seen.intervals[name]
+    for name in ("E", "alpha", "beta"):  # profile and bootstrap intervals have similar widths
+        profile, interval = result.profiles[name], result.intervals[name]
         assert profile is not None
         assert 0.5 < (profile[1] - profile[0]) / (interval[1] - interval[0]) < 2
-    assert seen.holdout is not None
-    assert seen.holdout.n_rows == 6
-    assert abs(seen.holdout.mean_error or 1) < 0.02
-    most = seen.influence["alpha"]
-    alone = [refit(seen.law, rows.where(np.arange(36) != i)).law.alpha for i in range(36)]
-    assert int(np.abs(np.array(alone) - seen.law.alpha).argmax()) == most.row
-    assert alone[most.row] == pytest.approx(most.without, rel=1e-3)
+    assert result.holdout is not None
+    assert result.holdout.n_rows == 6
+    assert abs(result.holdout.mean_error or 1) < 0.02
+    strongest = result.influence["alpha"]
+    without_run = [refit(result.law, rows.where(np.arange(36) != i)).law.alpha for i in range(36)]
+    assert int(np.abs(np.array(without_run) - result.law.alpha).argmax()) == strongest.row
+    assert without_run[strongest.row] == pytest.approx(strongest.without, rel=1e-3)
 
 
-def test_holdout_needs_enough_without_the_largest():
-    held = holdout(Chinchilla, grid(HOFFMANN, 0.003, n_sizes=3))
-    assert held.mean_error is None
-    assert "N takes 2 values" in held.reasons[0]
+def test_holdout_needs_enough_smaller_sizes():
+    holdout_result = holdout(Chinchilla, grid(HOFFMANN, 0.003, n_sizes=3))
+    assert holdout_result.mean_error is None
+    assert "only 2 distinct values of N" in holdout_result.reasons[0]
 
 
 @pytest.mark.parametrize("form", [Chinchilla, Gadre, Kaplan])
-def test_noise_gives_no_number(form: type[Law]):
+def test_pure_noise_determines_no_law(form: type[ScalingLaw]):
     for seed in range(6):
         rng = np.random.default_rng(seed)
         n, d = 10 ** rng.uniform(7, 9, 5 + seed * 2), 10 ** rng.uniform(9, 11, 5 + seed * 2)
-        seen = examine(form, rows_of(n, d, 3 * np.exp(rng.normal(0, 0.1, len(n)))), n_resamples=100)
-        facts = json.dumps(told(seen, [str(i) for i in range(len(n))]), allow_nan=False)
-        assert seen.law is None, facts  # and no warning: pytest makes errors of them
+        result = fit_and_validate(form, rows_from_columns(n, d, 3 * np.exp(rng.normal(0, 0.1, len(n)))), n_resamples=100)
+        facts = json.dumps(fit_to_json(result, [str(i) for i in range(len(n))]), allow_nan=False)
+        assert result.law is None, facts  # there is no warning either: pytest turns warnings into errors
 
 
-def test_the_unit_of_loss_changes_nothing():
+def test_the_unit_of_loss_does_not_matter():
     rows = grid(Gadre(1.7, 150, 300, -0.26), 0.003)
     for unit in (1e-30, 1e6):
-        scaled = fit(Gadre, rows_of(rows.n_params, rows.tokens, rows.loss * unit))
+        scaled = fit(Gadre, rows_from_columns(rows.n_params, rows.tokens, rows.loss * unit))
         assert scaled.law.eta == pytest.approx(fit(Gadre, rows).law.eta, rel=1e-5)  # pyright: ignore
-        assert certify(scaled, rows_of(rows.n_params, rows.tokens, rows.loss * unit)).ok
+        assert diagnose(scaled, rows_from_columns(rows.n_params, rows.tokens, rows.loss * unit)).passed
 
 
-def test_copies_of_a_run_are_one_run():
+def test_duplicate_rows_count_as_one_run():
     rows = grid(HOFFMANN, 0.003)
-    tenfold = rows_of(*(np.tile(column, 10) for column in (rows.n_params, rows.tokens, rows.loss)))
-    once, often = (examine(Chinchilla, table, n_resamples=100).intervals["alpha"] for table in (rows, tenfold))
-    assert often == pytest.approx(once, rel=0.02)
+    tenfold = rows_from_columns(*(np.tile(column, 10) for column in (rows.n_params, rows.tokens, rows.loss)))
+    interval, tenfold_interval = (
+        fit_and_validate(Chinchilla, table, n_resamples=100).intervals["alpha"] for table in (rows, tenfold)
+    )
+    assert tenfold_interval == pytest.approx(interval, rel=0.02)
 
 
-def test_one_absurd_loss_hinders_nothing():
+def test_one_outlier_does_not_prevent_a_fit():
     rows = grid(HOFFMANN, 0.003)
     for absurd in (1e-3, 1e3):
-        spoilt = rows_of(rows.n_params, rows.tokens, np.where(np.arange(36) == 9, absurd, rows.loss))
-        seen = examine(Chinchilla, spoilt, n_resamples=100)
-        assert isinstance(seen.law, Chinchilla)
-        assert seen.law.alpha == pytest.approx(0.34, rel=0.1)
+        spoilt = rows_from_columns(rows.n_params, rows.tokens, np.where(np.arange(36) == 9, absurd, rows.loss))
+        result = fit_and_validate(Chinchilla, spoilt, n_resamples=100)
+        assert isinstance(result.law, Chinchilla)
+        assert result.law.alpha == pytest.approx(0.34, rel=0.1)
 
 
-def test_intervals_hold_the_truth_about_nine_times_of_ten():
-    held = [known for seed in range(24) for known in intervals.study("5x4", seed, 60).values() if known is not None]
-    assert len(held) >= 60
-    assert 0.78 < np.mean(held) <= 1  # 72 looks, not independent; `python benchmarks/intervals.py` takes more
+def test_intervals_contain_the_truth_in_about_nine_of_ten_studies():
+    holdout_result = [
+        known for seed in range(24) for known in intervals.simulate_study("5x4", seed, 60).values() if known is not None
+    ]
+    assert len(holdout_result) >= 60
+    assert 0.78 < np.mean(holdout_result) <= 1  # up to 72 dependent intervals; benchmarks/intervals.py has more
 
 
-def test_kaplans_law_does_not_care_for_a_floor():
-    assert not unfit(Kaplan, grid(KAPLAN_ND, n_sizes=2))
-    assert examine(Kaplan, grid(KAPLAN_ND, 0.002), n_resamples=100).law is not None
+def test_kaplans_law_needs_no_irreducible_loss():
+    assert not check_table(Kaplan, grid(KAPLAN_ND, n_sizes=2))
+    assert fit_and_validate(Kaplan, grid(KAPLAN_ND, 0.002), n_resamples=100).law is not None
 
 
-def test_tables_refuse_what_is_no_number():
+def test_invalid_numbers_and_too_few_rows_are_errors():
     for n, loss in (([0.0] * 6, [3.0] * 6), ([1e6] * 6, [np.nan] * 6)):
         with pytest.raises(ValueError, match="must be positive"):
-            rows_of(n, [1e8] * 6, loss)
+            rows_from_columns(n, [1e8] * 6, loss)
     with pytest.raises(ValueError, match="needs more than 3 runs"):
-        fit(Chinchilla, rows_of([1e6] * 3, [1e8] * 3, [3.0] * 3))
+        fit(Chinchilla, rows_from_columns([1e6] * 3, [1e8] * 3, [3.0] * 3))

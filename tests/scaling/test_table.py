@@ -1,4 +1,4 @@
-"""Anybody's table: what is read, what is left out and said, and one clear line for all else."""
+"""Reading CSV tables: rows, conditions, rows left out, and one clear error line for anything invalid."""
 
 import random
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.table import MOST_ROWS, read_table, rungs
+from lmu_dist.scaling.table import MAX_ROWS, read_table, size_bins
 
 HEADER = "N,D,loss,data\n"
 
@@ -18,13 +18,13 @@ def table(tmp_path: Path, text: str, where: tuple[str, ...] = ()):
     return read_table(path, "N", "D", "loss", where)
 
 
-def test_rows_come_as_they_stand(tmp_path: Path):
+def test_rows_are_read_unchanged(tmp_path: Path):
     rows, numbers, left_out = table(tmp_path, "\ufeff" + HEADER + "1e6, 2e8,3.5,a\n\n1000000,3e8, 3.4 ,b\n")
     assert (list(rows.n_params), list(rows.tokens), list(rows.loss)) == ([1e6, 1e6], [2e8, 3e8], [3.5, 3.4])
     assert (numbers, left_out) == ((1, 2), [])
 
 
-def test_rows_without_a_loss_are_left_out_and_said(tmp_path: Path):
+def test_rows_without_a_loss_are_left_out_and_listed(tmp_path: Path):
     _, numbers, left_out = table(tmp_path, HEADER + "1,1,nan,a\n1,1,3,a\n1,1,,a\n1,1,inf,a\n1,1,NA,a\n")
     assert numbers == (2,)
     assert [(out.reason, out.rows) for out in left_out] == [("loss is missing or not finite", (1, 3, 4, 5))]
@@ -53,46 +53,46 @@ def test_conditions(tmp_path: Path, where: tuple[str, ...], kept: tuple[int, ...
     ("text", "where", "message"),
     [
         ("", (), "is empty"),
-        (HEADER, (), "no rows below its header"),
-        ("N,D\n1,1\n", (), "no column 'loss'; there are: N, D"),
-        ("N,N,D,loss\n1,1,1,1\n", (), "two columns of one name"),
+        (HEADER, (), "has a header but no rows"),
+        ("N,D\n1,1\n", (), "no column 'loss'; its columns are: N, D"),
+        ("N,N,D,loss\n1,1,1,1\n", (), "two columns have the same name"),
         (HEADER + "1,-5,3,a\n", (), "row 1, column 'D': '-5'; it must be positive"),
         (HEADER + "1,0,3,a\n", (), "must be positive"),
         (HEADER + "inf,1,3,a\n", (), "must be positive and finite"),
         (HEADER + "1,1,-3,a\n", (), "column 'loss': '-3'; it must be positive"),
-        (HEADER + "1,1,low,a\n", (), "row 1, column 'loss': 'low' is no number"),
-        (HEADER + "many,1,3,a\n", (), "'many' is no number"),
+        (HEADER + "1,1,low,a\n", (), "row 1, column 'loss': 'low' is not a number"),
+        (HEADER + "many,1,3,a\n", (), "'many' is not a number"),
         (HEADER + "1,1,3\n", (), "row 1 has 3 cells, the header 4"),
-        (HEADER + "1,1,nan,a\n", (), "none of 1 rows is left"),
-        (HEADER + "1,1,3,a\n", ("data=b",), "none of 1 rows is left"),
-        (HEADER + "1,1,3,a\n", ("data",), "is no condition"),
+        (HEADER + "1,1,nan,a\n", (), "no row of 1 can be used"),
+        (HEADER + "1,1,3,a\n", ("data=b",), "no row of 1 can be used"),
+        (HEADER + "1,1,3,a\n", ("data",), "is not a condition"),
         (HEADER + "1,1,3,a\n", ("colour=a",), "no column 'colour'"),
-        (HEADER + "1,1,3,a\n", ("N>a",), "'a' is no number"),
+        (HEADER + "1,1,3,a\n", ("N>a",), "'a' is not a number"),
     ],
 )
-def test_what_is_no_table(tmp_path: Path, text: str, where: tuple[str, ...], message: str):
+def test_invalid_tables_and_conditions(tmp_path: Path, text: str, where: tuple[str, ...], message: str):
     with pytest.raises(ConfigError, match=message):
         table(tmp_path, text, where)
 
 
-def test_what_is_no_file(tmp_path: Path):
-    with pytest.raises(ConfigError, match="no file"):
+def test_unreadable_files(tmp_path: Path):
+    with pytest.raises(ConfigError, match="does not exist"):
         read_table(tmp_path / "none.csv", "N", "D", "loss")
-    with pytest.raises(ConfigError, match="is no CSV file"):
+    with pytest.raises(ConfigError, match="is not a CSV text file"):
         read_table(tmp_path, "N", "D", "loss")
     (tmp_path / "b.csv").write_bytes(b"N,D,loss\n\xff\xfe\x00,1,1\n")
-    with pytest.raises(ConfigError, match="is no CSV file"):
+    with pytest.raises(ConfigError, match="is not a CSV text file"):
         read_table(tmp_path / "b.csv", "N", "D", "loss")
 
 
-def test_training_curves_are_not_runs(tmp_path: Path):
-    lines = (f"{random.choice((1e6, 1e7))},{i + 1},{3 + 1 / (i + 1)},a" for i in range(MOST_ROWS + 1))
+def test_tables_of_training_curves_are_refused(tmp_path: Path):
+    lines = (f"{random.choice((1e6, 1e7))},{i + 1},{3 + 1 / (i + 1)},a" for i in range(MAX_ROWS + 1))
     with pytest.raises(ConfigError, match="not independent"):
         table(tmp_path, HEADER + "\n".join(lines))
 
 
-def test_rungs_gather_what_is_the_same_size():
+def test_size_bins_group_similar_sizes():
     values = np.array([7990.0, 40000.0, 8010.0, 39000.0, 8000.0])
-    assert list(rungs(values)) == [7990, 39000, 7990, 39000, 7990]
-    dense = np.geomspace(1e6, 1e9, 500)  # steps of 1.4 %: neighbours are near, the ends are not
-    assert 100 < len(set(rungs(dense))) < 150
+    assert list(size_bins(values)) == [7990, 39000, 7990, 39000, 7990]
+    dense = np.geomspace(1e6, 1e9, 500)  # steps of 1.4 %: neighbours are similar, the ends are not
+    assert 100 < len(set(size_bins(dense))) < 150

@@ -1,4 +1,4 @@
-"""What the ranks of a gang do in the tests of the engine. Importable by name, so that processes can be given it."""
+"""Functions that the ranks run in tests of the engine. In a module of their own, so that spawned processes can import them."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 from lmu_dist.config import ClusterConfig, TrainConfig
-from lmu_dist.data.batches import Batch, Rows, row_indices
+from lmu_dist.data.batches import Batch, TokenDataset, row_indices
 from lmu_dist.models import head
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.train.engine import Engine
 from lmu_dist.train.evaluate import evaluate
-from lmu_dist.train.loop import steps
+from lmu_dist.train.loop import train_steps
 from lmu_dist.train.schedule import learning_rate
 
 VOCAB, LENGTH, ROWS = 61, 16, 8
@@ -32,14 +32,14 @@ def model(family: str = "lmu") -> LanguageModel:
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
-    """Random rows, the same global batch for any number of ranks."""
+    """A rank's share of a batch of random rows. The global batch is the same for any number of ranks."""
     tokens = np.random.default_rng(0).integers(0, VOCAB, (40, LENGTH + 1))
     rows = torch.from_numpy(tokens[row_indices(40, 5, step, ROWS, rank, world_size)])
     return Batch(rows[:, :-1], rows[:, 1:])
 
 
 def plain_adam(family: str = "lmu", n_steps: int = 20) -> list[float]:
-    """The same training in plain torch: no DeepSpeed, one process, one thread."""
+    """Losses of the same training in plain torch: one process, one thread, no DeepSpeed."""
     torch.set_num_threads(1)
     net = model(family)
     adam = torch.optim.Adam(net.parameters(), betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
@@ -63,12 +63,12 @@ def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAI
 def _train(engine: Engine, first: int, last: int) -> list:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     rates = [learning_rate(TRAIN, step) for step in range(last)]
-    stream = steps(engine, lambda s: batch(s, rank, world_size), rates.__getitem__, first, last, TRAIN.batch_tokens)
+    stream = train_steps(engine, lambda s: batch(s, rank, world_size), rates.__getitem__, first, last, TRAIN.batch_tokens)
     return list(stream)
 
 
 def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, tuple[list[float], list[float], dict]]:
-    """Per ZeRO stage: losses, gradient norms and weights after 20 steps."""
+    """Losses, gradient norms and final weights of 20 steps, by ZeRO stage."""
     results = {}
     for stage in stages:
         engine = _engine(stage, micro_rows)
@@ -77,17 +77,17 @@ def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, 
     return results
 
 
-def train_with_head_in_blocks(stages: list[int]) -> dict[int, tuple[list[float], list[float], dict]]:
-    """As train_stages, no more than a few rows of logits at once."""
-    head.LOGITS = 10 * VOCAB
+def train_with_blocked_head(stages: list[int]) -> dict[int, tuple[list[float], list[float], dict]]:
+    """As `train_stages`, with cross-entropy in blocks of a few rows of logits."""
+    head.MAX_LOGITS = 10 * VOCAB
     return train_stages(stages)
 
 
 def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[float], list[float]]]:
-    """Per ZeRO stage: losses of 20 steps, and of 10 + save + a new engine + load + 10."""
+    """By ZeRO stage: losses of 20 uninterrupted steps, and of 10 steps, save, load in a new engine, 10 steps."""
     results = {}
     for stage in stages:
-        whole = _train(_engine(stage), 0, 20)
+        uninterrupted = _train(_engine(stage), 0, 20)
         first = _engine(stage)
         before = _train(first, 0, 10)
         first.save(Path(folder) / str(stage))
@@ -95,14 +95,14 @@ def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[flo
         second = _engine(stage)
         second.load(Path(folder) / str(stage))
         after = _train(second, 10, 20)
-        results[stage] = [m.loss_nats for m in whole], [m.loss_nats for m in before + after]
+        results[stage] = [m.loss_nats for m in uninterrupted], [m.loss_nats for m in before + after]
     return results
 
 
 def train_and_save(
     stage: int, folder: str, first: int, last: int, loaded_from: str = "", converted: bool = False
 ) -> list[float]:
-    """Losses of some steps, from a folder if one is named; the state after them goes to another."""
+    """Losses of steps first .. last - 1, resumed from `loaded_from` if given. Saves the state after them to `folder`."""
     engine = _engine(stage)
     if loaded_from:
         engine.load(Path(loaded_from), converted)
@@ -112,13 +112,13 @@ def train_and_save(
 
 
 def bf16_stages() -> dict[int, list[float]]:
-    """Losses under bf16, per stage."""
+    """Losses in bf16, by ZeRO stage."""
     train = TrainConfig(**{**TRAIN.__dict__, "precision": "bf16"})
     return {stage: [m.loss_nats for m in _train(_engine(stage, train=train), 0, 20)] for stage in (0, 1, 2, 3)}
 
 
 def non_finite(stage: int) -> tuple[list[float], bool]:
-    """Losses until one is not finite, and whether the weights stayed as they were before that step."""
+    """Losses until one is not finite, and whether that step left the weights unchanged."""
     engine = _engine(stage)
     _train(engine, 0, 2)
     with torch.no_grad():
@@ -131,6 +131,6 @@ def non_finite(stage: int) -> tuple[list[float], bool]:
 
 
 def evaluate_on(path: str, n_rows: int, micro_rows: int | None = None) -> object:
-    """Validation of an untrained model on a stream of tokens."""
-    rows = Rows(Path(path), "<u2", LENGTH)
+    """Evaluates an untrained model on a token stream."""
+    rows = TokenDataset(Path(path), "<u2", LENGTH)
     return evaluate(_engine(1, micro_rows), rows, n_rows, dist.get_rank(), dist.get_world_size(), 0, bytes_per_token=2.0)

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step and of the losses so far."""
+"""Tests of the learning rate schedules and of reduction on plateau."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def config(**settings) -> TrainConfig:
     return TrainConfig(**{"tokens": 100_000, "batch_tokens": 1000, "sequence_tokens": 100, "learning_rate": 1.0, **settings})
 
 
-def test_cosine():
+def test_cosine_schedule():
     train = config(warmup_tokens=10_000)
     assert learning_rate(train, 0) == pytest.approx(0.1)
     assert learning_rate(train, 9) == pytest.approx(1.0)
@@ -19,14 +19,14 @@ def test_cosine():
     assert 0 < learning_rate(train, 99) < 0.001
 
 
-def test_warm_up_stable_decay():
+def test_warmup_stable_decay_schedule():
     train = config(warmup_tokens=10_000, schedule="wsd", decay_share=0.2)
     assert [learning_rate(train, s) for s in (9, 10, 50, 80)] == pytest.approx([1, 1, 1, 1])
     assert learning_rate(train, 90) == pytest.approx(0.5)
     assert learning_rate(train, 99) == pytest.approx(0.05)
 
 
-def test_plateau_counts_evaluations_without_a_best():
+def test_plateau_scale_counts_evaluations_without_a_new_best():
     train = config(warmup_tokens=0, plateau_patience=2, plateau_factor=0.5)
     assert plateau_scale(train, [3, 2, 1]) == 1
     assert plateau_scale(train, [1, 2]) == 1
@@ -37,6 +37,6 @@ def test_plateau_counts_evaluations_without_a_best():
     assert plateau_scale(config(warmup_tokens=0), [1, 2, 2, 2]) == 1
 
 
-def test_phase():
+def test_phase_is_decayed_after_the_last_step():
     train = config(warmup_tokens=0)
     assert (phase(train, 99), phase(train, 100)) == ("undecayed", "decayed")

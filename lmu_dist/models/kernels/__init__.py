@@ -1,1 +1,1 @@
-"""Compiled parts of models/, each with a plain form beside it."""
+"""Kernels of the LMU in C++ (compiled) and Triton (triton_kernels), and the same in plain torch (implicit_attention)."""

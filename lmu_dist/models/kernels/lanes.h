@@ -1,5 +1,5 @@
-// Sixteen numbers at once: what convolve.cpp and reader.cpp are written in. Loads and stores are float32 or bfloat16.
-// Needs g++: clang has no __builtin_shuffle.
+// Vectors of sixteen float32 numbers, with loads and stores of float32 or bfloat16.
+// Used by convolve.cpp and implicit_attention.cpp. Needs g++: clang has no __builtin_shuffle.
 
 #pragma once
 
@@ -17,14 +17,14 @@ typedef int32_t IVec __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 inline Vec splat(float x) { return Vec{} + x; }
 
-// 1 in the first n lanes, 0 in what is left.
-inline Vec below(int64_t n) {
+// 1 in the first n lanes, 0 in the others.
+inline Vec first_lanes(int64_t n) {
     Vec ones{};
     for (int64_t i = 0; i < LANES && i < n; ++i) ones[i] = 1.0f;
     return ones;
 }
 
-inline float sum(Vec v) {
+inline float horizontal_sum(Vec v) {
     typedef float Half __attribute__((vector_size(LANES * 2)));
     typedef float Quarter __attribute__((vector_size(LANES)));
     Half lo, hi;
@@ -63,7 +63,7 @@ inline void store(uint16_t* to, Vec v) {
     std::memcpy(to, &s, sizeof s);
 }
 
-// The first n <= LANES only; zeros elsewhere.
+// Loads or stores the first n <= LANES elements only; the other lanes of a loaded vector are 0.
 template <typename T>
 inline Vec load(const T* from, int64_t n) {
     if (n >= LANES) return load(from);
@@ -80,22 +80,22 @@ inline void store(T* to, int64_t n, Vec v) {
     std::memcpy(to, padded, n * sizeof(T));
 }
 
-// While it lives, numbers below 1.2e-38 count as 0. Tails of softmax and of gelu, and small gradients after them, are full of
-// such numbers, and processors take up to a hundred times as long for each.
-class NoDenormals {
+// Flushes denormals, numbers below 1.2e-38, to 0 while in scope. The tails of softmax and gelu, and the gradients computed from
+// them, are full of denormals, and a processor takes up to a hundred times as long for each.
+class FlushDenormals {
 #if defined(__SSE__)
-    unsigned before = _mm_getcsr();
+    unsigned saved_mxcsr = _mm_getcsr();
 
 public:
-    NoDenormals() { _mm_setcsr(before | 0x8040); }  // flush to zero, and denormals are zero
-    ~NoDenormals() { _mm_setcsr(before); }
-    NoDenormals(const NoDenormals&) = delete;
+    FlushDenormals() { _mm_setcsr(saved_mxcsr | 0x8040); }  // flush results to zero, treat denormal operands as zero
+    ~FlushDenormals() { _mm_setcsr(saved_mxcsr); }
+    FlushDenormals(const FlushDenormals&) = delete;
 #endif
 };
 
-// What C can tell of an exception: 0, or 1 for no memory.
+// Runs `work` and returns an error code, since C has no exceptions: 0, or 1 if memory could not be allocated.
 template <typename Work>
-int told(const Work& work) {
+int error_code(const Work& work) {
     try {
         work();
         return 0;

@@ -1,1 +1,1 @@
-"""What a block mixes its tokens with: attention, the LSTM, the LMU, and the feed-forward layer between them."""
+"""Layers that blocks are built from: attention, the LSTM and the LMU, which mix tokens, and the feed-forward layer."""

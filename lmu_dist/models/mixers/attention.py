@@ -1,6 +1,6 @@
-"""Causal multi-head self-attention, the transformer's mixer: (B, T, D) in, (B, T, D) out.
+"""Causal multi-head self-attention, the mixer of the transformer: (B, T, D) in, (B, T, D) out.
 
-Legend: B batch, T time, D width, H heads. Built by lm.
+Legend: B batch, T time, D width, H heads, E = D / H channels of a head. Built by the families.
 """
 
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ from torch.nn import functional as F
 
 
 @dataclass
-class Cache:
-    """Keys and values (B, H, room, D/H) of the `length` tokens before. It grows in place: who goes on from it uses it up."""
+class KVCache:
+    """Keys and values (B, H, capacity, E) of the `length` tokens so far. `extend` mutates it: do not reuse an old cache."""
 
     keys: Tensor
     values: Tensor
     length: int = 0
 
     def extend(self, keys: Float[Tensor, "B H T E"], values: Float[Tensor, "B H T E"]) -> tuple[Tensor, Tensor]:
-        """All keys and values, these included. Room doubles when used up, so that a token costs no copy of those before."""
+        """Appends keys and values and returns all of them. The capacity doubles when it is exceeded, so that appending one
+        token does not copy the cache."""
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
-            more = (0, 0, 0, max(end, 2 * self.length) - self.keys.shape[2])
-            self.keys, self.values = F.pad(self.keys, more), F.pad(self.values, more)
+            padding = (0, 0, 0, max(end, 2 * self.length) - self.keys.shape[2])
+            self.keys, self.values = F.pad(self.keys, padding), F.pad(self.values, padding)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
         self.length = end
@@ -43,18 +44,18 @@ class Attention(nn.Module):
         return tuple(t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # pyright: ignore[reportReturnType]
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """A whole sequence from its start."""
+        """Outputs of a whole sequence."""
         q, k, v = self._heads(x)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y.transpose(1, 2).flatten(2))
 
-    def advance(self, x: Float[Tensor, "B T D"], state: Cache | None) -> tuple[Float[Tensor, "B T D"], Cache]:
-        """The next chunk: attends to the keys and values of all before it, which the state holds."""
+    def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
+        """Outputs of the next chunk and the updated cache. Tokens attend to all earlier ones, cached or in the chunk."""
         q, k, v = self._heads(x)
-        state = state or Cache(k[:, :, :0], v[:, :, :0])
+        state = state or KVCache(k[:, :, :0], v[:, :, :0])
         k, v = state.extend(k, v)
-        seen, new = k.shape[2], q.shape[2]
-        # One new token sees all that is there.
-        mask = None if new == 1 else q.new_ones(new, seen).tril(diagonal=seen - new).bool()
+        n_keys, n_queries = k.shape[2], q.shape[2]
+        # A single query attends to every key, which needs no mask.
+        mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).flatten(2)), state

@@ -1,1 +1,1 @@
-"""The LMU mixer, the frozen Legendre memory it reads (legendre), and the forms in which both are computed."""
+"""The LMU mixer (mixer), its frozen Legendre memory (legendre) and two implementations of the fused form (chunked, fourier)."""

@@ -1,11 +1,14 @@
-"""The LMU operator on a processor: convolutions by Fourier transforms that stay in a core's cache, then the reader.
+"""The LMU on a CPU: convolutions by Fourier transforms that stay in a core's cache, then the attention kernel.
 
-Kernels in pairs make complex spectra; kernels/convolve.cpp multiplies and transforms sixteen channels at once and writes the
-readings where the reader finds them. They are kept for the way back, and their gradients written over them. Called by lmu.
-Legend: B batch, T time, D width, R reduced order, K = 3R readings, P pairs of kernels, n points of a transform,
-W the width in whole lanes.
+Two convolution kernels make one complex spectrum. kernels/convolve.cpp transforms and multiplies sixteen channels at once and
+writes the pre-activations in the layout of the attention kernel. They are kept for the backward pass, which overwrites them
+with their gradients. Called by mixer.
+
+Legend: B batch, T time, D width, Q order, R reduced order, K = 3R rows of the projection, P = (K + 1) / 2 pairs of convolution
+kernels, n points of a transform, W the width rounded up to whole vectors (kernels/lanes.h).
 """
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -14,54 +17,68 @@ from jaxtyping import Complex64, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmu_dist.models.accounting import LANES, transform_points
-from lmu_dist.models.kernels import compiled, reader
+from lmu_dist.models.kernels import compiled, implicit_attention
+from lmu_dist.models.kernels.compiled import LANES
+from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.precision import product_dtype
 
 
-def serves(dtype: torch.dtype, device: torch.device) -> bool:
-    """Where there is a compiler; but not in bfloat16 on a processor with tiles for it, whose products should be faster."""
-    return reader.implementation(dtype, device) == "c++" and product_dtype(dtype, device) == torch.float32
+def transform_points(length: int, order: int, theta_tokens: float) -> int:
+    """Number n of points of the Fourier transforms that convolve `length` tokens on a CPU.
+
+    n is a power of two. Half of it holds the sequence, or as many tokens as the memory remembers if that is less.
+    """
+    # The memory remembers at least one window, so that a sequence within the window needs no further look.
+    kernel_tokens = length if length <= theta_tokens else min(length, legendre.memory_tokens(order, theta_tokens))
+    return max(16, 2 ** math.ceil(math.log2(2 * kernel_tokens)))
+
+
+def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the C++ kernels run there and are the faster choice.
+
+    On CPUs with AMX tiles they are not for bfloat16: matrix products should be faster than transforms there.
+    """
+    return implicit_attention.implementation(dtype, device) == "c++" and product_dtype(dtype, device) == torch.float32
 
 
 @lru_cache(maxsize=32)
-def order(n: int) -> Int[Tensor, "n"]:
-    """Which frequency stands where after decimation in frequency by four, and at last by two."""
+def frequency_order(n: int) -> Int[Tensor, "n"]:
+    """Frequency at each position of a spectrum after decimation in frequency, radix 4 with a last radix-2 stage if needed."""
     if n <= 2:
         return torch.arange(n)
-    within = 4 * order(n // 4)
-    return torch.cat([within + k for k in range(4)])
+    quarter = 4 * frequency_order(n // 4)
+    return torch.cat([quarter + k for k in range(4)])
 
 
-def _in_lanes(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T W"]:
-    # Vectors that begin where cache lines do; zeros take no part in the reader.
+def _pad_to_lanes(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T W"]:
+    # Vectors then begin at cache lines. Zero channels contribute nothing to the attention.
     return F.pad(x, (0, -x.shape[-1] % LANES)).contiguous()
 
 
-def _spectra(kernels: Float[Tensor, "K T"], n: int) -> Complex64[Tensor, "P n"]:
+def _kernel_spectra(kernels: Float[Tensor, "K T"], n: int) -> Complex64[Tensor, "P n"]:
     first, second = F.pad(kernels, (0, 0, 0, len(kernels) % 2)).unflatten(0, (-1, 2)).unbind(1)
-    return torch.fft.fft(torch.complex(first, second), n)[:, order(n)].contiguous()
+    return torch.fft.fft(torch.complex(first, second), n)[:, frequency_order(n)].contiguous()
 
 
-def _kernels_back(dspectra: Complex64[Tensor, "P n"], length: int, n_readings: int) -> Float[Tensor, "K T"]:
-    sorted_ = torch.empty_like(dspectra)
-    sorted_[:, order(dspectra.shape[1])] = dspectra
-    pairs = torch.fft.ifft(sorted_)[:, :length]
-    return torch.stack([pairs.real, pairs.imag], 1).flatten(0, 1)[:n_readings]
+def _kernel_spectra_backward(dspectra: Complex64[Tensor, "P n"], length: int, n_kernels: int) -> Float[Tensor, "K T"]:
+    in_order = torch.empty_like(dspectra)
+    in_order[:, frequency_order(dspectra.shape[1])] = dspectra
+    pairs = torch.fft.ifft(in_order)[:, :length]
+    return torch.stack([pairs.real, pairs.imag], 1).flatten(0, 1)[:n_kernels]
 
 
-class _Attended(torch.autograd.Function):
+class _FusedLMU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor, n: int) -> Tensor:
         (b, t, d), k = x.shape, len(kernels)
-        inputs, spectra = _in_lanes(x.float()), _spectra(kernels.float(), n)
+        inputs, spectra = _pad_to_lanes(x.float()), _kernel_spectra(kernels.float(), n)
         width = inputs.shape[2]
         pre, out = x.new_empty(k, b * t * width), x.new_empty(b * t, 1, width)
         sizes = (b, t, d, k, n)
-        compiled.call("lmu_convolve", x.dtype, sizes, (inputs, spectra, bias.float().contiguous(), pre))
-        reader.read(pre, p, out)
+        compiled.call("lmu_convolve_forward", x.dtype, sizes, (inputs, spectra, bias.float().contiguous(), pre))
+        implicit_attention.forward(pre, p, out)
         ctx.save_for_backward(inputs, spectra, pre, p)
-        ctx.sizes, ctx.reach, ctx.dtypes = sizes, kernels.shape[1], (x.dtype, kernels.dtype, bias.dtype)
+        ctx.sizes, ctx.kernel_tokens, ctx.dtypes = sizes, kernels.shape[1], (x.dtype, kernels.dtype, bias.dtype)
         return out.view(b, t, width)[..., :d]
 
     @staticmethod
@@ -69,26 +86,26 @@ class _Attended(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, spectra, pre, p = ctx.saved_tensors
         _, _, d, k, _ = ctx.sizes
-        of_x, of_kernels, of_bias = ctx.dtypes
-        # Its gradient is written over it, which autograd cannot see, and it must not be used a second time.
+        x_dtype, kernels_dtype, bias_dtype = ctx.dtypes
+        # The kernel overwrites `pre` with its gradient, which autograd cannot see: a second backward pass must raise.
         torch.autograd.graph.increment_version(pre)
         dp, dbias = torch.zeros_like(p, dtype=torch.float32), torch.zeros(k)
         dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
-        reader.read_back(pre, p, _in_lanes(dout.to(pre.dtype)).flatten(0, 1).unsqueeze(1), dp)
-        compiled.call("lmu_convolve_back", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
-        dkernels = _kernels_back(dspectra, ctx.reach, k)
-        return dx[..., :d].to(of_x), dkernels.to(of_kernels), dbias.to(of_bias), dp.to(p.dtype), None
+        implicit_attention.backward(pre, p, _pad_to_lanes(dout.to(pre.dtype)).flatten(0, 1).unsqueeze(1), dp)
+        compiled.call("lmu_convolve_backward", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
+        dkernels = _kernel_spectra_backward(dspectra, ctx.kernel_tokens, k)
+        return dx[..., :d].to(x_dtype), dkernels.to(kernels_dtype), dbias.to(bias_dtype), dp.to(p.dtype), None
 
 
-def attended(
+def fused_lmu(
     x: Float[Tensor, "B T D"],
-    reading: Float[Tensor, "K Q"],
+    projection: Float[Tensor, "K Q"],
     bias: Float[Tensor, "K"],
     p: Float[Tensor, "R"],
     theta_tokens: float,
     response: Float[Tensor, "Q T"],
 ) -> Float[Tensor, "B T D"]:
-    """Implicit attention to the memory at every token; `reading` in the basis of the memory's response."""
-    n = transform_points(x.shape[1], reading.shape[1], theta_tokens)
-    # Beyond half the points are tokens that are forgotten.
-    return _Attended.apply(x, reading @ response[:, : n // 2], bias, p, n)
+    """The LMU of whole sequences, with `projection` and the memory's impulse response in the same basis."""
+    n = transform_points(x.shape[1], projection.shape[1], theta_tokens)
+    # The memory forgets inputs older than n / 2 tokens.
+    return _FusedLMU.apply(x, projection @ response[:, : n // 2], bias, p, n)

@@ -1,7 +1,8 @@
-"""The LMU mixer: one Legendre memory per channel, read by implicit self-attention (arXiv 2110.02402, eq. 1-11, A.1).
+"""The LMU mixer: one Legendre memory per channel and implicit self-attention over its rows (arXiv 2110.02402, eq. 1-11, A.1).
 
-(B, T, D) in, (B, T, D) out, causal. Legend: B batch, T time, D width, Q order, R reduced order q', K = 3R readings.
-`mixed` is all of it in any of four forms, `memory_readings` and `implicit_attention` its halves; lm builds the sublayer LMU.
+(B, T, D) in, (B, T, D) out, causal. Legend: B batch, T time, D width, Q order q, R reduced order q', K = 3R rows of the
+projection to Q, K, V. `lmu_mixer` computes the whole operator in one of four forms; `projected_memory` and `attend_to_memory`
+are its two halves. The families build the sublayer LMU.
 """
 
 import math
@@ -13,18 +14,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lmu_dist.models.kernels import reader
+from lmu_dist.models.kernels import implicit_attention
 from lmu_dist.models.mixers.lmu import chunked, fourier, legendre
 from lmu_dist.models.precision import product_dtype
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
-CHUNK = 32  # tokens, where a memory is carried in any case: near the fewest operations for q from 60 to 1,000 (accounting)
+# Of the chunked form, which returns the state after the last token. Near the fewest operations for q from 60 to 1,000.
+CHUNK_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class Memory:
-    """The frozen memory on a device: a_bar (Q, Q), b_bar (Q,), impulse response h (Q, T), row scale (Q,)."""
+class MemoryMatrices:
+    """Constants of the frozen memory on a device: a_bar (Q, Q), b_bar (Q,), impulse response h (Q, T), row scale (Q,)."""
 
     a_bar: Tensor
     b_bar: Tensor
@@ -33,15 +35,15 @@ class Memory:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what is kept serves training too
-def memory(order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device) -> Memory:
-    """Tensors of one memory, made in float64 and cast last. Not buffers: no precision setting can round them twice."""
+@torch.inference_mode(False)  # training uses cached tensors too, and autograd refuses tensors made in inference mode
+def memory_matrices(order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device) -> MemoryMatrices:
+    """Constants of one memory, computed in float64 and cast last. Not buffers: no precision setting may cast them again."""
     arrays = (
-        *legendre.discrete(order, theta_tokens),
+        *legendre.discrete_matrices(order, theta_tokens),
         legendre.impulse_response(order, theta_tokens, length),
         legendre.row_scale(order, theta_tokens),
     )
-    return Memory(*(torch.from_numpy(a).to(device, dtype) for a in arrays))
+    return MemoryMatrices(*(torch.from_numpy(a).to(device, dtype) for a in arrays))
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,40 +61,41 @@ def convolve(x: Float[Tensor, "B T D"], kernels: Float[Tensor, "K T"]) -> Float[
     return y.permute(0, 3, 1, 2)
 
 
-def memory_readings(
+def projected_memory(
     x: Float[Tensor, "B T D"],
-    reading: Float[Tensor, "K Q"],
+    projection: Float[Tensor, "K Q"],
     theta_tokens: float,
     state: Float[Tensor, "B Q D"] | None = None,
     form: Form = "fft",
 ) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"] | None]:
-    """Linear readings L M_t of the memory at every token; with a given state, also the state after the last token.
+    """Projected memory L M_t at every token, and the state M_T after the last token if a state is given, else None.
 
-    recurrent: M_t = Abar M_{t-1} + Bbar x_t, token by token (eq. 1): the reference, and the way to generate.
-    fft: (L H) * x, the reading folded into the impulse response (appendix A.1), K convolutions in place of Q.
+    recurrent: M_t = Abar M_{t-1} + Bbar x_t, token by token (eq. 1). This is the reference, and is used to generate text.
+    fft: (L H) * x, with the projection folded into the impulse response (appendix A.1): K convolutions in place of Q.
     chunked: matrix products over chunks of tokens (models/mixers/lmu/chunked).
-    All carry a state from call to call exactly: the fft form adds L Abar^t M_0 and closes with
-    M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state (a row from its start) None comes back for it.
-    States are float64, since a recurrence piles up what it rounds; convolutions run in float32, or float64 if x is.
+
+    Every form passes a state from call to call exactly. The fft form adds L Abar^t M_0 and computes
+    M_T = sum_j Abar^(T-j) Bbar x_j + Abar^T M_0. Without a state the sequence starts from an empty memory. States are float64,
+    since a recurrence accumulates rounding errors. Convolutions run in float32, or in float64 if x is float64.
     """
-    length, order = x.shape[1], reading.shape[1]
+    length, order = x.shape[1], projection.shape[1]
     dtype = memory_dtype(x.dtype)
-    x, reading = x.to(dtype), reading.to(dtype)
+    x, projection = x.to(dtype), projection.to(dtype)
     if form == "recurrent":
-        exact = memory(order, theta_tokens, 1, torch.float64, x.device)
+        exact = memory_matrices(order, theta_tokens, 1, torch.float64, x.device)
         m = x.new_zeros(x.shape[0], order, x.shape[2], dtype=torch.float64) if state is None else state
-        readings = []
+        projected = []
         for t in range(length):
             m = exact.a_bar @ m + exact.b_bar[:, None] * x[:, t, None]
-            readings.append(reading @ m.to(dtype))
-        return torch.stack(readings, dim=1), None if state is None else m
+            projected.append(projection @ m.to(dtype))
+        return torch.stack(projected, dim=1), None if state is None else m
     if form == "chunked":
-        return _chunked_readings(x, reading, theta_tokens, state)
-    y = convolve(x, reading @ memory(order, theta_tokens, length, dtype, x.device).h)
+        return _projected_memory_chunked(x, projection, theta_tokens, state)
+    y = convolve(x, projection @ memory_matrices(order, theta_tokens, length, dtype, x.device).h)
     if state is None:
         return y, None
-    exact = memory(order, theta_tokens, length, torch.float64, x.device)
-    powers, power = [], reading.double()
+    exact = memory_matrices(order, theta_tokens, length, torch.float64, x.device)
+    powers, power = [], projection.double()
     for _ in range(length):
         power = power @ exact.a_bar
         powers.append(power)
@@ -100,94 +103,97 @@ def memory_readings(
     return y, torch.linalg.matrix_power(exact.a_bar, length) @ state + exact.h.flip(1) @ x.double()
 
 
-def _chunked_readings(
-    x: Float[Tensor, "B T D"], reading: Float[Tensor, "K Q"], theta_tokens: float, state: Float[Tensor, "B Q D"] | None
+def _projected_memory_chunked(
+    x: Float[Tensor, "B T D"], projection: Float[Tensor, "K Q"], theta_tokens: float, state: Float[Tensor, "B Q D"] | None
 ) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"] | None]:
-    (b, t, d), (k, q) = x.shape, reading.shape
-    scale = memory(q, theta_tokens, 1, torch.float64, x.device).row_scale
-    # Whole chunks, then what is left: the memory after the last token is asked for, not after the end of a chunk.
-    chunk = min(t, CHUNK)
+    (b, t, d), (k, q) = x.shape, projection.shape
+    scale = memory_matrices(q, theta_tokens, 1, torch.float64, x.device).row_scale
+    # Whole chunks first, then the remaining tokens as a shorter chunk: the state must end at the last token.
+    chunk = min(t, CHUNK_TOKENS)
     m = None if state is None else (state / scale[:, None]).transpose(0, 1).flatten(1)
     parts = list[Tensor]()
     for piece in x.split([t - t % chunk, t % chunk] if t % chunk else [t], dim=1):
-        s = chunked.steps(q, theta_tokens, min(chunk, piece.shape[1]), x.dtype, x.device)
-        z, m = chunked.features(piece, s, m)
-        w = chunked.weights(reading * scale.to(x.dtype), x.new_zeros(k), s)
-        y = (w @ z.flatten(1)).view(s.chunk, k, b, -1, d)
+        transition = chunked.chunk_transition(q, theta_tokens, min(chunk, piece.shape[1]), x.dtype, x.device)
+        z, m = chunked.chunk_features(piece, transition, m)
+        w = chunked.chunk_weights(projection * scale.to(x.dtype), x.new_zeros(k), transition)
+        y = (w @ z.flatten(1)).view(transition.chunk, k, b, -1, d)
         parts.append(y.permute(2, 3, 0, 1, 4).flatten(1, 2))
     assert m is not None
     end = None if state is None else m.view(q, b, d).transpose(0, 1) * scale[:, None]
     return torch.cat(parts, 1), end
 
 
-def implicit_attention(
-    readings: Float[Tensor, "B T K D"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], scale: float = 1.0
+def attend_to_memory(
+    projected: Float[Tensor, "B T K D"], bias: Float[Tensor, "K"], p: Float[Tensor, "R"], scale: float = 1.0
 ) -> Float[Tensor, "B T D"]:
-    """Attention over the rows of one token's memory, never across tokens: p softmax(scale QK^T) V (eq. 8-10).
+    """Implicit self-attention over the rows of one token's memory, never across tokens: p softmax(scale QK^T) V (eq. 8-10).
 
-    Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3) stand one after the other in `readings`. p meets the
-    weights before V does, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
+    `projected` stacks L1 M, L2 M, L3 M, and Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3). p is multiplied with
+    the attention weights before V, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
     """
-    return reader.attend(readings + bias[:, None], p, scale)
+    return implicit_attention.attend(projected + bias[:, None], p, scale)
 
 
-def best_form(dtype: torch.dtype, device: torch.device) -> Form:
-    """What a whole sequence takes if not told otherwise: the fused form wherever its reader was compiled."""
-    return "chunked" if reader.implementation(dtype, device) == "torch" else "fused"
+def default_form(dtype: torch.dtype, device: torch.device) -> Form:
+    """The form for whole sequences if none is given: fused wherever a compiled attention kernel is available, else chunked."""
+    return "chunked" if implicit_attention.implementation(dtype, device) == "torch" else "fused"
 
 
-def mixed(
+def lmu_mixer(
     x: Float[Tensor, "B T D"],
-    reading: Float[Tensor, "K Q"],
+    projection: Float[Tensor, "K Q"],
     bias: Float[Tensor, "K"],
     p: Float[Tensor, "R"],
     theta_tokens: float,
     form: Form | None = None,
 ) -> Float[Tensor, "B T D"]:
-    """A whole sequence from an empty memory, in the form asked for or the one that is best here; (L1, L2, L3) of eq. 8 is
-    `reading` over the memory's row scale.
+    """The LMU of a whole sequence from an empty memory, in the given form or the device's default form.
 
-    recurrent, fft, chunked: `implicit_attention` to `memory_readings`, which autograd keeps. fused: one operator, whose way
-    back is written by hand, by transforms or by products of chunks (models/mixers/lmu/fourier, models/mixers/lmu/chunked).
+    `projection` stacks L1, L2, L3 of eq. 8 in units of the memory's row scale (see `to_paper_basis`).
 
-    Error against float64, of the norm: in float32 below 1e-6; in bfloat16 below 1e-2, and 2e-2 for gradients, as sums are
-    taken in float32 (tests/models/test_lmu.py).
+    recurrent, fft, chunked: `attend_to_memory` of `projected_memory`; autograd stores the intermediates.
+    fused: one operator with a hand-written backward pass, by Fourier transforms or by chunked products
+    (models/mixers/lmu/fourier, models/mixers/lmu/chunked).
+
+    Relative error of the norm against float64: below 1e-6 in float32; below 1e-2 in bfloat16, and below 2e-2 for its gradients,
+    since sums run in float32 (tests/models/test_lmu.py).
     """
-    form = form or best_form(x.dtype, x.device)
-    if form == "fused" and not fourier.serves(x.dtype, x.device):
-        k, q = reading.shape
-        return chunked.attended(x, reading, bias, p, chunked.plan(x, k, q, theta_tokens))
-    papers = in_papers_basis(reading, theta_tokens)
+    form = form or default_form(x.dtype, x.device)
+    if form == "fused" and not fourier.is_supported(x.dtype, x.device):
+        k, q = projection.shape
+        return chunked.fused_lmu(x, projection, bias, p, chunked.chunked_config(x, k, q, theta_tokens))
+    paper_projection = to_paper_basis(projection, theta_tokens)
     if form == "fused":
-        h = memory(reading.shape[1], theta_tokens, x.shape[1], papers.dtype, x.device).h
-        return fourier.attended(x, papers, bias, p, theta_tokens, h)
-    readings, _ = memory_readings(x, papers, theta_tokens, form=form)
-    return implicit_attention(readings.to(x.dtype), bias, p)
+        h = memory_matrices(projection.shape[1], theta_tokens, x.shape[1], paper_projection.dtype, x.device).h
+        return fourier.fused_lmu(x, paper_projection, bias, p, theta_tokens, h)
+    projected, _ = projected_memory(x, paper_projection, theta_tokens, form=form)
+    return attend_to_memory(projected.to(x.dtype), bias, p)
 
 
-def in_papers_basis(reading: Float[Tensor, "K Q"], theta_tokens: float) -> Float[Tensor, "K Q"]:
-    """L1, L2, L3 of eq. 8 stacked, of a reading in units of the memory's row scale."""
-    dtype = memory_dtype(reading.dtype)
-    return reading.to(dtype) / memory(reading.shape[1], theta_tokens, 1, dtype, reading.device).row_scale
+def to_paper_basis(projection: Float[Tensor, "K Q"], theta_tokens: float) -> Float[Tensor, "K Q"]:
+    """L1, L2, L3 of eq. 8, stacked, from a projection in units of the memory's row scale."""
+    dtype = memory_dtype(projection.dtype)
+    return projection.to(dtype) / memory_matrices(projection.shape[1], theta_tokens, 1, dtype, projection.device).row_scale
 
 
-def operator(form: Form | None, dtype: torch.dtype, device: torch.device, rows: int) -> str:
-    """What `mixed` takes for q' = `rows`, for the record of a run: the form, and how the fused one is made."""
-    form = form or best_form(dtype, device)
+def operator(form: Form | None, dtype: torch.dtype, device: torch.device, reduced_order: int) -> str:
+    """Name of the implementation `lmu_mixer` uses: the form, and how the fused form is computed. The tag `lmu.operator`."""
+    form = form or default_form(dtype, device)
     if form != "fused":
         return form
-    if fourier.serves(dtype, device):
+    if fourier.is_supported(dtype, device):
         return "fused: transforms, c++"
-    return f"fused: products, {reader.implementation(product_dtype(dtype, device), device, rows)}"
+    return f"fused: products, {implicit_attention.implementation(product_dtype(dtype, device), device, reduced_order)}"
 
 
 class LMU(nn.Module):
     """Legendre memory with implicit self-attention. Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,).
 
-    `form` is what a whole sequence takes; None: what is best where it runs.
+    `form` is the form for whole sequences; None: the device's default form.
 
-    `reading` is held in units of the memory's row scale, so that white noise of unit variance gives pre-activations of
-    unit variance at the start and no order is trained at another rate; the paper's L is `reading_matrix`.
+    The parameter `reading` is the projection in units of the memory's row scale (its name is stored in checkpoints). White
+    noise of unit variance thus gives pre-activations of unit variance at the start, and all orders train at the same rate. The
+    paper's L is `projection_matrix`.
     """
 
     def __init__(self, order: int, reduced_order: int, theta_tokens: float, form: Form | None = None) -> None:
@@ -199,19 +205,19 @@ class LMU(nn.Module):
         self.p = nn.Parameter(torch.randn(reduced_order) / math.sqrt(reduced_order))
 
     @property
-    def reading_matrix(self) -> Float[Tensor, "K Q"]:
-        """L1, L2, L3 of eq. 8 stacked, in the paper's basis."""
-        return in_papers_basis(self.reading, self.theta_tokens)
+    def projection_matrix(self) -> Float[Tensor, "K Q"]:
+        """L1, L2, L3 of eq. 8, stacked, in the paper's basis."""
+        return to_paper_basis(self.reading, self.theta_tokens)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """A whole sequence from an empty memory."""
-        return mixed(x, self.reading, self.bias, self.p, self.theta_tokens, self.form)
+        """Outputs of a whole sequence from an empty memory."""
+        return lmu_mixer(x, self.reading, self.bias, self.p, self.theta_tokens, self.form)
 
     def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
-        """The next chunk of a sequence: outputs, and the memory (B, Q, D) to hand to the chunk after it."""
+        """Outputs of the next chunk of tokens, and the memory (B, Q, D) after it, the state for the chunk that follows."""
         if state is None:
             state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=torch.float64)
         form: Form = "recurrent" if x.shape[1] == 1 else "chunked"
-        readings, state = memory_readings(x, self.reading_matrix, self.theta_tokens, state, form)
+        projected, state = projected_memory(x, self.projection_matrix, self.theta_tokens, state, form)
         assert state is not None
-        return implicit_attention(readings.to(x.dtype), self.bias, self.p), state
+        return attend_to_memory(projected.to(x.dtype), self.bias, self.p), state

@@ -1,4 +1,4 @@
-"""Processes with a gloo group between them, for what is collective but needs no Ray."""
+"""Runs a function on several ranks with a gloo process group, for tests of collective code without Ray."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 
-def _member(rank: int, world_size: int, folder: str, task: Callable[..., Any], arguments: tuple) -> None:
+def _run_rank(rank: int, world_size: int, folder: str, task: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
@@ -20,14 +20,14 @@ def _member(rank: int, world_size: int, folder: str, task: Callable[..., Any], a
         torch.save(result, f"{folder}/result")
     dist.barrier()
     dist.destroy_process_group()
-    # An interpreter that shuts down while gloo's threads still run ends, once in a long while, with SIGABRT.
+    # A normal exit while gloo's threads still run can, rarely, end with SIGABRT.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def gang(world_size: int, task: Callable[..., Any], *arguments: Any) -> Any:
-    """What `task(*arguments)` returned on rank 0, run on `world_size` ranks. The task must be importable."""
+def spawn_ranks(world_size: int, task: Callable[..., Any], *arguments: Any) -> Any:
+    """Runs `task(*arguments)` on `world_size` ranks and returns the result of rank 0. The task must be importable."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_member, (world_size, folder, task, arguments), nprocs=world_size)
+        torch.multiprocessing.spawn(_run_rank, (world_size, folder, task, arguments), nprocs=world_size)
         return torch.load(Path(folder) / "result", weights_only=False)

@@ -1,0 +1,150 @@
+"""The LMU (arXiv 2110.02402, section 3): feed-forward, LMU with implicit self-attention, feed-forward; and what the LMU costs.
+
+Legend: D width, Q order q of the memory, R reduced order q', K = 3R, n sequence length.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from pydantic.dataclasses import dataclass
+from torch import nn
+
+from lmu_dist.config.types import STRICT, Count
+from lmu_dist.models.counting import bytes_of
+from lmu_dist.models.family import Family, paper_d_model
+from lmu_dist.models.kernels.compiled import LANES
+from lmu_dist.models.mixers import feed_forward
+from lmu_dist.models.mixers.feed_forward import FeedForward
+from lmu_dist.models.mixers.lmu import mixer
+from lmu_dist.models.mixers.lmu.chunked import chunk_tokens
+from lmu_dist.models.mixers.lmu.fourier import transform_points
+from lmu_dist.models.shape import Shape
+
+PAPER_REDUCED_ORDER_PER_WIDTH = 25 / 204  # the paper's largest model: q' = 25 at d = 204
+PAPER_ORDERS_PER_ROW = 10  # q = 250 at q' = 25
+
+
+@dataclass(frozen=True, config=STRICT)
+class LMUOptions:
+    """Keys of the LMU under `model`. None: by the rule in LMU.widths."""
+
+    order: Count | None = None  # Legendre order q of the memory
+    reduced_order: Count | None = None  # rows q' that read the memory
+    theta_tokens: Count | None = None  # window of the memory; None: the sequence length
+    form: mixer.Form | None = None  # recurrent, fft, chunked or fused; None: the fastest on the device. All compute the same
+
+
+class LMU(Family):
+    """The paper's language model."""
+
+    name = "lmu"
+    version = 1
+    title = "LMU"
+    report_rank = 0
+    colour, colour_dark, marker, line = "#0072b2", "#56b4e9", "o", "-"
+    Options = LMUOptions
+    passive_options = ("form",)
+
+    def mixer(self, shape: Shape, options: LMUOptions) -> nn.Module:
+        """The LMU."""
+        return mixer.LMU(shape.order, shape.reduced_order, float(shape.theta_tokens), options.form)
+
+    def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
+        """FFN, LMU, FFN in each block."""
+        d = shape.d_model
+        return [
+            sublayer
+            for _ in range(shape.n_blocks)
+            for sublayer in (FeedForward(d, shape.d_ff), self.mixer(shape, options), FeedForward(d, shape.d_ff))
+        ]
+
+    def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
+        """q' = 25/204 d and q = 10 q' as in the paper's largest model; q is at most theta.
+
+        A window of theta tokens has no more than theta coefficients. Orders and window that were given are kept.
+        """
+        theta = options.theta_tokens or sequence_tokens
+        by_rule = max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
+        rows = options.reduced_order or by_rule
+        order = options.order or min(PAPER_ORDERS_PER_ROW * rows, theta)
+        return {"d_ff": 1, "order": order, "reduced_order": rows, "theta_tokens": theta}
+
+    def free_widths(self, blank: Shape, options: LMUOptions, n_params: int) -> Iterator[tuple[str, int, int]]:
+        """The feed-forward width; then, unless it was given, the order, by up to a third."""
+        yield "d_ff", 1, 4 * n_params
+        if options.order is None:
+            least, most = max(1, blank.order - blank.order // 3), min(blank.order + blank.order // 3, blank.theta_tokens)
+            yield "order", least, max(least, most)
+
+    def nominal_d_model(self, n_params: int, n_blocks: int, sequence_tokens: int, options: LMUOptions) -> float:
+        """The paper's rule."""
+        return paper_d_model(n_params, n_blocks)
+
+    def n_sublayers(self, shape: Shape) -> int:
+        """Three in each block."""
+        return 3 * shape.n_blocks
+
+    def n_params(self, shape: Shape) -> int:
+        """Two feed-forward layers and the mixer in each block."""
+        return shape.n_blocks * (mixer_params(shape) + 2 * feed_forward.n_params(shape.d_model, shape.d_ff))
+
+    def largest_tensor(self, shape: Shape) -> int:
+        """The projections of the memory, or a feed-forward matrix."""
+        return max(3 * shape.reduced_order * shape.order, shape.d_model * shape.d_ff)
+
+    def matmul_flops(self, shape: Shape) -> float:
+        """Two feed-forward layers and the mixer in each block."""
+        return shape.n_blocks * (mixer_matmul_flops(shape) + 2 * feed_forward.matmul_flops(shape.d_model, shape.d_ff))
+
+    def fft_flops(self, shape: Shape) -> float:
+        """5/2 m log2 m per real transform of m = 2n points, 6 per complex product.
+
+        They are those of the paper's form, whatever form runs: a study's compute must not depend on the hardware it ran on.
+        """
+        k, d, m = 3 * shape.reduced_order, shape.d_model, 2 * shape.sequence_tokens
+        transforms = d + k + k * d
+        return shape.n_blocks * ((transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / shape.sequence_tokens)
+
+    def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
+        """Bytes that the fused form keeps."""
+        own, single = mixer_kept(shape, n_rows, on_gpu)
+        own += 2 * feed_forward.kept_numbers(shape.d_model, shape.d_ff)
+        return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)
+
+    def operator(self, shape: Shape, options: LMUOptions, dtype: torch.dtype, device: torch.device) -> str:
+        """The form, and how the fused one is computed."""
+        return mixer.operator(options.form, dtype, device, shape.reduced_order)
+
+    def counted_options(self) -> LMUOptions:
+        """The paper's form, whose products torch's counter sees."""
+        return LMUOptions(form="fft")
+
+
+def mixer_params(shape: Shape) -> int:
+    """Trained parameters of one LMU: projections, their biases, and p."""
+    return 3 * shape.reduced_order * shape.order + 3 * shape.reduced_order + shape.reduced_order
+
+
+def mixer_matmul_flops(shape: Shape) -> int:
+    """Forward FLOPs per token of one LMU in matrix products.
+
+    The folding L H is shared by the rows of a batch; it is charged to each, as in the paper's table.
+    """
+    d, r = shape.d_model, shape.reduced_order
+    return 6 * r * shape.order + 2 * d * r * r + 2 * r * r + 2 * d * r
+
+
+def mixer_kept(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+    """Numbers per token that one LMU keeps for the backward pass: in the model's precision, and in float32 whatever it is.
+
+    A processor keeps the projected memory; a GPU computes it again from the features of the chunks.
+    """
+    n, k, d = shape.sequence_tokens, 3 * shape.reduced_order, shape.d_model
+    if not on_gpu:
+        spectra = (k + k % 2) * transform_points(n, shape.order, shape.theta_tokens)  # of the kernels, complex
+        width = d + -d % LANES
+        return k * width, width + spectra / (n * n_rows)
+    chunk = chunk_tokens(shape.order, k, d, n, n_rows)
+    features = chunk + 1 + (shape.order if chunk < n else 0)
+    return (d * -(-n // chunk) + chunk * k / n_rows) * features / n, 0  # of all chunks, and the weights that project them

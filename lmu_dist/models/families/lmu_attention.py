@@ -1,0 +1,55 @@
+"""The LMU with global self-attention (arXiv 2110.02402, section 3): attention in place of the first feed-forward layer."""
+
+from torch import nn
+
+from lmu_dist.models.counting import bytes_of
+from lmu_dist.models.families.lmu import LMU, LMUOptions, mixer_kept, mixer_matmul_flops, mixer_params
+from lmu_dist.models.families.transformer import attention_flops, attention_kept, attention_params, heads
+from lmu_dist.models.mixers import feed_forward
+from lmu_dist.models.mixers.attention import Attention
+from lmu_dist.models.mixers.feed_forward import FeedForward
+from lmu_dist.models.shape import Shape
+
+
+class LMUAttention(LMU):
+    """Attention, LMU, FFN in each block. No positions are embedded: the memory knows the order of its input."""
+
+    name = "lmu_attention"
+    version = 1
+    title = "LMU with attention"
+    report_rank = 1
+    colour, colour_dark, marker, line = "#00805d", "#3fce9f", "s", "-."
+
+    def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
+        """Attention, LMU, FFN in each block."""
+        d = shape.d_model
+        return [
+            sublayer
+            for _ in range(shape.n_blocks)
+            for sublayer in (Attention(d, shape.n_heads), self.mixer(shape, options), FeedForward(d, shape.d_ff))
+        ]
+
+    def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
+        """Those of the LMU, and heads of a common width."""
+        widths, n_heads = super().widths(d_model, sequence_tokens, options), heads(d_model)
+        return None if widths is None or n_heads is None else widths | {"n_heads": n_heads}
+
+    def n_params(self, shape: Shape) -> int:
+        """Attention, mixer and feed-forward in each block."""
+        own = attention_params(shape) + mixer_params(shape) + feed_forward.n_params(shape.d_model, shape.d_ff)
+        return shape.n_blocks * own
+
+    def largest_tensor(self, shape: Shape) -> int:
+        """The largest of the LMU's, or the joint projection of attention to Q, K, V."""
+        return max(super().largest_tensor(shape), 3 * shape.d_model**2)
+
+    def matmul_flops(self, shape: Shape) -> float:
+        """Attention, mixer and feed-forward in each block."""
+        own = attention_flops(shape) + mixer_matmul_flops(shape) + feed_forward.matmul_flops(shape.d_model, shape.d_ff)
+        return shape.n_blocks * own
+
+    def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
+        """Bytes that attention, the fused LMU and feed-forward keep."""
+        own, single = mixer_kept(shape, n_rows, on_gpu)
+        own += attention_kept(shape) + feed_forward.kept_numbers(shape.d_model, shape.d_ff)
+        return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)

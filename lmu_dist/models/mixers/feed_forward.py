@@ -1,0 +1,40 @@
+"""The feed-forward sublayer, gelu(x W1 + b1) W2 + b2 at every token: (B, T, D) in, (B, T, D) out, and what it costs.
+
+Legend: B batch, T time, D width, F hidden width (the paper's d'). Built by the families.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeedForward(nn.Module):
+    """The paper's FFN."""
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(d_model, d_ff)
+        self.out = nn.Linear(d_ff, d_model)
+
+    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The same function at every token."""
+        return self.out(F.gelu(self.up(x)))
+
+    def advance(self, x: Float[Tensor, "B T D"], state: None) -> tuple[Float[Tensor, "B T D"], None]:
+        """The next chunk of a text. There is no state."""
+        return self(x), None
+
+
+def n_params(d_model: int, d_ff: int) -> int:
+    """Trained parameters."""
+    return 2 * d_model * d_ff + d_ff + d_model
+
+
+def matmul_flops(d_model: int, d_ff: int) -> int:
+    """Forward FLOPs per token."""
+    return 4 * d_model * d_ff
+
+
+def kept_numbers(d_model: int, d_ff: int) -> int:
+    """Numbers per token that autograd keeps for the backward pass."""
+    return d_model + 2 * d_ff

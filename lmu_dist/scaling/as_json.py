@@ -1,0 +1,53 @@
+"""Converts results to JSON types: dataclasses and numpy values in, dictionaries of numbers, text and null out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from lmu_dist.scaling.laws import parameters
+from lmu_dist.scaling.validate import FitResult
+
+
+def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
+    """Returns a fit result as JSON types, without parameters and intervals if the fit failed a check.
+
+    `row_names` has the name of every row of the table.
+    """
+    holdout, diagnostics = result.holdout, result.diagnostics
+    facts = {
+        "law": result.form.__name__.lower(),
+        "n_rows": result.n_rows,
+        "determined": result.diagnostics.passed,
+        "objective": result.objective,
+        "parameters": parameters(result.law) if result.law else {},
+        "intervals": {k: list(v) for k, v in result.intervals.items()} if result.law else {},
+        "profile_intervals": {k: list(v) if v else None for k, v in result.profiles.items()},
+        "n_resamples": result.n_resamples,
+        "certificate": {
+            "ok": diagnostics.passed,
+            "reasons": list(diagnostics.reasons),
+            "n_starts": diagnostics.n_starts,
+            "n_agreeing": diagnostics.n_agreeing,
+            "gradient": diagnostics.gradient,
+            "condition": diagnostics.condition,
+        },
+        "holdout": None if holdout is None else asdict(holdout) | {"reasons": list(holdout.reasons)},
+        "influence": {k: {"row": row_names[v.row], "without": v.without} for k, v in result.influence.items()},
+    }
+    return to_json(facts)
+
+
+def to_json(value: Any) -> Any:
+    """Returns a value as JSON types: tuples become lists, numbers that are not finite null."""
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.generic):
+        return to_json(value.item())
+    return value

@@ -1,0 +1,146 @@
+"""Uploads a MetricsLog to MLflow: a thread sends the pending entries whenever the server answers.
+
+An upload may be repeated without harm: MLflow drops metric points that it has already, and all other entries set a value
+instead of adding one.
+"""
+
+import json
+import os
+import threading
+import time
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from lmu_dist.records import COMPLETE, DIVERGED, FAILED
+from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.store import HEARTBEAT, heartbeat_now, one_line
+
+MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # any other status: KILLED
+# Error codes of a permanent refusal: a retry gets the same answer. Any other error is taken for an outage, and retried.
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
+MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
+
+
+def upload_pending(log: MetricsLog, client: MlflowClient) -> None:
+    """Uploads the pending entries of a log, in order. Raises MlflowException in an outage; nothing is lost."""
+    batch: list[Metric] = []
+    batch_end = 0  # byte position in the log
+    for position, entry in log.pending():
+        if entry["kind"] == "metrics":
+            points = [Metric(k, v, entry["time_ms"], entry["step"]) for k, v in entry["values"].items()]
+            if len(batch) + len(points) > MAX_METRICS:
+                _upload_metrics(log, client, batch, batch_end)
+                batch = []
+            batch += points
+        else:
+            _upload_metrics(log, client, batch, batch_end)
+            batch = []
+            _upload_entry(log, client, entry)
+            log.mark_uploaded(position)
+        batch_end = position
+    _upload_metrics(log, client, batch, batch_end)
+
+
+def _upload_metrics(log: MetricsLog, client: MlflowClient, batch: list[Metric], batch_end: int) -> None:
+    if not batch:
+        return
+    try:
+        client.log_batch(log.run_id, metrics=batch)
+    except MlflowException as e:
+        if e.error_code not in REFUSALS:
+            raise
+        _upload_one_by_one(log, client, batch)
+    log.mark_uploaded(batch_end)
+
+
+def _upload_one_by_one(log: MetricsLog, client: MlflowClient, batch: list[Metric]) -> None:
+    """Uploads the points of a refused batch one at a time, so that only those that MLflow refuses are left out."""
+    for m in batch:
+        try:
+            client.log_batch(log.run_id, metrics=[m])
+        except MlflowException as e:
+            if e.error_code not in REFUSALS:
+                raise
+            log.write_refused({"kind": "metrics", "step": m.step, "values": {m.key: m.value}}, one_line(e))
+
+
+def _upload_entry(log: MetricsLog, client: MlflowClient, entry: dict[str, Any]) -> None:
+    """Uploads an entry that holds no metrics. An entry that MLflow refuses goes to the log's file of refused entries."""
+    run_id, kind = log.run_id, entry["kind"]
+    try:
+        if kind == "params":
+            params = [Param(k, v) for k, v in entry["values"].items()]
+            for i in range(0, len(params), MAX_PARAMS):
+                client.log_batch(run_id, params=params[i : i + MAX_PARAMS])
+        elif kind == "tags":
+            client.log_batch(run_id, tags=[RunTag(k, v) for k, v in entry["values"].items()])
+        elif kind == "dataset":
+            profile, source = json.dumps(entry["profile"]), json.dumps({"uri": entry["source"]})
+            dataset = Dataset(entry["name"], entry["digest"][:36], "local", source, profile=profile)
+            client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        elif kind == "table":
+            _upload_table(client, run_id, entry["name"], entry["columns"])
+        elif kind == "start":
+            client.update_run(run_id, status="RUNNING")
+        elif kind == "end":
+            client.set_terminated(run_id, MLFLOW_STATUS.get(entry["status"], "KILLED"))
+    except MlflowException as e:
+        if e.error_code not in REFUSALS:
+            raise
+        log.write_refused(entry, str(e))
+
+
+def _upload_table(client: MlflowClient, run_id: str, name: str, columns: dict[str, list[Any]]) -> None:
+    rows = "\n".join(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))
+    client.log_text(run_id, ",".join(columns) + "\n" + rows + "\n", f"{name}.csv")
+    # log_table appends to a table that exists, and an upload may be repeated.
+    if not any(a.path == f"{name}.json" for a in client.list_artifacts(run_id)):
+        client.log_table(run_id, columns, f"{name}.json")
+
+
+class MLflowUploader:
+    """A thread that uploads a MetricsLog to MLflow as it grows. During an outage it retries, and training does not wait."""
+
+    def __init__(self, log: MetricsLog, uri: str, interval_seconds: float = 1.0, retry_seconds: float = 5.0) -> None:
+        self._log, self._client = log, MlflowClient(uri)
+        self._interval, self._retry = interval_seconds, retry_seconds
+        self._stop = threading.Event()
+        self.last_error = ""
+        self._thread = threading.Thread(target=self._run, name="mlflow-uploader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        last_heartbeat = 0.0
+        while True:
+            closing = self._stop.is_set()
+            try:
+                upload_pending(self._log, self._client)
+                if not closing and time.monotonic() - last_heartbeat > HEARTBEAT_SECONDS:
+                    self._client.set_tag(self._log.run_id, HEARTBEAT, heartbeat_now())
+                    last_heartbeat = time.monotonic()
+                self.last_error = ""
+            except Exception as e:  # noqa: BLE001 - databases and object stores behind MLflow raise errors of their own
+                self.last_error = one_line(e) or type(e).__name__
+            if closing and not self.last_error:
+                return
+            self._stop.wait(self._retry if self.last_error else self._interval) if not closing else time.sleep(self._retry)
+
+    def close(self, timeout_seconds: float) -> str:
+        """Uploads the pending entries, then stops. Returns "" when all are in MLflow, else why not; the log keeps the rest."""
+        self._stop.set()
+        self._thread.join(timeout_seconds)
+        return (self.last_error or "the upload is still running") if any(self._log.pending()) else ""
+
+
+def set_client_limits() -> None:
+    """Sets short retries and timeouts for MLflow's client in this process, and turns its progress bars off.
+
+    The client gives up after seconds instead of minutes: it is the MLflowUploader that retries.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
