@@ -162,7 +162,7 @@ class RunRecord:
 
     @classmethod
     def from_columns(cls, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> "RunRecord":
-        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has not ended and has no record yet."""
+        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has no record, as before its end."""
         source: dict[str, dict[str, Any]] = {"params": params, "metrics": metrics, "tags": tags}
         found = dict[str, Any]()
         for f in fields(cls):
@@ -190,4 +190,5 @@ def known_fields(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _name(f: Any) -> str:
-    return {"metrics": f"final/{f.name}", "tags": f"lmu.{f.name}"}.get(f.metadata["kind"], f.name)
+    prefix = {"metrics": "final/", "tags": "lmu."}.get(f.metadata["kind"], "")
+    return f"{prefix}{f.name}"

@@ -276,7 +276,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         words = name in ("family", "cell", "state", "status", "remark", "parameter", "job", "config")
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name in ("cell", "job"))
+        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name in ("family", "cell", "job"))
     return table
 
 

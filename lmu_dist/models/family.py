@@ -137,7 +137,7 @@ class Family(ABC):
     def appearance(self) -> Appearance:
         """How reports show the family."""
         title = self.title or self.name.replace("_", " ")
-        return Appearance(title, self.colour, self.colour_dark or self.colour, self.marker, self.line)
+        return Appearance(title, self.colour.lower(), (self.colour_dark or self.colour).lower(), self.marker, self.line)
 
 
 def paper_d_model(n_params: int, n_blocks: int) -> float:

@@ -153,9 +153,8 @@ def built_in() -> dict[str, Family]:
     for module in pkgutil.iter_modules(built_in_families.__path__):
         loaded = import_module(f"{built_in_families.__name__}.{module.name}")
         for made in vars(loaded).values():
-            is_family = inspect.isclass(made) and issubclass(made, Family) and not inspect.isabstract(made)
-            if is_family and made.__module__ == loaded.__name__:
-                found[made.name] = made()
+            if inspect.isclass(made) and issubclass(made, Family) and made.__module__ == loaded.__name__:
+                found[made.name] = _from_class(made, f"{made.__module__}:{made.__name__}")
     return dict(sorted(found.items(), key=lambda item: (item[1].report_rank, item[0])))
 
 
@@ -203,4 +202,7 @@ def _from_class(made: Any, reference: str) -> Family:
         raise ConfigError(f"family {reference} lacks {', '.join(sorted(made.__abstractmethods__))}; see docs/families.md")
     if not NAME.fullmatch(made.name):
         raise ConfigError(f"family {reference}: its name {made.name!r} must be lower-case letters, digits and _, at most 40")
+    for colour in filter(None, (made.colour, made.colour_dark)):
+        if not re.fullmatch("#[0-9a-fA-F]{6}", colour):
+            raise ConfigError(f"family {reference}: its colour {colour!r} must be of the form #rrggbb")
     return made()

@@ -6,7 +6,7 @@ marker and line style. In the page, colours are CSS variables, so that one SVG w
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lmu_dist.report import panels
-from lmu_dist.report.panels import FAINT, INK, LOOKS, OTHER
+from lmu_dist.report.panels import FAINT, INK
 from lmu_dist.scaling.answer import BASE, NEW
-from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.results import Results
 
-VARIABLES = {INK: "--ink", FAINT: "--faint", OTHER[0]: OTHER[1]} | {look[0]: look[1] for look in LOOKS.values()}
 MAX_SIZE_FIGURES = 8  # most figures of loss against tokens
 
 
@@ -41,6 +40,8 @@ DrawPanel = Callable[[Axes], None]
 def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFigure]:
     """Writes all figures for which the study has data, and returns them in the order of the page."""
     figures = list[ReportFigure]()
+    families = {look.colour: css_variable(family) for family, look in study.appearances.items()}
+    variables = {INK: "--ink", FAINT: "--faint"} | families
     for name, section, heading, caption, draw_panel in _figures(study, results):
         with rc_context(
             {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": INK, "text.color": INK}
@@ -59,11 +60,16 @@ def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFig
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
-        figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading)))
+        figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading, variables)))
     return figures
 
 
-def _to_page_svg(svg: str, heading: str) -> str:
+def css_variable(family: str) -> str:
+    """The CSS variable with the colour of a family, light or dark as the page is."""
+    return f"--family-{family.replace('_', '-')}"
+
+
+def _to_page_svg(svg: str, heading: str, variables: Mapping[str, str]) -> str:
     """Returns an SVG for the page: no XML header, no fixed size, CSS variables as colours, a label for screen readers."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -75,7 +81,7 @@ def _to_page_svg(svg: str, heading: str) -> str:
         "<g",
         svg,
     )
-    for colour, variable in VARIABLES.items():
+    for colour, variable in variables.items():
         svg = svg.replace(colour, f"var({variable})")
     svg = re.sub(r"font: ([\d.]+)px 'DejaVu Sans'[^;\"]*", r"font: \1px var(--sans)", svg)
     return svg.replace("<svg ", f'<svg role="img" aria-label="{heading}" ', 1)
@@ -95,11 +101,11 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         yield (
             "efficiency",
             "efficiency",
-            f"Data-efficiency factor: {title(BASE)} against {title(NEW)}",
-            f"Tokens that the {title(BASE)} needs, divided by the tokens that the {title(NEW)} needs for the same loss at "
-            "equal N; with 90 % intervals where known. Triangles are bounds, where the families have no loss in common "
+            f"Data-efficiency factor: {study.title(BASE)} against {study.title(NEW)}",
+            f"Tokens that the {study.title(BASE)} needs, divided by the tokens that the {study.title(NEW)} needs for the same "
+            "loss at equal N; with 90 % intervals where known. Triangles are bounds, where the families have no loss in common "
             "(pointing up: the factor is larger). Dotted line: the factor of 10 that the paper claims.",
-            lambda axes: panels.efficiency(axes, headline),
+            lambda axes: panels.efficiency(axes, study, headline),
         )
     sizes = (
         study.size_bins
@@ -123,7 +129,7 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             "Validation loss at the largest budget, averaged over seeds and over bins of positions (two bins per doubling). "
             "All families are evaluated on the same sequences, so they share some fluctuations. A vertical line marks where "
             "the loss of a family stops falling, if this could be determined.",
-            lambda axes: panels.positions(axes, results, largest),
+            lambda axes: panels.positions(axes, study, results, largest),
         )
     if results.by_position and any(f.known for _, _, f in results.by_position.bins):
         yield (
@@ -132,7 +138,7 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             f"Data-efficiency factor by position at N = {results.by_position.n_params:,}",
             "Computed from loss against tokens in each bin of positions, with 90 % intervals. Bins in which the families have "
             "no loss in common are missing.",
-            lambda axes: panels.by_position(axes, results),
+            lambda axes: panels.by_position(axes, study, results),
         )
     yield (
         "frontier",
@@ -148,10 +154,10 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             yield (
                 f"isoflop_{fitted.family}",
                 "compute",
-                f"Runs of equal compute (isoFLOP), {title(fitted.family)}",
+                f"Runs of equal compute (isoFLOP), {study.title(fitted.family)}",
                 "Loss against N for runs of equal compute 6 N D (FLOPs at the right end), with a fitted parabola. A star marks "
                 "the minimum, if it lies within the sizes trained.",
-                lambda axes, fitted=fitted: panels.isoflop(axes, fitted),
+                lambda axes, fitted=fitted: panels.isoflop(axes, study, fitted),
             )
     if any(f.result.law for f in results.fits):
         for axis in ("n", "d"):

@@ -9,10 +9,9 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from lmu_dist import __version__
-from lmu_dist.report.figures import ReportFigure
-from lmu_dist.report.panels import look
+from lmu_dist.report.figures import ReportFigure, css_variable
 from lmu_dist.scaling.answer import BASE, NEW, WORST
-from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.laws import KAPLAN_NS, PAPER, parameters
 from lmu_dist.scaling.results import Results
 
@@ -30,7 +29,7 @@ def render(study: Study, results: Results, figures: Sequence[ReportFigure], repr
     """Returns the page as HTML. `reproduce` has pairs of a result's name and the command that reproduces it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "interval": _interval, "difference": _difference}
-    environment.globals |= {"look": look, "parameters": parameters, "title": title}
+    environment.globals |= {"css_variable": css_variable, "parameters": parameters, "title": study.title}
     template = environment.from_string(files("lmu_dist.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
         study=study,
@@ -43,7 +42,6 @@ def render(study: Study, results: Results, figures: Sequence[ReportFigure], repr
         worst=WORST,
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        codes=sorted({run.record.code_digest[:12] for run in study.runs}),
         paper_exponents={name: law.exponent for name, law in PAPER.items()} | {"transformer": KAPLAN_NS.alpha_N},
         libraries={name: version(name) for name in ("numpy", "scipy", "mlflow")},
     )

@@ -1,11 +1,11 @@
-"""Draws the content of each figure on matplotlib axes. Also defines colour, marker and line style of each family."""
+"""Draws the content of each figure on matplotlib axes. Colour, marker and line of a family are the study's."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from lmu_dist.scaling.answer import CLAIMED_FACTOR, NEW
-from lmu_dist.scaling.collect import Study, rows_from_runs, title
+from lmu_dist.scaling.collect import Study, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, loss_curve
 from lmu_dist.scaling.compute import SIX_ND, within_table
 from lmu_dist.scaling.efficiency import Factor
@@ -15,33 +15,21 @@ from lmu_dist.scaling.positions import bin_positions
 from lmu_dist.scaling.results import FamilyFit, Results
 
 INK, FAINT = "#1b1f24", "#9aa3ad"
-# family: colour on light, CSS variable, marker, line.
-LOOKS = {
-    "lmu": ("#0072b2", "--lmu", "o", "-"),
-    "lmu_attention": ("#00805d", "--lmu-attention", "s", "-."),
-    "transformer": ("#d55e00", "--transformer", "^", "--"),
-    "lstm": ("#a8508a", "--lstm", "D", ":"),
-}
-OTHER = ("#6b5b00", "--other", "v", "-")
-
-
-def look(family: str) -> tuple[str, str, str, str]:
-    """Colour, CSS variable, marker and line of a family."""
-    return LOOKS.get(family, OTHER)
 
 
 def loss_vs_n(axes: Axes, study: Study) -> None:
     """Draws loss against N per family, and the paper's curves."""
     sizes = np.geomspace(study.size_bins[0] / 1.3, study.size_bins[-1] * 1.3, 60)
     for family in study.families:
-        colour, _, marker, line = look(family)
+        look = study.appearances[family]
+        colour, marker, line = look.colour, look.marker, look.line
         budget = max(run.record.planned_tokens for run in study.runs_of(family))
         losses = dict[int, list[float]]()
         for run in study.runs_of(family):
             if run.record.planned_tokens == budget:
                 losses.setdefault(run.size_bin, []).append(np.log(run.record.val_loss_nats))
         points = sorted((n, float(np.exp(np.mean(logs)))) for n, logs in losses.items())
-        label = f"{title(family)}, {si(budget)} tokens"
+        label = f"{study.title(family)}, {si(budget)} tokens"
         axes.plot(*zip(*points, strict=True), line, marker=marker, markersize=5, linewidth=1.4, color=colour, label=label)
         try:
             axes.plot(sizes, paper_loss(family, sizes), line, color=colour, linewidth=0.7, alpha=0.7)
@@ -52,11 +40,11 @@ def loss_vs_n(axes: Axes, study: Study) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def efficiency(axes: Axes, comparison: Comparison) -> None:
+def efficiency(axes: Axes, study: Study, comparison: Comparison) -> None:
     """Draws the data-efficiency factor against N, from curves and from laws, with intervals and bounds."""
     axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
     axes.axhline(1, color=INK, linewidth=0.8)
-    colour = look(comparison.new)[0]
+    colour = study.appearances[comparison.new].colour
     for shift, marker, pick, label in ((0.97, "o", lambda s: s.curves, "curves"), (1.03, "s", lambda s: s.laws, "laws")):
         first = True
         for size in comparison.sizes:
@@ -85,9 +73,10 @@ def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
         runs = study.runs_of(family, size_bin)
         if not runs:
             continue
-        colour, _, marker, line = look(family)
+        look = study.appearances[family]
+        colour, marker, line = look.colour, look.marker, look.line
         tokens = np.array([r.record.tokens for r in runs], np.float64)
-        axes.plot(tokens, [r.record.val_loss_nats for r in runs], marker, color=colour, markersize=4, label=title(family))
+        axes.plot(tokens, [r.record.val_loss_nats for r in runs], marker, color=colour, markersize=4, label=study.title(family))
         law = laws[family]
         if law is not None:
             dense = np.geomspace(tokens.min(), tokens.max(), 50)
@@ -100,16 +89,24 @@ def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def positions(axes: Axes, results: Results, size_bin: int) -> None:
+def positions(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
     """Draws loss against position at one size; a thin vertical line marks where it becomes level."""
     for position in results.positions:
         if position.n_params != size_bin:
             continue
-        colour, _, marker, line = look(position.family)
+        look = study.appearances[position.family]
+        colour, marker, line = look.colour, look.marker, look.line
         bins = bin_positions(np.array(position.losses))
         middle = np.sqrt(np.array(bins.first, float) * np.array(bins.last))
         axes.plot(
-            middle, bins.loss, line, marker=marker, markersize=3, color=colour, linewidth=1.2, label=title(position.family)
+            middle,
+            bins.loss,
+            line,
+            marker=marker,
+            markersize=3,
+            color=colour,
+            linewidth=1.2,
+            label=study.title(position.family),
         )
         if position.level.position and position.level.determined:
             axes.axvline(position.level.position, color=colour, linewidth=0.7, alpha=0.6)
@@ -118,14 +115,20 @@ def positions(axes: Axes, results: Results, size_bin: int) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def by_position(axes: Axes, results: Results) -> None:
+def by_position(axes: Axes, study: Study, results: Results) -> None:
     """Draws the data-efficiency factor against position."""
     assert results.by_position is not None
     for first, last, factor in results.by_position.bins:
         if factor.value is not None and factor.interval is not None:
             reach = [[factor.value - factor.interval[0]], [factor.interval[1] - factor.value]]
             axes.errorbar(
-                [np.sqrt(first * last)], [factor.value], yerr=reach, fmt="o", color=look(NEW)[0], markersize=4, capsize=2
+                [np.sqrt(first * last)],
+                [factor.value],
+                yerr=reach,
+                fmt="o",
+                color=study.appearances[NEW].colour,
+                markersize=4,
+                capsize=2,
             )
     axes.axhline(1, color=INK, linewidth=0.8)
     axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
@@ -137,7 +140,8 @@ def by_position(axes: Axes, results: Results) -> None:
 def frontier(axes: Axes, study: Study, results: Results) -> None:
     """Draws loss against compute, and the lowest loss for a given compute according to the laws."""
     for fitted in results.fits:
-        colour, _, marker, line = look(fitted.family)
+        look = study.appearances[fitted.family]
+        colour, marker, line = look.colour, look.marker, look.line
         runs = study.runs_of(fitted.family)
         flops = np.array([r.record.training_flops_per_token_kaplan * r.record.tokens for r in runs])
         axes.plot(
@@ -147,7 +151,7 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
             color=colour,
             markersize=3,
             alpha=0.6,
-            label=title(fitted.family),
+            label=study.title(fitted.family),
         )
         law = fitted.result.law
         if law is not None:
@@ -162,10 +166,10 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def isoflop(axes: Axes, fitted: FamilyFit) -> None:
+def isoflop(axes: Axes, study: Study, fitted: FamilyFit) -> None:
     """Draws runs of equal compute and their parabolas."""
     convention = next(c for c in fitted.conventions if c.counting_flops == SIX_ND)
-    colour = look(fitted.family)[0]
+    colour = study.appearances[fitted.family].colour
     curves = [p for p in convention.parabolas if p.coefficients]
     for i, parabola in enumerate(curves):
         alpha = 0.35 + 0.65 * i / max(1, len(curves) - 1)
@@ -188,11 +192,13 @@ def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
     for i, fitted in enumerate(results.fits):
         if fitted.result.law is None:
             continue
-        colour, _, marker, _ = look(fitted.family)
+        colour, marker = study.appearances[fitted.family].colour, study.appearances[fitted.family].marker
         table = rows_from_runs(study.runs_of(fitted.family))
         x: Floats = table.n_params if axis == "n" else table.tokens
         residual = -log_residuals(fitted.result.law, table)
-        axes.plot(x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=title(fitted.family))
+        axes.plot(
+            x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=study.title(fitted.family)
+        )
     _log(axes, x=True)
     axes.set_xlabel({"n": "parameters N, without embeddings", "d": "training tokens D"}[axis])
     axes.set_ylabel("ln(measured / predicted)")

@@ -133,7 +133,7 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
 def _params(study: Study) -> dict[str, str]:
     return {
         "data_digest": study.runs[0].record.data_digest,
-        "code_digest": ",".join(sorted({run.record.code_digest[:16] for run in study.runs})),
+        "versions": study.versions,
         "lmu_dist": __version__,
         "n_runs": str(len(study.runs)),
         "n_left_out": str(len(study.left_out)),

@@ -117,9 +117,9 @@ def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
         of_freedom = f"{noise.freedom} degree{'s' * (noise.freedom != 1)} of freedom"
         caveats.append(f"The standard deviation of the loss between seeds is {noise.deviation:.2%} ({of_freedom}).")
     if len(set(study.n_settings_tried.values())) > 1:
-        tried = ", ".join(f"{title(family)} {n}" for family, n in study.n_settings_tried.items())
+        tried = ", ".join(f"{study.title(family)} {n}" for family, n in study.n_settings_tried.items())
         unequal = f"The families were tuned with different numbers of settings per size ({tried})"
         caveats.append(f"{unequal}; the best of more settings looks better than it is.")
-    if len({run.record.code_digest for run in study.runs}) > 1:
-        caveats.append("The runs were made by more than one version of the training code.")
+    if " and " in study.versions:
+        caveats.append(f"The runs were made by more than one version of a family or of the training: {study.versions}.")
     return tuple(caveats)

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,6 +32,7 @@ FREE_COLOURS = (
     ("#8a3324", "#e08a78"),
     ("#4d5560", "#b6bfc9"),
 )
+COLOUR = "(#[0-9a-f]{6})?"  # what may stand in the page's CSS
 FREE_MARKERS = ("v", "P", "X", "*", "<")
 Settings = tuple[float, int, str, str]
 MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
@@ -94,8 +96,15 @@ class Study:
     @property
     def digest(self) -> str:
         """Digest of the runs that the fits use. If it changes, earlier reports are stale."""
-        facts = sorted((run.run_id, repr(run.record)) for run in self.runs)
+        facts = sorted((run.run_id, repr(_set_fields(run.record))) for run in self.runs)
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+    @property
+    def versions(self) -> str:
+        """The versions that made the runs, as in "lmu 1, transformer 2, training 1"."""
+        made_by = {family: {run.record.versions[0] for run in self.runs_of(family)} for family in self.families}
+        made_by["training"] = {run.record.versions[1] for run in self.runs}
+        return ", ".join(f"{what} {' and '.join(sorted(found))}" for what, found in made_by.items())
 
     def left_out_counts(self) -> dict[str, int]:
         """Returns how many runs were left out for each reason, most frequent first."""
@@ -155,7 +164,10 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
 def _appearance(family: str, stored: str | None) -> Appearance:
     """Returns the appearance stored with a run, or, if none is stored, that of the family."""
     if stored:
-        return Appearance(**known_fields(Appearance, json.loads(stored)))
+        look = Appearance(**known_fields(Appearance, json.loads(stored)))
+        return (
+            look if all(re.fullmatch(COLOUR, colour) for colour in (look.colour, look.colour_dark)) else Appearance(look.title)
+        )
     return registry.find(family).appearance() if family in registry.names() else Appearance(title(family))
 
 
@@ -182,6 +194,12 @@ def write_runs(path: Path, study: Study) -> None:
         for out in study.left_out:
             known: dict[str, Any] = _columns(out.record) if out.record else {}
             writer.writerow({"run_id": out.run_id, "name": out.name, "left_out": out.reason} | known)
+
+
+def _set_fields(record: RunRecord) -> list[tuple[str, Any]]:
+    """The fields that differ from their defaults: a field that is added to RunRecord changes no digest of older runs."""
+    values = [(f.name, getattr(record, f.name), f.default) for f in fields(record) if f.name != "unknown"]
+    return [(name, value) for name, value, default in values if repr(value) != repr(default)]
 
 
 def _columns(record: RunRecord) -> dict[str, Any]:

@@ -244,6 +244,8 @@ def test_job_name_depends_only_on_the_content(folder: Path):
         ("echo 'corpus/*2*' > .gitignore", ["job.yaml"], "part-2.jsonl would not be sent"),
         ("", ["job.yaml", "data.files=[none/*.jsonl]"], "data.files: none/*.jsonl is not in"),
         ("", ["job.yaml", "data.tokenizer={kind: file, path: t.json}"], "data.tokenizer.path: t.json is not in"),
+        ("", ["job.yaml", "model.family=../own.py:Own"], "the family: ../own.py lies outside"),
+        ("echo own.py > .gitignore", ["job.yaml", "model.family=own.py:Own"], "the family: own.py would not be sent"),
         ("head -c 300000 /dev/zero > large.bin", ["job.yaml"], "the largest are large.bin"),
         ("", ["job.yaml"], "give the address of the cluster's dashboard"),
         ("", ["job.yaml", "--address", "10.0.0.1:6379"], "not 10.0.0.1:6379"),
@@ -253,6 +255,9 @@ def test_job_name_depends_only_on_the_content(folder: Path):
 )
 def test_invalid_submission_is_an_error_of_one_line(change: str, arguments, message: str, folder: Path, monkeypatch, capfd):
     shutil.copy(folder / "job.yaml", folder.parent / "outside.yaml")
+    for own in (folder.parent / "own.py", folder / "own.py"):
+        shutil.copy(ROOT / "examples" / "gated_linear_attention.py", own)
+        own.write_text(own.read_text().replace("class GatedLinearAttention", "class Own"))
     monkeypatch.setattr(submission, "GCS_STORAGE_MAX_SIZE", 300_000)
     subprocess.run(change, shell=True, check=True)
     assert main(["submit", *arguments]) == 2
@@ -466,7 +471,9 @@ def test_job_runs_on_a_cluster_with_the_submitted_code(head: str, folder: Path, 
     shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(folder / "lmu_dist" / "__init__.py", "a") as file:
         file.write('print("the code that was sent")\n')
-    assert main(["submit", "job.yaml", "--address", head]) == 0
+    shutil.copytree(ROOT / "examples", folder / "families")
+    own = "model.family=families/gated_linear_attention.py:GatedLinearAttention"
+    assert main(["submit", "job.yaml", own, "--address", head]) == 0
     for token, answer in (("f" * 64, "refuses the token"), ("", "there is no token")):
         refused = subprocess.run(
             [sys.executable, "-m", "lmu_dist.cli", "jobs", "list", "--address", head],
@@ -479,11 +486,11 @@ def test_job_runs_on_a_cluster_with_the_submitted_code(head: str, folder: Path, 
         assert refused.stderr.count("\n") == 1
         assert answer in refused.stderr
         assert "RAY_AUTH_TOKEN" in refused.stderr
-    assert main(["submit", "job.yaml", "--address", head, "--follow"]) == 0
+    assert main(["submit", "job.yaml", own, "--address", head, "--follow"]) == 0
     captured = capfd.readouterr()
     assert "not submitted again" in captured.out
     assert "the code that was sent" in captured.out
-    assert "complete    lmu-3k-25.6k-s0-" in captured.out
+    assert "complete    gated_linear_attention-3k-25.6k-s0-" in captured.out
     assert main(["jobs", "list", "--json", "--address", head]) == 0
     [row] = json.loads(capfd.readouterr().out)
     assert (row["status"], row["experiment"]) == ("SUCCEEDED", "tests")

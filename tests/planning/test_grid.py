@@ -84,7 +84,8 @@ def test_the_number_of_workers_changes_no_setting_of_a_cell():
     """Else a study would have other keys, and other losses, on another cluster."""
     rule = {"batch_tokens": {"value": 2816}}
     trains = {
-        n: [c.config.train for c in grid(configured(workers=[{"n_params": 0, "n_workers": n}], **rule), 400)[0]] for n in (1, 2, 3)
+        n: [c.config.train for c in grid(configured(workers=[{"n_params": 0, "n_workers": n}], **rule), 400)[0]]
+        for n in (1, 2, 3)
     }
     assert trains[1] == trains[2] == trains[3]
 
@@ -99,7 +100,7 @@ def test_keys_of_a_family_go_to_its_cells_only():
             grid(with_settings(config, {key: -1}), 400)
     with pytest.raises(ConfigError, match=r"model\.order: unknown key of family lstm; it has no keys of its own"):
         grid(with_settings(configured(families=["lstm"]), {"model.order": 3}), 400)
-    with pytest.raises(ConfigError, match="unknown family 'gpt'; take one of lmu, .*, or path/to/file.py:CLASS"):
+    with pytest.raises(ConfigError, match=r"unknown family 'gpt'; take one of lmu, .*, or path/to/file.py:CLASS"):
         grid(configured(families=["gpt"]), 400)
 
 

@@ -1,7 +1,7 @@
 """Golden losses of the training, in float64: a change of optimizer, schedule, data order or defaults needs a new version.
 
-They depend on no family: a table of logits is trained by the real engine, loop, schedule and evaluation. To write them anew after
-raising train.VERSION: PYTHONPATH=tests:tests/train python tests/train/test_golden.py
+They depend on no family: a table of logits is trained by the real engine, loop, schedule and evaluation. To write them anew
+after raising train.VERSION: PYTHONPATH=tests:tests/train python tests/train/test_golden.py
 """
 
 import json

@@ -1,0 +1,101 @@
+"""A family by one file, on Ray from the configuration to the report: built in (in a copy of the package), and a user's own."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lmu_dist.launch.run_group import FAMILY_CODE
+
+ROOT = Path(__file__).parents[2]
+OWN = "examples/gated_linear_attention.py:GatedLinearAttention"
+BUILT_IN = '''"""A family that is only here."""
+
+from typing import Any
+
+from torch import nn
+
+from lmu_dist.models.family import Family
+from lmu_dist.models.mixers.attention import Attention
+from lmu_dist.models.shape import Shape
+
+
+class NoPositions(Family):
+    """A transformer that is not told the order of its input."""
+
+    version = 1
+    title = "no positions"
+    colour = "#123abc"
+    d_model_multiple = 2
+
+    def mixer(self, shape: Shape, options: Any) -> nn.Module:
+        """Attention."""
+        return Attention(shape.d_model, 2)
+'''
+
+
+@pytest.fixture(scope="module")
+def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a copy of the package that has one file more, the examples, and a ladder."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in ("lmu_dist", "examples"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "lmu_dist" / "models" / "families" / "no_positions.py").write_text(BUILT_IN)
+    tree = {
+        "experiment": "own-family",
+        "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
+        "train": {"batch_tokens": 256, "sequence_tokens": 32, "schedule": "wsd", "warmup_tokens": 256, "eval_tokens": 512},
+        "ladder": {"families": [OWN, "no_positions", "lmu"], "n_params": [1000], "tokens": [5120]},
+        "cluster": {"n_workers": 1},
+    }
+    (folder / "job.json").write_text(json.dumps(tree))
+    return folder
+
+
+def command(folder: Path, *words: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-m", "lmu_dist.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+def test_families_of_one_file_are_in_plan_ladder_report_and_figures(folder: Path):
+    planned = json.loads(command(folder, "plan", "job.json", "--json"))["cells"]
+    assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
+    cells = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
+    assert {(cell["family"], cell["status"]) for cell in cells} == {(c["family"], "complete") for c in planned}
+    versions = {cell["family"]: cell["family_version"] for cell in cells}
+    assert (versions["no_positions"], versions["lmu"], len(versions["gated_linear_attention"])) == ("1", "1", 12)
+    assert all(cell["was_done"] for cell in json.loads(command(folder, "ladder", "job.json", "--json"))["cells"])
+    # A comment and a docstring, anywhere, cost nothing; a raised version costs its own family's cells.
+    for path in ("models/lm.py", "models/families/lmu.py", "train/engine.py", "launch/worker.py"):
+        file = folder / "lmu_dist" / path
+        file.write_text(file.read_text().replace('"""', '"""Mended. ', 1) + "# a comment\n")
+    raised = folder / "lmu_dist" / "models" / "families" / "no_positions.py"
+    raised.write_text(raised.read_text().replace("version = 1", "version = 2"))
+    again = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
+    assert {cell["family"] for cell in again if not cell["was_done"]} == {"no_positions"}
+
+    command(folder, "report", "own-family", "-o", "report")
+    page = (folder / "report" / "report.html").read_text()
+    assert "no positions" in page
+    assert "gated linear attention" in page
+    assert "--family-no-positions: #123abc" in page
+    assert "var(--family-gated-linear-attention)" in (page[page.index("<svg") :])
+
+    run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
+    assert (Path(run) / FAMILY_CODE).read_text() == (folder / "examples" / "gated_linear_attention.py").read_text()
+    assert command(folder, "generate", run, "--tokens", "3", "--family", OWN)
+    command(folder, "export", run, "exported", "--family", OWN)
+    refused = subprocess.run(
+        [sys.executable, "-m", "lmu_dist.cli", "generate", "exported"], cwd=folder, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "give --family path/to/file.py:CLASS" in refused.stderr
