@@ -132,7 +132,7 @@ class RunRecord:
     training_flops_per_token: float = _param(math.nan)  # every matrix product and FFT, head included
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
     data_digest: str = _param("")
-    code_digest: str = _param("")  # of version 1; "" since
+    code_digest: str = _param("")  # of the sources; decided in schema 1 which runs may meet in a fit
     family_version: str = _param("")  # a number, or the digest of a user's file
     train_version: int = _param(0)
     schema_version: int = _param(1)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.launch.submission import Package
     from lmu_dist.launch.tune import SearchResult
     from lmu_dist.planning.cost import Plan
-    from lmu_dist.planning.power import Power
+    from lmu_dist.planning.power import PowerEstimate
     from lmu_dist.report.write import ReportFiles
     from lmu_dist.scaling.table import LeftOutRows
     from lmu_dist.scaling.validate import FitResult
@@ -144,7 +144,7 @@ def _status_table(rows: "Sequence[Row]") -> Table:
     return table
 
 
-def print_plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
+def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> None:
     """Prints the table of a plan, its totals, and the statistical power of the study."""
     table = _table(
         "family",
@@ -164,7 +164,7 @@ def print_plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         "time",
         "cost",
     )
-    for line in plan.lines:
+    for line in plan.cells:
         stage = "none" if line.smallest_stage is None else str(line.smallest_stage)
         table.add_row(
             line.family,
@@ -186,7 +186,7 @@ def print_plan(plan: "Plan", power: "Power", assumed: PlanConfig) -> None:
         )
     _print_table(table)
     each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
-    print(f"{len(plan.lines)} cells{each}, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
+    print(f"{len(plan.cells)} cells{each}, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
     print("ZeRO: configured stage (>= smallest that fits plan.worker_memory_bytes); GB: memory of one worker at stages 0 1 2 3")
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")

@@ -141,15 +141,15 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
     """Print the plan of a ladder without running it: cells, parameters, FLOPs, memory, time, cost and statistical power."""
     merged = load_config(config, overrides)
     from lmu_dist.planning.cost import plan as cost_of
-    from lmu_dist.planning.power import power
+    from lmu_dist.planning.power import estimate_power
 
     if calibrate:
         from lmu_dist.launch.calibrate import calibrate as measure
 
         with show.progress_bars() as bars:
             measure(merged, bars.update)
-    costs, precision = cost_of(merged), power(merged)
+    costs, precision = cost_of(merged), estimate_power(merged)
     if as_json:
-        print(json.dumps({"cells": [asdict(line) for line in costs.lines], "power": asdict(precision), **costs.totals()}))
+        print(json.dumps({"cells": [asdict(line) for line in costs.cells], "power": asdict(precision), **costs.totals()}))
     else:
         show.print_plan(costs, precision, merged.plan)

@@ -2,7 +2,7 @@
 
 from lmu_dist.config.load import Config, flatten, load, parse, sources, to_dict, with_settings
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from lmu_dist.config.study import LadderConfig, Law, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
+from lmu_dist.config.study import LadderConfig, AssumedLaw, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
 from lmu_dist.config.types import ConfigError, FailedError, Family, Folder, open_folder
 
 __all__ = [
@@ -14,7 +14,7 @@ __all__ = [
     "Family",
     "Folder",
     "LadderConfig",
-    "Law",
+    "AssumedLaw",
     "ModelConfig",
     "PlanConfig",
     "Range",

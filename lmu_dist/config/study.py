@@ -145,7 +145,7 @@ class TuneConfig:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Law:
+class AssumedLaw:
     """The scaling law L(N, D) = E + A / N^alpha + B / D^beta in nats per token. Defaults: Hoffmann et al. 2022 (Chinchilla)."""
 
     E: Positive = 1.69  # irreducible loss in nats per token
@@ -162,7 +162,7 @@ class PlanConfig:
     worker_memory_bytes: Positive = 80e9  # memory of a worker (its GPU), in bytes
     flops_per_second: Positive | None = None  # sustained training FLOP/s per worker; None: measured by `plan --calibrate`
     price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
-    law: Law = Law()  # assumed scaling law of the baseline family
+    law: AssumedLaw = AssumedLaw()  # assumed scaling law of the baseline family
     efficiency_factor: Positive = 10.0  # assumed: the other families reach a loss with this many times fewer tokens
     baseline: Family = "transformer"  # family that the others are compared with
     n_slots: Count | None = None  # workers that run at the same time; None: as many as the largest cell has

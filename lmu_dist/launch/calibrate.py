@@ -24,8 +24,8 @@ from lmu_dist.launch.cell import build_model
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.run_group import run_workers
 from lmu_dist.models import accounting, registry
-from lmu_dist.planning.cost import CALIBRATION, Measured, step_of, vocab_tokens, write_calibration
-from lmu_dist.planning.grid import Planned, families_of, grid
+from lmu_dist.planning.cost import CALIBRATION, StepTime, step_settings, vocab_tokens, write_calibration
+from lmu_dist.planning.grid import GridCell, families_of, grid
 from lmu_dist.toolchain import configure_extension_builds
 
 SECONDS = 4.0  # of measurement per model size
@@ -37,9 +37,9 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
     """Measures a step of each distinct model, batch and number of workers of the grid. Returns the file with the results."""
     config = with_settings(config, {"cluster.min_workers": None})  # the time of a step depends on the number of workers
     cells, _ = grid(config, vocab_tokens(config))
-    distinct = {json.dumps(step_of(cell), sort_keys=True): cell for cell in cells}
+    distinct = {json.dumps(step_settings(cell), sort_keys=True): cell for cell in cells}
     check_before_start([cell.config for cell in distinct.values()])
-    groups: dict[int, list[Planned]] = {}
+    groups: dict[int, list[GridCell]] = {}
     for cell in distinct.values():
         groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
     sources = registry.sources(set(families_of(config)))
@@ -51,7 +51,7 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
             try:
                 out = scratch / "measured.json"
                 run_workers(_measure_worker, {"cells": group, "sources": sources, "out": out}, group[0].config, scratch / "run")
-                write_calibration(config.storage_folder, [Measured(**row) for row in json.loads(out.read_text())])
+                write_calibration(config.storage_folder, [StepTime(**row) for row in json.loads(out.read_text())])
             finally:
                 storage.remove(scratch)
     return config.storage_folder / CALIBRATION
@@ -60,7 +60,7 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Measures every cell. Runs on every worker; rank 0 writes the results."""
     configure_extension_builds()
-    cells: list[Planned] = arguments["cells"]
+    cells: list[GridCell] = arguments["cells"]
     for source in arguments["sources"]:
         registry.register(source)
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
@@ -72,7 +72,7 @@ def _measure_worker(arguments: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
+def _measure(cell: GridCell, device: torch.device, device_name: str) -> StepTime:
     from lmu_dist.train.engine import Engine
     from lmu_dist.train.loop import train_steps
 
@@ -91,8 +91,8 @@ def _measure(cell: Planned, device: torch.device, device_name: str) -> Measured:
     seconds = engine.max_over_ranks(statistics.fmean(taken[FIRST_STEPS:]))
     engine.close()
     flops = train.batch_tokens * accounting.flops(cell.shape).training / n_workers
-    return Measured(
-        step=step_of(cell),
+    return StepTime(
+        step=step_settings(cell),
         device=device_name,
         step_seconds=seconds,
         worker_flops_per_second=flops / seconds,

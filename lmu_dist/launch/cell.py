@@ -17,11 +17,11 @@ from lmu_dist.models.family import Family
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.registry import FamilySource
 from lmu_dist.models.shape import Shape
-from lmu_dist.planning.grid import shape_of, shared_settings
+from lmu_dist.planning.grid import shape_of, trunk_settings
 from lmu_dist.train import VERSION
 
 CODE = (".py", ".cpp", ".h")
-# Keys of `train` that were added since TRAIN_VERSION 1, each with the value that changes nothing. At this value the setting is
+# Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
 # left out of the key of a cell, so that finished runs keep their keys.
 ADDED_TRAIN_KEYS: dict[str, Any] = {}
 BRANCH_POINTS = "branch_points"  # folder in a trunk's folder, with the checkpoints from which decay branches start
@@ -66,7 +66,7 @@ class Cell:
 def make_cell(config: Config, corpus: Corpus) -> Cell:
     """Makes the cell of a configuration: its widths, key and trunk. Raises ConfigError if no widths give the requested size."""
     # An absolute path, because the processes of a cluster have other working directories.
-    reference = registry.absolute(config.model.family)
+    reference = registry.absolute_reference(config.model.family)
     config = with_settings(config, {"storage": str(config.storage_folder), "model.family": reference})
     shape = shape_of(config, corpus.manifest.vocab_tokens)
     corpus.check_rows("train", config.train.sequence_tokens)
@@ -77,7 +77,7 @@ def make_cell(config: Config, corpus: Corpus) -> Cell:
     def digest(settings: dict[str, Any]) -> str:
         return key_of(config, settings, shape, family, corpus.manifest.data_digest)
 
-    key, trunk = digest(train), digest(shared_settings(train))
+    key, trunk = digest(train), digest(trunk_settings(train))
     return Cell(config, corpus, shape, str(family.version), code_digest(), key, trunk, family_source=source)
 
 
@@ -88,7 +88,9 @@ def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Famil
     it declares (`Family.version`, `train.VERSION`), which tests/models/test_golden.py and tests/train/test_golden.py check.
     """
     model = config.model
-    options = {key: value for key, value in model.options.items() if key not in family.passive_options}
+    # Options that are widths are in the shape, whether they were given or follow from the family's rule.
+    in_shape_or_passive = {*family.passive_options, *shape.widths}
+    options = {key: value for key, value in model.options.items() if key not in in_shape_or_passive}
     content = {
         "family": [family.name, str(family.version)],
         "train_version": VERSION,

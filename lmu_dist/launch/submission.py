@@ -160,7 +160,7 @@ def _check_included(package: Package, config: Config, path: Path) -> str:
     """Returns the path of the configuration file in the package. Raises ConfigError if a file the job needs is not in it."""
     for source in sources(path):
         _check_file(package, "the configuration", source)
-    for reference in filter(registry.is_file, families_of(config)):
+    for reference in filter(registry.is_file_reference, families_of(config)):
         if Path(reference).is_absolute():
             raise ConfigError(f"family {reference}: give its path relative to {package.folder}, so that it is uploaded")
         _check_file(package, "the family", package.folder / reference.rpartition(":")[0])

@@ -39,7 +39,7 @@ from lmu_dist.launch.trials import (
 )
 from lmu_dist.models import registry
 from lmu_dist.models.registry import FamilySource
-from lmu_dist.planning.grid import own_keys
+from lmu_dist.planning.grid import unset_unknown_options
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
@@ -106,12 +106,12 @@ class _Driver:
         self.tune: TuneConfig = config.tune
         first_rung = self.tune.first_rung_tokens
         settings: dict[str, Any] = {
-            "model.family": registry.absolute(family),
+            "model.family": registry.absolute_reference(family),
             "model.n_params": n_params,
             "tune": None,
             "ladder": None,
         }
-        settings |= own_keys(config, family)
+        settings |= unset_unknown_options(config, family)
         settings |= {"storage": str(config.storage_folder)}  # trials have working folders of their own
         # ASHA sees a rung only where there is an evaluation.
         settings |= {"train.eval_every_tokens": first_rung} if first_rung else {}

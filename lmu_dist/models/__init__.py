@@ -1,1 +1,1 @@
-"""The models: what a family is made of, what it costs, and how a size becomes widths. Knows only torch and numpy."""
+"""Language models of all families: their networks, their cost, and the widths for a requested size. Needs only torch and numpy."""

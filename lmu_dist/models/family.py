@@ -99,7 +99,7 @@ class Family(ABC):
 
     def n_sublayers(self, shape: Shape) -> int:
         """Number of sublayers, each of which has a norm if `residual`."""
-        return len(self.on_meta(shape))
+        return len(self.meta_sublayers(shape))
 
     def n_params(self, shape: Shape) -> int:
         """Trained parameters of all sublayers, exactly; norms, embeddings and the head are counted by models/accounting."""
@@ -107,7 +107,7 @@ class Family(ABC):
 
     def largest_tensor(self, shape: Shape) -> int:
         """Elements of the largest trained tensor of a sublayer."""
-        return counting.largest_tensor(self.on_meta(shape))
+        return counting.largest_tensor(self.meta_sublayers(shape))
 
     def matmul_flops(self, shape: Shape) -> float:
         """Forward FLOPs per token in matrix products of all sublayers, at n = shape.sequence_tokens."""
@@ -125,12 +125,12 @@ class Family(ABC):
         """Which implementation of its mixer runs there, for the record of a run; "" where there is only one."""
         return ""
 
-    def on_meta(self, shape: Shape) -> list[nn.Module]:
+    def meta_sublayers(self, shape: Shape) -> list[nn.Module]:
         """The sublayers without memory, for counting."""
         with torch.device(counting.META):
-            return self.sublayers(shape, self.counted_options())
+            return self.sublayers(shape, self.options_for_counting())
 
-    def counted_options(self) -> Any:
+    def options_for_counting(self) -> Any:
         """The options that the default counts build with."""
         return self.Options()
 
@@ -163,17 +163,17 @@ def _counting(family: Family, what: str, method: str) -> Iterator[None]:
 @lru_cache(maxsize=4096)
 def _counted_params(family: Family, shape: Shape) -> int:
     with _counting(family, "its parameters", "n_params()"):
-        return counting.n_params(family.on_meta(shape))
+        return counting.n_params(family.meta_sublayers(shape))
 
 
 @lru_cache(maxsize=4096)
 def _counted_flops(family: Family, shape: Shape) -> float:
     with _counting(family, "its FLOPs", "matmul_flops()"):
-        return counting.matmul_flops(family.on_meta(shape), shape.d_model, shape.sequence_tokens)
+        return counting.matmul_flops(family.meta_sublayers(shape), shape.d_model, shape.sequence_tokens)
 
 
 @lru_cache(maxsize=4096)
 def _counted_bytes(family: Family, shape: Shape, n_rows: int, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     with _counting(family, "the memory of its activations", "activation_bytes()"):
-        return counting.saved_bytes(family.on_meta(shape), shape.d_model, shape.sequence_tokens, n_rows, dtype)
+        return counting.saved_bytes(family.meta_sublayers(shape), shape.d_model, shape.sequence_tokens, n_rows, dtype)

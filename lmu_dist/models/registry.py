@@ -31,7 +31,7 @@ from lmu_dist.models.shape import Shape
 ENTRY_POINTS = "lmu_dist.families"
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
-_own: dict[str, tuple["FamilySource", Family]] = {}  # families of users' files in this process, by reference
+_user_families: dict[str, tuple["FamilySource", Family]] = {}  # families of users' files in this process, by reference
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class FamilySource:
 
 def find(reference: str) -> Family:
     """The family of that name, or in that file. Raises ConfigError that names those there are."""
-    if is_file(reference):
-        known = _own.get(absolute(reference))
+    if is_file_reference(reference):
+        known = _user_families.get(absolute_reference(reference))
         return known[1] if known else register(read_source(reference))
     if reference in (families := built_in()):
         return families[reference]
     if reference in _installed():
         return _load_installed(reference)
-    for _, family in _own.values():
+    for _, family in _user_families.values():
         if reference == family.name:
             return family
     near = difflib.get_close_matches(reference, names(), 1)
@@ -74,7 +74,7 @@ def names() -> tuple[str, ...]:
     return (*built_in(), *sorted(set(_installed()) - set(built_in())))
 
 
-def is_file(reference: str) -> bool:
+def is_file_reference(reference: str) -> bool:
     """Whether a reference names a class in a file."""
     return FILE.fullmatch(reference) is not None
 
@@ -93,11 +93,11 @@ def read_source(reference: str) -> FamilySource:
 
 def sources(references: set[str]) -> tuple[FamilySource, ...]:
     """The texts of those families that are users' own, for `register` in other processes."""
-    own = sorted(reference for reference in references if is_file(reference))
-    return tuple(_own[key][0] if (key := absolute(r)) in _own else read_source(r) for r in own)
+    own = sorted(reference for reference in references if is_file_reference(reference))
+    return tuple(_user_families[key][0] if (key := absolute_reference(r)) in _user_families else read_source(r) for r in own)
 
 
-def absolute(reference: str) -> str:
+def absolute_reference(reference: str) -> str:
     """A reference that means the same in every folder of this machine."""
     match = FILE.fullmatch(reference)
     return reference if match is None else f"{Path(match['path']).expanduser().absolute()}:{match['name']}"
@@ -105,16 +105,16 @@ def absolute(reference: str) -> str:
 
 def register(source: FamilySource) -> Family:
     """Runs a user's file and makes its family known in this process, by reference and by name. Raises ConfigError."""
-    if (known := _own.get(source.reference)) is not None and known[0] == source:
+    if (known := _user_families.get(source.reference)) is not None and known[0] == source:
         return known[1]
     family = _from_class(getattr(_run(source), source.reference.rpartition(":")[2], None), source.reference)
     type(family).version = source.digest
-    for other, namesake in _own.values():
+    for other, namesake in _user_families.values():
         if namesake.name == family.name and other.reference != source.reference:
             raise ConfigError(f"{other.reference} and {source.reference} are both called {family.name}; give one another name")
     if _is_known(family.name):
         raise ConfigError(f"family {source.reference}: the name {family.name!r} is taken; set another `name` in the class")
-    _own[source.reference] = source, family
+    _user_families[source.reference] = source, family
     return family
 
 

@@ -1,1 +1,1 @@
-"""Planning: what a grid holds, what it costs and what it could tell, before anything runs. No Ray, no torch."""
+"""Plans a study before anything runs: the cells of its grid, their cost, and the statistical power. Does not need Ray."""

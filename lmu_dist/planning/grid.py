@@ -1,6 +1,6 @@
-"""From a configuration to its cells: (Config, vocabulary) in, one Config and Shape per cell out, cheapest first.
+"""Expands a configuration into the cells of its grid: one Config and Shape per run, cheapest first.
 
-The one place that turns a size into learning rate, batch, warm-up and workers. Called by launch/ladder and by cost.
+Learning rate, batch, warm-up and workers of a size are computed only here. Called by launch/ladder and planning/cost.
 """
 
 import math
@@ -16,25 +16,28 @@ from lmu_dist.models.sizing import shape_for
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A cell of a grid before it has data or a key: the configuration of one run, and its widths."""
+class GridCell:
+    """One run of a grid: its configuration and its widths. launch/cell adds the data and the key."""
 
     config: Config
     shape: Shape
 
     @property
     def trained_tokens(self) -> int:
-        """Tokens of the run, whole batches."""
+        """Training tokens of the run, a multiple of the batch."""
         return self.config.train.n_steps * self.config.train.batch_tokens
 
     @property
     def training_flops(self) -> float:
-        """FLOPs of the whole run, head and FFTs included."""
+        """Training FLOPs of the run, including the head and FFTs."""
         return self.trained_tokens * accounting.flops(self.shape).training
 
 
 def shape_of(config: Config, vocab_tokens: int) -> Shape:
-    """The widths of a run. Raises ConfigError if none give the size asked for, or if the family has no such keys."""
+    """The widths of a run.
+
+    Raises ConfigError if no widths give model.n_params, or if the family does not have one of the keys under `model`.
+    """
     model, train = config.model, config.train
     family = registry.find(model.family)
     try:
@@ -53,87 +56,95 @@ def shape_of(config: Config, vocab_tokens: int) -> Shape:
 
 
 def families_of(config: Config) -> list[Family]:
-    """References of the families that a configuration trains: those of its ladder or its search, else its one run's."""
+    """References of the families that a configuration trains: of its ladder, its search, or its single run."""
     grid = config.ladder or config.tune
     return list(grid.families if grid else (config.model.family,))
 
 
 def check_families(config: Config) -> None:
-    """Raises ConfigError for a family that does not exist, and for keys under `model` that none of the families has."""
-    found = [registry.find(reference) for reference in families_of(config)]
-    named = [tuned.family for tuned in config.ladder.tuned] if config.ladder else []
-    for reference in (config.model.family, *named):
+    """Raises ConfigError if a family does not exist, or if none of the families has a key that is set under `model`."""
+    families = [registry.find(reference) for reference in families_of(config)]
+    tuned = [entry.family for entry in config.ladder.tuned] if config.ladder else []
+    for reference in (config.model.family, *tuned):
         registry.find(reference)
     for key in config.model.options:
-        if not any(key in registry.option_names(family) for family in found):
-            registry.options_of(found[0], {key: config.model.options[key]})  # says what there is
+        if not any(key in registry.option_names(family) for family in families):
+            registry.options_of(families[0], {key: config.model.options[key]})  # raises an error that lists the known keys
 
 
-def grid(config: Config, vocab_tokens: int) -> tuple[list[Planned], list[Planned]]:
-    """The cells of a configuration, cheapest first, and those left out for exceeding ladder.max_cell_flops.
+def grid(config: Config, vocab_tokens: int) -> tuple[list[GridCell], list[GridCell]]:
+    """The cells of a configuration, cheapest first, and the cells that exceed ladder.max_cell_flops.
 
-    Without a ladder: one trial for every family and size of `tune`, and without that the one run it describes. Raises
-    ConfigError, naming the cell, when a rule gives an impossible setting.
+    A configuration without a ladder has one cell for every family and size of `tune`, or else the single run it describes.
+    Raises ConfigError with the name of the cell if a rule gives an impossible setting.
     """
     check_families(config)
-    planned = []
-    for what, make in _wanted(config):
+    cells = list[GridCell]()
+    for name, make_config in _named_cells(config):
         try:
-            cell = make()
-            planned.append(Planned(cell, shape_of(cell, vocab_tokens)))
+            run = make_config()
+            cells.append(GridCell(run, shape_of(run, vocab_tokens)))
         except ConfigError as e:
-            raise ConfigError(f"{what}: {e}" if what else str(e)) from e
-    planned.sort(key=lambda p: p.training_flops)
-    most = config.ladder.max_cell_flops if config.ladder else None
-    most = most or math.inf
-    kept, left_out = [p for p in planned if p.training_flops <= most], [p for p in planned if p.training_flops > most]
+            raise ConfigError(f"{name}: {e}" if name else str(e)) from e
+    cells.sort(key=lambda cell: cell.training_flops)
+    limit = config.ladder.max_cell_flops if config.ladder else None
+    limit = limit or math.inf
+    kept = [cell for cell in cells if cell.training_flops <= limit]
+    left_out = [cell for cell in cells if cell.training_flops > limit]
     if not kept:
-        raise ConfigError(f"ladder.max_cell_flops={most:g} leaves no cell; the cheapest has {planned[0].training_flops:.3g}")
+        raise ConfigError(
+            f"every cell exceeds ladder.max_cell_flops={limit:g}: the cheapest one needs {cells[0].training_flops:.3g} FLOPs; "
+            "raise the limit or take smaller sizes or budgets"
+        )
     return kept, left_out
 
 
-def _wanted(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
-    """The name of every cell, and what makes its configuration."""
+def _named_cells(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
+    """The name of every cell, and a function that makes its configuration."""
     if (ladder := config.ladder) is not None:
         for family in _distinct(ladder.families):
             for n_params in sorted(set(ladder.n_params)):
-                for tokens in budgets(ladder, n_params):
+                for tokens in token_budgets(ladder, n_params):
                     for seed in dict.fromkeys(ladder.seeds):
-                        what = f"ladder: {registry.find(family).name}, N = {n_params:,}, {tokens:,} tokens"
-                        yield what, partial(_cell, config, ladder, family, n_params, tokens, seed)
+                        name = f"ladder: {registry.find(family).name}, N = {n_params:,}, {tokens:,} tokens"
+                        yield name, partial(_cell_config, config, ladder, family, n_params, tokens, seed)
     elif (tune := config.tune) is not None:
         for family in _distinct(tune.families):
             for n_params in sorted(set(tune.n_params)):
-                settings = own_keys(config, family) | {"model.family": family, "model.n_params": n_params, "tune": None}
+                settings = unset_unknown_options(config, family) | {
+                    "model.family": family,
+                    "model.n_params": n_params,
+                    "tune": None,
+                }
                 yield f"tune: {registry.find(family).name}, N = {n_params:,}", partial(with_settings, config, settings)
     else:
         yield "", lambda: config
 
 
 def _distinct(references: Sequence[Family]) -> list[Family]:
-    """Each family once, however it is referred to."""
+    """The references without those that name the same family again."""
     return list({registry.find(reference).name: reference for reference in reversed(references)}.values())[::-1]
 
 
-def own_keys(config: Config, family: Family) -> dict[str, None]:
-    """Settings that take out the keys under `model` which are other families' of a grid."""
+def unset_unknown_options(config: Config, family: Family) -> dict[str, None]:
+    """Settings that remove the keys under `model` that this family does not have, because other families of the grid do."""
     known = registry.option_names(registry.find(family))
     return {f"model.{key}": None for key in config.model.options if key not in known}
 
 
-def shared_settings(train: dict[str, Any]) -> dict[str, Any]:
-    """Of the settings of a training, those that decide its steps before the decay; all of them unless the schedule is wsd."""
+def trunk_settings(train: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `train` that determine the steps before the decay of a wsd schedule; all settings for other schedules."""
     if train["schedule"] != "wsd":
         return train
     return {key: value for key, value in train.items() if key not in ("tokens", "decay_share")}
 
 
-def budgets(ladder: LadderConfig, n_params: int) -> list[int]:
-    """Token budgets of a size, each once, smallest first."""
+def token_budgets(ladder: LadderConfig, n_params: int) -> list[int]:
+    """The distinct token budgets of a size, smallest first."""
     return sorted({*ladder.tokens, *(round(n_params * share) for share in ladder.tokens_per_param)})
 
 
-def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, tokens: int, seed: int) -> Config:
+def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params: int, tokens: int, seed: int) -> Config:
     tuned = min(
         (t for t in ladder.tuned if registry.find(t.family) is registry.find(family)),
         key=lambda t: abs(math.log(t.n_params / n_params)),
@@ -145,20 +156,20 @@ def _cell(config: Config, ladder: LadderConfig, family: Family, n_params: int, t
     scaled: dict[str, Any] = {}
     for key, rule in rules.items():
         if tuned and f"train.{key}" in settings:
-            # The tuned value holds at the tuned size; the rule says how it changes from there.
+            # The tuned value holds at the tuned size; the exponent of the rule scales it to this size.
             anchor = (float(settings.pop(f"train.{key}")), tuned.n_params)
             scaled[key] = rule.at(n_params, anchor) if rule else anchor[0]
         elif rule is not None:
             scaled[key] = rule.at(n_params)
     row = config.train.sequence_tokens
     if "batch_tokens" in scaled:
-        # Whole rows, whatever the number of workers: on how many a cell runs must not decide what it computes.
+        # Whole rows, regardless of the number of workers: the number of workers must not change the results of a cell.
         scaled["batch_tokens"] = max(1, round(scaled["batch_tokens"] / row)) * row
     if "warmup_tokens" in scaled:
         scaled["warmup_tokens"] = round(scaled["warmup_tokens"])
     settings |= {f"train.{key}": value for key, value in scaled.items()}
     settings = (
-        own_keys(config, family)
+        unset_unknown_options(config, family)
         | settings
         | {"model.family": family, "model.n_params": n_params, "train.tokens": tokens, "seed": seed}
     )

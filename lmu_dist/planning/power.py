@@ -1,8 +1,8 @@
-"""What a grid could tell: a ladder configuration in, the intervals out that its fits would have if assumed laws were true.
+"""Statistical power of a grid: the intervals that its fits would have if the assumed scaling laws were true.
 
-Losses of the planned cells are drawn from plan.law with plan.noise, fitted as the real ones will be, many times over; the
-spread of the answers is the precision the money buys. Simulated fits start at the assumed law, to be quick: a grid so poor that
-a fit from elsewhere finds another optimum is not told from a better one.
+The losses of the planned cells are simulated many times from plan.law with noise plan.noise, and fitted as the real losses will
+be. The spread of the estimates is the precision that the grid can reach. To save time, every simulated fit starts at the
+assumed law. The simulation therefore does not notice that a fit of a poor grid can end in another optimum from another start.
 """
 
 from dataclasses import dataclass, replace
@@ -11,19 +11,19 @@ import numpy as np
 
 from lmu_dist.config import Config
 from lmu_dist.planning.cost import vocab_tokens
-from lmu_dist.planning.grid import Planned, grid
+from lmu_dist.planning.grid import GridCell, grid
 from lmu_dist.scaling.fit import refit
 from lmu_dist.scaling.laws import Chinchilla, Floats
 from lmu_dist.scaling.table import rows_from_columns
 
 SIMULATIONS = 100
-INTERVAL = (5.0, 95.0)  # percentiles
-FEWEST = 6  # cells of a family
+INTERVAL_PERCENTILES = (5.0, 95.0)
+MIN_CELLS = 6  # of the baseline family, to fit a law
 
 
 @dataclass(frozen=True)
-class Power:
-    """90 % intervals of what would be estimated; empty where the grid cannot tell, with the reason in `remarks`."""
+class PowerEstimate:
+    """90 % intervals of the estimates that the grid would give. `remarks` has the reason for every interval that is missing."""
 
     assumed: dict[str, float]
     intervals: dict[str, tuple[float, float]]
@@ -31,95 +31,102 @@ class Power:
     n_simulations: int
 
     def lines(self) -> list[str]:
-        """For people."""
+        """The estimate as lines of text."""
         names = {
             "alpha": "exponent of N (alpha)",
             "beta": "exponent of D (beta)",
             "efficiency_factor": "token-efficiency factor",
         }
-        told = [
-            f"power: {names[key]}, assumed {self.assumed[key]:g}, would come out between {low:.3g} and {high:.3g} (90 %)"
+        intervals = [
+            f"power: {names[key]}, assumed {self.assumed[key]:g}, would be estimated between {low:.3g} and {high:.3g} (90 %)"
             for key, (low, high) in self.intervals.items()
         ]
-        return told + [f"power: {remark}" for remark in self.remarks]
+        return intervals + [f"power: {remark}" for remark in self.remarks]
 
 
-def power(config: Config, seed: int = 0) -> Power:
-    """Simulates the planned grid; nothing is told of a configuration without one. Raises ConfigError, as `grid` does."""
+def estimate_power(config: Config, seed: int = 0) -> PowerEstimate:
+    """Simulates the grid of a ladder. Without a ladder the estimate is empty. Raises ConfigError, as `grid` does."""
     if config.ladder is None:
-        return Power({}, {}, (), 0)
+        return PowerEstimate({}, {}, (), 0)
     cells, _ = grid(config, vocab_tokens(config))
-    assumed, factor = config.plan.law, config.plan.efficiency_factor
-    base = Chinchilla(E=assumed.E, A=assumed.A, B=assumed.B, alpha=assumed.alpha, beta=assumed.beta)
-    better = replace(base, B=base.B * factor**-base.beta)
-    given = {"alpha": base.alpha, "beta": base.beta, "efficiency_factor": factor, "noise": config.plan.noise}
+    law, factor = config.plan.law, config.plan.efficiency_factor
+    base_law = Chinchilla(E=law.E, A=law.A, B=law.B, alpha=law.alpha, beta=law.beta)
+    other_law = replace(base_law, B=base_law.B * factor**-base_law.beta)
+    assumed = {"alpha": law.alpha, "beta": law.beta, "efficiency_factor": factor, "noise": config.plan.noise}
     families = {cell.shape.family for cell in cells}
     baseline = config.plan.baseline if config.plan.baseline in families else min(families, default=config.plan.baseline)
-    base_grid = _points(cells, baseline)
+    base_grid = _sizes_and_tokens(cells, baseline)
     others = sorted(families - {baseline})
-    if len(base_grid) < FEWEST or len(set(base_grid[:, 0])) < 3 or len(set(base_grid[:, 1])) < 3:
-        said = f"{len(base_grid)} cells of {baseline} cannot determine a law of five parameters; three sizes, three budgets can"
-        return Power(given, {}, (said,), 0)
-    other_grid = _points(cells, others[0]) if others else base_grid[:0]
-    point, remark = _point_of_comparison(base_grid, other_grid, base, factor)
-    remarks = [f"of {others[0]} against {baseline}: {remark}"] if others and remark else []
+    if len(base_grid) < MIN_CELLS or len(set(base_grid[:, 0])) < 3 or len(set(base_grid[:, 1])) < 3:
+        remark = (
+            f"{len(base_grid)} cells of {baseline} cannot determine a law of five parameters; "
+            f"use at least {MIN_CELLS} cells, with three sizes and three token budgets"
+        )
+        return PowerEstimate(assumed, {}, (remark,), 0)
+    other_grid = _sizes_and_tokens(cells, others[0]) if others else base_grid[:0]
+    point, remark = _comparison_point(base_grid, other_grid, base_law, factor)
+    remarks = [f"no token-efficiency factor of {others[0]} against {baseline}: {remark}"] if others and remark else []
     rng = np.random.default_rng(seed)
-    found: dict[str, list[float]] = {"alpha": [], "beta": [], "efficiency_factor": []}
-    failed = 0
+    estimates: dict[str, list[float]] = {"alpha": [], "beta": [], "efficiency_factor": []}
+    n_failed = 0
     for _ in range(SIMULATIONS):
         try:
-            fitted = _draw_and_fit(base_grid, base, config.plan.noise, rng)
-            found["alpha"].append(fitted.alpha)
-            found["beta"].append(fitted.beta)
+            fitted = _simulate_and_fit(base_grid, base_law, config.plan.noise, rng)
+            estimates["alpha"].append(fitted.alpha)
+            estimates["beta"].append(fitted.beta)
             if point is not None:
-                other = _draw_and_fit(other_grid, better, config.plan.noise, rng)
-                found["efficiency_factor"].append(_factor(fitted, other, *point))
+                other = _simulate_and_fit(other_grid, other_law, config.plan.noise, rng)
+                estimates["efficiency_factor"].append(_efficiency_factor(fitted, other, *point))
         except (ValueError, FloatingPointError):
-            failed += 1
-    if failed:
-        remarks.append(f"{failed} of {SIMULATIONS} simulated grids gave no fit")
+            n_failed += 1
+    if n_failed:
+        remarks.append(f"the fit failed for {n_failed} of {SIMULATIONS} simulated grids")
     intervals = {}
-    for key, values in found.items():
-        known = [v for v in values if np.isfinite(v)]
-        if values and len(known) >= 0.9 * SIMULATIONS:
-            low, high = np.percentile(known, INTERVAL)
+    for key, values in estimates.items():
+        finite = [v for v in values if np.isfinite(v)]
+        if values and len(finite) >= 0.9 * SIMULATIONS:
+            low, high = np.percentile(finite, INTERVAL_PERCENTILES)
             intervals[key] = (float(low), float(high))
         elif values:
-            remarks.append(f"{key} is not determined in {SIMULATIONS - len(known)} of {SIMULATIONS} simulated grids")
-    return Power(given, intervals, tuple(remarks), SIMULATIONS)
+            remarks.append(f"{key} is not determined in {SIMULATIONS - len(finite)} of {SIMULATIONS} simulated grids")
+    return PowerEstimate(assumed, intervals, tuple(remarks), SIMULATIONS)
 
 
-def _points(cells: list[Planned], family: str) -> Floats:
-    """N and D of a family's cells, as rows."""
+def _sizes_and_tokens(cells: list[GridCell], family: str) -> Floats:
+    """One row (N, D) for each cell of a family."""
     rows = [(c.config.model.n_params, c.trained_tokens) for c in cells if c.shape.family == family]
     return np.array(rows, np.float64).reshape(-1, 2)
 
 
-def _point_of_comparison(
-    base_grid: Floats, other_grid: Floats, base: Chinchilla, factor: float
+def _comparison_point(
+    base_grid: Floats, other_grid: Floats, base_law: Chinchilla, factor: float
 ) -> tuple[tuple[float, float] | None, str]:
-    """(N, loss) in the middle of what both families would show at the middle size; (None, why) if there is none."""
+    """The size N and the loss at which two families are compared, or None and the reason why there is no such point.
+
+    N is the middle one of the common sizes. The loss is in the middle of the losses that both families reach at this size.
+    """
     sizes = sorted(set(base_grid[:, 0]) & set(other_grid[:, 0]))
     if not sizes:
         return None, "they have no size in common"
     n = sizes[len(sizes) // 2]
-    seen, others = base_grid[base_grid[:, 0] == n, 1], other_grid[other_grid[:, 0] == n, 1]
-    # A loss that the other reaches with D tokens takes the baseline factor x D.
-    low, high = max(seen.min(), factor * others.min()), min(seen.max(), factor * others.max())
+    base_tokens, other_tokens = base_grid[base_grid[:, 0] == n, 1], other_grid[other_grid[:, 0] == n, 1]
+    # The baseline needs factor x D tokens for a loss that the other family reaches with D tokens.
+    low = max(base_tokens.min(), factor * other_tokens.min())
+    high = min(base_tokens.max(), factor * other_tokens.max())
     if low > high:
         return None, (
-            f"at N = {n:,.0f} no loss is reached by both, if the factor is {factor:g}: budgets span {seen.min():.2g} to "
-            f"{seen.max():.2g} tokens, and must span more than that factor"
+            f"if the factor is {factor:g}, no loss at N = {n:,.0f} is reached by both. The token budgets span "
+            f"{base_tokens.min():.2g} to {base_tokens.max():.2g} tokens and must span more than that factor"
         )
-    return (n, float(base.loss(n, np.sqrt(low * high)))), ""
+    return (n, float(base_law.loss(n, np.sqrt(low * high)))), ""
 
 
-def _draw_and_fit(points: Floats, law: Chinchilla, noise: float, rng: np.random.Generator) -> Chinchilla:
+def _simulate_and_fit(points: Floats, law: Chinchilla, noise: float, rng: np.random.Generator) -> Chinchilla:
     loss = law.loss(points[:, 0], points[:, 1]) * np.exp(rng.normal(0.0, noise, len(points)))
     fitted = refit(law, rows_from_columns(points[:, 0], points[:, 1], loss)).law
     assert isinstance(fitted, Chinchilla)
     return fitted
 
 
-def _factor(base: Chinchilla, other: Chinchilla, n_params: float, loss: float) -> float:
+def _efficiency_factor(base: Chinchilla, other: Chinchilla, n_params: float, loss: float) -> float:
     return float(base.tokens_for(loss, n_params) / other.tokens_for(loss, n_params))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lmu_dist.config import ClusterConfig, TrainConfig
 from lmu_dist.data.batches import Batch
-from lmu_dist.models.accounting import bucket_parameters
+from lmu_dist.models.accounting import bucket_size
 from lmu_dist.models.lm import LanguageModel
 
 TAG = "zero"  # DeepSpeed's folder inside a checkpoint
@@ -40,7 +40,7 @@ class Engine:
         self._ds: Any
         self._optimizer: Any
         n_parameters = sum(p.numel() for p in model.parameters())
-        bucket = bucket_parameters(n_parameters)
+        bucket = bucket_size(n_parameters)
         self._ds, self._optimizer, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=_adam(self.model, train),

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 
 from lmu_dist.config import load
-from lmu_dist.planning.cost import Line, plan, vocab_tokens
+from lmu_dist.planning.cost import CellCost, plan, vocab_tokens
 from lmu_dist.planning.grid import grid
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def _rows(job: str) -> Iterator[str]:
     config = load(ROOT / "jobs" / f"{job}.yaml", [f"plan.flops_per_second={FLOPS_PER_SECOND}", "storage=/nonexistent"])
     planned = plan(config)
     cells, _ = grid(config, vocab_tokens(config))
-    lines = sorted(zip((cell.config.model.n_params for cell in cells), planned.lines, strict=True), key=lambda pair: pair[0])
+    lines = sorted(zip((cell.config.model.n_params for cell in cells), planned.cells, strict=True), key=lambda pair: pair[0])
     for n_params, pairs in groupby(lines, key=lambda pair: pair[0]):
         same = [line for _, line in pairs]
         first = same[0]
@@ -37,7 +37,7 @@ def _rows(job: str) -> Iterator[str]:
         cost = f"{_number(work)} | {_number(work / first.n_workers)}"
         yield f"{job} | {n_params:,} | {first.n_workers} | {first.zero_stage} | {smallest} | {_number(memory)} | {cost}"
     assert planned.wall_seconds is not None
-    cost = f"{_number(_gpu_hours(planned.lines))} | {_number(planned.wall_seconds / 3600)}"
+    cost = f"{_number(_gpu_hours(planned.cells))} | {_number(planned.wall_seconds / 3600)}"
     yield f"**{job}** | all | {planned.n_slots} | | | | {cost}"
 
 
@@ -45,7 +45,7 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _gpu_hours(lines: Iterable[Line]) -> float:
+def _gpu_hours(lines: Iterable[CellCost]) -> float:
     return sum((line.seconds or 0) * line.n_workers for line in lines) / 3600
 
 

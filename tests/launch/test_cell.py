@@ -98,7 +98,7 @@ def test_a_users_family_is_known_by_its_text_wherever_it_lies(tmp_path: Path, co
         path = tmp_path / folder / "plain.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-        registry._own.clear()  # as in another process
+        registry._user_families.clear()  # as in another process
         return make_cell(configured(tmp_path, family=f"{path}:Plain"), corpus)
 
     first, moved, changed = cell("a", OWN), cell("b", OWN), cell("a", OWN + "# more\n")

@@ -207,8 +207,8 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
     assert plan(config).worker_seconds is None
     calibrate(config)
     found = plan(config)
-    assert {line.n_workers for line in found.lines} == {1, 2}
-    for line in found.lines:
+    assert {line.n_workers for line in found.cells} == {1, 2}
+    for line in found.cells:
         [real] = [f.record for f in result.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
         assert line.step_seconds is not None
         assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share the CPUs

@@ -31,7 +31,7 @@ def test_parameters_equal_numel(shape):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_matmul_flops_equal_torchs_counter(shape):
-    model, counter = LanguageModel(shape, options=family_of(shape).counted_options()), FlopCounterMode(display=False)
+    model, counter = LanguageModel(shape, options=family_of(shape).options_for_counting()), FlopCounterMode(display=False)
     tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
     # oneDNN's fused LSTM and the fused attention hide their products from the counter.
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

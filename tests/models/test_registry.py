@@ -17,7 +17,7 @@ HEAD = "import torch\nfrom torch import nn\nfrom lmu_dist.models.family import F
 
 @pytest.fixture(autouse=True)
 def _forget(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "_own", {})
+    monkeypatch.setattr(registry, "_user_families", {})
 
 
 def written(folder: Path, body: str, name: str = "own.py") -> str:

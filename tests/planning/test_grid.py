@@ -1,4 +1,4 @@
-"""From a ladder configuration to its cells: every combination once, rules applied, faults named."""
+"""Cells of a grid: every combination once, settings by the rules of the ladder, and errors that name the cell and the key."""
 
 import pytest
 
@@ -9,13 +9,13 @@ from lmu_dist.planning.grid import grid
 FAMILIES = ["lmu", "lmu_attention", "transformer", "lstm"]
 
 
-def configured(**ladder: object) -> Config:
+def make_config(**ladder: object) -> Config:
     defaults = {"families": FAMILIES, "n_params": [3000, 30_000], "tokens": [1_000_000, 4_000_000]}
     return parse({"train": {"warmup_tokens": 50_000}, "ladder": defaults | ladder})
 
 
-def test_every_combination_is_there_once_and_cheap_cells_come_first():
-    cells, left_out = grid(configured(seeds=[0, 1]), 400)
+def test_grid_has_every_combination_once_sorted_by_flops():
+    cells, left_out = grid(make_config(seeds=[0, 1]), 400)
     assert len(cells) == 4 * 2 * 2 * 2
     assert not left_out
     seen = {(c.config.model.family, c.config.model.n_params, c.config.train.tokens, c.config.seed) for c in cells}
@@ -26,24 +26,24 @@ def test_every_combination_is_there_once_and_cheap_cells_come_first():
         assert cell.config.ladder is None
 
 
-def test_rules_turn_a_size_into_settings():
+def test_rules_scale_settings_with_size():
     ladder = {
         "learning_rate": {"value": 0.01, "at_n_params": 3000, "exponent": -0.5, "least": 0.004},
         "batch_tokens": {"value": 3000, "at_n_params": 3000, "exponent": 1.0},
         "warmup_tokens": {"value": 10_000, "at_n_params": 3000, "exponent": 0.5},
         "workers": [{"n_params": 0, "n_workers": 1}, {"n_params": 30_000, "n_workers": 3, "zero_stage": 2}],
     }
-    cells, _ = grid(configured(families=["lmu"], tokens=[10_000_000], n_params=[3000, 30_000, 300_000], **ladder), 400)
+    cells, _ = grid(make_config(families=["lmu"], tokens=[10_000_000], n_params=[3000, 30_000, 300_000], **ladder), 400)
     small, middle, large = (c.config for c in cells)
     assert [c.train.learning_rate for c in (small, middle, large)] == pytest.approx([0.01, 0.004, 0.004])
     assert [c.train.warmup_tokens for c in (small, middle, large)] == [10_000, 31_623, 100_000]
     assert (small.cluster.n_workers, middle.cluster.n_workers, middle.cluster.zero_stage) == (1, 3, 2)
-    # whole rows of 256, on however many workers
+    # whole rows of 256 tokens, regardless of the number of workers
     assert [c.train.batch_tokens for c in (small, middle, large)] == [12 * 256, 117 * 256, 1172 * 256]
 
 
-def test_budgets_may_grow_with_the_size():
-    cells, _ = grid(configured(families=["lmu"], tokens=[1_000_000], tokens_per_param=[100, 1000]), 400)
+def test_tokens_per_param_gives_budgets_proportional_to_size():
+    cells, _ = grid(make_config(families=["lmu"], tokens=[1_000_000], tokens_per_param=[100, 1000]), 400)
     assert {(c.config.model.n_params, c.config.train.tokens) for c in cells} == {
         (3000, 300_000),
         (3000, 1_000_000),
@@ -54,44 +54,44 @@ def test_budgets_may_grow_with_the_size():
     }
 
 
-def test_tuned_settings_hold_at_their_size_and_are_carried_to_others_by_the_rules():
+def test_tuned_settings_are_scaled_to_other_sizes_by_the_rules():
     tuned = [
         {"family": "lmu", "n_params": 3000, "settings": {"train.learning_rate": 0.02, "train.beta2": 0.98}},
         {"family": "lmu", "n_params": 1_000_000, "settings": {"train.learning_rate": 0.5}},
     ]
     rule = {"value": 0.01, "exponent": -0.5}
-    cells, _ = grid(configured(families=["lmu", "lstm"], tokens=[1e6], learning_rate=rule, tuned=tuned), 400)
+    cells, _ = grid(make_config(families=["lmu", "lstm"], tokens=[1e6], learning_rate=rule, tuned=tuned), 400)
     rates = {(c.config.model.family, c.config.model.n_params): c.config.train.learning_rate for c in cells}
     assert rates["lmu", 3000] == pytest.approx(0.02)
     assert rates["lmu", 30_000] == pytest.approx(0.02 * 10**-0.5)
     assert rates["lstm", 3000] == pytest.approx(0.01 * (3000 / 1e6) ** -0.5)
     assert {c.config.train.beta2 for c in cells if c.config.model.family == "lmu"} == {0.98}
     no_warmup = [{"family": "lmu", "n_params": 3000, "settings": {"train.warmup_tokens": 0}}]
-    cells, _ = grid(configured(families=["lmu"], tuned=no_warmup, workers=[{"n_params": 0, "n_workers": 1}]), 400)
+    cells, _ = grid(make_config(families=["lmu"], tuned=no_warmup, workers=[{"n_params": 0, "n_workers": 1}]), 400)
     assert {c.config.train.warmup_tokens for c in cells} == {0}
     assert {c.config.cluster.zero_stage for c in cells} == {1}
 
 
-def test_cells_that_are_too_dear_are_named():
-    everything, _ = grid(configured(), 400)
-    limit = everything[5].training_flops
-    kept, left_out = grid(configured(max_cell_flops=limit), 400)
+def test_cells_above_max_cell_flops_are_left_out():
+    all_cells, _ = grid(make_config(), 400)
+    limit = all_cells[5].training_flops
+    kept, left_out = grid(make_config(max_cell_flops=limit), 400)
     assert len(kept) == 6
-    assert len(left_out) == len(everything) - 6
+    assert len(left_out) == len(all_cells) - 6
 
 
-def test_the_number_of_workers_changes_no_setting_of_a_cell():
-    """Else a study would have other keys, and other losses, on another cluster."""
+def test_number_of_workers_does_not_change_train_settings():
+    """Otherwise the keys and losses of a study would depend on the cluster."""
     rule = {"batch_tokens": {"value": 2816}}
     trains = {
-        n: [c.config.train for c in grid(configured(workers=[{"n_params": 0, "n_workers": n}], **rule), 400)[0]]
+        n: [c.config.train for c in grid(make_config(workers=[{"n_params": 0, "n_workers": n}], **rule), 400)[0]]
         for n in (1, 2, 3)
     }
     assert trains[1] == trains[2] == trains[3]
 
 
-def test_keys_of_a_family_go_to_its_cells_only():
-    config = with_settings(configured(families=["lmu", "lstm"], n_params=[30_000]), {"model.theta_tokens": 64})
+def test_model_keys_are_set_only_for_families_that_have_them():
+    config = with_settings(make_config(families=["lmu", "lstm"], n_params=[30_000]), {"model.theta_tokens": 64})
     cells = {cell.shape.family: cell for cell in grid(config, 400)[0]}
     assert cells["lmu"].shape.theta_tokens == 64
     assert cells["lstm"].config.model.options == {}
@@ -99,9 +99,9 @@ def test_keys_of_a_family_go_to_its_cells_only():
         with pytest.raises(ConfigError, match=message):
             grid(with_settings(config, {key: -1}), 400)
     with pytest.raises(ConfigError, match=r"model\.order: unknown key of family lstm; it has no keys of its own"):
-        grid(with_settings(configured(families=["lstm"]), {"model.order": 3}), 400)
+        grid(with_settings(make_config(families=["lstm"]), {"model.order": 3}), 400)
     with pytest.raises(ConfigError, match=r"unknown family 'gpt'; take one of lmu, .*, or path/to/file.py:CLASS"):
-        grid(configured(families=["gpt"]), 400)
+        grid(make_config(families=["gpt"]), 400)
 
 
 @pytest.mark.parametrize(
@@ -111,20 +111,20 @@ def test_keys_of_a_family_go_to_its_cells_only():
         ({"n_params": [1]}, "ladder: lmu, N = 1, .* no lmu of 2 blocks has N = 1"),
         ({"workers": [{"n_params": 0, "n_workers": 9}]}, "must not be more than the 8 rows"),
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.lr": 1}}]}, "train.lr: unknown key"),
-        ({"max_cell_flops": 1.0}, r"max_cell_flops=1 leaves no cell"),
+        ({"max_cell_flops": 1.0}, r"every cell exceeds ladder\.max_cell_flops=1: the cheapest one needs"),
     ],
 )
-def test_an_impossible_cell_is_named(ladder: dict, message: str):
+def test_error_names_the_impossible_cell(ladder: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        grid(configured(**ladder), 400)
+        grid(make_config(**ladder), 400)
 
 
-def test_without_a_ladder_it_is_the_searches_or_the_one_run():
-    [one], _ = grid(parse({"model": {"n_params": 5000}}), 400)
-    assert one.config.model.n_params == 5000
+def test_grid_without_ladder_is_the_search_or_the_single_run():
+    [single], _ = grid(parse({"model": {"n_params": 5000}}), 400)
+    assert single.config.model.n_params == 5000
     space = {"train.learning_rate": {"log": [1e-3, 1e-1]}}
-    found, _ = grid(parse({"tune": {"families": ["lmu", "lstm"], "n_params": [2000, 8000], "space": space}}), 400)
-    assert [(c.config.model.family, c.config.model.n_params) for c in found] == [
+    cells, _ = grid(parse({"tune": {"families": ["lmu", "lstm"], "n_params": [2000, 8000], "space": space}}), 400)
+    assert [(c.config.model.family, c.config.model.n_params) for c in cells] == [
         ("lstm", 2000),
         ("lmu", 2000),
         ("lstm", 8000),
@@ -143,6 +143,6 @@ def test_without_a_ladder_it_is_the_searches_or_the_one_run():
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"train.learning_rate": "x"}}]}, "must be a number"),
     ],
 )
-def test_bad_ladders_are_refused_with_the_key(ladder: dict, message: str):
+def test_invalid_ladder_raises_an_error_with_the_key(ladder: dict, message: str):
     with pytest.raises(ConfigError, match=message):
-        configured(**ladder)
+        make_config(**ladder)

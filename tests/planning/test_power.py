@@ -1,9 +1,9 @@
-"""What a grid could tell: wider grids and less noise narrow the intervals; what cannot be told is said."""
+"""Statistical power: larger grids and less noise give narrower intervals; missing intervals have a remark with the reason."""
 
 import pytest
 
 from lmu_dist.config import Config, parse, with_settings
-from lmu_dist.planning.power import power
+from lmu_dist.planning.power import estimate_power
 
 WIDE = parse(
     {
@@ -16,37 +16,37 @@ WIDE = parse(
 )
 
 
-def width(config: Config, name: str) -> float:
-    low, high = power(config).intervals[name]
+def interval_width(config: Config, name: str) -> float:
+    low, high = estimate_power(config).intervals[name]
     return high - low
 
 
-def test_the_truth_lies_inside_and_noise_widens():
-    told = power(WIDE)
-    for name, (low, high) in told.intervals.items():
-        assert low < told.assumed[name] < high
-    assert set(told.intervals) == {"alpha", "beta", "efficiency_factor"}
+def test_intervals_contain_the_assumed_values_and_widen_with_noise():
+    estimate = estimate_power(WIDE)
+    for name, (low, high) in estimate.intervals.items():
+        assert low < estimate.assumed[name] < high
+    assert set(estimate.intervals) == {"alpha", "beta", "efficiency_factor"}
     noisy = with_settings(WIDE, {"plan.noise": 0.02})
-    assert width(noisy, "beta") > 2 * width(WIDE, "beta")
+    assert interval_width(noisy, "beta") > 2 * interval_width(WIDE, "beta")
 
 
-def test_more_seeds_narrow_the_interval():
-    assert width(with_settings(WIDE, {"ladder.seeds": [0, 1, 2, 3]}), "beta") < 0.75 * width(WIDE, "beta")
+def test_more_seeds_narrow_the_intervals():
+    assert interval_width(with_settings(WIDE, {"ladder.seeds": [0, 1, 2, 3]}), "beta") < 0.75 * interval_width(WIDE, "beta")
 
 
-def test_an_efficiency_beyond_the_span_of_budgets_is_not_promised():
+def test_no_factor_if_budgets_span_less_than_the_factor():
     narrow = with_settings(WIDE, {"ladder.tokens": [1e8, 2e8, 5e8]})
-    told = power(narrow)
-    assert "efficiency_factor" not in told.intervals
-    assert any("must span more than that factor" in remark for remark in told.remarks)
+    estimate = estimate_power(narrow)
+    assert "efficiency_factor" not in estimate.intervals
+    assert any("must span more than that factor" in remark for remark in estimate.remarks)
 
 
-def test_a_grid_too_small_for_a_law_says_so():
-    told = power(with_settings(WIDE, {"ladder.tokens": [1e8, 2e8], "ladder.n_params": [1e5, 1e6]}))
-    assert told.intervals == {}
-    assert "cannot determine a law" in told.lines()[0]
+def test_remark_if_the_grid_is_too_small_for_a_law():
+    estimate = estimate_power(with_settings(WIDE, {"ladder.tokens": [1e8, 2e8], "ladder.n_params": [1e5, 1e6]}))
+    assert estimate.intervals == {}
+    assert "cannot determine a law" in estimate.lines()[0]
 
 
-def test_the_same_grid_gives_the_same_answer():
-    assert power(WIDE) == power(WIDE)
-    assert power(WIDE).intervals["alpha"] == pytest.approx(power(WIDE, seed=1).intervals["alpha"], rel=0.2)
+def test_estimate_is_deterministic_and_depends_little_on_the_seed():
+    assert estimate_power(WIDE) == estimate_power(WIDE)
+    assert estimate_power(WIDE).intervals["alpha"] == pytest.approx(estimate_power(WIDE, seed=1).intervals["alpha"], rel=0.2)

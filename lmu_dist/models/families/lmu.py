@@ -108,15 +108,15 @@ class LMU(Family):
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Bytes that the fused form keeps."""
-        own, single = mixer_kept(shape, n_rows, on_gpu)
-        own += 2 * feed_forward.kept_numbers(shape.d_model, shape.d_ff)
+        own, single = mixer_saved_elements(shape, n_rows, on_gpu)
+        own += 2 * feed_forward.saved_elements(shape.d_model, shape.d_ff)
         return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)
 
     def operator(self, shape: Shape, options: LMUOptions, dtype: torch.dtype, device: torch.device) -> str:
         """The form, and how the fused one is computed."""
         return mixer.operator(options.form, dtype, device, shape.reduced_order)
 
-    def counted_options(self) -> LMUOptions:
+    def options_for_counting(self) -> LMUOptions:
         """The paper's form, whose products torch's counter sees."""
         return LMUOptions(form="fft")
 
@@ -135,7 +135,7 @@ def mixer_matmul_flops(shape: Shape) -> int:
     return 6 * r * shape.order + 2 * d * r * r + 2 * r * r + 2 * d * r
 
 
-def mixer_kept(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+def mixer_saved_elements(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
     """Numbers per token that one LMU keeps for the backward pass: in the model's precision, and in float32 whatever it is.
 
     A processor keeps the projected memory; a GPU computes it again from the features of the chunks.

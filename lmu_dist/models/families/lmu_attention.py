@@ -3,8 +3,8 @@
 from torch import nn
 
 from lmu_dist.models.counting import bytes_of
-from lmu_dist.models.families.lmu import LMU, LMUOptions, mixer_kept, mixer_matmul_flops, mixer_params
-from lmu_dist.models.families.transformer import attention_flops, attention_kept, attention_params, heads
+from lmu_dist.models.families.lmu import LMU, LMUOptions, mixer_matmul_flops, mixer_params, mixer_saved_elements
+from lmu_dist.models.families.transformer import attention_flops, attention_params, attention_saved_elements, choose_n_heads
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.attention import Attention
 from lmu_dist.models.mixers.feed_forward import FeedForward
@@ -31,7 +31,7 @@ class LMUAttention(LMU):
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
         """Those of the LMU, and heads of a common width."""
-        widths, n_heads = super().widths(d_model, sequence_tokens, options), heads(d_model)
+        widths, n_heads = super().widths(d_model, sequence_tokens, options), choose_n_heads(d_model)
         return None if widths is None or n_heads is None else widths | {"n_heads": n_heads}
 
     def n_params(self, shape: Shape) -> int:
@@ -50,6 +50,6 @@ class LMUAttention(LMU):
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Bytes that attention, the fused LMU and feed-forward keep."""
-        own, single = mixer_kept(shape, n_rows, on_gpu)
-        own += attention_kept(shape) + feed_forward.kept_numbers(shape.d_model, shape.d_ff)
+        own, single = mixer_saved_elements(shape, n_rows, on_gpu)
+        own += attention_saved_elements(shape) + feed_forward.saved_elements(shape.d_model, shape.d_ff)
         return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)

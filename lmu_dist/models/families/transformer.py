@@ -32,7 +32,7 @@ class Transformer(Family):
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
         """Heads of a common width; the feed-forward width is free."""
-        n_heads = heads(d_model)
+        n_heads = choose_n_heads(d_model)
         return None if n_heads is None else {"d_ff": 1, "n_heads": n_heads}
 
     def nominal_d_model(self, n_params: int, n_blocks: int, sequence_tokens: int, options: Any) -> float:
@@ -57,11 +57,11 @@ class Transformer(Family):
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Attention keeps no scores: its kernels compute them again."""
-        kept = shape.n_blocks * (attention_kept(shape) + feed_forward.kept_numbers(shape.d_model, shape.d_ff))
+        kept = shape.n_blocks * (attention_saved_elements(shape) + feed_forward.saved_elements(shape.d_model, shape.d_ff))
         return n_rows * shape.sequence_tokens * kept * bytes_of(precision)
 
 
-def heads(d_model: int) -> int | None:
+def choose_n_heads(d_model: int) -> int | None:
     """Largest power of two that divides d_model into heads of a common width; None where none does."""
     narrowest, widest = HEAD_WIDTHS if d_model < 512 else (64, 128)
     n_heads = 1
@@ -80,6 +80,6 @@ def attention_flops(shape: Shape) -> int:
     return 8 * shape.d_model**2 + 4 * shape.sequence_tokens * shape.d_model
 
 
-def attention_kept(shape: Shape) -> int:
+def attention_saved_elements(shape: Shape) -> int:
     """Numbers per token that one attention sublayer keeps for the backward pass."""
     return 5 * shape.d_model + shape.n_heads

@@ -35,6 +35,6 @@ def matmul_flops(d_model: int, d_ff: int) -> int:
     return 4 * d_model * d_ff
 
 
-def kept_numbers(d_model: int, d_ff: int) -> int:
+def saved_elements(d_model: int, d_ff: int) -> int:
     """Numbers per token that autograd keeps for the backward pass."""
     return d_model + 2 * d_ff
