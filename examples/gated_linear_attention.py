@@ -1,6 +1,6 @@
-"""A family of one's own in one file: linear attention with a forget gate per head (a simple form of Yang et al. 2023).
+"""A user's family in one file: linear attention with a forget gate per head (a simple form of Yang et al. 2023).
 
-lmu-dist ladder examples/own_family.yaml          explained in docs/families.md
+Run it with `lmu-dist ladder examples/own_family.yaml`. docs/families.md explains it.
 Legend: B batch, T time, D width, H heads, E = D/H.
 """
 
@@ -26,15 +26,15 @@ class Mixer(nn.Module):
         self.out = nn.Linear(d_model, d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """A whole sequence, (B, T, D) to (B, T, D)."""
+        """Complete sequences, (B, T, D) to (B, T, D)."""
         return self.advance(x, None)[0]
 
     def advance(self, x: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The next chunk of a text and the state (B, H, E, E) after it: generation costs the same for every token."""
+        """Next chunk of a text, and the state (B, H, E, E) after it. The cost per token does not grow with the text."""
         q, k, v = (t.unflatten(-1, (N_HEADS, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))  # (B, H, T, E)
-        log_decay = F.logsigmoid(self.forget(x).transpose(1, 2) + 4).cumsum(-1)  # (B, H, T), from the start of the chunk
-        later = torch.ones(x.shape[1], x.shape[1], device=x.device).tril().bool()
-        decay = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~later, -torch.inf).exp()  # (B, H, T, T)
+        log_decay = F.logsigmoid(self.forget(x).transpose(1, 2) + 4).cumsum(-1)  # (B, H, T), summed from the start of the chunk
+        causal = torch.ones(x.shape[1], x.shape[1], device=x.device).tril().bool()
+        decay = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()  # (B, H, T, T)
         y = (q @ k.transpose(-1, -2) * decay) @ v
         after = (k * decay[..., -1, :, None]).transpose(-1, -2) @ v
         if state is not None:
@@ -45,11 +45,11 @@ class Mixer(nn.Module):
 
 
 class GatedLinearAttention(Family):
-    """The builder of the mixer is all that is needed: blocks, widths, counts and a report's colours have defaults."""
+    """Only `mixer` must be defined. Blocks, widths, counts and the colours of reports have defaults."""
 
     title = "gated linear attention"
     d_model_multiple = N_HEADS
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
-        """A new mixer of a shape's width."""
+        """Builds the mixer."""
         return Mixer(shape.d_model)

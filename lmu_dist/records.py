@@ -1,11 +1,12 @@
-"""What crosses between rooms about a run: StepMetrics, EvalMetrics, RunRecord, and the names and units of metrics.
+"""StepMetrics, EvalMetrics and RunRecord, the data about a run that the packages exchange; names and units of the metrics.
 
-The loop yields the first, evaluation makes the second, launch/record fills the third; tracking writes them, the
-analysis reads them back. A run's constants are MLflow params, its results metrics, what may change tags.
+train/loop yields StepMetrics, train/evaluate returns EvalMetrics and launch/record makes the RunRecord. tracking/ writes them
+to MLflow, scaling/ reads them. A run's constants are MLflow params, its results are metrics, values that may change are tags.
 """
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -21,10 +22,10 @@ WORKER_BYTES = "memory/peak_worker_bytes"
 VAL_LOSS = "val/loss_nats"
 VAL_ERROR = "val/loss_standard_error_nats"
 BITS_PER_BYTE = "val/bits_per_byte"
-# Its MLflow step is the position in the row, 1 .. n: the paper's figure 4 as a curve.
+# Its MLflow step is the position in the row, 1 .. n. The curve corresponds to figure 4 of the LMU paper.
 POSITION_LOSS = "position/loss_nats"
 
-# How a run ended. Only `complete` is a result; the others say why not.
+# Status of a run. Only a `complete` run is a result.
 WAITING, RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED = "waiting", "running", "complete", "stopped_early", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"
 ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
@@ -32,7 +33,7 @@ ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step: its number (0 is the first), tokens seen after it, mean loss of the global batch in nats."""
+    """One optimizer step: its index (from 0), tokens trained on after it, and the mean loss of the global batch in nats."""
 
     step: int
     tokens: int
@@ -43,11 +44,11 @@ class StepMetrics:
 
     @property
     def finite(self) -> bool:
-        """False when the run has diverged."""
+        """Whether loss and gradient norm are finite. If not, the run has diverged."""
         return math.isfinite(self.loss_nats) and math.isfinite(self.grad_norm)
 
     def values(self, step_tokens: int, training_flops_per_token: float, peak_flops_per_second: float) -> dict[str, float]:
-        """The step as metrics. Peak is that of all workers together."""
+        """The step as MLflow metrics. `peak_flops_per_second` is the sum over all workers."""
         per_second = step_tokens / self.step_seconds
         return {
             TRAIN_LOSS: self.loss_nats,
@@ -62,7 +63,7 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class EvalMetrics:
-    """Validation after `step` steps. The standard error is over rows, which are far less correlated than tokens."""
+    """Validation after `step` steps. The standard error is computed over rows, because tokens of a row are correlated."""
 
     step: int
     loss_nats: float
@@ -72,15 +73,19 @@ class EvalMetrics:
     position_loss_nats: tuple[float, ...]  # mean loss at position 1 .. n of a row
 
     def values(self) -> dict[str, float]:
-        """The evaluation as metrics."""
+        """The evaluation as MLflow metrics."""
         return {VAL_LOSS: self.loss_nats, VAL_ERROR: self.standard_error_nats, BITS_PER_BYTE: self.bits_per_byte}
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "H", "d", "8")  # of matplotlib
+LINES = ("-", "--", "-.", ":")  # of matplotlib
 
 
 @dataclass(frozen=True)
 class Appearance:
-    """How reports show a family: its title, its colour ("#rrggbb") on light and on dark pages, matplotlib's marker and line.
+    """How reports show a family: title, colour ("#rrggbb") on light and dark pages, matplotlib's marker and line style.
 
-    Empty: what is free.
+    Empty: the report chooses a colour or marker that no other family has.
     """
 
     title: str
@@ -90,7 +95,7 @@ class Appearance:
     line: str = "-"
 
 
-SCHEMA_VERSION = 2  # of RunRecord; 1 had a digest of all code in place of versions
+SCHEMA_VERSION = 2  # of RunRecord; schema 1 had a digest of all code instead of versions
 Value = str | int | float
 
 
@@ -108,10 +113,10 @@ def _tag(default: Value = "") -> Any:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One flat row per run: all that the scaling analysis needs, counted once and never recounted.
+    """Result of a run as one flat row, with everything that the scaling analysis needs.
 
-    Records outlive the code that wrote them: a field that is added has a default, which is what older records are read with;
-    fields of later versions are kept in `unknown` and written again, and nothing else looks at them.
+    Records must be readable by later and earlier versions of the code. A new field needs a default, which is used for older
+    records. Fields of later versions are kept in `unknown`, written back and otherwise ignored.
     """
 
     family: str = _param()
@@ -129,63 +134,64 @@ class RunRecord:
     schedule: str = _param("")
     precision: str = _param("fp32")
     seed: int = _param(0)
-    training_flops_per_token: float = _param(math.nan)  # every matrix product and FFT, head included
+    training_flops_per_token: float = _param(math.nan)  # matrix products and FFTs, including the head
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
     data_digest: str = _param("")
-    code_digest: str = _param("")  # of the sources; decided in schema 1 which runs may meet in a fit
-    family_version: str = _param("")  # a number, or the digest of a user's file
+    code_digest: str = _param("")  # digest of the sources; in schema 1 it decided which runs were fitted together
+    family_version: str = _param("")  # a number, or the digest of a user's file; schema 1: ""
     train_version: int = _param(0)
     schema_version: int = _param(1)
-    tokens: int = _metric(0)  # trained on
+    tokens: int = _metric(0)  # tokens trained on
     steps: int = _metric(0)
-    train_loss_nats: float = _metric()  # of the last step
+    train_loss_nats: float = _metric()  # loss of the last step
     val_loss_nats: float = _metric()
     val_loss_standard_error_nats: float = _metric()
     val_bits_per_byte: float = _metric()
-    training_seconds: float = _metric(0.0)  # sum over steps, evaluation and checkpoints left out
+    training_seconds: float = _metric(0.0)  # sum over steps, without evaluation and checkpoints
     key: str = _tag()
     status: str = _tag()
-    phase: str = _tag("undecayed")  # decayed | undecayed: where the schedule stood at the end
-    stop_rule: str = _tag()  # empty unless a rule ended the run
-    fork_step: int = _tag(0)  # steps before this one were another run's of the same trunk, whose history has them; 0: none
-    retry_of: str = _tag()  # key of the run that diverged at twice the learning rate; empty for a first try
-    unknown: Mapping[str, Any] = field(default_factory=dict, metadata={"kind": "unknown"})
+    phase: str = _tag("undecayed")  # decayed | undecayed: whether the learning rate has decayed at the end
+    stop_rule: str = _tag()  # the rule that ended the run; empty if none did
+    fork_step: int = _tag(0)  # first step of its own; another run of the trunk has the steps before; 0: none
+    retry_of: str = _tag()  # key of the run that diverged at twice the learning rate; empty: no retry
+    unknown: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"kind": "unknown"})
 
     @property
     def versions(self) -> tuple[str, str]:
-        """What made it: (version of the family, version of the training). Losses of two versions never meet in a fit."""
+        """(version of the family, version of the training). Runs of different versions are never fitted together."""
         return self.family_version or self.code_digest[:12], str(self.train_version or self.code_digest[:12])
 
     def columns(self, kind: str) -> dict[str, Any]:
-        """Fields of one kind, `params`, `metrics` or `tags`, by their MLflow name."""
+        """Fields of one kind (`params`, `metrics` or `tags`) by MLflow name."""
         return {_name(f): getattr(self, f.name) for f in fields(self) if f.metadata["kind"] == kind}
 
     @classmethod
     def from_columns(cls, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> "RunRecord":
-        """Reads back what `columns` gave, from MLflow's text. Raises KeyError if the run has no record, as before its end."""
+        """Makes a record from MLflow's columns. Raises KeyError if the run has no record, for example before it ends."""
         source: dict[str, dict[str, Any]] = {"params": params, "metrics": metrics, "tags": tags}
-        found = dict[str, Any]()
+        values = dict[str, Any]()
         for f in fields(cls):
             stored = source.get(f.metadata["kind"], {})
             if _name(f) in stored:
-                found[f.name] = f.type(stored[_name(f)])  # pyright: ignore[reportCallIssue]
-        if missing := {"family", "n_params", "tokens", "val_loss_nats", "key", "phase"} - set(found):
+                with suppress(ValueError):  # a later version may store another type there; then the default holds
+                    values[f.name] = f.type(stored[_name(f)])  # pyright: ignore[reportCallIssue]
+        if missing := {"family", "n_params", "tokens", "val_loss_nats", "key", "phase"} - set(values):
             raise KeyError(", ".join(sorted(missing)))
-        return cls(**found)
+        return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """One flat dictionary; `from_json` gives the record back."""
+        """One flat dictionary. `from_json` restores the record."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "unknown"} | dict(self.unknown)
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "RunRecord":
-        """Reads a record of any version."""
+        """Restores a record of any schema version."""
         names = {f.name for f in fields(cls)} - {"unknown"}
         return cls(**known_fields(cls, stored), unknown={name: value for name, value in stored.items() if name not in names})
 
 
 def known_fields(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What a dataclass has fields for, of a dictionary that another version may have stored."""
+    """The entries of a stored dictionary that are fields of a dataclass. Other versions may have stored other entries."""
     return {f.name: stored[f.name] for f in fields(cls) if f.name in stored and f.name != "unknown"}
 
 

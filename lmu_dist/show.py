@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.scaling.validate import FitResult
     from lmu_dist.tracking.progress import Row
 
-console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-TABLE_WIDTH_WITHOUT_TERMINAL = 160  # in characters, for output to a file or a pipe
+console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+TABLE_WIDTH_WITHOUT_TERMINAL = 400  # in characters, for output to a file or a pipe
 
 
 def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
@@ -281,8 +281,10 @@ def _table(*columns: str) -> Table:
 
 
 def _print_table(table: Table) -> None:
-    out = Console(highlight=False, markup=False)
-    Console(highlight=False, markup=False, width=None if out.is_terminal else TABLE_WIDTH_WITHOUT_TERMINAL).print(table)
+    out = Console(highlight=False, markup=False, emoji=False)
+    Console(highlight=False, markup=False, emoji=False, width=None if out.is_terminal else TABLE_WIDTH_WITHOUT_TERMINAL).print(
+        table
+    )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,4 +1,4 @@
-"""Records outlive the code that wrote them: those of schema 1, and of versions to come, are read."""
+"""Reading records of other versions of the code: of schema 1, and of later schemas."""
 
 import gzip
 import json
@@ -27,7 +27,7 @@ def old_store(tmp_path: Path) -> Store:
     return Store(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 
-def test_a_record_of_schema_1_is_read():
+def test_reads_a_record_of_schema_1():
     stored = json.loads((OLD / "schema-1-record.json").read_text())
     record = RunRecord.from_json(stored)
     assert (record.family, record.n_params, record.planned_tokens, record.fork_step) == ("lmu", 3026, 5120, 8)
@@ -36,7 +36,7 @@ def test_a_record_of_schema_1_is_read():
     assert stored.items() <= record.to_json().items()
 
 
-def test_a_field_of_a_later_version_is_kept_and_ignored():
+def test_unknown_field_of_a_later_schema_is_kept_and_ignored():
     record = RunRecord(family="lmu", n_params=5, schema_version=SCHEMA_VERSION)
     later = record.to_json() | {"schema_version": 99, "carbon_grams": 1.5}
     read = RunRecord.from_json(json.loads(json.dumps(later)))
@@ -45,7 +45,7 @@ def test_a_field_of_a_later_version_is_kept_and_ignored():
     assert repr(replace(read, unknown={}, schema_version=SCHEMA_VERSION)) == repr(record)
 
 
-def test_only_a_run_that_has_ended_has_a_record():
+def test_run_without_results_has_no_record():
     record = RunRecord(family="lmu", n_params=5, tokens=7, val_loss_nats=4.0, key="k", status="complete", phase="decayed")
     params = {name: str(value) for name, value in record.columns("params").items()}
     tags = {name: str(value) for name, value in record.columns("tags").items()}
@@ -54,7 +54,7 @@ def test_only_a_run_that_has_ended_has_a_record():
         RunRecord.from_columns(params, {}, tags)
 
 
-def test_a_store_of_schema_1_is_read_by_status_and_report(old_store: Store, tmp_path: Path, monkeypatch, capfd):
+def test_status_and_report_read_a_store_of_schema_1(old_store: Store, tmp_path: Path, monkeypatch, capfd):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", old_store.uri)
     monkeypatch.chdir(tmp_path)
     assert [row.state for row in rows(old_store, "before")] == ["complete"] * 8
@@ -81,7 +81,7 @@ def test_runs_of_schema_1_meet_no_others_in_a_fit(old_store: Store):
     assert study.left_out_counts()["other training version"] == 8
 
 
-def test_a_shape_of_schema_1_is_read():
+def test_reads_a_shape_of_schema_1():
     old = {"family": "lmu", "d_model": 11, "n_blocks": 2, "sequence_tokens": 32, "vocab_tokens": 300, "d_ff": 32, "n_heads": 0}
     old |= {"d_hidden": 0, "order": 10, "reduced_order": 1, "theta_tokens": 32}
     shape = Shape.from_dict(old)
@@ -91,7 +91,7 @@ def test_a_shape_of_schema_1_is_read():
         _ = shape.n_heads
 
 
-def test_known_fields_leaves_out_what_another_version_stored():
+def test_known_fields_leaves_out_unknown_entries():
     @dataclass
     class Stored:
         a: int

@@ -33,9 +33,9 @@ address_option = click.option(
 )
 @click.option("--follow", is_flag=True, help="Print the log of the job until it ends. Ctrl-C leaves the job running.")
 def submit(config: str, overrides: tuple[str, ...], address: str | None, command: str | None, follow: bool) -> int:
-    """Upload the current folder to a cluster and run a command there as a Ray job.
+    """Run a command on a cluster as a Ray job.
 
-    A second submission with the same content continues the first one.
+    Uploads the current folder. A second submission with the same content continues the first one.
     """
     merged = load(config, overrides)
     from lmu_dist.launch import jobs as cluster
@@ -97,7 +97,10 @@ def stop_job(name: str, address: str | None) -> None:
 
 @cli.group()
 def cluster() -> None:
-    """Start and stop a cluster of several Ray nodes on this machine, secured by a token, with an MLflow server."""
+    """Start and stop a small cluster of Ray nodes on this machine.
+
+    It has an MLflow server, and a token protects it.
+    """
 
 
 cluster_folder = click.option(

@@ -23,7 +23,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
 def cli() -> None:
-    """Train LMU language models with Ray and DeepSpeed, and record the runs in MLflow.
+    """Compare the data efficiency of language-model architectures: train grids of models, fit scaling laws, write reports.
 
     CONFIG is a YAML file such as jobs/train.yaml. KEY=VALUE overrides one of its keys, as in train.learning_rate=1e-3.
     """

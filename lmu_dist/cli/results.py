@@ -21,7 +21,10 @@ from lmu_dist.storage import local_output_dir
 @click.option("--once", is_flag=True, help="Print the table once instead of updating it on a terminal.")
 @json_option
 def status(experiment: str, once: bool, as_json: bool) -> None:
-    """Print one row per cell of an experiment: state, tokens, loss, speed. On a terminal it is updated until all cells end."""
+    """Print one row per cell of an experiment: state, tokens, loss.
+
+    On a terminal the table is updated until all cells have ended.
+    """
     from lmu_dist.report.write import stale_reports
     from lmu_dist.tracking.progress import rows
     from lmu_dist.tracking.store import Store
@@ -44,10 +47,13 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 @cli.command()
 @click.argument("experiment")
 @click.option("-o", "--output", default="report", show_default=True, help="Folder in which the report is written.")
-@click.option("--any-code", is_flag=True, help="Also compare runs made by different versions of the training code.")
+@click.option("--any-code", is_flag=True, help="Versions of a family or of the training may differ between runs.")
 @json_option
 def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
-    """Write the report of an experiment, and upload it: scaling laws, data-efficiency factor, figures, report.html."""
+    """Write the report of an experiment and upload it to MLflow.
+
+    It has scaling laws, the data-efficiency factor, figures, and the page report.html.
+    """
     from lmu_dist.report.write import write_report
     from lmu_dist.tracking.store import Store
     from lmu_dist.tracking.upload import set_client_limits
@@ -181,9 +187,9 @@ def generate(
 @click.argument("folder")
 @family_option
 def export(run: str, folder: str, family: str | None) -> None:
-    """Write a model as safetensors with its config and tokenizer, then reload it and compare the logits.
+    """Write a trained model as safetensors, config and tokenizer.
 
-    RUN is the folder of a run or an MLflow run id; FOLDER must be new.
+    Then reload it and compare the logits. RUN is the folder of a run or an MLflow run id; FOLDER must be new.
     """
     from lmu_dist.train.export import export as export_model
 

@@ -50,7 +50,10 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @overrides_argument
 @json_option
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
-    """Train one model on a Ray cluster, or on a local Ray that is started for it. Resumable; a finished run is not repeated."""
+    """Train one model, on a Ray cluster or on this machine.
+
+    Without a cluster, a local Ray is started. Resumable; a finished run is not repeated.
+    """
     merged = load_config(config, overrides)
     from lmu_dist.launch.trainer import train as train_run
 
@@ -86,7 +89,10 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
 )
 @json_option
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
-    """Train every missing cell of a grid of families, sizes, token budgets and seeds, each exactly once. Resumable."""
+    """Train every missing cell of a grid, each exactly once.
+
+    A grid is families x sizes x token budgets x seeds. Resumable.
+    """
     merged = load_config(config, overrides)
     from lmu_dist.launch.ladder import ladder as run_ladder
 
@@ -110,7 +116,10 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_j
 @click.option("-o", "--output", default="tuned.yaml", show_default=True, help="YAML file for the best settings.")
 @json_option
 def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) -> int:
-    """Search hyper-parameters with ASHA, per family and size, and write the best settings as a YAML file for ladders."""
+    """Search hyper-parameters with ASHA, per family and size.
+
+    Writes the best settings as a YAML file that a ladder can include.
+    """
     merged = load_config(config, overrides)
     from lmu_dist.launch.tune import tune as search
     from lmu_dist.launch.winners import plot_sensitivity, write_winners
@@ -138,7 +147,10 @@ def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) ->
 )
 @json_option
 def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool) -> None:
-    """Print the plan of a ladder without running it: cells, parameters, FLOPs, memory, time, cost and statistical power."""
+    """Print the plan of a ladder: cells, memory, time, power.
+
+    Also parameters, FLOPs and cost. Nothing is trained, except a few steps with --calibrate.
+    """
     merged = load_config(config, overrides)
     from lmu_dist.planning.cost import plan as cost_of
     from lmu_dist.planning.power import estimate_power

@@ -2,10 +2,11 @@
 
 from lmu_dist.config.load import Config, flatten, load, parse, sources, to_dict, with_settings
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TokenizerConfig, TrainConfig
-from lmu_dist.config.study import LadderConfig, AssumedLaw, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
+from lmu_dist.config.study import AssumedLaw, LadderConfig, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
 from lmu_dist.config.types import ConfigError, FailedError, Family, Folder, open_folder
 
 __all__ = [
+    "AssumedLaw",
     "ClusterConfig",
     "Config",
     "ConfigError",
@@ -14,7 +15,6 @@ __all__ = [
     "Family",
     "Folder",
     "LadderConfig",
-    "AssumedLaw",
     "ModelConfig",
     "PlanConfig",
     "Range",

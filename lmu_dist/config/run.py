@@ -129,7 +129,7 @@ class ClusterConfig:
 
     address: str | None = None  # address of a Ray cluster; None: $RAY_ADDRESS, else a Ray started for this command
     n_workers: Count = 2  # worker processes per run
-    min_workers: Count | None = None  # elastic: run with as few workers while resources are missing; None: wait for all
+    min_workers: Count | None = None  # elastic: run with as few as this many workers; None: wait for all
     wait_seconds: Natural = 0  # seconds to wait at the start until an autoscaling cluster has the resources for the workers
     cpus_per_worker: Count = 1  # CPUs reserved for each worker
     gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0  # GPUs of each worker

@@ -46,7 +46,7 @@ PowerLaw = Annotated[Rule, BeforeValidator(_rule)]
 
 @dataclass(frozen=True, config=STRICT)
 class WorkersFrom:
-    """Workers, ZeRO stage and micro-batch of all cells from a size on."""
+    """Workers, ZeRO stage and micro-batch of all cells above a size."""
 
     n_params: Natural  # smallest N that this entry applies to
     n_workers: Count  # worker processes per run
@@ -126,7 +126,7 @@ class TuneConfig:
     samples: Count = 16  # trials per search; a `sweep` ignores it and tries all combinations of choices
     search: Literal["random", "optuna", "sweep"] = "optuna"  # random: independent draws; optuna: TPE; sweep: full grid
     first_rung_tokens: Count | None = None  # ASHA: tokens at the first comparison of trials; None: no early stopping
-    reduction_factor: Annotated[int, Field(ge=2)] = 4  # ASHA: the best 1 in this many goes on, to this many times the tokens
+    reduction_factor: Annotated[int, Field(ge=2)] = 4  # ASHA: k; keep the best 1/k trials and give each k times the tokens
 
     @property
     def n_trials(self) -> int:

@@ -34,7 +34,8 @@ def open_folder(text: str) -> Folder:
         _ = folder.fs  # loads its library, which may not be installed
         return folder
     except (ValueError, ImportError) as e:
-        raise ConfigError(f"{text!r} cannot be used: {e}; for s3:// pip install 'lmu-dist[s3]', for gs:// gcsfs") from e
+        libraries = "for s3://, .venv/bin/pip install -c requirements.lock -e '.[s3]' in the checkout; for gs://, gcsfs"
+        raise ConfigError(f"{text!r} cannot be used: {e}; install its library: {libraries}") from e
 
 
 def whole(value: Any) -> Any:

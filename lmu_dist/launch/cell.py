@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import lmu_dist
-from lmu_dist.config import Config, Folder, to_dict, with_settings
+from lmu_dist.config import Config, ConfigError, Folder, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.models import registry
+from lmu_dist.models.accounting import parameters
 from lmu_dist.models.family import Family
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.registry import FamilySource
@@ -29,7 +30,7 @@ BRANCH_POINTS = "branch_points"  # folder in a trunk's folder, with the checkpoi
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that is known about a run before it starts.
+    """Everything that determines a run before it starts.
 
     Cells with the same trunk take the same steps until the learning rate of the first one decays. With the schedule `wsd` these
     are the cells that differ only in their number of tokens; with `cosine` every cell is its own trunk.
@@ -105,7 +106,15 @@ def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Famil
 
 def build_model(config: Config, shape: Shape) -> LanguageModel:
     """The untrained network of a run."""
-    return LanguageModel(shape, config.seed, registry.options_of(registry.family_of(shape), config.model.options))
+    family = registry.family_of(shape)
+    model = LanguageModel(shape, config.seed, registry.options_of(family, config.model.options))
+    built, counted = sum(p.numel() for p in model.parameters()), parameters(shape).total
+    if built != counted:
+        raise ConfigError(
+            f"family {family.name}: the model has {built:,} parameters and {counted:,} were counted; options that change its "
+            "size must be among its `widths` (docs/families.md)"
+        )
+    return model
 
 
 def at_half_rate(cell: Cell) -> Cell:

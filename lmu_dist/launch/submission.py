@@ -24,7 +24,7 @@ from lmu_dist.config import Config, ConfigError, sources, to_dict
 from lmu_dist.launch.cell import git_commit
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
-from lmu_dist.planning.grid import families_of, grid
+from lmu_dist.planning.grid import all_references, grid
 from lmu_dist.tracking.store import check_no_password
 
 # An interrupted driver closes its MLflow runs. Ray's default, SIGTERM and three seconds, leaves no time for that.
@@ -160,7 +160,7 @@ def _check_included(package: Package, config: Config, path: Path) -> str:
     """Returns the path of the configuration file in the package. Raises ConfigError if a file the job needs is not in it."""
     for source in sources(path):
         _check_file(package, "the configuration", source)
-    for reference in filter(registry.is_file_reference, families_of(config)):
+    for reference in filter(registry.is_file_reference, all_references(config)):
         if Path(reference).is_absolute():
             raise ConfigError(f"family {reference}: give its path relative to {package.folder}, so that it is uploaded")
         _check_file(package, "the family", package.folder / reference.rpartition(":")[0])

@@ -25,7 +25,7 @@ from ray.actor import ActorProxy
 from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import Folder
-from lmu_dist.data.batches import TokenDataset, row_indices
+from lmu_dist.data.batches import TokenDataset
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell, build_model
 from lmu_dist.launch.metrics_logger import MetricsLogger, RemoteRunLogger
 from lmu_dist.launch.record import Outcome, log_result, record_of_cell, record_path, write_record
@@ -35,7 +35,7 @@ from lmu_dist.storage import download_folder
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import VERSION, checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
-from lmu_dist.train.schedule import learning_rate, phase
+from lmu_dist.train.schedule import phase
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,15 @@ class _CellRun:
     def train(self, state: checkpoint.Meta) -> Outcome:
         """Runs the training steps from `state` until the run completes or diverges."""
         from lmu_dist.train.engine import matmul_peak
-        from lmu_dist.train.loop import train_steps
+        from lmu_dist.train.loop import train_rows
 
         config, engine = self.cell.config, self.engine
         train, cluster = config.train, config.cluster
         self.log_attempt()
         peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, engine.device))).item()
         flops = accounting.flops(self.cell.shape).training
-        n_rows, seed = len(self.rows), config.seed
-        stream = train_steps(
-            engine,
-            lambda step: self.rows.batch(row_indices(n_rows, seed, step, train.batch_rows, self.rank, self.world_size)),
-            lambda step: learning_rate(train, step, state.val_losses),
-            state.step,
-            train.n_steps,
-            train.batch_tokens,
+        stream = train_rows(
+            engine, self.rows, train, config.seed, state.step, lambda: state.val_losses, self.rank, self.world_size
         )
         for metrics in stream:
             if self.logger is not None:

@@ -1,1 +1,1 @@
-"""Language models of all families: their networks, their cost, and the widths for a requested size. Needs only torch and numpy."""
+"""Language models of all families: networks, costs, and widths for a requested size. Needs only torch and numpy."""

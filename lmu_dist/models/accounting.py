@@ -143,7 +143,7 @@ def largest_parameter(shape: Shape) -> int:
 
 
 def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = "fp32") -> ZeroMemory:
-    """Memory of one of `n_workers` workers at a ZeRO stage (Rajbhandari et al. 2020, section 3), with the buffers of DeepSpeed 0.19.
+    """Memory of a worker at a ZeRO stage (Rajbhandari et al. 2020, section 3), with the buffers of DeepSpeed 0.19.
 
     DeepSpeed keeps a float32 master copy of bf16 weights, and from stage 1 on also of float32 weights. benchmarks/memory.py
     compares the results with the memory of real workers.
@@ -154,8 +154,8 @@ def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = 
     whole_tensors = min(total, share + largest) if n_workers > 1 else total
     width = bytes_of(precision)
     master = 4 if precision != "fp32" or zero_stage >= 1 else 0
-    # Gradients being reduced: the bucket, a copy of the bucket (or of a tensor larger than it), and the next tensor. If one bucket
-    # takes all gradients, it is copied after the last one was added.
+    # Gradients being reduced: the bucket, a copy of the bucket (or of a tensor larger than it), and the next tensor. If one
+    # bucket takes all gradients, it is copied after the last one was added.
     reducing = bucket + max(bucket, largest) + largest if bucket < total else 2 * bucket
     # Adam needs the float32 gradients of its share, and as much memory again for the square root of the second moment.
     adam = 8 * (share if zero_stage else total)
@@ -171,7 +171,7 @@ def zero_memory(shape: Shape, zero_stage: int, n_workers: int, precision: str = 
         update = max(0, adam - gradients)
     else:
         gradients = width * share
-        # Weights in use and prefetched weights, which are gathered in the order of the workers and then copied into their own.
+        # Weights in use, and prefetched weights: gathered in the order of the workers, then copied into their own order.
         backward = width * (reducing + min(total, largest + 2 * (bucket + largest)))
         update = adam + width * bucket  # the bucket stays allocated
     return ZeroMemory(

@@ -1,13 +1,14 @@
-"""Family: the base class of every architecture. A minimal family is a builder of its mixer; all else has a default.
+"""Family: the base class of every architecture. A family must define `mixer`; everything else has a default.
 
-A family is one file: models/families/NAME.py, a module of an installed package, or a user's own file (docs/families.md). Found
-by models/registry. Legend: B batch, T time, D width of the residual stream, N non-embedding parameters.
+A family is one file: models/families/NAME.py, a module of an installed package, or a user's file (docs/families.md).
+models/registry finds it. Legend: B batch, T time, D width of the residual stream, N non-embedding parameters.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -24,115 +25,132 @@ from lmu_dist.records import Appearance
 
 @dataclass(frozen=True, config=STRICT)
 class NoOptions:
-    """The options of a family that has none."""
+    """Options of a family without options."""
 
 
 class Family(ABC):
     """One architecture. Instances hold no state.
 
-    To implement: `mixer`. Everything else may be overridden, and is checked by tests/models against the defaults if it is:
+    Subclasses must define `mixer` and may override everything else. tests/models compares overridden counts with the defaults.
 
-    name, version       how runs, keys and reports know it. Raise `version` whenever a change moves losses; runs of two
-                        versions never meet in a fit. A user's own file needs no version: the digest of the file is its version.
-    title, colour, ...  how reports show it (`Appearance`)
-    Options             its own keys under `model` in a configuration, a frozen pydantic dataclass with a default for every key
-    passive_options     those of them that change how fast it runs and not what it computes: they are no part of a run's key
-    sublayers           the blocks; default: n_blocks times (mixer, feed-forward)
-    widths              its widths at a given d_model
-    n_params, ...       what it costs; default: counted on the meta device (models/counting)
+    name, version       identify the family in keys of runs, records and reports. Raise `version` with every change that moves
+                        losses: runs of different versions are never fitted together. A user's file needs no version, because
+                        the digest of the file is its version.
+    title, colour, ...  how reports show the family (`Appearance`)
+    Options             keys of the family under `model` in a configuration: a frozen pydantic dataclass with defaults
+    passive_options     options that change only the speed, not the results. They are not part of a run's key
+    sublayers           the sublayers of all blocks; default: n_blocks times (mixer, feed-forward)
+    widths              the family's widths at a given d_model
+    n_params, ...       counts of parameters, FLOPs and bytes; default: counted on the meta device (models/counting)
     """
 
     name: ClassVar[str] = ""  # default: the name of the class in snake case
     version: ClassVar[int | str] = 0
     title: ClassVar[str] = ""  # default: the name
-    report_rank: ClassVar[int] = 100  # families are shown in this order
-    colour: ClassVar[str] = ""  # "#rrggbb" on a light page; default: one that is free
+    report_rank: ClassVar[int] = 100  # reports list families in ascending order of it
+    colour: ClassVar[str] = ""  # "#rrggbb" on a light page; default: a colour that no other family has
     colour_dark: ClassVar[str] = ""  # on a dark page; default: the same
-    marker: ClassVar[str] = ""  # matplotlib's
-    line: ClassVar[str] = "-"  # matplotlib's
+    marker: ClassVar[str] = ""  # of matplotlib; default: one that no other family has
+    line: ClassVar[str] = "-"  # line style of matplotlib
     Options: ClassVar[type] = NoOptions
     passive_options: ClassVar[tuple[str, ...]] = ()
-    learned_positions: ClassVar[bool] = False  # whether the model embeds positions
-    residual: ClassVar[bool] = True  # x <- x + sublayer(LayerNorm(x)); else x <- sublayer(x)
-    d_model_multiple: ClassVar[int] = 1  # d_model is a multiple of it (heads)
+    learned_positions: ClassVar[bool] = False  # whether the model has a learned position embedding
+    residual: ClassVar[bool] = True  # True: x <- x + sublayer(LayerNorm(x)); False: x <- sublayer(x)
+    d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
 
     def __init_subclass__(cls) -> None:
+        for own in ("title", "colour", "colour_dark", "marker"):  # a derived family must not look like its base in a report
+            if own not in cls.__dict__:
+                setattr(cls, own, "")
         if not cls.__dict__.get("name"):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 
     @abstractmethod
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
-        """A causal map of (B, T, D) to (B, T, D), the part that sees other tokens.
+        """Builds the token mixer: a causal module from (B, T, D) to (B, T, D).
 
-        If it has `advance(x, state) -> (y, state)` (the next chunk of a text; None at the start), text is generated by it;
-        else the whole text is computed again for every new token.
+        If the module has a method `advance(x, state) -> (y, state)` for the next chunk of a text (state None at the start),
+        text is generated with it. Otherwise the whole text is computed again for every new token.
         """
 
     def sublayers(self, shape: Shape, options: Any) -> list[nn.Module]:
-        """All sublayers in order, each a causal map of (B, T, D)."""
+        """Builds all sublayers in order. Each is a causal module from (B, T, D) to (B, T, D)."""
         d = shape.d_model
         return [m for _ in range(shape.n_blocks) for m in (self.mixer(shape, options), FeedForward(d, shape.d_ff))]
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
-        """The family's own widths at this d_model, before `free_widths` are fitted to N; None if it has no model so wide."""
-        return None if d_model % self.d_model_multiple else {"d_ff": 4 * d_model}
+        """The family's widths at a d_model, before `free_widths` are fitted to N. None if this d_model is not possible."""
+        numbers = {
+            key: int(value)
+            for key, value in asdict(options).items()
+            if isinstance(value, int) and key not in self.passive_options
+        }
+        return None if d_model % self.d_model_multiple else {"d_ff": 4 * d_model, **numbers}
 
     def free_widths(self, blank: Shape, options: Any, n_params: int) -> Iterator[tuple[str, int, int]]:
-        """(name, least, most) of widths that take up what is left of N, finest first; N must grow with each."""
+        """Yields (name, smallest, largest) of the widths that are fitted to N, finest first. N must grow with each of them."""
         if "d_ff" in blank.widths:
             yield "d_ff", 1, 4 * n_params
 
     def nominal_d_model(self, n_params: int, n_blocks: int, sequence_tokens: int, options: Any) -> float:
-        """The d_model from which the search for N starts; default: where `widths` as they are come nearest to N."""
-        low, high = 1, max(2, n_params)
-        while low < high:
-            middle = (low + high) // 2
-            found = next(
-                ((d, w) for d in range(middle, middle + 256) if (w := self.widths(d, sequence_tokens, options)) is not None),
-                None,
-            )
-            if found is None:
-                raise ValueError(f"{self.name} has no model of a d_model from {middle} to {middle + 255}")
-            shape = Shape(self.name, found[0], n_blocks, sequence_tokens, 1, found[1])
-            low, high = (middle + 1, high) if self.n_params(shape) < n_params else (low, middle)
-        return low
+        """The d_model at which the search for N starts. Default: the d_model whose `widths` come nearest to N."""
+
+        def shape_from(least: int, most: int) -> Shape | None:
+            """The narrowest possible model with d_model in least .. most, in steps that fit the family."""
+            for d_model in range(-(-least // self.d_model_multiple) * self.d_model_multiple, most + 1, self.d_model_multiple):
+                if (widths := self.widths(d_model, sequence_tokens, options)) is not None:
+                    return Shape(self.name, d_model, n_blocks, sequence_tokens, 1, widths)
+            return None
+
+        below = shape = shape_from(1, 4096 * self.d_model_multiple)
+        if shape is None:
+            raise ValueError(f"family {self.name}: no d_model up to {4096 * self.d_model_multiple} is possible; see `widths`")
+        while shape is not None and self.n_params(shape) < n_params:
+            below, shape = shape, shape_from(2 * shape.d_model, 4 * shape.d_model)
+        if below is None or shape is None:
+            return below.d_model if below else 1
+        low, high = below.d_model, shape.d_model
+        while low < high and (middle := shape_from((low + high) // 2, high - 1)) is not None:
+            low, high = (middle.d_model + 1, high) if self.n_params(middle) < n_params else (low, middle.d_model)
+        return high
 
     def n_sublayers(self, shape: Shape) -> int:
-        """Number of sublayers, each of which has a norm if `residual`."""
+        """Number of sublayers. Each has a norm if `residual` is set."""
         return len(self.meta_sublayers(shape))
 
     def n_params(self, shape: Shape) -> int:
-        """Trained parameters of all sublayers, exactly; norms, embeddings and the head are counted by models/accounting."""
-        return _counted_params(self, shape)
+        """Exact number of trainable parameters of all sublayers. models/accounting adds norms, embeddings and the head."""
+        return _count_params(self, shape)
 
     def largest_tensor(self, shape: Shape) -> int:
-        """Elements of the largest trained tensor of a sublayer."""
+        """Elements of the largest trainable tensor of all sublayers."""
         return counting.largest_tensor(self.meta_sublayers(shape))
 
     def matmul_flops(self, shape: Shape) -> float:
-        """Forward FLOPs per token in matrix products of all sublayers, at n = shape.sequence_tokens."""
-        return _counted_flops(self, shape)
+        """Forward FLOPs per token in the matrix products of all sublayers, for sequences of shape.sequence_tokens."""
+        return _count_flops(self, shape)
 
     def fft_flops(self, shape: Shape) -> float:
-        """Forward FLOPs per token in Fourier transforms, which torch's counter does not see."""
+        """Forward FLOPs per token in Fourier transforms. torch's flop counter does not see them."""
         return 0.0
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
-        """Bytes that all sublayers keep between forward and backward of `n_rows` rows; `precision`: fp32 or bf16."""
-        return _counted_bytes(self, shape, n_rows, precision)
+        """Bytes that all sublayers save for the backward pass of `n_rows` rows. `precision` is fp32 or bf16."""
+        return _count_bytes(self, shape, n_rows, precision)
 
     def operator(self, shape: Shape, options: Any, dtype: torch.dtype, device: torch.device) -> str:
-        """Which implementation of its mixer runs there, for the record of a run; "" where there is only one."""
+        """Name of the implementation of the mixer that runs on a device, for the record; "" if there is only one."""
         return ""
 
     def meta_sublayers(self, shape: Shape) -> list[nn.Module]:
-        """The sublayers without memory, for counting."""
+        """The sublayers on the meta device, without memory, for counting."""
         with torch.device(counting.META):
-            return self.sublayers(shape, self.options_for_counting())
+            return self.sublayers(shape, self.options_for_counting(shape))
 
-    def options_for_counting(self) -> Any:
-        """The options that the default counts build with."""
-        return self.Options()
+    def options_for_counting(self, shape: Shape) -> Any:
+        """The options that the default counts build with: those that are widths of the shape, defaults for the others."""
+        keys = {f.name for f in fields(self.Options)} & set(shape.widths)
+        return self.Options(**{key: type(getattr(self.Options(), key) or 0)(shape.widths[key]) for key in keys})
 
     def appearance(self) -> Appearance:
         """How reports show the family."""
@@ -146,7 +164,8 @@ def paper_d_model(n_params: int, n_blocks: int) -> float:
 
 
 @contextmanager
-def _counting(family: Family, what: str, method: str) -> Iterator[None]:
+def _counting_errors(family: Family, quantity: str, method: str) -> Iterator[None]:
+    """Turns an error of a count into a ConfigError that names the method to define."""
     try:
         yield
     except ConfigError:
@@ -154,26 +173,26 @@ def _counting(family: Family, what: str, method: str) -> Iterator[None]:
     except Exception as e:
         reason = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise ConfigError(
-            f"family {family.name}: {what} could not be counted on torch's meta device: {reason}; mend the mixer, or define "
+            f"family {family.name}: {quantity} could not be counted on torch's meta device: {reason}; fix the mixer, or define "
             f"{method} in the class (docs/families.md)"
         ) from e
 
 
-# A search for widths asks for the same shape often, and every count builds a model.
+# The search for widths counts the same shapes many times, and every count builds the sublayers.
 @lru_cache(maxsize=4096)
-def _counted_params(family: Family, shape: Shape) -> int:
-    with _counting(family, "its parameters", "n_params()"):
+def _count_params(family: Family, shape: Shape) -> int:
+    with _counting_errors(family, "its parameters", "n_params()"):
         return counting.n_params(family.meta_sublayers(shape))
 
 
 @lru_cache(maxsize=4096)
-def _counted_flops(family: Family, shape: Shape) -> float:
-    with _counting(family, "its FLOPs", "matmul_flops()"):
+def _count_flops(family: Family, shape: Shape) -> float:
+    with _counting_errors(family, "its FLOPs", "matmul_flops()"):
         return counting.matmul_flops(family.meta_sublayers(shape), shape.d_model, shape.sequence_tokens)
 
 
 @lru_cache(maxsize=4096)
-def _counted_bytes(family: Family, shape: Shape, n_rows: int, precision: str) -> float:
+def _count_bytes(family: Family, shape: Shape, n_rows: int, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    with _counting(family, "the memory of its activations", "activation_bytes()"):
+    with _counting_errors(family, "the memory of its activations", "activation_bytes()"):
         return counting.saved_bytes(family.meta_sublayers(shape), shape.d_model, shape.sequence_tokens, n_rows, dtype)

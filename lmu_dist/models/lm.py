@@ -1,6 +1,6 @@
-"""The one LanguageModel of every family: token ids in, loss in nats per token or logits out.
+"""LanguageModel: the network of all families. Maps token ids to losses in nats per token, or to logits.
 
-Legend: B batch, T time, V vocabulary. Built by launch/worker from a Shape; the families differ in their sublayers only.
+The families differ only in their sublayers. Legend: B batch, T time, D width, V vocabulary.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from lmu_dist.models.shape import Shape
 
 
 class LanguageModel(nn.Module):
-    """Embedding -> sublayers, each x <- x + sublayer(LayerNorm(x)) (the LSTM: x <- sublayer(x)) -> LayerNorm -> tied head.
+    """Embedding -> sublayers -> LayerNorm -> tied head. A sublayer is x <- x + sublayer(LayerNorm(x)); LSTM: x <- sublayer(x).
 
-    The same seed gives the same weights on every machine and rank. `options` are the family's own; None: its defaults.
+    The same seed gives the same weights on every rank. `options` are the options of the family; None stands for the defaults.
     """
 
     def __init__(self, shape: Shape, seed: int = 0, options: Any = None) -> None:
@@ -39,9 +39,9 @@ class LanguageModel(nn.Module):
             self._initialise(n_sublayers)
 
     def _initialise(self, n_sublayers: int) -> None:
-        """Draws the weights: normal, matrices scaled by fan-in, outputs of sublayers also by depth (as in GPT-2).
+        """Initialises the weights: normal, matrices scaled by fan-in, outputs of sublayers also by depth (as in GPT-2).
 
-        Embeddings have variance 1/d_model, so that logits start with variance 1 and embeddings have the scale of sublayers.
+        Embeddings have variance 1/d_model: logits start with variance 1, and embeddings have the scale of sublayers.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -59,8 +59,8 @@ class LanguageModel(nn.Module):
         end = start + tokens.shape[1]
         if end > self.shape.sequence_tokens:
             raise ValueError(
-                f"{end} tokens are more than the {self.shape.sequence_tokens} positions this model was trained on; "
-                "ask for a shorter text, or train with a larger train.sequence_tokens"
+                f"{end} tokens exceed the {self.shape.sequence_tokens} positions that this model was trained on; "
+                "generate a shorter text, or train with a larger train.sequence_tokens"
             )
         return x + self.position.weight[start:end]
 
@@ -74,31 +74,31 @@ class LanguageModel(nn.Module):
         return x
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-        """Scores of the next token at every position of whole sequences."""
+        """Logits of the next token at every position of complete sequences."""
         return self._logits(self._hidden(tokens))
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
-        """Cross-entropy of every target in nats (float32 whatever the model's precision)."""
+        """Cross-entropy of every target in nats, float32 in every precision."""
         x = self.norm(self._hidden(inputs)).flatten(0, 1)
         return linear_cross_entropy(x, self.embedding.weight, targets.flatten()).view_as(targets)
 
     def advance(self, tokens: Int[Tensor, "B T"], state: "State | None" = None) -> tuple[Float[Tensor, "B T V"], "State"]:
-        """The next chunk of a text of any length: its logits, and the state with which the text continues."""
+        """Logits of the next chunk of a text, and the state after it. The first chunk has state None."""
         start, layers = state or (0, [None] * len(self.sublayers))
-        x, after = self._embed(tokens, start), list[Any]()
-        for norm, sublayer, before in zip(self.norms, self.sublayers, layers, strict=True):
-            y, carried = _advance(sublayer, norm(x), before)
+        x, new_states = self._embed(tokens, start), list[Any]()
+        for norm, sublayer, layer_state in zip(self.norms, self.sublayers, layers, strict=True):
+            y, new_state = _advance(sublayer, norm(x), layer_state)
             x = (x if self.residual else 0.0) + y
-            after.append(carried)
-        return self._logits(x), (start + tokens.shape[1], after)
+            new_states.append(new_state)
+        return self._logits(x), (start + tokens.shape[1], new_states)
 
 
 def _advance(sublayer: nn.Module, x: Float[Tensor, "B T D"], state: Any) -> tuple[Float[Tensor, "B T D"], Any]:
-    """One sublayer's next chunk, by its own `advance`; without one, by computing everything from the start again."""
+    """Next chunk of a sublayer, by its method `advance`. Without one, it is computed again from the start of the text."""
     if hasattr(sublayer, "advance"):
         return sublayer.advance(x, state)  # pyright: ignore[reportCallIssue]
     inputs = x if state is None else torch.cat([state, x], 1)
     return sublayer(inputs)[:, -x.shape[1] :], inputs
 
 
-State = tuple[int, list[Any]]  # tokens seen, state of each sublayer
+State = tuple[int, list[Any]]  # number of tokens so far, state of each sublayer

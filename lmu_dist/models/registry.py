@@ -1,12 +1,13 @@
-"""Where families are found by name: built in, of an installed package, or in a user's own file. References in, families out.
+"""Finds families by reference: built-in ones, those of installed packages, and those in users' files.
 
-A reference is what a configuration says: a name, or path/to/file.py:CLASS. A user's file is read once, on the driver; workers
-get its text (`FamilySource`) and `register` it, so no path has to exist on them. Called by whoever needs a family.
+A reference is the value of `model.family` in a configuration: a name, or path/to/file.py:CLASS. The driver reads a user's file
+once. Workers receive its text (`FamilySource`) and `register` it, so the path does not have to exist on them.
 """
 
 import difflib
 import inspect
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -26,34 +27,34 @@ from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.config.types import ConfigError
 from lmu_dist.models import families as built_in_families
 from lmu_dist.models.family import Family
+from lmu_dist.models.family_checks import USER_MODULE, check_imports, check_sublayers, family_from_class
 from lmu_dist.models.shape import Shape
 
 ENTRY_POINTS = "lmu_dist.families"
-NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
-_user_families: dict[str, tuple["FamilySource", Family]] = {}  # families of users' files in this process, by reference
+_user_families: dict[str, tuple["FamilySource", Family]] = {}  # by reference; of this process
 
 
 @dataclass(frozen=True)
 class FamilySource:
-    """A user's family as text, for processes that do not see the file."""
+    """The text of a family in a user's file, for processes without access to the file."""
 
     reference: str  # absolute path:CLASS
     text: str
 
     @property
     def path(self) -> Path:
-        """The file on the machine where it was read."""
+        """Path of the file on the machine where it was read."""
         return Path(self.reference.rpartition(":")[0])
 
     @property
     def digest(self) -> str:
-        """The family's version."""
+        """sha256 of the text, 12 digits: the version of the family."""
         return sha256(self.text.encode()).hexdigest()[:12]
 
 
 def find(reference: str) -> Family:
-    """The family of that name, or in that file. Raises ConfigError that names those there are."""
+    """The family of a reference. Raises ConfigError with the known names if there is none."""
     if is_file_reference(reference):
         known = _user_families.get(absolute_reference(reference))
         return known[1] if known else register(read_source(reference))
@@ -64,26 +65,26 @@ def find(reference: str) -> Family:
     for _, family in _user_families.values():
         if reference == family.name:
             return family
-    near = difflib.get_close_matches(reference, names(), 1)
-    hint = f"did you mean {near[0]}? There are" if near else "take one of"
+    similar = difflib.get_close_matches(reference, names(), 1)
+    hint = f"did you mean {similar[0]}? Known are" if similar else "take one of"
     raise ConfigError(f"unknown family {reference!r}; {hint} {', '.join(names())}, or path/to/file.py:CLASS")
 
 
 def names() -> tuple[str, ...]:
-    """All families that can be named without a file: the built-in ones in the order of reports, then installed ones."""
+    """Names of all built-in families, in the order of reports, and then of all families of installed packages."""
     return (*built_in(), *sorted(set(_installed()) - set(built_in())))
 
 
 def is_file_reference(reference: str) -> bool:
-    """Whether a reference names a class in a file."""
+    """Whether a reference has the form path/to/file.py:CLASS."""
     return FILE.fullmatch(reference) is not None
 
 
 def read_source(reference: str) -> FamilySource:
-    """The text of a user's family. Raises ConfigError if the file cannot be read."""
+    """Reads the file of a reference. Raises ConfigError if it cannot be read."""
     match = FILE.fullmatch(reference)
     assert match is not None
-    path = Path(match["path"]).expanduser().absolute()
+    path = Path(os.path.abspath(Path(match["path"]).expanduser()))
     try:
         return FamilySource(f"{path}:{match['name']}", path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -92,42 +93,52 @@ def read_source(reference: str) -> FamilySource:
 
 
 def sources(references: set[str]) -> tuple[FamilySource, ...]:
-    """The texts of those families that are users' own, for `register` in other processes."""
-    own = sorted(reference for reference in references if is_file_reference(reference))
-    return tuple(_user_families[key][0] if (key := absolute_reference(r)) in _user_families else read_source(r) for r in own)
+    """The texts of those families that are in users' files. Other processes pass them to `register`."""
+    files = sorted(reference for reference in references if is_file_reference(reference))
+    return tuple(_user_families[key][0] if (key := absolute_reference(r)) in _user_families else read_source(r) for r in files)
 
 
 def absolute_reference(reference: str) -> str:
-    """A reference that means the same in every folder of this machine."""
+    """The reference with an absolute path. It does not depend on the working directory."""
     match = FILE.fullmatch(reference)
-    return reference if match is None else f"{Path(match['path']).expanduser().absolute()}:{match['name']}"
+    return reference if match is None else f"{os.path.abspath(Path(match['path']).expanduser())}:{match['name']}"
 
 
 def register(source: FamilySource) -> Family:
-    """Runs a user's file and makes its family known in this process, by reference and by name. Raises ConfigError."""
+    """Executes a user's file and registers its family in this process, by reference and by name. Raises ConfigError."""
     if (known := _user_families.get(source.reference)) is not None and known[0] == source:
         return known[1]
-    family = _from_class(getattr(_run(source), source.reference.rpartition(":")[2], None), source.reference)
-    type(family).version = source.digest
-    for other, namesake in _user_families.values():
-        if namesake.name == family.name and other.reference != source.reference:
-            raise ConfigError(f"{other.reference} and {source.reference} are both called {family.name}; give one another name")
-    if _is_known(family.name):
+    loaded = getattr(_execute(source), source.reference.rpartition(":")[2], None)
+    family = family_from_class(loaded, source.reference)
+    if type(family).__module__ != USER_MODULE:
+        raise ConfigError(
+            f"family {source.reference}: the class is imported, not defined in this file; name the file that has it"
+        )
+    for other_source, other_family in _user_families.values():
+        if other_family.name == family.name and other_source.reference != source.reference:
+            raise ConfigError(
+                f"the families {other_source.reference} and {source.reference} have the same name {family.name}; "
+                "set another `name` in one of the classes"
+            )
+    if _is_taken(family.name):
         raise ConfigError(f"family {source.reference}: the name {family.name!r} is taken; set another `name` in the class")
+    check_sublayers(family, source.reference)
+    # A class that is derived from a family of the package changes with it.
+    bases = [f"{base.name}:{base.version}" for base in type(family).__mro__[1:] if issubclass(base, Family) and base.version]
+    type(family).version = "+".join([source.digest, *bases])
     _user_families[source.reference] = source, family
     return family
 
 
 def options_of(family: Family, values: Mapping[str, Any]) -> Any:
-    """The family's options from the keys under `model` that are not those of every family. Raises ConfigError."""
+    """The family's options from its keys under `model`. Raises ConfigError for unknown keys and invalid values."""
     known = option_names(family)
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, [*known, *COMMON_MODEL_KEYS], 1)
-            own = f"its own keys are {', '.join(known)}" if known else "it has no keys of its own"
-            raise ConfigError(
-                f"model.{key}: unknown key of family {family.name}; {f'did you mean model.{near[0]}?' if near else own}"
-            )
+            similar = difflib.get_close_matches(key, [*known, *COMMON_MODEL_KEYS], 1)
+            keys = f"its own keys are {', '.join(known)}" if known else "it has no keys of its own"
+            hint = f"did you mean model.{similar[0]}?" if similar else keys
+            raise ConfigError(f"model.{key}: unknown key of family {family.name}; {hint}")
     try:
         return TypeAdapter(family.Options).validate_json(json.dumps(dict(values)), strict=True)
     except ValidationError as e:
@@ -137,25 +148,26 @@ def options_of(family: Family, values: Mapping[str, Any]) -> Any:
 
 
 def option_names(family: Family) -> tuple[str, ...]:
-    """Keys that a family has under `model`."""
+    """Keys of a family under `model`."""
     return tuple(f.name for f in fields(family.Options))
 
 
 def family_of(shape: Shape) -> Family:
-    """The family of a shape; a user's own must have been registered in this process."""
+    """The family of a shape. A family in a user's file must have been registered in this process."""
     return find(shape.family)
 
 
 @cache
 def built_in() -> dict[str, Family]:
     """The families of models/families, by name."""
-    found = dict[str, Family]()
+    built = dict[str, Family]()
     for module in pkgutil.iter_modules(built_in_families.__path__):
         loaded = import_module(f"{built_in_families.__name__}.{module.name}")
-        for made in vars(loaded).values():
-            if inspect.isclass(made) and issubclass(made, Family) and made.__module__ == loaded.__name__:
-                found[made.name] = _from_class(made, f"{made.__module__}:{made.__name__}")
-    return dict(sorted(found.items(), key=lambda item: (item[1].report_rank, item[0])))
+        classes = [value for value in vars(loaded).values() if inspect.isclass(value) and issubclass(value, Family)]
+        for value in classes:
+            if value.__module__ == loaded.__name__ and not (inspect.isabstract(value) or value.__name__.startswith("_")):
+                built[value.name] = family_from_class(value, f"{value.__module__}:{value.__name__}")
+    return dict(sorted(built.items(), key=lambda item: (item[1].report_rank, item[0])))
 
 
 @cache
@@ -167,42 +179,33 @@ def _installed() -> dict[str, Any]:
 def _load_installed(name: str) -> Family:
     point = _installed()[name]
     try:
-        made = point.load()
+        loaded = point.load()
     except Exception as e:
         raise ConfigError(
             f"family {name}: {point.value} of an installed package cannot be loaded: {type(e).__name__}: {e}"
         ) from e
-    family = _from_class(made, point.value)
+    family = family_from_class(loaded, point.value)
     if family.name != name:
-        raise ConfigError(f"family {name}: {point.value} calls itself {family.name}; the entry point must have the same name")
+        raise ConfigError(
+            f"family {name}: the class {point.value} has the name {family.name}; the entry point must have the same name"
+        )
     return family
 
 
-def _is_known(name: str) -> bool:
+def _is_taken(name: str) -> bool:
     return name in built_in() or name in _installed()
 
 
-def _run(source: FamilySource) -> ModuleType:
-    module = ModuleType(f"lmu_dist_family_{source.digest}")
+def _execute(source: FamilySource) -> ModuleType:
+    module = ModuleType(USER_MODULE)
     module.__file__ = str(source.path)
-    sys.modules[module.__name__] = module  # where dataclasses look for it
+    sys.modules[module.__name__] = module  # dataclasses look the module up there
     try:
+        check_imports(source.text, source.path, source.reference)
         exec(compile(source.text, str(source.path), "exec"), module.__dict__)
+    except ConfigError:
+        raise
     except Exception as e:
-        sys.modules.pop(module.__name__)
         line = f", line {e.lineno}" if isinstance(e, SyntaxError) else ""
         raise ConfigError(f"family {source.reference}: the file cannot be run{line}: {type(e).__name__}: {e}") from e
     return module
-
-
-def _from_class(made: Any, reference: str) -> Family:
-    if not (inspect.isclass(made) and issubclass(made, Family)):
-        raise ConfigError(f"family {reference} is no class derived from lmu_dist.models.family.Family; see docs/families.md")
-    if inspect.isabstract(made):
-        raise ConfigError(f"family {reference} lacks {', '.join(sorted(made.__abstractmethods__))}; see docs/families.md")
-    if not NAME.fullmatch(made.name):
-        raise ConfigError(f"family {reference}: its name {made.name!r} must be lower-case letters, digits and _, at most 40")
-    for colour in filter(None, (made.colour, made.colour_dark)):
-        if not re.fullmatch("#[0-9a-fA-F]{6}", colour):
-            raise ConfigError(f"family {reference}: its colour {colour!r} must be of the form #rrggbb")
-    return made()

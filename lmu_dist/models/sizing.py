@@ -12,7 +12,7 @@ GOOD_ENOUGH = 0.01  # relative deviation at which the search stops
 
 
 def non_embedding_params(family: Family, shape: Shape) -> int:
-    """N as in Kaplan et al. 2020: all parameters of sublayers and norms, with biases; no token or position embeddings."""
+    """N as in Kaplan et al. 2020: parameters of sublayers and norms, including biases; no embeddings."""
     n_norms = family.n_sublayers(shape) * family.residual + 1
     return 2 * shape.d_model * n_norms + family.n_params(shape)
 
@@ -23,8 +23,8 @@ def shape_for(
     """Finds a Shape of a family whose non-embedding parameters are within 2 % of `n_params`.
 
     The search starts at the family's nominal d_model. There it fits the family's free widths, usually that of the feed-forward
-    layers, to the target. If their steps are too coarse it tries other values of d_model, nearest first. `family` may be a name.
-    `options` are the family's options; None stands for the defaults.
+    layers, to the target. If their steps are too coarse it tries other values of d_model, nearest first. `family` may be a
+    name. `options` are the family's options; None stands for the defaults.
 
     Raises ValueError if no widths come within 2 %.
     """
@@ -58,9 +58,11 @@ def shape_for(
 
 
 def _widths_around(nominal: float) -> list[int]:
-    """All widths within 30 % of the nominal one (and at least 3 on each side), nearest first."""
+    """Widths from the nominal one outwards, up to 30 % away and at least 3; then narrower ones down to half, for families of
+    which only few widths are possible."""
     reach = max(3, round(0.3 * nominal))
-    return sorted(range(max(1, round(nominal) - reach), round(nominal) + reach + 1), key=lambda d: abs(d - nominal))
+    near = sorted(range(max(1, round(nominal) - reach), round(nominal) + reach + 1), key=lambda d: abs(d - nominal))
+    return near + list(range(round(nominal) - reach - 1, max(0, round(nominal / 2) - 1), -1))
 
 
 def _fill(family: Family, blank: Shape, n_params: int, options: Any, deviation: Callable[[Shape], float]) -> Shape:

@@ -16,7 +16,7 @@ from typing import Any
 from lmu_dist.config import Config, ConfigError, Folder, to_dict
 from lmu_dist.data.manifest import corpus_folder, is_prepared, read_manifest
 from lmu_dist.data.tokenizer import configured_vocab_size
-from lmu_dist.models import accounting
+from lmu_dist.models import accounting, registry
 from lmu_dist.planning.grid import GridCell, grid, trunk_settings
 from lmu_dist.records import known_fields
 
@@ -45,6 +45,7 @@ def step_settings(cell: GridCell) -> dict[str, Any]:
     train, cluster = cell.config.train, cell.config.cluster
     return {
         "family": cell.shape.family,
+        "family_version": str(registry.family_of(cell.shape).version),
         "shape": cell.shape.to_dict(),
         "batch_rows": train.batch_rows,
         "precision": train.precision,

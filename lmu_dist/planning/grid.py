@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
+from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
@@ -61,12 +62,23 @@ def families_of(config: Config) -> list[Family]:
     return list(grid.families if grid else (config.model.family,))
 
 
+def all_references(config: Config) -> list[Family]:
+    """References of all families that a configuration names, also of those that it does not train."""
+    tuned = [entry.family for entry in config.ladder.tuned] if config.ladder else []
+    return list(dict.fromkeys([*families_of(config), config.model.family, *tuned]))
+
+
 def check_families(config: Config) -> None:
     """Raises ConfigError if a family does not exist, or if none of the families has a key that is set under `model`."""
     families = [registry.find(reference) for reference in families_of(config)]
-    tuned = [entry.family for entry in config.ladder.tuned] if config.ladder else []
-    for reference in (config.model.family, *tuned):
+    for reference in all_references(config):
         registry.find(reference)
+    for key in config.tune.space if config.tune else ():
+        section, _, name = key.partition(".")
+        if section == "model" and name not in COMMON_MODEL_KEYS:
+            for family in families:
+                if name not in registry.option_names(family):
+                    registry.options_of(family, {name: None})  # raises an error that lists the known keys
     for key in config.model.options:
         if not any(key in registry.option_names(family) for family in families):
             registry.options_of(families[0], {key: config.model.options[key]})  # raises an error that lists the known keys

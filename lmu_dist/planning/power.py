@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lmu_dist.config import Config
+from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import GridCell, grid
 from lmu_dist.scaling.fit import refit
@@ -54,7 +55,8 @@ def estimate_power(config: Config, seed: int = 0) -> PowerEstimate:
     other_law = replace(base_law, B=base_law.B * factor**-base_law.beta)
     assumed = {"alpha": law.alpha, "beta": law.beta, "efficiency_factor": factor, "noise": config.plan.noise}
     families = {cell.shape.family for cell in cells}
-    baseline = config.plan.baseline if config.plan.baseline in families else min(families, default=config.plan.baseline)
+    named = registry.find(config.plan.baseline).name
+    baseline = named if named in families else min(families, default=named)
     base_grid = _sizes_and_tokens(cells, baseline)
     others = sorted(families - {baseline})
     if len(base_grid) < MIN_CELLS or len(set(base_grid[:, 0])) < 3 or len(set(base_grid[:, 1])) < 3:

@@ -20,7 +20,7 @@ import numpy as np
 
 from lmu_dist.config import ConfigError
 from lmu_dist.models import registry
-from lmu_dist.records import COMPLETE, Appearance, RunRecord, known_fields
+from lmu_dist.records import COMPLETE, LINES, MARKERS, Appearance, RunRecord, known_fields
 from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
 from lmu_dist.tracking.store import STATUS, Store, record_of
 
@@ -165,16 +165,19 @@ def _appearance(family: str, stored: str | None) -> Appearance:
     """Returns the appearance stored with a run, or, if none is stored, that of the family."""
     if stored:
         look = Appearance(**known_fields(Appearance, json.loads(stored)))
-        return (
-            look if all(re.fullmatch(COLOUR, colour) for colour in (look.colour, look.colour_dark)) else Appearance(look.title)
-        )
+        drawable = look.marker in ("", *MARKERS) and look.line in LINES
+        drawable = drawable and all(re.fullmatch(COLOUR, colour) for colour in (look.colour, look.colour_dark))
+        return look if drawable else Appearance(look.title)
     return registry.find(family).appearance() if family in registry.names() else Appearance(title(family))
 
 
 def _fill_in_colours_and_markers(appearances: Mapping[str, Appearance]) -> dict[str, Appearance]:
     """Returns the appearances, with a free colour and marker for every family that defines none."""
     found = dict[str, Appearance]()
-    free = zip(cycle(FREE_COLOURS), cycle(FREE_MARKERS), strict=False)
+    taken = {look.colour for look in appearances.values()}, {look.marker for look in appearances.values()}
+    colours = [pair for pair in FREE_COLOURS if pair[0] not in taken[0]] or FREE_COLOURS
+    markers = [marker for marker in FREE_MARKERS if marker not in taken[1]] or FREE_MARKERS
+    free = zip(cycle(colours), cycle(markers), strict=False)
     for family, own in appearances.items():
         (colour, dark), marker = ((own.colour, own.colour_dark), own.marker) if own.colour and own.marker else next(free)
         found[family] = replace(

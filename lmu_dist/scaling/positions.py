@@ -57,7 +57,7 @@ class Plateau:
 
     @property
     def determined(self) -> bool:
-        """Whether the bins are precise enough to tell a plateau from a falling loss."""
+        """Whether the bins are precise enough to distinguish a plateau from a falling loss."""
         return self.resolution <= PLATEAU_NATS
 
 

@@ -4,11 +4,37 @@ Its caller, launch/worker, decides when to evaluate, save and log. There is no o
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from lmu_dist.data.batches import Batch
+from lmu_dist.config import TrainConfig
+from lmu_dist.data.batches import Batch, TokenDataset, row_indices
 from lmu_dist.records import StepMetrics
 from lmu_dist.train.engine import Engine
+from lmu_dist.train.schedule import learning_rate
+
+
+def train_rows(
+    engine: Engine,
+    rows: TokenDataset,
+    train: TrainConfig,
+    seed: int,
+    first_step: int,
+    val_losses: Callable[[], Sequence[float]],
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[StepMetrics]:
+    """Runs the steps of a run from `first_step` on: which rows and which learning rate each step takes.
+
+    `val_losses` returns the validation losses so far, in nats: the plateau rule reads them.
+    """
+
+    def batch_at(step: int) -> Batch:
+        return rows.batch(row_indices(len(rows), seed, step, train.batch_rows, rank, world_size))
+
+    def learning_rate_at(step: int) -> float:
+        return learning_rate(train, step, val_losses())
+
+    return train_steps(engine, batch_at, learning_rate_at, first_step, train.n_steps, train.batch_tokens)
 
 
 def train_steps(

@@ -1,4 +1,4 @@
-"""Keys of cells: what is in them, and what is not."""
+"""Keys of cells: which settings and versions change them, and which do not."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmu_dist.launch import cell as cells
 from lmu_dist.launch.cell import Cell, at_half_rate, make_cell
 from lmu_dist.models import registry
 
-OWN = """
+PLAIN_FAMILY = """
 from lmu_dist.models.family import Family
 from lmu_dist.models.mixers.feed_forward import FeedForward
 
@@ -27,11 +27,11 @@ class Plain(Family):
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     write_corpus(tmp_path / "corpus")
-    config = configured(tmp_path)
+    config = make_config(tmp_path)
     return prepare(config.data, config.storage_folder)
 
 
-def configured(folder: Path, **model: object) -> Config:
+def make_config(folder: Path, **model: object) -> Config:
     return parse(
         {
             "storage": str(folder / "runs"),
@@ -42,30 +42,30 @@ def configured(folder: Path, **model: object) -> Config:
     )
 
 
-def test_a_key_is_what_it_was(tmp_path: Path, corpus: Corpus):
-    """A cell whose key changes without a change of meaning is trained again by everybody who has finished it.
+def test_key_is_unchanged(tmp_path: Path, corpus: Corpus):
+    """If the key changes although the losses do not, all finished runs are trained again.
 
-    A new key of `train` is listed in cell.ADDED_TRAIN_KEYS with the value that changes nothing. A changed default, or anything
-    else that moves losses, raises a version, and then the key here changes too.
+    List a new key of `train` in cell.ADDED_TRAIN_KEYS with the value that changes nothing. If a default or anything else that
+    moves losses changes, raise a version and update the key here.
     """
-    config = configured(tmp_path)
+    config = make_config(tmp_path)
     key = cells.key_of(
         config, cells.to_dict(config)["train"], make_cell(config, corpus).shape, registry.find("lmu"), data_digest="d"
     )
     assert key.startswith("593837d756de"), f"the key is {key}"
 
 
-def test_neither_workers_nor_storage_nor_form_are_in_the_key(tmp_path: Path, corpus: Corpus):
-    base = configured(tmp_path)
+def test_key_does_not_depend_on_workers_storage_and_form(tmp_path: Path, corpus: Corpus):
+    base = make_config(tmp_path)
     same = {"cluster.n_workers": 1, "cluster.zero_stage": 3, "storage": str(tmp_path / "elsewhere"), "model.form": "fft"}
     assert make_cell(with_settings(base, same), corpus).key == make_cell(base, corpus).key
     for other in ({"model.theta_tokens": 16}, {"train.beta2": 0.9}, {"seed": 1}, {"model.n_params": 3100}):
         assert make_cell(with_settings(base, other), corpus).key != make_cell(base, corpus).key
 
 
-def test_a_raised_version_changes_the_keys_of_its_family_only(tmp_path: Path, corpus: Corpus, monkeypatch):
+def test_family_version_changes_only_the_keys_of_its_family(tmp_path: Path, corpus: Corpus, monkeypatch):
     def keys() -> dict[str, str]:
-        return {name: make_cell(configured(tmp_path, family=name), corpus).key for name in registry.names()}
+        return {name: make_cell(make_config(tmp_path, family=name), corpus).key for name in registry.names()}
 
     before = keys()
     monkeypatch.setattr(type(registry.find("lmu_attention")), "version", 2)
@@ -75,15 +75,15 @@ def test_a_raised_version_changes_the_keys_of_its_family_only(tmp_path: Path, co
     assert not set(keys().values()) & {*before.values(), *after.values()}
 
 
-def test_the_text_of_the_code_is_recorded_and_not_in_the_key(tmp_path: Path, corpus: Corpus, monkeypatch):
-    before = make_cell(configured(tmp_path), corpus)
+def test_code_digest_is_recorded_and_does_not_change_the_key(tmp_path: Path, corpus: Corpus, monkeypatch):
+    before = make_cell(make_config(tmp_path), corpus)
     monkeypatch.setattr(cells, "code_digest", lambda: "after a comment")
-    after = make_cell(configured(tmp_path), corpus)
+    after = make_cell(make_config(tmp_path), corpus)
     assert (after.code_digest, after.key, after.trunk) == ("after a comment", before.key, before.trunk)
 
 
-def test_an_added_key_of_train_changes_no_key_at_the_value_that_changes_nothing(tmp_path: Path, corpus: Corpus, monkeypatch):
-    config = configured(tmp_path)
+def test_added_train_key_at_its_neutral_value_does_not_change_the_key(tmp_path: Path, corpus: Corpus, monkeypatch):
+    config = make_config(tmp_path)
     arguments = (make_cell(config, corpus).shape, registry.find("lmu"), "d")
     train = cells.to_dict(config)["train"]
     assert train.keys() == TrainConfig.__dataclass_fields__.keys()
@@ -93,19 +93,19 @@ def test_an_added_key_of_train_changes_no_key_at_the_value_that_changes_nothing(
     assert cells.key_of(config, train | {"label_smoothing": 0.1}, *arguments) != before
 
 
-def test_a_users_family_is_known_by_its_text_wherever_it_lies(tmp_path: Path, corpus: Corpus):
+def test_key_of_a_users_family_depends_on_its_text_and_not_on_its_path(tmp_path: Path, corpus: Corpus):
     def cell(folder: str, text: str) -> Cell:
         path = tmp_path / folder / "plain.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
         registry._user_families.clear()  # as in another process
-        return make_cell(configured(tmp_path, family=f"{path}:Plain"), corpus)
+        return make_cell(make_config(tmp_path, family=f"{path}:Plain"), corpus)
 
-    first, moved, changed = cell("a", OWN), cell("b", OWN), cell("a", OWN + "# more\n")
+    first, moved, changed = cell("a", PLAIN_FAMILY), cell("b", PLAIN_FAMILY), cell("a", PLAIN_FAMILY + "# more\n")
     assert first.key == moved.key != changed.key
     assert first.name.startswith("plain-3k-25.6k-s0-")
     assert first.family_source is not None
-    assert (first.family_version, first.family_source.text) == (first.family_source.digest, OWN)
+    assert (first.family_version, first.family_source.text) == (first.family_source.digest, PLAIN_FAMILY)
     registry.register(changed.family_source)
     assert at_half_rate(changed).retry_of == changed.key
     assert replace(first, family_source=None).folder == first.folder

@@ -1,4 +1,4 @@
-"""A family by one file, on Ray from the configuration to the report: built in (in a copy of the package), and a user's own."""
+"""Families from one file, from configuration to report on Ray: a new built-in family in a copy of the package, a user's."""
 
 import json
 import os
@@ -12,8 +12,8 @@ import pytest
 from lmu_dist.launch.run_group import FAMILY_CODE
 
 ROOT = Path(__file__).parents[2]
-OWN = "examples/gated_linear_attention.py:GatedLinearAttention"
-BUILT_IN = '''"""A family that is only here."""
+EXAMPLE = "examples/gated_linear_attention.py:GatedLinearAttention"
+BUILT_IN = '''"""A family of the test."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from lmu_dist.models.shape import Shape
 
 
 class NoPositions(Family):
-    """A transformer that is not told the order of its input."""
+    """A transformer without position embedding."""
 
     version = 1
     title = "no positions"
@@ -33,14 +33,14 @@ class NoPositions(Family):
     d_model_multiple = 2
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
-        """Attention."""
+        """Builds attention."""
         return Attention(shape.d_model, 2)
 '''
 
 
 @pytest.fixture(scope="module")
 def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a copy of the package that has one file more, the examples, and a ladder."""
+    """A folder with a copy of the package, with an additional family, the examples and a ladder."""
     folder = tmp_path_factory.mktemp("families")
     for name in ("lmu_dist", "examples"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -49,7 +49,7 @@ def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "experiment": "own-family",
         "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
         "train": {"batch_tokens": 256, "sequence_tokens": 32, "schedule": "wsd", "warmup_tokens": 256, "eval_tokens": 512},
-        "ladder": {"families": [OWN, "no_positions", "lmu"], "n_params": [1000], "tokens": [5120]},
+        "ladder": {"families": [EXAMPLE, "no_positions", "lmu"], "n_params": [1000], "tokens": [5120]},
         "cluster": {"n_workers": 1},
     }
     (folder / "job.json").write_text(json.dumps(tree))
@@ -66,7 +66,7 @@ def command(folder: Path, *words: str) -> str:
 
 
 @pytest.mark.timeout(600)
-def test_families_of_one_file_are_in_plan_ladder_report_and_figures(folder: Path):
+def test_new_families_in_plan_ladder_report_and_figures(folder: Path):
     planned = json.loads(command(folder, "plan", "job.json", "--json"))["cells"]
     assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
     cells = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
@@ -74,10 +74,10 @@ def test_families_of_one_file_are_in_plan_ladder_report_and_figures(folder: Path
     versions = {cell["family"]: cell["family_version"] for cell in cells}
     assert (versions["no_positions"], versions["lmu"], len(versions["gated_linear_attention"])) == ("1", "1", 12)
     assert all(cell["was_done"] for cell in json.loads(command(folder, "ladder", "job.json", "--json"))["cells"])
-    # A comment and a docstring, anywhere, cost nothing; a raised version costs its own family's cells.
+    # Changed comments and docstrings do not repeat any run. A raised version repeats the runs of its family.
     for path in ("models/lm.py", "models/families/lmu.py", "train/engine.py", "launch/worker.py"):
         file = folder / "lmu_dist" / path
-        file.write_text(file.read_text().replace('"""', '"""Mended. ', 1) + "# a comment\n")
+        file.write_text(file.read_text().replace('"""', '"""Edited. ', 1) + "# a comment\n")
     raised = folder / "lmu_dist" / "models" / "families" / "no_positions.py"
     raised.write_text(raised.read_text().replace("version = 1", "version = 2"))
     again = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
@@ -92,8 +92,8 @@ def test_families_of_one_file_are_in_plan_ladder_report_and_figures(folder: Path
 
     run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
     assert (Path(run) / FAMILY_CODE).read_text() == (folder / "examples" / "gated_linear_attention.py").read_text()
-    assert command(folder, "generate", run, "--tokens", "3", "--family", OWN)
-    command(folder, "export", run, "exported", "--family", OWN)
+    assert command(folder, "generate", run, "--tokens", "3", "--family", EXAMPLE)
+    command(folder, "export", run, "exported", "--family", EXAMPLE)
     refused = subprocess.run(
         [sys.executable, "-m", "lmu_dist.cli", "generate", "exported"], cwd=folder, capture_output=True, text=True
     )

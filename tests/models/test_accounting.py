@@ -1,4 +1,4 @@
-"""The counter against numel() and against torch's flop counter, for every family."""
+"""Counts of every family against numel(), torch's flop counter and the tensors that autograd saves."""
 
 import pytest
 import torch
@@ -31,9 +31,9 @@ def test_parameters_equal_numel(shape):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_matmul_flops_equal_torchs_counter(shape):
-    model, counter = LanguageModel(shape, options=family_of(shape).options_for_counting()), FlopCounterMode(display=False)
+    model, counter = LanguageModel(shape, options=family_of(shape).options_for_counting(shape)), FlopCounterMode(display=False)
     tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
-    # oneDNN's fused LSTM and the fused attention hide their products from the counter.
+    # The counter does not see the products of oneDNN's fused LSTM and of fused attention.
     plain_attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), plain_attention, counter:
         model(tokens, tokens)
@@ -42,7 +42,7 @@ def test_matmul_flops_equal_torchs_counter(shape):
 
 
 def test_hand_written_counts_equal_the_default_ones(shape):
-    """A family that counts by hand says what one that only builds its mixer would be counted at."""
+    """A family with its own formulas gets the same counts as by the defaults of the base class."""
     family = family_of(shape)
     assert family.n_sublayers(shape) == Family.n_sublayers(family, shape)
     assert family.n_params(shape) == Family.n_params(family, shape)
@@ -51,23 +51,23 @@ def test_hand_written_counts_equal_the_default_ones(shape):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_default_activation_bytes_bound_what_autograd_keeps(precision):
-    """Of a family whose kernels keep the same on every device. The LSTM's and the LMU's keep less than the meta device sees."""
+def test_default_activation_bytes_are_an_upper_bound(precision):
+    """The transformer saves the same on every device. The LSTM and the LMU save less than the meta device shows."""
     shape = shape_for("transformer", 60_000, vocab_tokens=97, sequence_tokens=40)
     family = family_of(shape)
     default = Family.activation_bytes(family, shape, 4, precision, False)
     assert 1 <= default / family.activation_bytes(shape, 4, precision, False) < 1.5
 
 
-def test_training_is_three_forwards_and_conventions_are_kept(shape):
+def test_training_flops_are_three_times_forward_flops(shape):
     counted = accounting.flops(shape)
     assert counted.training == 3 * (counted.matmul + counted.fft + counted.head)
     assert counted.training_kaplan == 6 * accounting.parameters(shape).non_embedding
     assert (counted.fft > 0) == ("order" in shape.widths)
 
 
-def test_fft_flops_are_the_papers_within_its_reuse_of_spectra():
-    """The paper's table transforms x once for each of Q, K and V and leaves the kernels out; we do the opposite."""
+def test_fft_flops_are_close_to_the_papers_table():
+    """The paper's table counts a transform of x for each of Q, K and V and none of the kernels. We count the opposite."""
     shape = shape_for("lmu", 1_000_000, vocab_tokens=97, sequence_tokens=1024, options=LMUOptions(250, 25))
     d, q, r = shape.d_model, 250, 25
     table = 3 * d * (5 * (r + 1) * 11 + 6 * r) + 6 * q * r
@@ -75,50 +75,50 @@ def test_fft_flops_are_the_papers_within_its_reuse_of_spectra():
     assert per_mixer == pytest.approx(table, rel=0.05)
 
 
-def test_zero_memory_divides_what_the_stage_shards():
+def test_zero_stage_shards_model_state():
     shape = shape_for("lmu", 60_000, vocab_tokens=97, sequence_tokens=40)
     total = accounting.parameters(shape).total
-    of = {stage: accounting.zero_memory(shape, stage, 4) for stage in range(4)}
-    assert of[0].state_bytes == 16 * total
-    assert (of[1].optimizer_bytes, of[1].gradients_bytes) == (12 * total / 4, 4 * total)
-    assert total < of[2].gradients_bytes < 2.5 * total  # a quarter, and the rest of the tensor it ends in
-    assert (of[3].gradients_bytes, of[3].weights_bytes) == (total, total)
+    memory = {stage: accounting.zero_memory(shape, stage, 4) for stage in range(4)}
+    assert memory[0].state_bytes == 16 * total
+    assert (memory[1].optimizer_bytes, memory[1].gradients_bytes) == (12 * total / 4, 4 * total)
+    assert total < memory[2].gradients_bytes < 2.5 * total  # a quarter, up to the end of the last tensor
+    assert (memory[3].gradients_bytes, memory[3].weights_bytes) == (total, total)
     assert accounting.zero_memory(shape, 0, 4, "bf16").state_bytes == 16 * total
     assert accounting.zero_memory(shape, 2, 1).state_bytes == 20 * total
 
 
-def test_the_largest_tensor_is_known(shape):
+def test_largest_parameter_equals_the_largest_tensor(shape):
     assert accounting.largest_parameter(shape) == max(p.numel() for p in LanguageModel(shape).parameters())
 
 
-def test_buffers_never_meet_what_is_needed_after_backward():
+def test_peak_is_the_larger_of_backward_and_update():
     memory = accounting.zero_memory(shape_for("transformer", 100_000_000, vocab_tokens=97, sequence_tokens=40), 3, 64)
     assert memory.backward_buffers_bytes > memory.update_buffers_bytes
     assert memory.peak_bytes(1e9) == memory.state_bytes + memory.backward_buffers_bytes + 1e9
-    alone = accounting.zero_memory(shape_for("transformer", 100_000_000, vocab_tokens=97, sequence_tokens=40), 1, 1)
-    assert alone.peak_bytes(0) == alone.state_bytes + alone.update_buffers_bytes
+    one_worker = accounting.zero_memory(shape_for("transformer", 100_000_000, vocab_tokens=97, sequence_tokens=40), 1, 1)
+    assert one_worker.peak_bytes(0) == one_worker.state_bytes + one_worker.update_buffers_bytes
 
 
 def saved_bytes(shape, n_rows: int) -> int:
-    """What autograd really keeps for the backward pass, weights not counted, each storage once."""
+    """Bytes that autograd saves for the backward pass, without weights. Each storage counts once."""
     model = LanguageModel(shape, options=LMUOptions(form="fused") if "order" in shape.widths else None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
-    def keep(t: torch.Tensor) -> torch.Tensor:
+    def save(t: torch.Tensor) -> torch.Tensor:
         if t.untyped_storage().data_ptr() not in weights:
-            kept[t.untyped_storage().data_ptr()] = t
+            saved[t.untyped_storage().data_ptr()] = t
         return t
 
     tokens = torch.zeros(n_rows, shape.sequence_tokens, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         loss = model(tokens, tokens).mean()
     assert loss.requires_grad
-    return sum(t.untyped_storage().nbytes() for t in kept.values())
+    return sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
-def test_activation_bytes_are_what_autograd_keeps(shape):
-    bound = 0.2 if shape.family == "lstm" else 0.1  # oneDNN pads the LSTM's workspace in ways of its own
+def test_activation_bytes_equal_what_autograd_saves(shape):
+    bound = 0.2 if shape.family == "lstm" else 0.1  # oneDNN pads the LSTM's workspace
     assert accounting.activation_bytes(shape, 4) == pytest.approx(saved_bytes(shape, 4), rel=bound)
     in_bf16 = accounting.activation_bytes(shape, 4, "bf16", on_gpu=True)
     assert in_bf16 < 0.8 * accounting.activation_bytes(shape, 4)
@@ -126,18 +126,18 @@ def test_activation_bytes_are_what_autograd_keeps(shape):
 
 @pytest.mark.parametrize("n_rows", [1, 4])
 @pytest.mark.parametrize(("n_params", "length"), [(100_000, 256), (1_000_000, 1024)])
-def test_what_a_gpu_keeps(n_params, length, n_rows, monkeypatch):
-    """The form that runs there, run here."""
+def test_activation_bytes_on_gpu(n_params, length, n_rows, monkeypatch):
+    """Runs the form of the GPU on the CPU."""
     config = chunked.chunked_config
     monkeypatch.setattr(fourier, "is_supported", lambda *_: False)
     monkeypatch.setattr(chunked, "chunked_config", lambda *args: config(*args)._replace(keep_preactivations=False))
     shape = shape_for("lmu", n_params, vocab_tokens=256, sequence_tokens=length)
-    kept = saved_bytes(shape, n_rows)
-    assert accounting.activation_bytes(shape, n_rows, on_gpu=True) == pytest.approx(kept, rel=0.1)
+    saved = saved_bytes(shape, n_rows)
+    assert accounting.activation_bytes(shape, n_rows, on_gpu=True) == pytest.approx(saved, rel=0.1)
 
 
-def test_chunks_are_what_costs_least():
-    """Of the paper's largest mixer; where a row is shorter than chunk and memory together there is one chunk, and no memory."""
+def test_chunk_tokens_minimise_the_cost():
+    """The paper's largest mixer. A row shorter than chunk plus memory is computed as one chunk without memory."""
     assert chunked.chunk_tokens(250, 75, 204, 1024, 2) == 32
     assert chunked.chunk_tokens(250, 75, 204, 256, 2) == 256
     assert chunked.chunk_tokens(10, 3, 16, 1024, 2) == 32

@@ -107,9 +107,9 @@ class Own(Family):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("class Own:\n    pass\n", "is no class derived from"),
-        ("class Own(Family):\n    pass\n", "lacks mixer"),
-        ("class Other(Family):\n    pass\n", "is no class derived from"),
+        ("class Own:\n    pass\n", "is not a class derived from"),
+        ("class Own(Family):\n    pass\n", "does not define mixer"),
+        ("class Other(Family):\n    pass\n", "is not a class derived from"),
         ("class Own(Family):\n", "cannot be run, line 4: IndentationError"),
         ("1 / 0\n", "cannot be run: ZeroDivisionError"),
         ("class Own(Family):\n    name = 'lmu'\n    def mixer(self, shape, options): ...\n", "the name 'lmu' is taken"),
@@ -136,10 +136,97 @@ def test_references_that_lead_nowhere(tmp_path: Path):
         registry.find(f"{tmp_path}/none.py:Own")
     with pytest.raises(ConfigError, match=r"unknown family 'lmu_atention'; did you mean lmu_attention"):
         registry.find("lmu_atention")
-    body = "class Own(Family):\n    def mixer(self, shape, options): ...\n"
+    body = "class Own(Family):\n    def mixer(self, shape, options):\n        return nn.Identity()\n"
     registry.find(written(tmp_path, body))
-    with pytest.raises(ConfigError, match="are both called own; give one another name"):
+    with pytest.raises(ConfigError, match="have the same name own; set another `name`"):
         registry.find(written(tmp_path, body, "other.py"))
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        ("x.mean(1, keepdim=True).expand_as(x)", "at a position depends on a later input; it must be causal"),
+        ("x[..., :3]", r"Wrong returns \(2, 8, 3\) for an input of \(2, 8, 8\); keep the shape"),
+        ("None", "Wrong returns NoneType"),
+    ],
+)
+def test_a_mixer_that_sees_later_tokens_or_changes_the_shape_is_refused(tmp_path: Path, forward: str, message: str):
+    """A family that sees the future would win every comparison."""
+    body = f"""
+class Wrong(nn.Module):
+    def forward(self, x):
+        return {forward}
+
+class Own(Family):
+    def mixer(self, shape, options):
+        return Wrong()
+"""
+    with pytest.raises(ConfigError, match=message):
+        registry.find(written(tmp_path, body))
+
+
+def test_a_builder_that_returns_no_module_is_refused(tmp_path: Path):
+    body = "class Own(Family):\n    def mixer(self, shape, options):\n        return None\n"
+    with pytest.raises(ConfigError, match=r"mixer\(\) returned NoneType, not a torch.nn.Module"):
+        registry.find(written(tmp_path, body))
+
+
+def test_a_file_that_needs_another_file_is_refused(tmp_path: Path):
+    """Only its own text reaches the workers, and makes its version."""
+    (tmp_path / "helper_of_mine.py").write_text("WIDTH = 3\n")
+    body = "import helper_of_mine\nclass Own(Family):\n    def mixer(self, shape, options):\n        return nn.Identity()\n"
+    with pytest.raises(ConfigError, match="imports helper_of_mine, a file next to it"):
+        registry.find(written(tmp_path, body))
+    (tmp_path / "imports.py").write_text("from lmu_dist.models.families.lstm import LSTM\n")
+    with pytest.raises(ConfigError, match="the class is imported, not defined in this file"):
+        registry.find(f"{tmp_path}/imports.py:LSTM")
+    assert registry.find("lstm").version == 1
+
+
+def test_a_family_derived_from_a_built_in_one_changes_with_it_and_looks_like_itself(tmp_path: Path, monkeypatch):
+    body = "from lmu_dist.models.families.lmu import LMU\nclass Own(LMU):\n    pass\n"
+    family = registry.find(written(tmp_path, body))
+    assert str(family.version).endswith("+lmu:1")
+    assert (family.appearance().title, family.appearance().colour) == ("own", "")
+    monkeypatch.setattr(registry, "_user_families", {})
+    monkeypatch.setattr(type(registry.find("lmu")), "version", 2)
+    assert str(registry.find(written(tmp_path, body)).version).endswith("+lmu:2")
+
+
+def test_options_that_are_numbers_are_counted(tmp_path: Path):
+    body = """
+from pydantic.dataclasses import dataclass
+
+@dataclass(frozen=True)
+class Options:
+    hidden: int = 4
+
+class Own(Family):
+    Options = Options
+    def mixer(self, shape, options):
+        return nn.Sequential(nn.Linear(shape.d_model, options.hidden), nn.Linear(options.hidden, shape.d_model))
+"""
+    family = registry.find(written(tmp_path, body))
+    options = registry.options_of(family, {"hidden": 200})
+    shape = shape_for(family, 50_000, vocab_tokens=97, sequence_tokens=16, options=options)
+    model = LanguageModel(shape, options=options)
+    assert accounting.parameters(shape).total == sum(p.numel() for p in model.parameters())
+    assert accounting.parameters(shape).non_embedding == pytest.approx(50_000, rel=0.02)
+
+
+@pytest.mark.parametrize("widths", ["d_model & (d_model - 1) == 0", "d_model % 512 == 0"])
+def test_few_possible_widths_are_found(tmp_path: Path, widths: str):
+    body = f"""
+class Own(Family):
+    def widths(self, d_model, sequence_tokens, options):
+        return {{"d_ff": d_model}} if {widths} else None
+    def mixer(self, shape, options):
+        return nn.Sequential(*(nn.Linear(shape.d_model, shape.d_model) for _ in range(4)))
+"""
+    family = registry.find(written(tmp_path, body))
+    for n_params in (30_000_000, 10**9):
+        shape = shape_for(family, n_params, vocab_tokens=97, sequence_tokens=16)
+        assert accounting.parameters(shape).non_embedding == pytest.approx(n_params, rel=0.02)
 
 
 def test_families_of_installed_packages_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

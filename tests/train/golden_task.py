@@ -1,4 +1,4 @@
-"""What tests/train/test_golden.py runs in a process of its own: short trainings of a table of logits, in float64."""
+"""Short trainings of a table of logits in float64. tests/train/test_golden.py runs them in a separate process."""
 
 import math
 import tempfile
@@ -12,16 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from lmu_dist.config import ClusterConfig, TrainConfig
-from lmu_dist.data.batches import TokenDataset, row_indices
+from lmu_dist.data.batches import TokenDataset
 from lmu_dist.train.divergence import running_mean
 from lmu_dist.train.engine import Engine
 from lmu_dist.train.evaluate import evaluate
-from lmu_dist.train.loop import train_steps
-from lmu_dist.train.schedule import learning_rate
+from lmu_dist.train.loop import train_rows
 
 VOCAB, LENGTH, ROWS, STEPS = 13, 6, 5, 24
 BATCH = ROWS * LENGTH
-# What is not set here is the default, so that a default that changes moves the losses.
+# All other settings have their defaults, so that a changed default changes the losses.
 BASE = TrainConfig(tokens=STEPS * BATCH, batch_tokens=BATCH, sequence_tokens=LENGTH, warmup_tokens=4 * BATCH)
 TRAININGS = {
     "cosine": {},
@@ -31,7 +30,7 @@ TRAININGS = {
 
 
 class Logits(nn.Module):
-    """The logits of the next token are a row of a table: all that a training needs of a model."""
+    """A minimal model: the logits of the next token are a row of a table."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,7 +45,7 @@ class Logits(nn.Module):
 
 
 def trainings(changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
-    """Of each change and training: losses, gradient norms, running means of the loss, and the last validation."""
+    """Losses, gradient norms, running means of the loss and the last validation, by change of settings and by training."""
     # DeepSpeed 0.19 reduces float64 as well as anything, and refuses it by a list.
     deepspeed_engine.get_accelerator().supported_dtypes = lambda: [torch.float32, torch.float64]
     with tempfile.TemporaryDirectory() as folder:
@@ -54,26 +53,19 @@ def trainings(changes: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[fl
         np.random.default_rng(1).integers(0, VOCAB, 40 * LENGTH + 1).astype("<u2").tofile(path)
         rows = TokenDataset(path, "<u2", LENGTH)
         return {
-            what: {name: _train(rows, replace(BASE, **settings, **change)) for name, settings in TRAININGS.items()}
-            for what, change in changes.items()
+            change_name: {name: _train(rows, replace(BASE, **settings, **change)) for name, settings in TRAININGS.items()}
+            for change_name, change in changes.items()
         }
 
 
 def _train(rows: TokenDataset, train: TrainConfig) -> list[float]:
     engine: Any = Engine(Logits(), train, ClusterConfig(zero_stage=0, micro_batch_rows=2), torch.device("cpu"))  # pyright: ignore
-    validations = [2.0, 1.9, 1.95, 1.99]  # of which the plateau rule makes something after step 12
-    stream = train_steps(
-        engine,
-        lambda step: rows.batch(row_indices(len(rows), 5, step, ROWS)),
-        lambda step: learning_rate(train, step, validations[: step // 4]),
-        0,
-        STEPS,
-        BATCH,
-    )
-    found, mean = list[float](), None
+    validations = [2.0, 1.9, 1.95, 1.99]  # the plateau rule acts on them after step 12
+    values, mean = list[float](), None
+    stream = train_rows(engine, rows, train, 5, 0, lambda: validations[: len(values) // 12])
     for metrics in stream:
         mean = running_mean(mean, metrics.loss_nats)
-        found += [metrics.loss_nats, metrics.grad_norm, mean]
+        values += [metrics.loss_nats, metrics.grad_norm, mean]
     result = evaluate(engine, rows, 7, 0, 1, STEPS, 2.0)
     assert math.isfinite(result.loss_nats)
-    return [*found, result.loss_nats, result.standard_error_nats, result.bits_per_byte]
+    return [*values, result.loss_nats, result.standard_error_nats, result.bits_per_byte]

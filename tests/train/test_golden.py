@@ -1,7 +1,7 @@
-"""Golden losses of the training, in float64: a change of optimizer, schedule, data order or defaults needs a new version.
+"""Golden losses of the training in float64. A change of optimizer, schedule, data order or defaults needs a new train.VERSION.
 
-They depend on no family: a table of logits is trained by the real engine, loop, schedule and evaluation. To write them anew
-after raising train.VERSION: PYTHONPATH=tests:tests/train python tests/train/test_golden.py
+They do not depend on a family: the engine, loop, schedule and evaluation train a table of logits. To update them after raising
+train.VERSION: PYTHONPATH=tests:tests/train python tests/train/test_golden.py
 """
 
 import json
@@ -15,20 +15,20 @@ from spawn_ranks import spawn_ranks
 from lmu_dist.train import VERSION
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "train.json"
-ANEW = "PYTHONPATH=tests:tests/train python tests/train/test_golden.py"
+UPDATE = "PYTHONPATH=tests:tests/train python tests/train/test_golden.py"
 TOLERANCE = 1e-9  # relative
 
 
 def check(found: dict[str, list[float]]) -> None:
-    """Raises AssertionError that says what to do."""
+    """Raises an AssertionError with instructions if the results of a training have changed."""
     stored = json.loads(GOLDEN.read_text())
-    assert stored["version"] == VERSION, f"there are no golden losses of train.VERSION {VERSION}; write them: {ANEW}"
+    assert stored["version"] == VERSION, f"there are no golden losses of train.VERSION {VERSION}; write them with {UPDATE}"
     for name, expected in stored["values"].items():
-        apart = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(found[name], expected, strict=True))
-        assert apart < TOLERANCE, (
-            f"{name}: the training moved by {apart:.1e}: what it computes has changed. If that was not meant, mend it. "
-            f"If it was, raise VERSION in lmu_dist/train/__init__.py to {VERSION + 1} (finished runs of every family are then "
-            f"trained again), say why in CHANGELOG.md, and write the golden losses anew: {ANEW}"
+        difference = max(abs(a - b) / max(abs(b), 1e-6) for a, b in zip(found[name], expected, strict=True))
+        assert difference < TOLERANCE, (
+            f"{name}: the training changed by {difference:.1e} (relative). If this was not intended, fix the code. If it was, "
+            f"raise VERSION in lmu_dist/train/__init__.py to {VERSION + 1} (finished runs of all families are then trained "
+            f"again), give the reason in CHANGELOG.md, and update the golden losses with {UPDATE}"
         )
 
 
@@ -41,20 +41,22 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, dict[str, list[float]]]:
+def results() -> dict[str, dict[str, list[float]]]:
     return spawn_ranks(1, golden_task.trainings, CHANGES)
 
 
-def test_golden_training(found):
-    check(found["none"])
+def test_golden_training(results):
+    check(results["none"])
 
 
 @pytest.mark.parametrize("change", ["beta2", "eps", "clip_norm"])
-def test_a_change_of_meaning_names_the_version_to_raise(found, change: str):
+def test_changed_losses_give_an_error_with_the_version_to_raise(results, change: str):
     with pytest.raises(AssertionError, match=r"raise VERSION in lmu_dist/train/__init__.py to 2"):
-        check(found[change])
+        check(results[change])
 
 
 if __name__ == "__main__":
     values = spawn_ranks(1, golden_task.trainings, {"none": {}})["none"]
+    if json.loads(GOLDEN.read_text())["version"] == VERSION:
+        check(values)  # the losses of a version never change: raise VERSION first
     GOLDEN.write_text(json.dumps({"version": VERSION, "values": values}, indent=1) + "\n")

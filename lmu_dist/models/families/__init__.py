@@ -1,1 +1,1 @@
-"""The built-in families, one file each. A new file here is a new family: models/registry finds it."""
+"""The built-in families, one file each. models/registry finds every file of this folder."""

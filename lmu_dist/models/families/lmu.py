@@ -1,6 +1,7 @@
-"""The LMU (arXiv 2110.02402, section 3): feed-forward, LMU with implicit self-attention, feed-forward; and what the LMU costs.
+"""The LMU family (arXiv 2110.02402, section 3), and the parameters, FLOPs and activations of its mixer.
 
-Legend: D width, Q order q of the memory, R reduced order q', K = 3R, n sequence length.
+A block is feed-forward, LMU with implicit self-attention, feed-forward. Legend: D width, Q order q of the memory, R reduced
+order q', K = 3R, n sequence length.
 """
 
 import math
@@ -27,16 +28,16 @@ PAPER_ORDERS_PER_ROW = 10  # q = 250 at q' = 25
 
 @dataclass(frozen=True, config=STRICT)
 class LMUOptions:
-    """Keys of the LMU under `model`. None: by the rule in LMU.widths."""
+    """Keys of the LMU under `model`. None: q' = 25/204 d, q = 10 q' as in the paper; q is fitted to N and at most theta."""
 
     order: Count | None = None  # Legendre order q of the memory
-    reduced_order: Count | None = None  # rows q' that read the memory
-    theta_tokens: Count | None = None  # window of the memory; None: the sequence length
-    form: mixer.Form | None = None  # recurrent, fft, chunked or fused; None: the fastest on the device. All compute the same
+    reduced_order: Count | None = None  # reduced order q': rows of the projections of the memory
+    theta_tokens: Count | None = None  # window theta of the memory in tokens; None: the sequence length
+    form: mixer.Form | None = None  # algorithm; None: the fastest on the device. Equal results
 
 
 class LMU(Family):
-    """The paper's language model."""
+    """The language model of the LMU paper."""
 
     name = "lmu"
     version = 1
@@ -47,11 +48,11 @@ class LMU(Family):
     passive_options = ("form",)
 
     def mixer(self, shape: Shape, options: LMUOptions) -> nn.Module:
-        """The LMU."""
+        """Builds the LMU."""
         return mixer.LMU(shape.order, shape.reduced_order, float(shape.theta_tokens), options.form)
 
     def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
-        """FFN, LMU, FFN in each block."""
+        """Builds FFN, LMU, FFN for each block."""
         d = shape.d_model
         return [
             sublayer
@@ -60,9 +61,9 @@ class LMU(Family):
         ]
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
-        """q' = 25/204 d and q = 10 q' as in the paper's largest model; q is at most theta.
+        """q' = 25/204 d and q = 10 q' as in the paper's largest model, unless `options` set them.
 
-        A window of theta tokens has no more than theta coefficients. Orders and window that were given are kept.
+        q is at most theta, because a window of theta tokens has only theta independent coefficients.
         """
         theta = options.theta_tokens or sequence_tokens
         by_rule = max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
@@ -71,80 +72,80 @@ class LMU(Family):
         return {"d_ff": 1, "order": order, "reduced_order": rows, "theta_tokens": theta}
 
     def free_widths(self, blank: Shape, options: LMUOptions, n_params: int) -> Iterator[tuple[str, int, int]]:
-        """The feed-forward width; then, unless it was given, the order, by up to a third."""
+        """The feed-forward width; then the order within a third of its value, unless `options` set it."""
         yield "d_ff", 1, 4 * n_params
         if options.order is None:
             least, most = max(1, blank.order - blank.order // 3), min(blank.order + blank.order // 3, blank.theta_tokens)
             yield "order", least, max(least, most)
 
     def nominal_d_model(self, n_params: int, n_blocks: int, sequence_tokens: int, options: LMUOptions) -> float:
-        """The paper's rule."""
+        """sqrt(N / (12 n_blocks)), as in the paper."""
         return paper_d_model(n_params, n_blocks)
 
     def n_sublayers(self, shape: Shape) -> int:
-        """Three in each block."""
+        """Three per block."""
         return 3 * shape.n_blocks
 
     def n_params(self, shape: Shape) -> int:
-        """Two feed-forward layers and the mixer in each block."""
+        """Two feed-forward layers and the mixer per block."""
         return shape.n_blocks * (mixer_params(shape) + 2 * feed_forward.n_params(shape.d_model, shape.d_ff))
 
     def largest_tensor(self, shape: Shape) -> int:
-        """The projections of the memory, or a feed-forward matrix."""
+        """The projection of the memory or a feed-forward matrix."""
         return max(3 * shape.reduced_order * shape.order, shape.d_model * shape.d_ff)
 
     def matmul_flops(self, shape: Shape) -> float:
-        """Two feed-forward layers and the mixer in each block."""
+        """Two feed-forward layers and the mixer per block."""
         return shape.n_blocks * (mixer_matmul_flops(shape) + 2 * feed_forward.matmul_flops(shape.d_model, shape.d_ff))
 
     def fft_flops(self, shape: Shape) -> float:
         """5/2 m log2 m per real transform of m = 2n points, 6 per complex product.
 
-        They are those of the paper's form, whatever form runs: a study's compute must not depend on the hardware it ran on.
+        Counts the paper's form, whichever form runs, so that the compute of a study does not depend on its hardware.
         """
         k, d, m = 3 * shape.reduced_order, shape.d_model, 2 * shape.sequence_tokens
         transforms = d + k + k * d
         return shape.n_blocks * ((transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / shape.sequence_tokens)
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
-        """Bytes that the fused form keeps."""
-        own, single = mixer_saved_elements(shape, n_rows, on_gpu)
-        own += 2 * feed_forward.saved_elements(shape.d_model, shape.d_ff)
-        return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)
+        """Bytes that the fused form saves."""
+        per_token, float32_per_token = mixer_saved_elements(shape, n_rows, on_gpu)
+        per_token += 2 * feed_forward.saved_elements(shape.d_model, shape.d_ff)
+        return n_rows * shape.sequence_tokens * shape.n_blocks * (per_token * bytes_of(precision) + 4 * float32_per_token)
 
     def operator(self, shape: Shape, options: LMUOptions, dtype: torch.dtype, device: torch.device) -> str:
-        """The form, and how the fused one is computed."""
+        """Name of the form, and of the implementation of the fused form."""
         return mixer.operator(options.form, dtype, device, shape.reduced_order)
 
-    def options_for_counting(self) -> LMUOptions:
-        """The paper's form, whose products torch's counter sees."""
+    def options_for_counting(self, shape: Shape) -> LMUOptions:
+        """The paper's form: torch's flop counter sees its products."""
         return LMUOptions(form="fft")
 
 
 def mixer_params(shape: Shape) -> int:
-    """Trained parameters of one LMU: projections, their biases, and p."""
+    """Trainable parameters of one LMU: projections, their biases, and p."""
     return 3 * shape.reduced_order * shape.order + 3 * shape.reduced_order + shape.reduced_order
 
 
 def mixer_matmul_flops(shape: Shape) -> int:
     """Forward FLOPs per token of one LMU in matrix products.
 
-    The folding L H is shared by the rows of a batch; it is charged to each, as in the paper's table.
+    The product L H is computed once for all rows of a batch. It is counted for every row, as in the paper's table.
     """
     d, r = shape.d_model, shape.reduced_order
     return 6 * r * shape.order + 2 * d * r * r + 2 * r * r + 2 * d * r
 
 
 def mixer_saved_elements(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
-    """Numbers per token that one LMU keeps for the backward pass: in the model's precision, and in float32 whatever it is.
+    """Elements per token that one LMU saves for the backward pass: (in the model's precision, in float32 always).
 
-    A processor keeps the projected memory; a GPU computes it again from the features of the chunks.
+    On a CPU it saves the projected memory. On a GPU it recomputes the projected memory from the saved features of the chunks.
     """
     n, k, d = shape.sequence_tokens, 3 * shape.reduced_order, shape.d_model
     if not on_gpu:
-        spectra = (k + k % 2) * transform_points(n, shape.order, shape.theta_tokens)  # of the kernels, complex
+        spectra = (k + k % 2) * transform_points(n, shape.order, shape.theta_tokens)  # complex spectra of the kernels
         width = d + -d % LANES
         return k * width, width + spectra / (n * n_rows)
     chunk = chunk_tokens(shape.order, k, d, n, n_rows)
     features = chunk + 1 + (shape.order if chunk < n else 0)
-    return (d * -(-n // chunk) + chunk * k / n_rows) * features / n, 0  # of all chunks, and the weights that project them
+    return (d * -(-n // chunk) + chunk * k / n_rows) * features / n, 0  # features of all chunks and their projection weights

@@ -12,7 +12,7 @@ from lmu_dist.models.shape import Shape
 
 
 class LMUAttention(LMU):
-    """Attention, LMU, FFN in each block. No positions are embedded: the memory knows the order of its input."""
+    """A block is attention, LMU, FFN. There is no position embedding, because the memory encodes the order of the tokens."""
 
     name = "lmu_attention"
     version = 1
@@ -21,7 +21,7 @@ class LMUAttention(LMU):
     colour, colour_dark, marker, line = "#00805d", "#3fce9f", "s", "-."
 
     def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
-        """Attention, LMU, FFN in each block."""
+        """Builds attention, LMU, FFN for each block."""
         d = shape.d_model
         return [
             sublayer
@@ -30,26 +30,26 @@ class LMUAttention(LMU):
         ]
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
-        """Those of the LMU, and heads of a common width."""
+        """The widths of the LMU and the number of heads."""
         widths, n_heads = super().widths(d_model, sequence_tokens, options), choose_n_heads(d_model)
         return None if widths is None or n_heads is None else widths | {"n_heads": n_heads}
 
     def n_params(self, shape: Shape) -> int:
-        """Attention, mixer and feed-forward in each block."""
-        own = attention_params(shape) + mixer_params(shape) + feed_forward.n_params(shape.d_model, shape.d_ff)
-        return shape.n_blocks * own
+        """Attention, LMU and feed-forward per block."""
+        per_block = attention_params(shape) + mixer_params(shape) + feed_forward.n_params(shape.d_model, shape.d_ff)
+        return shape.n_blocks * per_block
 
     def largest_tensor(self, shape: Shape) -> int:
-        """The largest of the LMU's, or the joint projection of attention to Q, K, V."""
+        """The largest tensor of the LMU, or the joint projection of attention to Q, K, V."""
         return max(super().largest_tensor(shape), 3 * shape.d_model**2)
 
     def matmul_flops(self, shape: Shape) -> float:
-        """Attention, mixer and feed-forward in each block."""
-        own = attention_flops(shape) + mixer_matmul_flops(shape) + feed_forward.matmul_flops(shape.d_model, shape.d_ff)
-        return shape.n_blocks * own
+        """Attention, LMU and feed-forward per block."""
+        per_block = attention_flops(shape) + mixer_matmul_flops(shape) + feed_forward.matmul_flops(shape.d_model, shape.d_ff)
+        return shape.n_blocks * per_block
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
-        """Bytes that attention, the fused LMU and feed-forward keep."""
-        own, single = mixer_saved_elements(shape, n_rows, on_gpu)
-        own += attention_saved_elements(shape) + feed_forward.saved_elements(shape.d_model, shape.d_ff)
-        return n_rows * shape.sequence_tokens * shape.n_blocks * (own * bytes_of(precision) + 4 * single)
+        """Bytes that attention, the fused LMU and feed-forward save."""
+        per_token, float32_per_token = mixer_saved_elements(shape, n_rows, on_gpu)
+        per_token += attention_saved_elements(shape) + feed_forward.saved_elements(shape.d_model, shape.d_ff)
+        return n_rows * shape.sequence_tokens * shape.n_blocks * (per_token * bytes_of(precision) + 4 * float32_per_token)

@@ -1,4 +1,4 @@
-"""The LSTM baseline: the plain stack of layers that Kaplan et al. 2020 compare with, without norms or skips between them.
+"""The LSTM baseline: a stack of layers without norms or skip connections, as in Kaplan et al. 2020.
 
 Legend: D width, H hidden width, L layers.
 """
@@ -15,7 +15,7 @@ from lmu_dist.models.shape import Shape
 
 
 class LSTM(Family):
-    """One sublayer: L = n_blocks LSTM layers and a projection back to D. LOG.md has what skips and norms would do to it."""
+    """One sublayer: L = n_blocks LSTM layers and a projection to D. LOG.md has losses with norms and skip connections."""
 
     name = "lstm"
     version = 1
@@ -25,15 +25,15 @@ class LSTM(Family):
     residual = False
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
-        """The stack."""
+        """Builds the stack of LSTM layers."""
         return lstm_mixer.LSTM(shape.d_model, shape.d_hidden, shape.n_blocks)
 
     def sublayers(self, shape: Shape, options: Any) -> list[nn.Module]:
-        """The stack is all there is."""
+        """The stack is the only sublayer."""
         return [self.mixer(shape, options)]
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
-        """The hidden width is free."""
+        """The hidden width is a free width."""
         return {"d_hidden": 1}
 
     def free_widths(self, blank: Shape, options: Any, n_params: int) -> Iterator[tuple[str, int, int]]:
@@ -41,15 +41,15 @@ class LSTM(Family):
         yield "d_hidden", 1, 4 * n_params
 
     def nominal_d_model(self, n_params: int, n_blocks: int, sequence_tokens: int, options: Any) -> float:
-        """The paper's rule."""
+        """sqrt(N / (12 n_blocks)), as in the LMU paper."""
         return paper_d_model(n_params, n_blocks)
 
     def n_sublayers(self, shape: Shape) -> int:
-        """The stack."""
+        """One."""
         return 1
 
     def n_params(self, shape: Shape) -> int:
-        """torch's LSTM has two bias vectors a layer."""
+        """torch's LSTM has two bias vectors per layer."""
         d, h = shape.d_model, shape.d_hidden
         return 4 * h * (d + h + 2 + 2 * (shape.n_blocks - 1) * (h + 1)) + h * d + d
 
@@ -63,6 +63,6 @@ class LSTM(Family):
         return 8 * h * (d + h + 2 * (shape.n_blocks - 1) * h) + 2 * h * d
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
-        """16 of the 17 numbers for each hidden unit are the workspace of oneDNN."""
-        kept = shape.d_model + shape.d_hidden + 17 * shape.d_hidden * shape.n_blocks
-        return n_rows * shape.sequence_tokens * kept * bytes_of(precision)
+        """16 of the 17 elements per hidden unit are the workspace of oneDNN."""
+        saved = shape.d_model + shape.d_hidden + 17 * shape.d_hidden * shape.n_blocks
+        return n_rows * shape.sequence_tokens * saved * bytes_of(precision)

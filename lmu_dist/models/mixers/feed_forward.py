@@ -1,6 +1,6 @@
-"""The feed-forward sublayer, gelu(x W1 + b1) W2 + b2 at every token: (B, T, D) in, (B, T, D) out, and what it costs.
+"""Feed-forward sublayer gelu(x W1 + b1) W2 + b2, applied to every token, and its parameters, FLOPs and activations.
 
-Legend: B batch, T time, D width, F hidden width (the paper's d'). Built by the families.
+Legend: B batch, T time, D width.
 """
 
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class FeedForward(nn.Module):
-    """The paper's FFN."""
+    """Feed-forward network of hidden width d_ff (d' in the LMU paper)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
@@ -17,16 +17,16 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(d_ff, d_model)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """The same function at every token."""
+        """Applies the network to every token."""
         return self.out(F.gelu(self.up(x)))
 
     def advance(self, x: Float[Tensor, "B T D"], state: None) -> tuple[Float[Tensor, "B T D"], None]:
-        """The next chunk of a text. There is no state."""
+        """Next chunk of a text. There is no state."""
         return self(x), None
 
 
 def n_params(d_model: int, d_ff: int) -> int:
-    """Trained parameters."""
+    """Number of trainable parameters."""
     return 2 * d_model * d_ff + d_ff + d_model
 
 
@@ -36,5 +36,5 @@ def matmul_flops(d_model: int, d_ff: int) -> int:
 
 
 def saved_elements(d_model: int, d_ff: int) -> int:
-    """Numbers per token that autograd keeps for the backward pass."""
+    """Elements per token that autograd saves for the backward pass."""
     return d_model + 2 * d_ff
