@@ -6,7 +6,8 @@ The sentences claim no more than the 90 % intervals support.
 from collections import Counter
 from dataclasses import dataclass
 
-from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.appearance import title
+from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor, SeedNoise
 

@@ -1,46 +1,29 @@
 """Reads the runs of an experiment from MLflow: those a fit may use, and those left out, each with the reason.
 
 A run is used only if it is complete and its learning-rate schedule reached its end. Runs are compared only if data, sequence
-length and training code are the same.
+length and the versions of family and training are the same.
 """
 
 import csv
 import hashlib
-import json
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmu_dist.config import ConfigError
-from lmu_dist.models import registry
-from lmu_dist.records import COMPLETE, LINES, MARKERS, Appearance, RunRecord, known_fields
+from lmu_dist.records import COMPLETE, Appearance, RunRecord
+from lmu_dist.scaling.appearance import family_order, fill_in_colours_and_markers, stored_appearance, title
 from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
 from lmu_dist.tracking.store import STATUS, Store, record_of
 
 # (light mode, dark mode), for families that define no colour; distinct from each other and from the built-in families.
-FREE_COLOURS = (
-    ("#6b5b00", "#d8c75a"),
-    ("#5b4bb7", "#a99cf0"),
-    ("#00707a", "#4cc3cf"),
-    ("#8a3324", "#e08a78"),
-    ("#4d5560", "#b6bfc9"),
-)
-COLOUR = "(#[0-9a-f]{6})?"  # what may stand in the page's CSS
-FREE_MARKERS = ("v", "P", "X", "*", "<")
 Settings = tuple[float, int, str, str]
 MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
-
-
-def title(family: str) -> str:
-    """Returns the title of a built-in or installed family, or else its name; Study.title also knows titles stored with runs."""
-    return registry.find(family).appearance().title if family in registry.names() else family.replace("_", " ")
 
 
 @dataclass(frozen=True)
@@ -82,7 +65,7 @@ class Study:
     @property
     def families(self) -> tuple[str, ...]:
         """Families that have runs, in display order."""
-        return tuple(sorted({run.record.family for run in self.runs}, key=_place))
+        return tuple(sorted({run.record.family for run in self.runs}, key=family_order))
 
     @property
     def size_bins(self) -> tuple[int, ...]:
@@ -144,7 +127,7 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
             out.append(LeftOutRun(run.info.run_id, name, reason, record))
         else:
             used.append(Run(run.info.run_id, name, 0, record))
-            appearances[record.family] = _appearance(record.family, run.data.tags.get("lmu.family_appearance"))
+            appearances[record.family] = stored_appearance(record.family, run.data.tags.get("lmu.family_appearance"))
             sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
     used, incomparable = _comparable(used, any_code)
     used, beaten, n_settings_tried = _keep_best_settings(used)
@@ -153,37 +136,12 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
         raise ConfigError(f"experiment {experiment!r} has no finished run to report on: {reasons}")
     sizes = size_bins(np.array([run.record.n_params for run in used], np.float64))
     used = [replace(run, size_bin=int(size)) for run, size in zip(used, sizes, strict=True)]
-    used.sort(key=lambda r: (_place(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
+    used.sort(key=lambda r: (family_order(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
     left_out = sorted([*out, *incomparable, *beaten], key=lambda o: (o.reason, o.name, o.run_id))
-    found = {family: appearances[family] for family in sorted({run.record.family for run in used}, key=_place)}
+    found = {family: appearances[family] for family in sorted({run.record.family for run in used}, key=family_order)}
     return Study(
-        experiment, sources[used[0].run_id], tuple(used), tuple(left_out), n_settings_tried, _fill_in_colours_and_markers(found)
+        experiment, sources[used[0].run_id], tuple(used), tuple(left_out), n_settings_tried, fill_in_colours_and_markers(found)
     )
-
-
-def _appearance(family: str, stored: str | None) -> Appearance:
-    """Returns the appearance stored with a run, or, if none is stored, that of the family."""
-    if stored:
-        look = Appearance(**known_fields(Appearance, json.loads(stored)))
-        drawable = look.marker in ("", *MARKERS) and look.line in LINES
-        drawable = drawable and all(re.fullmatch(COLOUR, colour) for colour in (look.colour, look.colour_dark))
-        return look if drawable else Appearance(look.title)
-    return registry.find(family).appearance() if family in registry.names() else Appearance(title(family))
-
-
-def _fill_in_colours_and_markers(appearances: Mapping[str, Appearance]) -> dict[str, Appearance]:
-    """Returns the appearances, with a free colour and marker for every family that defines none."""
-    found = dict[str, Appearance]()
-    taken = {look.colour for look in appearances.values()}, {look.marker for look in appearances.values()}
-    colours = [pair for pair in FREE_COLOURS if pair[0] not in taken[0]] or FREE_COLOURS
-    markers = [marker for marker in FREE_MARKERS if marker not in taken[1]] or FREE_MARKERS
-    free = zip(cycle(colours), cycle(markers), strict=False)
-    for family, own in appearances.items():
-        (colour, dark), marker = ((own.colour, own.colour_dark), own.marker) if own.colour and own.marker else next(free)
-        found[family] = replace(
-            own, colour=own.colour or colour, colour_dark=own.colour_dark or own.colour or dark, marker=own.marker or marker
-        )
-    return found
 
 
 def write_runs(path: Path, study: Study) -> None:
@@ -279,7 +237,7 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
                     out.append(LeftOutRun(run.run_id, run.name, f"duplicate: run {kept[cell].run_id} is the same cell", r))
                 else:
                     kept[cell] = run
-    return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=_place)}
+    return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=family_order)}
 
 
 def _settings(r: RunRecord) -> Settings:
@@ -291,8 +249,3 @@ def _largest_budget_then_loss(runs: Sequence[Run]) -> tuple[int, float]:
     """Returns a sort key: the largest budget first, then the lowest loss at that budget."""
     most = max(run.record.planned_tokens for run in runs)
     return -most, min(run.record.val_loss_nats for run in runs if run.record.planned_tokens == most)
-
-
-def _place(family: str) -> tuple[int, str]:
-    known = registry.names()
-    return (known.index(family) if family in known else len(known), family)

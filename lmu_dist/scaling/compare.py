@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmu_dist.scaling.collect import Study, title
+from lmu_dist.scaling.appearance import title
+from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, factor_from_curves, factor_from_laws, lower_envelope
 from lmu_dist.scaling.intervals import Interval, bootstrap_interval
 from lmu_dist.scaling.laws import Chinchilla, Floats

@@ -30,6 +30,7 @@ from lmu_dist.config import load
 from lmu_dist.launch import jobs, submission
 from lmu_dist.launch.jobs import ClusterUnavailableError, UnknownJobError, connect, follow, submit
 from lmu_dist.launch.submission import JobSpec, make_job_spec
+from lmu_dist.models import registry
 
 # Ray raises warnings, and keeps sockets open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -244,8 +245,8 @@ def test_job_name_depends_only_on_the_content(folder: Path):
         ("echo 'corpus/*2*' > .gitignore", ["job.yaml"], "part-2.jsonl would not be sent"),
         ("", ["job.yaml", "data.files=[none/*.jsonl]"], "data.files: none/*.jsonl is not in"),
         ("", ["job.yaml", "data.tokenizer={kind: file, path: t.json}"], "data.tokenizer.path: t.json is not in"),
-        ("", ["job.yaml", "model.family=../own.py:Own"], "the family: ../own.py lies outside"),
-        ("echo own.py > .gitignore", ["job.yaml", "model.family=own.py:Own"], "the family: own.py would not be sent"),
+        ("", ["job.yaml", "model.family=../own.py:Own"], "own.py lies outside the submitted folder"),
+        ("echo own.py > .gitignore", ["job.yaml", "model.family=own.py:Own"], "own.py would not be sent"),
         ("head -c 300000 /dev/zero > large.bin", ["job.yaml"], "the largest are large.bin"),
         ("", ["job.yaml"], "give the address of the cluster's dashboard"),
         ("", ["job.yaml", "--address", "10.0.0.1:6379"], "not 10.0.0.1:6379"),
@@ -259,6 +260,7 @@ def test_invalid_submission_is_an_error_of_one_line(change: str, arguments, mess
         shutil.copy(ROOT / "examples" / "gated_linear_attention.py", own)
         own.write_text(own.read_text().replace("class GatedLinearAttention", "class Own"))
     monkeypatch.setattr(submission, "GCS_STORAGE_MAX_SIZE", 300_000)
+    monkeypatch.setattr(registry, "_user_families", {})  # as in a new process
     subprocess.run(change, shell=True, check=True)
     assert main(["submit", *arguments]) == 2
     error = capfd.readouterr().err
