@@ -32,6 +32,11 @@ from lmu_dist.models.sizing import shape_for
 from lmu_dist.train.engine import Engine
 
 STAGES = (0, 1, 2, 3)
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"precision": "bf16"},
+    "bf16 gradients": {"precision": "bf16", "gradient_precision": "bf16"},
+}
 VOCAB, LENGTH = 61, 4
 WARMUP_STEPS = 3  # the first step creates Adam's state, the second records what stage 3 prefetches
 MEASURED_STEPS = 3  # the smallest peak counts, because gloo's threads sometimes free a bucket or two late
@@ -107,9 +112,9 @@ def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_par
     rows = []
     for precision, stage in itertools.product(precisions, stages):
         unrelated = {_storage(t) for t in _tensors()}
-        settings = replace(train, precision=precision)
+        settings = replace(train, **PRECISIONS[precision])
         engine = Engine(LanguageModel(shape), settings, ClusterConfig(zero_stage=stage), torch.device("cpu"))
-        planned = accounting.zero_memory(shape, stage, n_workers, precision)
+        planned = accounting.zero_memory(shape, stage, n_workers, settings.precision, settings.float32_gradients)
         found = _measure(engine, unrelated)
         rows.append(
             Row(
@@ -121,7 +126,7 @@ def measure(stages: Sequence[int], precisions: Sequence[str], family: str, n_par
                 planned_weights=planned.weights_bytes,
                 planned_gradients=planned.gradients_bytes,
                 planned_optimizer=planned.optimizer_bytes,
-                planned_peak=planned.peak_bytes(accounting.activation_bytes(shape, 1, precision)),
+                planned_peak=planned.peak_bytes(accounting.activation_bytes(shape, 1, settings.precision)),
             )
         )
         engine.close()
@@ -164,12 +169,15 @@ def _state(engine: Engine) -> dict[str, int]:
     adam = engine._ds.basic_optimizer
     masters = list(adam.state)
     names = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer")
+    gradients = [getattr(zero, name, None) for name in names]
+    # A subclass of list, which tree_leaves takes for a leaf.
+    gradients.append([getattr(group, "flat_partition", None) for group in getattr(zero, "averaged_gradients", {}).values()])
     buckets = [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
     seen = {_storage(t) for t in tree_leaves(buckets) if isinstance(t, torch.Tensor)}
     kinds = {
         "weights": [parameters, [getattr(p, "ds_tensor", None) for p in parameters]],
         "optimizer": [masters, list(adam.state.values())],
-        "gradients": [[p.grad for p in parameters + masters], [getattr(zero, name, None) for name in names]],
+        "gradients": [[p.grad for p in parameters + masters], gradients],
     }
     held = {}
     for kind, roots in kinds.items():
@@ -197,12 +205,12 @@ def main() -> None:
     result = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed's processes print to stdout
     rows = list[Row]()
-    form = "{:>5} {:>7} {:>9} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}"
+    form = "{:>5} {:>7} {:>14} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}"
     print("bytes per model parameter on the worker with the most memory; ratios: measured / planned", file=sys.stderr)
     names = ("stage", "workers", "precision", "weights", "gradients", "optimizer", "peak", "state", "peak")
     print(form.format(*names), file=sys.stderr)
     for n_workers in given.workers:
-        for row in spawn_ranks(n_workers, measure, STAGES, ("fp32", "bf16"), given.family, int(given.n_params)):
+        for row in spawn_ranks(n_workers, measure, STAGES, tuple(PRECISIONS), given.family, int(given.n_params)):
             rows.append(row)
             each = [f"{n / row.parameters:.2f}" for n in (row.weights, row.gradients, row.optimizer, row.peak)]
             ratios = [f"{ratio:.3f}" for ratio in (row.state_ratio, row.peak_ratio)]

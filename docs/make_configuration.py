@@ -8,6 +8,7 @@ keys of a family come from the family's `Options`.
 import ast
 import inspect
 import io
+import json
 import re
 import tokenize
 import typing
@@ -171,8 +172,8 @@ def _default(value: Any) -> str:
         return "required"
     if is_dataclass(value):
         return "as below"
-    if value is None:
-        return "`null`"
+    if value is None or isinstance(value, bool):
+        return f"`{json.dumps(value)}`"
     if isinstance(value, tuple):
         return f"`[{', '.join(map(str, value))}]`"
     if isinstance(value, int):

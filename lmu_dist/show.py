@@ -156,6 +156,7 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
         "seed",
         "steps",
         "FLOPs",
+        "executed",
         "rate",
         "batch",
         "workers",
@@ -176,6 +177,7 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
             str(line.seed),
             f"{line.steps:,}" + (f" ({line.shared_steps:,} shared)" if line.shared_steps else ""),
             f"{line.flops:.2e}",
+            f"{line.executed_flops:.2e}",
             f"{line.learning_rate:.2g}",
             f"{line.batch_tokens:,}",
             str(line.n_workers),
@@ -186,7 +188,10 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
         )
     _print_table(table)
     each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
-    print(f"{len(plan.cells)} cells{each}, {plan.flops:.3e} FLOPs; shared trunks save {plan.saved_share:.0%} of them")
+    print(
+        f"{len(plan.cells)} cells{each}, {plan.flops:.3e} FLOPs, {plan.executed_flops:.3e} executed; "
+        f"shared trunks save {plan.saved_share:.0%} of them"
+    )
     print("ZeRO: configured stage (>= smallest that fits plan.worker_memory_bytes); GB: memory of one worker at stages 0 1 2 3")
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")

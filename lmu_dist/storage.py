@@ -8,7 +8,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -133,11 +133,40 @@ def staging_dir(folder: Folder) -> Iterator[Path]:
         yield Path(local)
 
 
-def download_folder(folder: Folder, to: Path) -> None:
-    """Downloads a folder at a URI, recursively, to a new local folder."""
-    assert not isinstance(folder, Path)
-    to.mkdir(parents=True)
-    folder.fs.get(f"{folder.path.rstrip('/')}/", f"{to}/", recursive=True)
+def download_file(path: Folder, to: Path) -> None:
+    """Downloads a file at a URI to a new local file."""
+    assert not isinstance(path, Path)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    path.fs.get_file(path.path, str(to))
+
+
+def upload_file(local: Path, to: Folder) -> None:
+    """Copies a local file to its final path, whose folder is created if it is missing."""
+    make_folder(to.parent)
+    if isinstance(to, Path):
+        shutil.copyfile(local, to)
+    else:
+        to.fs.put_file(str(local), to.path)
+
+
+def open_for_seeking(path: Folder) -> Any:
+    """Opens a file to read small parts of it. At a URI a part is read together with at most 1 MiB that follows it."""
+    return open(path, "rb") if isinstance(path, Path) else path.fs.open(path.path, "rb", block_size=1 << 20)
+
+
+def read_ranges(path: Folder, ranges: Sequence[tuple[int, int]]) -> list[bytearray]:
+    """Reads parts of a file, each given by its first byte and the byte after its last one. At a URI, several at a time."""
+    if isinstance(path, Path):
+        parts = [bytearray(end - begin) for begin, end in ranges]
+        with open(path, "rb") as file:
+            for (begin, _), part in zip(ranges, parts, strict=True):
+                file.seek(begin)
+                if file.readinto(part) < len(part):
+                    raise OSError(f"{path} ends before byte {begin + len(part)}")
+        return parts
+    begins, ends = [begin for begin, _ in ranges], [end for _, end in ranges]
+    # "raise": a part that cannot be read is an error, not a part of the result.
+    return [bytearray(part) for part in path.fs.cat_ranges([path.path] * len(ranges), begins, ends, on_error="raise")]
 
 
 def cached_path(path: Folder, sha256: str) -> Path:
@@ -173,10 +202,15 @@ def remove(folder: Folder) -> None:
         folder.fs.rm(folder.path, recursive=True)
 
 
-def digest(path: Folder) -> str:
-    """The sha256 of a file, as hex."""
-    with path.open("rb") as file:
-        sha = hashlib.sha256()
-        while chunk := file.read(1 << 22):
+def digest(path: Folder, begin: int = 0, end: int | None = None) -> str:
+    """The sha256 of a file, or of its bytes `begin` to `end` - 1, as hex."""
+    sha = hashlib.sha256()
+    if end is None:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                sha.update(chunk)
+    else:
+        for at in range(begin, end, 1 << 24):
+            [chunk] = read_ranges(path, [(at, min(at + (1 << 24), end))])
             sha.update(chunk)
     return sha.hexdigest()

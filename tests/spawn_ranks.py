@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 
-def _run_rank(rank: int, world_size: int, folder: str, task: Callable[..., Any], arguments: tuple) -> None:
-    os.environ |= {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": str(rank)}
+def _run_rank(rank: int, world_size: int, folder: str, backend: str, task: Callable[..., Any], arguments: tuple) -> None:
+    os.environ |= {"DS_ACCELERATOR": "cuda" if backend == "nccl" else "cpu", "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world_size)
     result = task(*arguments)
     if rank == 0:
         torch.save(result, f"{folder}/result")
@@ -26,8 +26,8 @@ def _run_rank(rank: int, world_size: int, folder: str, task: Callable[..., Any],
     os._exit(0)
 
 
-def spawn_ranks(world_size: int, task: Callable[..., Any], *arguments: Any) -> Any:
+def spawn_ranks(world_size: int, task: Callable[..., Any], *arguments: Any, backend: str = "gloo") -> Any:
     """Runs `task(*arguments)` on `world_size` ranks and returns the result of rank 0. The task must be importable."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_run_rank, (world_size, folder, task, arguments), nprocs=world_size)
+        torch.multiprocessing.spawn(_run_rank, (world_size, folder, backend, task, arguments), nprocs=world_size)
         return torch.load(Path(folder) / "result", weights_only=False)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, DataConfig, Folder, TokenizerConfig, load, open_folder
 from lmu_dist.data.prepare import prepare
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.train import checkpoint
-from lmu_dist.train.checkpoint import Meta, folder_name, newest_intact, prune, write_manifest
+from lmu_dist.train import checkpoint, reshard
+from lmu_dist.train.checkpoint import Meta, folder_name, newest_intact, prune, upload, write_manifest, write_weights
 
 # aiohttp keeps a connection open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -65,10 +66,9 @@ def test_checkpoints_are_found_downloaded_and_pruned(where: str, remote: Folder,
         folder, local = run / folder_name(step, 1, "a1"), tmp_path / f"made-{step}"
         (local / "zero").mkdir(parents=True)
         (local / "zero" / "shard.pt").write_bytes(b"shard" * step)
-        write_manifest(local, Meta(step, "key", 1, 1, "data", "tokenizer", "code", {}, {}), 0, {})
-        for path in (p for p in local.rglob("*") if p.is_file()):
-            (folder / path.relative_to(local).parent).mkdir(parents=True, exist_ok=True)
-            (folder / path.relative_to(local)).write_bytes(path.read_bytes())
+        write_weights(local, Meta(step, "key", 1, 1, "data", "tokenizer", "code", {}, {}), {})
+        write_manifest(local, 0, 1)
+        upload(local, folder)
     found, meta, skipped = newest_intact(run)
     assert found is not None
     assert (meta and meta.step, skipped) == (100, [])
@@ -77,11 +77,39 @@ def test_checkpoints_are_found_downloaded_and_pruned(where: str, remote: Folder,
     assert found is not None
     assert (meta and meta.step, "shard.pt is damaged" in reason) == (20, True)
     if where == "uri":
-        storage.download_folder(found, tmp_path / "downloaded")
+        checkpoint.download_shared_shards(found, tmp_path / "downloaded")
+        assert [p.relative_to(tmp_path / "downloaded") for p in (tmp_path / "downloaded").rglob("*.pt")] == [
+            Path("zero/shard.pt")
+        ]
         assert (tmp_path / "downloaded" / "zero" / "shard.pt").read_bytes() == b"shard" * 20
-        assert checkpoint.verify(tmp_path / "downloaded") == meta
     prune(run, 1)
     assert sorted(p.name[5:13] for p in run.iterdir()) == ["00000100"]
+
+
+@pytest.mark.parametrize("where", ["folder", "uri"])
+def test_parts_of_a_tensor_are_read(where: str, remote: Folder, tmp_path: Path):
+    """Rank 1 of 2 reads the second half of what one rank saved at stage 3."""
+    weights, moments = torch.arange(3000.0), torch.arange(3000.0) / 7
+    shapes = [{"w": torch.Size((30, 100))}]
+    model = {
+        "param_shapes": shapes,
+        "dp_world_size": 1,
+        "ds_version": "0.19.8",
+        "buffer_names": ["b"],
+        "module": {"b": weights[5:9]},
+    }
+    optimizer = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": moments}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    content = {"optimizer_state_dict": {"optimizer_state_dict": optimizer, "fp32_flat_groups": [weights]}}
+    torch.save(model | dict.fromkeys(reshard.COUNTERS, 3), tmp_path / "model")
+    torch.save(content, tmp_path / "optimizer")
+    folder = remote / "zero" if where == "uri" else tmp_path / "zero"
+    storage.upload_file(tmp_path / "model", folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    storage.upload_file(tmp_path / "optimizer", folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    state = reshard.read(folder, shapes, 1, 2)
+    assert state.optimizer["fp32_flat_groups"][0].equal(weights[1500:])
+    assert state.optimizer["optimizer_state_dict"]["state"][0]["exp_avg"].equal(moments[1500:])
+    assert state.optimizer["optimizer_state_dict"]["state"][0]["step"] == 3
+    assert state.buffers["b"].equal(weights[5:9])
 
 
 def entries(log: MetricsLog) -> list[dict]:

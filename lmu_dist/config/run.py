@@ -86,8 +86,16 @@ class TrainConfig:
     weight_decay: Annotated[float, Field(ge=0)] = 0.0  # decoupled weight decay (AdamW), on matrices only
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # gradients are clipped to this global norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights and activations in bfloat16, master weights in float32
+    gradient_precision: Literal["fp32", "bf16"] = (
+        "fp32"  # precision: bf16: type in which gradients are summed over micro-batches and workers
+    )
     eval_every_tokens: Count = 500_000  # training tokens between evaluations
     eval_tokens: Count = 262_144  # tokens per evaluation: the start of the validation split, or all of it if it is shorter
+
+    @property
+    def float32_gradients(self) -> bool:
+        """Whether the gradients of bfloat16 weights are summed in float32."""
+        return self.precision == "bf16" and self.gradient_precision == "fp32"
 
     @property
     def batch_rows(self) -> int:
@@ -136,6 +144,10 @@ class ClusterConfig:
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # Ray's strategy: few nodes, many, or a node each
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # DeepSpeed ZeRO stage: what is sharded over the workers
     micro_batch_rows: Count | None = None  # rows per forward pass (gradient accumulation); None: the worker's whole share
+    activation_checkpointing: bool = False  # compute each block again in the backward pass: less memory, a third more FLOPs
+    offload: Literal["optimizer"] | None = (
+        None  # optimizer: keep the optimizer state in the CPU's memory; needs zero_stage >= 1
+    )
     max_failures: Natural = 3  # restarts of a run after lost workers, before it fails
     checkpoint_every_steps: Count = 100  # optimizer steps between checkpoints
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # newest intact checkpoints to keep per run
@@ -144,4 +156,6 @@ class ClusterConfig:
     def _consistent(self) -> "ClusterConfig":
         if self.min_workers and self.min_workers > self.n_workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not be more than n_workers ({self.n_workers})")
+        if self.offload and not self.zero_stage:
+            raise ValueError(f"offload: {self.offload} needs zero_stage 1, 2 or 3")
         return self

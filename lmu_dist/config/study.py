@@ -46,12 +46,14 @@ PowerLaw = Annotated[Rule, BeforeValidator(_rule)]
 
 @dataclass(frozen=True, config=STRICT)
 class WorkersFrom:
-    """Workers, ZeRO stage and micro-batch of all cells above a size."""
+    """Workers, ZeRO stage, micro-batch and ways to save memory of all cells above a size."""
 
     n_params: Natural  # smallest N that this entry applies to
     n_workers: Count  # worker processes per run
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None  # DeepSpeed ZeRO stage; None: cluster.zero_stage
     micro_batch_rows: Count | None = None  # rows per forward pass; None: cluster.micro_batch_rows
+    activation_checkpointing: bool | None = None  # compute blocks again in the backward pass; None: as in section cluster
+    offload: Literal["optimizer"] | None = None  # keep the optimizer state in the CPU's memory; None: cluster.offload
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -160,7 +162,7 @@ class PlanConfig:
     """Assumptions of `plan` about machines, prices and scaling laws."""
 
     worker_memory_bytes: Positive = 80e9  # memory of a worker (its GPU), in bytes
-    flops_per_second: Positive | None = None  # sustained training FLOP/s per worker; None: measured by `plan --calibrate`
+    flops_per_second: Positive | None = None  # executed training FLOP/s per worker; None: measured by `plan --calibrate`
     price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
     law: AssumedLaw = AssumedLaw()  # assumed scaling law of the baseline family
     efficiency_factor: Positive = 10.0  # assumed: the other families reach a loss with this many times fewer tokens

@@ -3,6 +3,8 @@
 To resume with the same data, a checkpoint needs only the step number, on any number of workers. Called by train.
 """
 
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,35 @@ class Batch:
 
     inputs: Int[Tensor, "batch time"]
     targets: Int[Tensor, "batch time"]
+
+    def pinned(self) -> "Batch":
+        """A copy in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return Batch(self.inputs.contiguous().pin_memory(), self.targets.contiguous().pin_memory())
+
+
+def prefetch(
+    batch_at: Callable[[int], Batch], first_step: int, n_steps: int, device: torch.device
+) -> Generator[Batch, None, None]:
+    """Yields batch_at(step) of the steps first_step .. n_steps - 1. A thread reads the next batch while this one is in use.
+
+    Batches for a GPU are page-locked. An error of `batch_at` is raised when its batch is due. Closing the generator waits for
+    the batch that is being read; no thread remains.
+    """
+
+    def read(step: int) -> Batch:
+        batch = batch_at(step)
+        if device.type != "cuda":
+            return batch
+        torch.cuda.set_device(device)  # the current device belongs to the thread
+        return batch.pinned()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as reader:
+        upcoming = reader.submit(read, first_step)
+        for step in range(first_step, n_steps):
+            batch = upcoming.result()
+            if step + 1 < n_steps:
+                upcoming = reader.submit(read, step + 1)
+            yield batch
 
 
 class TokenDataset:

@@ -77,7 +77,7 @@ def _measure(cell: GridCell, device: torch.device, device_name: str) -> StepTime
     from lmu_dist.train.loop import train_steps
 
     config, train, n_workers = cell.config, cell.config.train, dist.get_world_size()
-    engine = Engine(build_model(config, cell.shape), train, config.cluster, device)
+    engine = Engine(build_model(config, cell.shape, device), train, config.cluster, device)
     rng = np.random.default_rng(dist.get_rank())
     ids = rng.integers(0, cell.shape.vocab_tokens, (-(-train.batch_rows // n_workers), train.sequence_tokens + 1))
     rows = torch.from_numpy(ids)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import lmu_dist
 from lmu_dist.config import Config, ConfigError, Folder, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
@@ -24,7 +26,7 @@ from lmu_dist.train import VERSION
 CODE = (".py", ".cpp", ".h")
 # Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
 # left out of the key of a cell, so that finished runs keep their keys.
-ADDED_TRAIN_KEYS: dict[str, Any] = {}
+ADDED_TRAIN_KEYS: dict[str, Any] = {"gradient_precision": "bf16"}
 BRANCH_POINTS = "branch_points"  # folder in a trunk's folder, with the checkpoints from which decay branches start
 
 
@@ -89,8 +91,10 @@ def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Famil
     it declares (`Family.version`, `train.VERSION`), which tests/models/test_golden.py and tests/train/test_golden.py check.
     """
     model = config.model
-    # Options that are widths are in the shape, whether they were given or follow from the family's rule.
-    in_shape_or_passive = {*family.passive_options, *shape.widths}
+    if train["precision"] == "fp32":  # gradients have the precision of the weights
+        train = {key: value for key, value in train.items() if key != "gradient_precision"}
+    # Options that are widths, or act only through them, are in the shape, whether they were given or follow from a rule.
+    in_shape_or_passive = {*family.passive_options, *family.sizing_options, *shape.widths}
     options = {key: value for key, value in model.options.items() if key not in in_shape_or_passive}
     content = {
         "family": [family.name, str(family.version)],
@@ -104,10 +108,11 @@ def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Famil
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def build_model(config: Config, shape: Shape) -> LanguageModel:
-    """The untrained network of a run."""
+def build_model(config: Config, shape: Shape, device: torch.device) -> LanguageModel:
+    """The untrained network of a run on a device, in the precision of its training."""
     family = registry.family_of(shape)
-    model = LanguageModel(shape, config.seed, registry.options_of(family, config.model.options))
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    model = LanguageModel(shape, config.seed, registry.options_of(family, config.model.options), device, dtype)
     built, counted = sum(p.numel() for p in model.parameters()), parameters(shape).total
     if built != counted:
         raise ConfigError(

@@ -1,9 +1,10 @@
 """The training function of a Ray Train worker: builds data, model and engine, runs the loop, logs metrics, saves checkpoints.
 
 Started by launch/run_group with a RunGroup: cells that share a trunk. Rank 0 logs through launch/metrics_logger; every rank
-hands its checkpoint files to Ray.
+uploads its own checkpoint files.
 """
 
+import functools
 import json
 import math
 import os
@@ -31,7 +32,6 @@ from lmu_dist.launch.metrics_logger import MetricsLogger, RemoteRunLogger
 from lmu_dist.launch.record import Outcome, log_result, record_of_cell, record_path, write_record
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics
-from lmu_dist.storage import download_folder
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import VERSION, checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
@@ -76,15 +76,16 @@ def train_worker(arguments: dict[str, RunGroup]) -> None:
     for index, cell in enumerate(group.cells):
         if broadcast_from_rank0(lambda cell=cell: record_path(cell).exists(), rank):
             continue  # ended before the workers were started again
-        start = StartPoint(*broadcast_from_rank0(lambda cell=cell: _find_start_point(cell), rank))
+        start = _find_start_point(cell)
         if engine is not None and start.checkpoint_folder is None:
             engine.close()
             engine = None
+        peak_flops = _peak_flops(cell.config.train.precision, device)  # before there is an engine
         if engine is None:
-            engine = Engine(build_model(cell.config, cell.shape), cell.config.train, cell.config.cluster, device)
+            engine = Engine(build_model(cell.config, cell.shape, device), cell.config.train, cell.config.cluster, device)
         if start.checkpoint_folder is not None:
             _load(engine, start)
-        run = _CellRun(group, index, engine, rank, start.attempt_id)
+        run = _CellRun(group, index, engine, rank, start.attempt_id, peak_flops)
         if trunk_divergence is not None and not start.is_own_checkpoint:
             # This cell would take the same steps and diverge at the same step.
             state = trunk_divergence.state
@@ -100,14 +101,26 @@ def train_worker(arguments: dict[str, RunGroup]) -> None:
         run.end(outcome)
 
 
+@functools.cache
+def _peak_flops(precision: str, device: torch.device) -> float:
+    """FLOP/s of all workers together in a matrix product, measured once. Collective."""
+    from lmu_dist.train.engine import matmul_peak
+
+    of_all = torch.tensor(matmul_peak(precision, device), dtype=torch.float64, device=device)
+    dist.all_reduce(of_all)
+    return of_all.item()
+
+
 class _CellRun:
     """The training of one cell on this rank."""
 
-    def __init__(self, group: RunGroup, index: int, engine: Any, rank: int, attempt_id: str) -> None:
+    def __init__(self, group: RunGroup, index: int, engine: Any, rank: int, attempt_id: str, peak_flops: float) -> None:
         self.cell, self.report_to_tune = group.cells[index], group.report_to_tune
         self.engine, self.rank, self.attempt_id = engine, rank, attempt_id
+        self.peak_flops = peak_flops  # measured FLOP/s of all workers, see matmul_peak
         self.logger = RemoteRunLogger(group.metrics_logger, index) if rank == 0 else None
         self.world_size = dist.get_world_size()
+        self.uploader, self.upload_to = checkpoint.Uploader(), None  # the folder that the running upload's checkpoint goes to
         corpus, sequence_tokens = self.cell.corpus, self.cell.config.train.sequence_tokens
         self.rows: TokenDataset = corpus.rows("train", sequence_tokens)
         self.held_out: TokenDataset = corpus.rows("validation", sequence_tokens)
@@ -115,20 +128,20 @@ class _CellRun:
 
     def train(self, state: checkpoint.Meta) -> Outcome:
         """Runs the training steps from `state` until the run completes or diverges."""
-        from lmu_dist.train.engine import matmul_peak
         from lmu_dist.train.loop import train_rows
 
         config, engine = self.cell.config, self.engine
         train, cluster = config.train, config.cluster
         self.log_attempt()
-        peak = engine.sum_over_ranks(torch.tensor(matmul_peak(train.precision, engine.device))).item()
+        engine.reset_peak()
         flops = accounting.flops(self.cell.shape).training
         stream = train_rows(
             engine, self.rows, train, config.seed, state.step, lambda: state.val_losses, self.rank, self.world_size
         )
         for metrics in stream:
+            self.uploader.raise_error()
             if self.logger is not None:
-                self.logger.log_metrics(metrics.step, metrics.values(train.batch_tokens, flops, peak))
+                self.logger.log_metrics(metrics.step, metrics.values(train.batch_tokens, flops, self.peak_flops))
             seconds = state.training_seconds + metrics.step_seconds
             mean = running_mean(state.mean_loss_nats, metrics.loss_nats if metrics.finite else math.nan)
             state = replace(state, train_loss_nats=metrics.loss_nats, training_seconds=seconds)
@@ -177,7 +190,7 @@ class _CellRun:
     def has_branch_point(self, state: checkpoint.Meta) -> bool:
         """Whether the trunk already has a branch point at this step, from an earlier attempt."""
         folder = self.cell.trunk_folder / BRANCH_POINTS
-        _, found = broadcast_from_rank0(lambda: checkpoint.newest_branch_point(folder, state.step, state.zero_stage), self.rank)
+        _, found = checkpoint.newest_branch_point(folder, state.step, state.zero_stage, _ranks())
         return found is not None and found.step == state.step
 
     def evaluate(self, state: checkpoint.Meta) -> checkpoint.Meta:
@@ -200,22 +213,30 @@ class _CellRun:
         return evaluate(self.engine, self.held_out, n_rows, self.rank, self.world_size, step, self.bytes_per_token)
 
     def save(self, state: checkpoint.Meta, to: Folder) -> None:
-        """Saves a checkpoint: each rank writes its files to its own folder, and Ray merges these folders in storage."""
+        """Saves a checkpoint: each rank writes its files to local disk, and uploads them while training continues."""
+        self.finish_upload()
+        local = Path(tempfile.mkdtemp(prefix="lmu-dist-checkpoint-"))
+        self.engine.save(local)
+        weights = self.engine.weights()
+        if self.rank == 0:
+            checkpoint.write_weights(local, state, weights)
         name = checkpoint.folder_name(state.step, state.world_size, self.attempt_id)
-        with tempfile.TemporaryDirectory() as folder:
-            self.engine.save(Path(folder))
-            checkpoint.write_manifest(Path(folder), state, self.rank, self.engine.weights())
-            ray.train.report(
-                {"step": state.step},
-                checkpoint=ray.train.Checkpoint.from_directory(folder),
-                checkpoint_dir_name=f"{to.name}/{name}",  # below the trunk's folder
-            )
+        self.uploader.start(local, to / name, self.rank, state.world_size)
+        self.upload_to = to
+
+    def finish_upload(self) -> None:
+        """Waits until the last saved checkpoint is in storage, then deletes old checkpoints. Raises the error of the upload."""
+        if self.upload_to is None:
+            return
+        self.uploader.wait()
         dist.barrier()  # until the files of all ranks are in storage
-        if self.rank == 0 and to == self.cell.folder:
-            checkpoint.prune(to, self.cell.config.cluster.keep_checkpoints)
+        if self.rank == 0 and self.upload_to == self.cell.folder:
+            checkpoint.prune(self.upload_to, self.cell.config.cluster.keep_checkpoints)
+        self.upload_to = None
 
     def end(self, outcome: Outcome) -> None:
-        """Logs how the run ended, then writes its record.json, from rank 0."""
+        """Waits for the last checkpoint. Then rank 0 logs how the run ended, and writes its record.json."""
+        self.finish_upload()
         if self.logger is None:
             return
         record = record_of_cell(self.cell, outcome)
@@ -226,37 +247,47 @@ class _CellRun:
 
 
 def _load(engine: Any, start: StartPoint) -> None:
-    """Loads a checkpoint. It is downloaded, and converted for another number of workers, once per node and only if needed."""
-    from lmu_dist.train.engine import to_universal
-
-    assert start.checkpoint_folder is not None
+    """Loads a checkpoint, of any number of workers. At stage 0 it is downloaded first, once per node."""
+    folder = start.checkpoint_folder
+    assert folder is not None
+    if start.state.zero_stage > 0 or isinstance(folder, Path):
+        engine.load(folder)
+        return
     # Named by IP address, as Ray counts local ranks: workers at one address share a disk, and several nodes may share one too.
     name = f"lmu-dist-{start.attempt_id}-{ray.util.get_node_ip_address()}"
-    scratch, is_first = Path(tempfile.gettempdir()) / name, os.environ["LOCAL_RANK"] == "0"
-    convert = start.state.zero_stage > 0 and start.state.world_size != dist.get_world_size()
-    local = start.checkpoint_folder if isinstance(start.checkpoint_folder, Path) else scratch / "downloaded"
+    local, is_first = Path(tempfile.gettempdir()) / name, os.environ["LOCAL_RANK"] == "0"
     try:
-        if is_first and local != start.checkpoint_folder:
-            download_folder(start.checkpoint_folder, local)
-        if is_first and convert:
-            to_universal(local, scratch / "universal")
+        if is_first:
+            checkpoint.download_shared_shards(folder, local)
         dist.barrier()
-        engine.load(scratch / "universal" if convert else local, convert)
+        engine.load(local)
         dist.barrier()
     finally:
         if is_first:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(local, ignore_errors=True)
+
+
+def _ranks() -> checkpoint.Ranks:
+    """All workers, which check checkpoints together."""
+
+    def gather(mine: Any) -> list[Any]:
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    return checkpoint.Ranks(dist.get_rank(), dist.get_world_size(), gather)
 
 
 def _find_start_point(cell: Cell) -> StartPoint:
-    """The cell's newest intact checkpoint; else the latest usable branch point of its trunk; else step 0."""
-    attempt_id, cluster = f"{time.time_ns():x}", cell.config.cluster
-    folder, state, _ = checkpoint.newest_intact(cell.folder)
+    """The cell's newest intact checkpoint; else the latest usable branch point of its trunk; else step 0. Collective."""
+    ranks, cluster = _ranks(), cell.config.cluster
+    attempt_id = ranks.on_first(lambda: f"{time.time_ns():x}")
+    folder, state, _ = checkpoint.newest_intact(cell.folder, ranks)
     if state is not None:
         return StartPoint(folder, True, state, attempt_id)
     if cell.config.train.schedule == "wsd":
         branch_points, decay_start = cell.trunk_folder / BRANCH_POINTS, cell.config.train.decay_start
-        folder, state = checkpoint.newest_branch_point(branch_points, decay_start, cluster.zero_stage)
+        folder, state = checkpoint.newest_branch_point(branch_points, decay_start, cluster.zero_stage, ranks)
         if state is not None and state.key == cell.key:
             return StartPoint(folder, True, state, attempt_id)
         if state is not None:

@@ -6,7 +6,7 @@ models/registry finds it. Legend: B batch, T time, D width of the residual strea
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from functools import lru_cache
@@ -39,6 +39,7 @@ class Family(ABC):
     title, colour, ...  how reports show the family (`Appearance`)
     Options             keys of the family under `model` in a configuration: a frozen pydantic dataclass with defaults
     passive_options     options that change only the speed, not the results. They are not part of a run's key
+    sizing_options      options that act only through `widths`. The widths are part of a run's key, so these options are not
     sublayers           the sublayers of all blocks; default: n_blocks times (mixer, feed-forward)
     widths              the family's widths at a given d_model
     n_params, ...       counts of parameters, FLOPs and bytes; default: counted on the meta device (models/counting)
@@ -54,6 +55,7 @@ class Family(ABC):
     line: ClassVar[str] = "-"  # line style of matplotlib
     Options: ClassVar[type] = NoOptions
     passive_options: ClassVar[tuple[str, ...]] = ()
+    sizing_options: ClassVar[tuple[str, ...]] = ()
     learned_positions: ClassVar[bool] = False  # whether the model has a learned position embedding
     residual: ClassVar[bool] = True  # True: x <- x + sublayer(LayerNorm(x)); False: x <- sublayer(x)
     d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
@@ -73,17 +75,21 @@ class Family(ABC):
         text is generated with it. Otherwise the whole text is computed again for every new token.
         """
 
-    def sublayers(self, shape: Shape, options: Any) -> list[nn.Module]:
-        """Builds all sublayers in order. Each is a causal module from (B, T, D) to (B, T, D)."""
-        d = shape.d_model
-        return [m for _ in range(shape.n_blocks) for m in (self.mixer(shape, options), FeedForward(d, shape.d_ff))]
+    def sublayers(self, shape: Shape, options: Any) -> Iterable[nn.Module]:
+        """Builds all sublayers in order. Each is a causal module from (B, T, D) to (B, T, D).
+
+        A generator builds one at a time: each is moved to the device before the next one is built.
+        """
+        for _ in range(shape.n_blocks):
+            yield self.mixer(shape, options)
+            yield FeedForward(shape.d_model, shape.d_ff)
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
         """The family's widths at a d_model, before `free_widths` are fitted to N. None if this d_model is not possible."""
         numbers = {
             key: int(value)
             for key, value in asdict(options).items()
-            if isinstance(value, int) and key not in self.passive_options
+            if isinstance(value, int) and key not in (*self.passive_options, *self.sizing_options)
         }
         return None if d_model % self.d_model_multiple else {"d_ff": 4 * d_model, **numbers}
 
@@ -134,6 +140,14 @@ class Family(ABC):
         """Forward FLOPs per token in Fourier transforms. torch's flop counter does not see them."""
         return 0.0
 
+    def executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """FLOPs per token that all sublayers execute for `n_rows` rows at once: forward, and backward.
+
+        They decide how long a step takes. Default: the counted FLOPs, twice as many backward.
+        """
+        forward = self.matmul_flops(shape) + self.fft_flops(shape)
+        return forward, 2 * forward
+
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Bytes that all sublayers save for the backward pass of `n_rows` rows. `precision` is fp32 or bf16."""
         return _count_bytes(self, shape, n_rows, precision)
@@ -145,7 +159,7 @@ class Family(ABC):
     def meta_sublayers(self, shape: Shape) -> list[nn.Module]:
         """The sublayers on the meta device, without memory, for counting."""
         with torch.device(counting.META):
-            return self.sublayers(shape, self.options_for_counting(shape))
+            return list(self.sublayers(shape, self.options_for_counting(shape)))
 
     def options_for_counting(self, shape: Shape) -> Any:
         """The options that the default counts build with: those that are widths of the shape, defaults for the others."""

@@ -2,8 +2,8 @@
 
 With 50,257 tokens the logits of a batch would be larger than everything else in a training step together. Here only one block
 of them exists at a time, in one buffer, and is turned into gradients at once. These are the gradients of a loss with equal
-weights for all targets, such as the mean; under other weights the backward pass computes the blocks again. Called by lm.
-Legend: N tokens, V vocabulary, D width.
+weights for all targets, such as losses.sum() / N; under other weights the backward pass computes the blocks again. Called by
+lm. Legend: N tokens, V vocabulary, D width.
 """
 
 from typing import Any
@@ -15,7 +15,14 @@ from torch.nn import functional as F
 
 from lmu_dist.models.precision import product_dtype
 
-MAX_LOGITS = 2**23  # that exist at once: 32 MB in float32
+MAX_LOGITS = 2**23  # more logits than these are computed in blocks; on a CPU also the size of a block: 32 MB in float32
+# A block on a GPU: 2,670 rows at V = 50,257. The (V, D) gradient is read and written once per block, so blocks are large.
+GPU_BLOCK_LOGITS = 2**27
+
+
+def block_logits(on_gpu: bool) -> int:
+    """Largest number of logits in a block."""
+    return GPU_BLOCK_LOGITS if on_gpu else MAX_LOGITS
 
 
 def linear_cross_entropy(
@@ -39,7 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, targets, dx, dw = ctx.saved_tensors
-        if bool((dloss == dloss[0]).all()):
+        # Equal weights are recognised by the stride: the gradient of a sum is one number, expanded to all targets. Comparing
+        # numbers would wait for the GPU. Equal numbers that are stored one by one, as those of the gradient of losses.mean(),
+        # are treated as unequal ones: slower, and as correct.
+        if dloss.stride(0) == 0 or len(dloss) == 1:
             dx, dw = dx * dloss[0], dw * dloss[0]
         else:
             _, dx, dw = _losses_and_gradients(x, weight, targets, dloss, True)
@@ -52,7 +62,7 @@ def _losses_and_gradients(
     """Losses, and the gradients of their sum, weighted by dloss if given, with respect to x and weight (else undefined)."""
     w = weight.to(product_dtype(weight.dtype, weight.device))
     sum_dtype = torch.promote_types(w.dtype, torch.float32)
-    inputs, block_rows = x.to(w.dtype), max(1, MAX_LOGITS // len(weight))
+    inputs, block_rows = x.to(w.dtype), max(1, block_logits(x.is_cuda) // len(weight))
     losses = torch.empty(len(x), dtype=sum_dtype, device=x.device)
     dx, dw = torch.empty_like(inputs), torch.zeros(w.shape if with_gradients else 0, dtype=sum_dtype, device=w.device)
     # One buffer for all blocks: an allocator seldom reuses the memory of the last block for a new one of this size.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lmu_dist.models.head import linear_cross_entropy
 from lmu_dist.models.registry import family_of
@@ -18,10 +19,28 @@ from lmu_dist.models.shape import Shape
 class LanguageModel(nn.Module):
     """Embedding -> sublayers -> LayerNorm -> tied head. A sublayer is x <- x + sublayer(LayerNorm(x)); LSTM: x <- sublayer(x).
 
-    The same seed gives the same weights on every rank. `options` are the options of the family; None stands for the defaults.
+    The same seed gives the same weights on every rank and every device: all random numbers are drawn on the CPU, in float32.
+    The weights are on `device` in `dtype`; None keeps the dtype in which modules are built. While the model is built, the CPU
+    holds one sublayer or matrix at a time, if the weights are elsewhere. `options` are the options of the family; None stands
+    for the defaults.
+
+    With `activation_checkpointing`, a pass with gradients keeps the input of each block only. The backward pass computes the
+    block again.
     """
 
-    def __init__(self, shape: Shape, seed: int = 0, options: Any = None) -> None:
+    activation_checkpointing = False
+    # Whether a block that is computed again has a graph of its own (`use_reentrant` of torch.utils.checkpoint). ZeRO 3 needs
+    # it: it frees the weights of a module after its forward pass, and gathers them before the backward pass of the same graph.
+    reentrant_checkpoints = False
+
+    def __init__(
+        self,
+        shape: Shape,
+        seed: int = 0,
+        options: Any = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.shape, family = shape, family_of(shape)
         options = family.Options() if options is None else options
@@ -29,26 +48,37 @@ class LanguageModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             n_sublayers = family.n_sublayers(shape)
-            self.embedding = nn.Embedding(shape.vocab_tokens, shape.d_model)
-            self.position = nn.Embedding(shape.sequence_tokens, shape.d_model) if family.learned_positions else None
+            # Order and dtype of all random numbers are part of a seed's weights, and so are those that `_initialise` replaces.
+            self.embedding = nn.Embedding(shape.vocab_tokens, shape.d_model).to(device, dtype)
+            self.position = (
+                nn.Embedding(shape.sequence_tokens, shape.d_model).to(device, dtype) if family.learned_positions else None
+            )
             self.norms = nn.ModuleList(
                 nn.LayerNorm(shape.d_model) if self.residual else nn.Identity() for _ in range(n_sublayers)
             )
-            self.sublayers = nn.ModuleList(family.sublayers(shape, options))
+            self.sublayers = nn.ModuleList(sublayer.to(device, dtype) for sublayer in family.sublayers(shape, options))
             self.norm = nn.LayerNorm(shape.d_model)
-            self._initialise(n_sublayers)
+            self.norms.to(device, dtype)
+            self.norm.to(device, dtype)
+            self._initialise(n_sublayers, dtype)
 
-    def _initialise(self, n_sublayers: int) -> None:
+    @torch.no_grad()
+    def _initialise(self, n_sublayers: int, dtype: torch.dtype | None) -> None:
         """Initialises the weights: normal, matrices scaled by fan-in, outputs of sublayers also by depth (as in GPT-2).
 
         Embeddings have variance 1/d_model: logits start with variance 1, and embeddings have the scale of sublayers.
         """
+
+        def draw(weight: Tensor, std: float) -> None:
+            drawn = torch.empty(weight.shape, dtype=weight.dtype if dtype is None else None)
+            weight.copy_(nn.init.normal_(drawn, std=std))
+
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+                draw(module.weight, module.embedding_dim**-0.5)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
-                nn.init.normal_(module.weight, std=std * (n_sublayers**-0.5 if name.endswith(".out") else 1.0))
+                draw(module.weight, std * (n_sublayers**-0.5 if name.endswith(".out") else 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -69,8 +99,19 @@ class LanguageModel(nn.Module):
 
     def _hidden(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x = self._embed(tokens, 0)
-        for norm, sublayer in zip(self.norms, self.sublayers, strict=True):
-            x = (x if self.residual else 0.0) + sublayer(norm(x))
+        n_sublayers = len(self.sublayers)
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return self._through(x, 0, n_sublayers)
+        step = -(-n_sublayers // n_checkpoints(n_sublayers, self.shape.n_blocks))
+        for first in range(0, n_sublayers, step):
+            last = min(first + step, n_sublayers)
+            x = checkpoint(self._through, x, first, last, use_reentrant=self.reentrant_checkpoints)
+        return x
+
+    def _through(self, x: Float[Tensor, "B T D"], first: int, last: int) -> Float[Tensor, "B T D"]:
+        """Applies the sublayers first .. last - 1."""
+        for i in range(first, last):
+            x = (x if self.residual else 0.0) + self.sublayers[i](self.norms[i](x))
         return x
 
     def logits(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
@@ -99,6 +140,14 @@ def _advance(sublayer: nn.Module, x: Float[Tensor, "B T D"], state: Any) -> tupl
         return sublayer.advance(x, state)  # pyright: ignore[reportCallIssue]
     inputs = x if state is None else torch.cat([state, x], 1)
     return sublayer(inputs)[:, -x.shape[1] :], inputs
+
+
+def n_checkpoints(n_sublayers: int, n_blocks: int) -> int:
+    """Number of parts that activation checkpointing computes again, one after the other: the blocks.
+
+    A family with fewer sublayers than blocks, such as the LSTM, has one part per sublayer.
+    """
+    return min(n_sublayers, n_blocks)
 
 
 State = tuple[int, list[Any]]  # number of tokens so far, state of each sublayer

@@ -1,7 +1,7 @@
 """Cost of a grid: widths, parameters, FLOPs, memory, time and price of every cell of a configuration.
 
-Trains nothing. Counts come from models/accounting. Times come from plan.flops_per_second, or from the step times that
-`lmu-dist plan --calibrate` measured.
+Trains nothing. Counts come from models/accounting. Times come from the FLOPs that are executed and plan.flops_per_second, or
+from the step times that `lmu-dist plan --calibrate` measured.
 """
 
 import heapq
@@ -17,6 +17,7 @@ from lmu_dist.config import Config, ConfigError, Folder, to_dict
 from lmu_dist.data.manifest import corpus_folder, is_prepared, read_manifest
 from lmu_dist.data.tokenizer import configured_vocab_size
 from lmu_dist.models import accounting, registry
+from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import GridCell, grid, trunk_settings
 from lmu_dist.records import known_fields
 
@@ -31,7 +32,7 @@ class StepTime:
     step: dict[str, Any]  # which step: the result of `step_settings`
     device: str
     step_seconds: float
-    worker_flops_per_second: float  # training FLOPs of the step over its seconds, per worker
+    worker_flops_per_second: float  # counted training FLOPs of the step over its seconds, per worker; for the record only
     n_params: int = 0  # N; 0 in files of version 0.1, which did not store it
 
     @property
@@ -43,7 +44,13 @@ class StepTime:
 def step_settings(cell: GridCell) -> dict[str, Any]:
     """The settings that determine the time of a step: widths, rows, precision, workers, and CPUs and GPUs per worker."""
     train, cluster = cell.config.train, cell.config.cluster
-    return {
+    # Calibrations of earlier versions have no entries for these.
+    added = {
+        "gradient_precision": "fp32" if train.float32_gradients else None,
+        "activation_checkpointing": cluster.activation_checkpointing or None,
+        "offload": cluster.offload,
+    }
+    return {key: value for key, value in added.items() if value is not None} | {
         "family": cell.shape.family,
         "family_version": str(registry.family_of(cell.shape).version),
         "shape": cell.shape.to_dict(),
@@ -56,6 +63,19 @@ def step_settings(cell: GridCell) -> dict[str, Any]:
         "zero_stage": cluster.zero_stage,
         "micro_batch_rows": cluster.micro_batch_rows,
     }
+
+
+def executed_step_flops(step: dict[str, Any]) -> float:
+    """Training FLOPs per worker that are executed in an optimizer step with these `step_settings`."""
+    shape, n_workers = Shape.from_dict(step["shape"]), step["n_workers"]
+    share_rows = -(-step["batch_rows"] // n_workers)
+    per_token = accounting.executed_flops(
+        shape,
+        min(step["micro_batch_rows"] or share_rows, share_rows),
+        on_gpu=bool(step["gpus_per_worker"]),
+        activation_checkpointing=bool(step.get("activation_checkpointing")),
+    )
+    return step["batch_rows"] * shape.sequence_tokens * per_token / n_workers
 
 
 @dataclass(frozen=True)
@@ -74,7 +94,8 @@ class CellCost:
     batch_tokens: int
     learning_rate: float
     n_workers: int
-    flops: float
+    flops: float  # counted: those of the paper's form, which fits use
+    executed_flops: float  # those that decide the time
     flops_kaplan: float  # 6 N per token
     memory_bytes: tuple[float, float, float, float]  # peak memory of a worker at ZeRO stages 0 .. 3
     smallest_stage: int | None  # smallest ZeRO stage that fits plan.worker_memory_bytes; None: none fits
@@ -101,6 +122,11 @@ class Plan:
         return self.n_trials * sum(cell.flops for cell in self.cells)
 
     @property
+    def executed_flops(self) -> float:
+        """Training FLOPs that are executed for all cells, if no trial stops early."""
+        return self.n_trials * sum(cell.executed_flops for cell in self.cells)
+
+    @property
     def saved_share(self) -> float:
         """Fraction of the FLOPs that shared trunks save, compared with independent runs."""
         unshared = sum(cell.flops * cell.steps / (cell.steps - cell.shared_steps) for cell in self.cells)
@@ -114,8 +140,8 @@ class Plan:
 
     def totals(self) -> dict[str, Any]:
         """The totals by name, for JSON output."""
-        names = ("n_trials", "n_slots", "wall_seconds", "flops", "saved_share", "worker_seconds", "price", "device", "left_out")
-        return {name: getattr(self, name) for name in names}
+        names = ("n_trials", "n_slots", "wall_seconds", "flops", "executed_flops", "saved_share", "worker_seconds", "price")
+        return {name: getattr(self, name) for name in (*names, "device", "left_out")}
 
     @property
     def price(self) -> float | None:
@@ -153,16 +179,17 @@ def step_seconds(cell: GridCell, calibration: Sequence[StepTime]) -> float | Non
     """Estimated seconds of one optimizer step; None if nothing is known.
 
     Takes the first of these that is available: plan.flops_per_second; the measured time of the same step; the measured speeds
-    of the same family at other sizes. Speeds are interpolated in log N, and are constant beyond the measured sizes.
+    of the same family at other sizes. Speeds are executed FLOP/s. They are interpolated in log N, and are constant beyond the
+    measured sizes.
     """
     config, step = cell.config, step_settings(cell)
-    flops = config.train.batch_tokens * accounting.flops(cell.shape).training / config.cluster.n_workers
+    flops = executed_step_flops(step)
     if config.plan.flops_per_second:
         return flops / config.plan.flops_per_second
     if exact := [m for m in calibration if m.step == step]:
         return exact[-1].step_seconds
     speeds = {
-        m.n_params: math.log(m.worker_flops_per_second)
+        m.n_params: math.log(executed_step_flops(m.step) / m.step_seconds)
         for m in calibration
         if m.n_params and m.speed_group == StepTime(step, "", 0, 0).speed_group
     }
@@ -233,8 +260,7 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
     rate = config.plan.price_per_worker_hour
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, calibration)
     micro_rows = config.cluster.micro_batch_rows or -(-train.batch_rows // workers)
-    activations = accounting.activation_bytes(shape, micro_rows, train.precision, bool(config.cluster.gpus_per_worker))
-    memory = tuple(accounting.zero_memory(shape, stage, workers, train.precision).peak_bytes(activations) for stage in STAGES)
+    memory = accounting.worker_bytes(shape, micro_rows, train, config.cluster)
     seconds = seconds_each * steps if seconds_each is not None else None
     return CellCost(
         family=shape.family,
@@ -250,8 +276,9 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
         learning_rate=train.learning_rate,
         n_workers=workers,
         flops=steps * train.batch_tokens * flops.training,
+        executed_flops=steps * workers * executed_step_flops(step_settings(cell)),
         flops_kaplan=steps * train.batch_tokens * flops.training_kaplan,
-        memory_bytes=memory,  # pyright: ignore[reportArgumentType]
+        memory_bytes=memory,
         smallest_stage=next((s for s in STAGES if memory[s] <= config.plan.worker_memory_bytes), None),
         zero_stage=config.cluster.zero_stage,
         step_seconds=seconds_each,

@@ -188,6 +188,9 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
     stage = cluster.zero_stage if workers.zero_stage is None else workers.zero_stage
     settings |= {"cluster.n_workers": workers.n_workers, "cluster.zero_stage": stage}
     settings |= {"cluster.micro_batch_rows": workers.micro_batch_rows or cluster.micro_batch_rows}
+    recompute = workers.activation_checkpointing
+    settings |= {"cluster.activation_checkpointing": cluster.activation_checkpointing if recompute is None else recompute}
+    settings |= {"cluster.offload": workers.offload or cluster.offload}
     return with_settings(config, settings | {"ladder": None, "tune": None})
 
 

@@ -1,16 +1,21 @@
 """Checkpoints: a folder with ZeRO shards, weights and meta.json, and a manifest of sha256 digests per rank.
 
-Each rank writes its files to a folder of its own. Ray merges these into one folder, from which checkpoints are read. A
-checkpoint is intact when every rank's manifest exists and every listed file has the listed size and digest.
+Each rank writes its files to a local folder, and a thread uploads them to one folder in storage that all ranks share, the
+manifest last. A checkpoint is intact when every rank's manifest exists and every listed file has the listed size and digests.
+Ranks that resume check it together; commands that have no ranks check it in their own process.
 """
 
 import json
 import math
 import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -20,7 +25,13 @@ from lmu_dist.config import ConfigError, Folder
 from lmu_dist.records import known_fields
 
 META, WEIGHTS = "meta.json", "model.safetensors"
+MANIFEST = "manifest-"
+SHARDS = "zero"  # DeepSpeed's folder inside a checkpoint
+BLOCK_BYTES = 1 << 24  # files are hashed in blocks, so that ranks can share the work on a large file
 NAME = re.compile(r"^step-(\d{8})-w\d+-([0-9a-f]+)$")
+
+
+T = TypeVar("T")
 
 
 class CheckpointError(ConfigError):
@@ -69,40 +80,157 @@ def folder_name(step: int, world_size: int, attempt: str) -> str:
     return f"step-{step:08d}-w{world_size}-{attempt}"
 
 
-def write_manifest(folder: Path, meta: Meta, rank: int, weights: dict[str, Tensor]) -> None:
-    """Completes a rank's part of a checkpoint: adds weights and meta.json (rank 0 only), then writes the rank's manifest.
+class Ranks(NamedTuple):
+    """The processes that check checkpoints together; by default this process alone."""
 
-    `folder` already holds the rank's ZeRO shards. The manifest lists every file with its size in bytes and sha256.
+    rank: int = 0
+    size: int = 1
+    gather: Callable[[Any], list[Any]] = lambda mine: [mine]  # collective: returns what every rank gave, by rank
+
+    def on_each(self, compute: Callable[[], T]) -> list[T]:
+        """Calls `compute` on every rank and returns all results. A CheckpointError of any rank is raised on all of them."""
+        try:
+            mine = compute(), None
+        except CheckpointError as e:
+            mine = None, e
+        everyone = self.gather(mine)
+        for _, error in everyone:
+            if error is not None:
+                raise error
+        return [result for result, _ in everyone]
+
+    def on_first(self, compute: Callable[[], T]) -> T:
+        """Calls `compute` on rank 0 and returns its result on every rank."""
+        result: Any = self.on_each(lambda: compute() if self.rank == 0 else None)[0]
+        return result
+
+
+ALONE = Ranks()
+
+
+class Block(NamedTuple):
+    """Consecutive bytes of a file that have one digest."""
+
+    name: str  # of the file, relative to the checkpoint's folder
+    file_bytes: int
+    begin: int  # first byte
+    end: int  # the byte after the last one
+    sha256: str
+
+
+def write_weights(folder: Path, meta: Meta, weights: dict[str, Tensor]) -> None:
+    """Adds the weights and meta.json to rank 0's part of a checkpoint."""
+    safetensors.torch.save_file(weights, folder / WEIGHTS)
+    (folder / META).write_text(json.dumps(asdict(meta)))
+
+
+def write_manifest(folder: Path, rank: int, world_size: int) -> None:
+    """Completes a rank's part of a checkpoint with a manifest, which lists every file with its size in bytes and sha256.
+
+    A file of more than one block has a list with the digest of every block.
     """
-    if rank == 0:
-        safetensors.torch.save_file(weights, folder / WEIGHTS)
-        (folder / META).write_text(json.dumps(asdict(meta)))
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listing = {str(p.relative_to(folder)): [p.stat().st_size, storage.digest(p)] for p in files}
-    (folder / _manifest_name(rank)).write_text(json.dumps({"world_size": meta.world_size, "files": listing}))
+    listing: dict[str, tuple[int, str | list[str]]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        digests = [storage.digest(path, begin, end) for begin, end in _block_limits(size, BLOCK_BYTES)]
+        listing[str(path.relative_to(folder))] = size, digests if len(digests) > 1 else digests[0]
+    manifest = {"world_size": world_size, "block_bytes": BLOCK_BYTES, "files": listing}
+    (folder / _manifest_name(rank)).write_text(json.dumps(manifest))
 
 
-def verify(folder: Folder, digests: bool = True) -> Meta:
+def upload(folder: Path, to: Folder) -> None:
+    """Copies a rank's part of a checkpoint to storage, the manifest last."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file())
+    for path in sorted(paths, key=lambda p: p.name.startswith(MANIFEST)):
+        storage.upload_file(path, to / str(path.relative_to(folder)))
+
+
+class Uploader:
+    """Uploads this rank's part of checkpoints from a background thread, one at a time."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "checkpoint-upload")
+        self._running: Future[None] | None = None
+
+    def start(self, folder: Path, to: Folder, rank: int, world_size: int) -> None:
+        """Starts to write the manifest of `folder`, upload it and delete it. The upload before must have ended."""
+        assert self._running is None
+
+        def run() -> None:
+            try:
+                write_manifest(folder, rank, world_size)
+                upload(folder, to)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        self._running = self._thread.submit(run)
+
+    def raise_error(self) -> None:
+        """Raises the error of the upload, if it has failed by now."""
+        if self._running is not None and self._running.done():
+            self._running.result()
+
+    def wait(self) -> None:
+        """Waits until the upload has ended. Raises its error."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
+def verify(folder: Folder, digests: bool = True, ranks: Ranks = ALONE) -> Meta:
     """Returns meta.json after checking the size and sha256 of every file of a checkpoint. Raises CheckpointError.
 
-    With `digests=False` only sizes are checked.
+    Every rank hashes about the same number of bytes. With `digests=False` only sizes are checked.
     """
-    rank, world_size = 0, 1
-    while rank < world_size:
-        manifest = _read_json(folder / _manifest_name(rank))
-        world_size = manifest["world_size"]
-        for name, (size, digest) in manifest["files"].items():
-            path = folder / name
+    n_writers: int = ranks.on_first(lambda: _read_json(folder / _manifest_name(0))["world_size"])
+    mine = range(ranks.rank, n_writers, ranks.size)
+    manifests = ranks.on_each(lambda: {writer: _read_json(folder / _manifest_name(writer)) for writer in mine})
+    by_writer = {writer: manifest for some in manifests for writer, manifest in some.items()}
+    blocks = [block for writer in range(n_writers) for block in _blocks(by_writer[writer])]
+    ranks.on_each(lambda: _check(folder, share_of(blocks, ranks.rank, ranks.size), digests))
+    return ranks.on_first(lambda: meta_from_json(_read_json(folder / META)))
+
+
+def share_of(blocks: list[Block], rank: int, world_size: int) -> list[Block]:
+    """The blocks that one rank checks: consecutive ones, with about the same number of bytes for every rank."""
+    begins = list(accumulate((block.end - block.begin for block in blocks), initial=0))
+    total = max(begins.pop(), 1)
+    return [b for b, begin in zip(blocks, begins, strict=True) if min(begin * world_size // total, world_size - 1) == rank]
+
+
+def _check(folder: Folder, blocks: list[Block], digests: bool) -> None:
+    known = None  # the file whose size is known to be right
+    for block in blocks:
+        path = folder / block.name
+        if known != block.name:
             try:
                 found = path.stat().st_size
             except FileNotFoundError as e:  # other errors say nothing about the checkpoint and must propagate
-                raise IncompleteCheckpointError(f"checkpoint {folder} lacks {name}") from e
-            if found < size:
-                raise IncompleteCheckpointError(f"checkpoint {folder}: {name} is incomplete")
-            if found != size or (digests and storage.digest(path) != digest):
-                raise CheckpointError(f"checkpoint {folder}: {name} is damaged")
-        rank += 1
-    return meta_from_json(_read_json(folder / META))
+                raise IncompleteCheckpointError(f"checkpoint {folder} lacks {block.name}") from e
+            if found < block.file_bytes:
+                raise IncompleteCheckpointError(f"checkpoint {folder}: {block.name} is incomplete")
+            if found != block.file_bytes:
+                raise CheckpointError(f"checkpoint {folder}: {block.name} is damaged")
+            known = block.name
+        if digests and storage.digest(path, block.begin, block.end) != block.sha256:
+            raise CheckpointError(f"checkpoint {folder}: {block.name} is damaged")
+
+
+def _blocks(manifest: dict[str, Any]) -> list[Block]:
+    """The blocks of all files of a manifest. An older manifest has one digest for every file."""
+    found = []
+    for name, (size, digests) in manifest["files"].items():
+        sha256s = digests if isinstance(digests, list) else [digests]
+        limits = _block_limits(size, manifest["block_bytes"] if len(sha256s) > 1 else size)
+        if len(limits) != len(sha256s):
+            raise CheckpointError(f"the manifest that lists {name} is damaged")
+        found += [Block(name, size, begin, end, sha) for (begin, end), sha in zip(limits, sha256s, strict=True)]
+    return found
+
+
+def _block_limits(n_bytes: int, block_bytes: int) -> list[tuple[int, int]]:
+    """First byte and end of every block of a file; an empty file has one block."""
+    return [(begin, min(begin + block_bytes, n_bytes)) for begin in range(0, max(n_bytes, 1), max(block_bytes, 1))]
 
 
 def is_loadable(meta: Meta, zero_stage: int) -> bool:
@@ -113,31 +241,33 @@ def is_loadable(meta: Meta, zero_stage: int) -> bool:
     return meta.zero_stage == zero_stage or {meta.zero_stage, zero_stage} == {1, 2}
 
 
-def newest_branch_point(branch_points: Folder, before_step: int, zero_stage: int) -> tuple[Folder | None, Meta | None]:
+def newest_branch_point(
+    branch_points: Folder, before_step: int, zero_stage: int, ranks: Ranks = ALONE
+) -> tuple[Folder | None, Meta | None]:
     """The latest intact branch point of a trunk at or before step `before_step` that this ZeRO stage can load.
 
     A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped.
     """
-    for folder in _list_checkpoints(branch_points):
+    for folder in _list_checkpoints(branch_points, ranks):
         if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]
             continue
         with suppress(CheckpointError):
-            meta = verify(folder)
+            meta = verify(folder, ranks=ranks)
             if is_loadable(meta, zero_stage):
                 return folder, meta
     return None, None
 
 
-def newest_intact(run_folder: Folder) -> tuple[Folder | None, Meta | None, list[str]]:
+def newest_intact(run_folder: Folder, ranks: Ranks = ALONE) -> tuple[Folder | None, Meta | None, list[str]]:
     """The latest intact checkpoint of a run, its meta, and one message per newer checkpoint that was skipped.
 
     Returns (None, None, messages) if the run has no checkpoint, or only incomplete ones. Raises CheckpointError if none is
     intact and at least one is damaged: training from scratch would overwrite what a person might still restore.
     """
     skipped, damaged = list[str](), False
-    for folder in _list_checkpoints(run_folder):
+    for folder in _list_checkpoints(run_folder, ranks):
         try:
-            return folder, verify(folder), skipped
+            return folder, verify(folder, ranks=ranks), skipped
         except CheckpointError as e:
             skipped.append(str(e))
             damaged = damaged or not isinstance(e, IncompleteCheckpointError)
@@ -161,10 +291,18 @@ def prune(run_folder: Folder, keep: int) -> None:
             n_intact += 1
 
 
-def _list_checkpoints(run_folder: Folder) -> list[Folder]:
+def _list_checkpoints(run_folder: Folder, ranks: Ranks = ALONE) -> list[Folder]:
     """Checkpoint folders, intact or not, newest first: by step, then by attempt, whose id is its start time in hex."""
-    found = [(match.groups(), p) for p in run_folder.glob("step-*") if (match := NAME.match(p.name))]
-    return [p for _, p in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    names = ranks.on_first(lambda: [path.name for path in run_folder.glob("step-*")])
+    found = [(match.groups(), name) for name in names if (match := NAME.match(name))]
+    return [run_folder / name for _, name in sorted(found, reverse=True)]
+
+
+def download_shared_shards(folder: Folder, to: Path) -> None:
+    """Downloads what ranks at stage 0 load, from a checkpoint at a URI: the files in SHARDS that do not belong to one rank."""
+    for path in sorted((folder / SHARDS).iterdir()):
+        if "zero_pp_rank_" not in path.name:
+            storage.download_file(path, to / SHARDS / path.name)
 
 
 def read_weights(folder: Folder) -> dict[str, Tensor]:
@@ -173,7 +311,7 @@ def read_weights(folder: Folder) -> dict[str, Tensor]:
 
 
 def _manifest_name(rank: int) -> str:
-    return f"manifest-{rank:05d}.json"
+    return f"{MANIFEST}{rank:05d}.json"
 
 
 def _read_json(path: Folder) -> Any:

@@ -5,9 +5,10 @@ Its caller, launch/worker, decides when to evaluate, save and log. There is no o
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 from lmu_dist.config import TrainConfig
-from lmu_dist.data.batches import Batch, TokenDataset, row_indices
+from lmu_dist.data.batches import Batch, TokenDataset, prefetch, row_indices
 from lmu_dist.records import StepMetrics
 from lmu_dist.train.engine import Engine
 from lmu_dist.train.schedule import learning_rate
@@ -45,13 +46,18 @@ def train_steps(
     n_steps: int,
     batch_tokens: int,
 ) -> Iterator[StepMetrics]:
-    """Runs optimizer steps first_step .. n_steps - 1 and yields the metrics of each. Stops after a step that is not finite."""
-    for step in range(first_step, n_steps):
-        began = time.perf_counter()
-        rate = learning_rate_at(step)
-        loss, norm = engine.step(batch_at(step), rate)
-        elapsed = time.perf_counter() - began
-        metrics = StepMetrics(step, (step + 1) * batch_tokens, loss, norm, rate, elapsed)
-        yield metrics
-        if not metrics.finite:
-            return
+    """Runs optimizer steps first_step .. n_steps - 1 and yields the metrics of each. Stops after a step that is not finite.
+
+    `batch_at` runs in another thread, one step ahead. The seconds of a step include waiting for its batch.
+    """
+    # Closed with this generator, so that its thread ends when the caller stops early.
+    with closing(prefetch(batch_at, first_step, n_steps, engine.device)) as batches:
+        for step in range(first_step, n_steps):
+            began = time.perf_counter()
+            rate = learning_rate_at(step)
+            loss, norm = engine.step(next(batches), rate)
+            elapsed = time.perf_counter() - began
+            metrics = StepMetrics(step, (step + 1) * batch_tokens, loss, norm, rate, elapsed)
+            yield metrics
+            if not metrics.finite:
+                return

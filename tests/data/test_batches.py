@@ -1,11 +1,14 @@
 """Tests of batches: rows are a pure function of the step, the same for any number of workers, and each row once per epoch."""
 
+import threading
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmu_dist.data.batches import TokenDataset, row_indices, shuffle
+from lmu_dist.data.batches import Batch, TokenDataset, prefetch, row_indices, shuffle
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 100))
@@ -51,3 +54,27 @@ def test_neighbouring_rows_share_a_token(tmp_path):
     assert batch.targets.tolist() == [[1, 2, 3, 4, 5], [21, 22, 23, 24, 25]]
     (tmp_path / "empty.bin").touch()
     assert len(TokenDataset(tmp_path / "empty.bin", "<u2", 5)) == 0
+
+
+def batch_at(step: int) -> Batch:
+    if step == 5:
+        raise OSError("the disk is gone")
+    return Batch(torch.full((1, 2), step), torch.full((1, 2), step))
+
+
+def test_prefetch_keeps_the_order_reads_one_batch_ahead_and_raises_errors_when_they_are_due():
+    read, cpu = list[int](), torch.device("cpu")
+    batches = prefetch(lambda step: (read.append(step), batch_at(step))[1], 2, 9, cpu)
+    assert [int(next(batches).inputs[0, 0]) for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(batches)
+    assert read == [2, 3, 4, 5]
+    assert [int(b.inputs[0, 0]) for b in prefetch(batch_at, 0, 3, cpu)] == [0, 1, 2]
+
+
+def test_prefetch_leaves_no_thread():
+    batches = prefetch(batch_at, 0, 5, torch.device("cpu"))
+    next(batches)
+    assert any(thread.name.startswith("prefetch") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())

@@ -58,6 +58,7 @@ def test_key_is_unchanged(tmp_path: Path, corpus: Corpus):
 def test_key_does_not_depend_on_workers_storage_and_form(tmp_path: Path, corpus: Corpus):
     base = make_config(tmp_path)
     same = {"cluster.n_workers": 1, "cluster.zero_stage": 3, "storage": str(tmp_path / "elsewhere"), "model.form": "fft"}
+    same |= {"model.max_reduced_order": 10}  # above what this small model has
     assert make_cell(with_settings(base, same), corpus).key == make_cell(base, corpus).key
     for other in ({"model.theta_tokens": 16}, {"train.beta2": 0.9}, {"seed": 1}, {"model.n_params": 3100}):
         assert make_cell(with_settings(base, other), corpus).key != make_cell(base, corpus).key
@@ -91,6 +92,22 @@ def test_added_train_key_at_its_neutral_value_does_not_change_the_key(tmp_path: 
     monkeypatch.setattr(cells, "ADDED_TRAIN_KEYS", {"label_smoothing": 0.0})
     assert cells.key_of(config, train | {"label_smoothing": 0.0}, *arguments) == before
     assert cells.key_of(config, train | {"label_smoothing": 0.1}, *arguments) != before
+
+
+def test_gradient_precision_is_in_the_key_where_it_changes_losses(tmp_path: Path, corpus: Corpus):
+    shape = make_cell(make_config(tmp_path), corpus).shape
+
+    def keys(precision: str) -> list[str]:
+        """With gradients summed in fp32, in bf16, and as computed by a version without the setting."""
+        config = with_settings(make_config(tmp_path), {"train.precision": precision})
+        train = cells.to_dict(config)["train"]
+        earlier = {key: value for key, value in train.items() if key != "gradient_precision"}
+        settings = (train, {**train, "gradient_precision": "bf16"}, earlier)
+        return [cells.key_of(config, each, shape, registry.find("lmu"), "d") for each in settings]
+
+    assert len(set(keys("fp32"))) == 1
+    in_fp32, in_bf16, earlier = keys("bf16")
+    assert in_fp32 != in_bf16 == earlier
 
 
 def test_key_of_a_users_family_depends_on_its_text_and_not_on_its_path(tmp_path: Path, corpus: Corpus):

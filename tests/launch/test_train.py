@@ -23,6 +23,7 @@ from lmu_dist.launch import claim
 from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.train.checkpoint import newest_intact
 
 STEPS = 600
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
@@ -211,18 +212,47 @@ def _workers() -> list[psutil.Process]:
     return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
 
 
+# A family in a user's file runs in the workers; this one makes one of their uploads slow, so that a test can kill them in it.
+SLOW_UPLOAD = """
+import os
+import time
+
+from lmu_dist import storage
+from lmu_dist.models.families.lmu import LMU
+
+
+def slow_upload(local, to, upload=storage.upload_file):
+    if "step-00000200" in str(to) and to.name.startswith("manifest"):
+        time.sleep(4)
+    upload(local, to)
+
+
+if "WORLD_SIZE" in os.environ:
+    storage.upload_file = slow_upload
+
+
+class SlowUpload(LMU):
+    pass
+"""
+
+
 @pytest.mark.timeout(300)
-def test_killed_worker_does_not_change_the_losses(job: Path, undisturbed: FinishedRun, tmp_path: Path):
+def test_worker_killed_during_an_upload_does_not_change_the_losses(job: Path, undisturbed: FinishedRun, tmp_path: Path):
     killed = []
+    (tmp_path / "slow.py").write_text(SLOW_UPLOAD)
 
     def kill_one(latest: dict[str, float]) -> None:
-        if not killed and latest.get("step", 0) > 150:
+        found = list(tmp_path.glob("*/*/step-00000200-*/meta.json"))
+        if not killed and found:
             mine = [p for p in _workers() if os.getpid() in {a.pid for a in p.parents()}]
             mine[-1].send_signal(signal.SIGKILL)
-            killed.append(latest["step"])
+            killed.append((latest["step"], newest_intact(found[0].parents[1])[1]))
 
-    finished = train(configured(job, tmp_path), default_uri(tmp_path), listener=kill_one)
-    assert killed
+    config = configured(job, tmp_path, f"model.family={tmp_path / 'slow.py'}:SlowUpload")
+    finished = train(config, default_uri(tmp_path), listener=kill_one)
+    [(step, state)] = killed
+    assert step > 200  # training went on during the upload
+    assert (state and state.step) == 100
     assert losses(finished) == losses(undisturbed)
     assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
     store = Store(finished.tracking_uri)

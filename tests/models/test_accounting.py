@@ -136,6 +136,43 @@ def test_activation_bytes_on_gpu(n_params, length, n_rows, monkeypatch):
     assert accounting.activation_bytes(shape, n_rows, on_gpu=True) == pytest.approx(saved, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("order", "theta", "length", "width", "rows", "batch"),
+    [(60, 128.0, 250, 20, 6, 4), (12, 20.0, 300, 5, 3, 2), (250, 256.0, 256, 8, 4, 2)],  # 32, 32 and 256 tokens a chunk
+)
+def test_executed_flops_of_the_gpu_form_equal_torchs_counter(order, theta, length, width, rows, batch, monkeypatch):
+    """Runs the form of the GPU on the CPU. The counter sees all but the attention kernel."""
+    monkeypatch.setattr(chunked, "use_sequential_scan", lambda _: False)
+    rng = torch.Generator().manual_seed(0)
+    sizes = [(batch, length, width), (3 * rows, order), (3 * rows,), (rows,)]
+    x, projection, bias, p = (torch.randn(size, generator=rng, requires_grad=True) for size in sizes)
+    config = chunked.chunked_config(x, 3 * rows, order, theta)
+    config = config._replace(keep_preactivations=False, dtype=torch.bfloat16)
+    chunked.fused_lmu(x, projection, bias, p, config)  # computes the powers of Abar that the scan needs
+    with FlopCounterMode(display=False) as forward:
+        out = chunked.fused_lmu(x, projection, bias, p, config)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    counted = chunked.multiply_adds(order, 3 * rows, width, length, batch, config.transition.chunk)
+    seen = (forward.get_total_flops(), backward.get_total_flops())
+    assert seen == pytest.approx([2 * batch * length * count for count in counted], rel=1e-12)
+
+
+def test_executed_flops_add_what_the_backward_pass_computes_again(shape):
+    """Activation checkpointing adds a forward pass of the blocks, which is all but the head."""
+    n_rows, head = 4, accounting.flops(shape).head
+    for on_gpu in (False, True):
+        plain = accounting.executed_flops(shape, n_rows, on_gpu)
+        forward, backward = family_of(shape).executed_flops(shape, n_rows, on_gpu)
+        assert plain == pytest.approx(forward + backward + 3 * head)
+        assert accounting.executed_flops(shape, n_rows, on_gpu, activation_checkpointing=True) == pytest.approx(plain + forward)
+    counted = accounting.flops(shape)
+    if "order" not in shape.widths:
+        assert 0.8 * counted.training < plain <= counted.training
+    # A transform for every channel and kernel is most of the work in both counts.
+    assert accounting.executed_flops(shape, n_rows, False) == pytest.approx(counted.training, rel=0.5)
+
+
 def test_chunk_tokens_minimise_the_cost():
     """The paper's largest mixer. A row shorter than chunk plus memory is computed as one chunk without memory."""
     assert chunked.chunk_tokens(250, 75, 204, 1024, 2) == 32

@@ -7,6 +7,8 @@ from torch.nn import functional as F
 from lmu_dist.models import head
 
 N, D, V = 37, 5, 23
+# Equal weights of the targets as one number, equal weights as N numbers, unequal weights.
+LOSSES = {"sum": lambda losses: losses.sum() / N, "mean": torch.Tensor.mean, "squares": lambda losses: losses.square().mean()}
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +39,22 @@ def plain(x: torch.Tensor, w: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-@pytest.mark.parametrize("loss", ["mean", "mean of squares"])  # equal and unequal weights of the targets
+@pytest.mark.parametrize("loss", LOSSES)
 def test_blocked_equals_plain(dtype, bound, loss):
-    got, expected = blocked_and_plain(dtype, torch.Tensor.mean if loss == "mean" else lambda losses: losses.square().mean())
+    got, expected = blocked_and_plain(dtype, LOSSES[loss])
     assert got[0].dtype == torch.promote_types(dtype, torch.float32)
     assert [g.dtype for g in got[1:]] == [dtype, dtype]
     for actual, exact in zip(got, expected, strict=True):
         assert float((actual.double() - exact).norm() / exact.norm()) < bound
+
+
+@pytest.mark.parametrize(("loss", "passes"), [("sum", 1), ("mean", 2)])
+def test_gradients_are_computed_once_if_the_weights_are_equal(loss, passes, monkeypatch: pytest.MonkeyPatch):
+    calls, compute = list[bool](), head._losses_and_gradients
+    monkeypatch.setattr(head, "_losses_and_gradients", lambda *args: (calls.append(True), compute(*args))[1])
+    x, w, targets = problem(torch.float32)
+    LOSSES[loss](head.linear_cross_entropy(x, w, targets)).backward()
+    assert len(calls) == passes
 
 
 def test_bfloat16_products(monkeypatch: pytest.MonkeyPatch):

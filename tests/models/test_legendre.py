@@ -1,10 +1,18 @@
-"""The frozen memory against closed forms and scipy's discretisation."""
+"""The frozen memory against closed forms, scipy's discretisation and Lyapunov equation; and its cache on disk."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.linalg import solve_discrete_lyapunov
 from scipy.signal import cont2discrete
 
+from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.mixers.lmu.legendre import (
+    chunk_powers,
     continuous_matrices,
     discrete_matrices,
     impulse_response,
@@ -44,6 +52,114 @@ def test_row_scale_is_the_deviation_under_white_noise():
     rows = np.sqrt((impulse_response(order, theta, 2000) ** 2).sum(1))
     assert rows == pytest.approx(row_scale(order, theta), rel=1e-9)
     assert rows[:2] == pytest.approx(np.sqrt([1 / theta, 3 / theta]), rel=0.05)
+
+
+@pytest.mark.parametrize(("order", "theta"), [(1, 7.0), (12, 20.0), (24, 16.0), (60, 40.0), (250, 1024.0), (7, 9000.0)])
+def test_row_scale_solves_the_lyapunov_equation(order: int, theta: float):
+    a_bar, b_bar = discrete_matrices(order, theta)
+    gramian = solve_discrete_lyapunov(a_bar, np.outer(b_bar, b_bar))
+    assert row_scale(order, theta) == pytest.approx(np.sqrt(np.diag(gramian)), rel=1e-11)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 8, 32])
+def test_chunk_powers(chunk: int):
+    a_bar, scale = discrete_matrices(20, 64.0)[0], row_scale(20, 64.0)
+    first, steps, last = chunk_powers(20, 64.0, chunk, "f8")
+    products = [*first, *(step @ power for step in steps for power in first)][:chunk]
+    for i, power in enumerate(products):
+        expected = np.linalg.matrix_power(a_bar, i + 1) / scale[:, None] * scale
+        assert np.abs(power - expected).max() < 1e-13
+    assert np.abs(last - products[-1]).max() < 1e-13
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the cache, empty. Orders are large from 20 on."""
+    monkeypatch.setattr(legendre, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setattr(legendre, "SMALLEST_ORDER_ON_DISK", 20)
+    forget()
+    return tmp_path / legendre.CACHE
+
+
+def forget() -> None:
+    """Forgets what this process has computed, as a new process would have."""
+    legendre.legendre_memory.cache_clear()
+
+
+def results(order: int, theta: float) -> list[np.ndarray]:
+    memory = legendre.legendre_memory(order, theta)
+    arrays = [memory.a_bar, memory.b_bar, memory.response, memory.row_scale, np.array(memory.memory_tokens)]
+    return [*arrays, *chunk_powers(order, theta, 6, "f4")]
+
+
+def test_memory_is_read_from_the_cache(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    computed = results(21, 37.5)
+    results(19, 37.5)  # small: not kept
+    assert len(list(cache.iterdir())) == 2
+    assert not list(cache.glob("*.partial"))
+    forget()
+    monkeypatch.setattr(legendre, "expm", None)
+    for got, expected in zip(results(21, 37.5), computed, strict=True):
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "other", "read-only"])
+def test_damaged_or_unwritable_cache_is_ignored(cache: Path, damage: str):
+    computed = results(21, 37.5)
+    forget()
+    for path in cache.iterdir():
+        content = path.read_bytes()
+        damaged = {
+            "truncate": content[: len(content) // 2],
+            "flip": content[:-500] + bytes([content[-500] ^ 1]) + content[-499:],
+            "empty": b"",
+            "other": b"PK\x03\x04 no array",
+        }
+        if damage == "read-only":
+            path.unlink()
+        else:
+            path.write_bytes(damaged[damage])
+    if damage == "read-only":
+        cache.rmdir()
+        cache.write_text("a file in place of the folder")
+    for got, expected in zip(results(21, 37.5), computed, strict=True):
+        assert np.array_equal(got, expected)
+    if damage != "read-only":  # they have been replaced
+        forget()
+        before = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+        results(21, 37.5)
+        assert {path: path.stat().st_mtime_ns for path in cache.iterdir()} == before
+
+
+MEASURE = """
+import time
+import numpy as np
+from lmu_dist.models.mixers.lmu import legendre
+x = np.random.default_rng(0).standard_normal((1020, 1020))
+def product_seconds():
+    x @ x
+    start = time.process_time()
+    x @ x
+    return time.process_time() - start
+before, start = product_seconds(), time.process_time()
+legendre.legendre_memory(1020, 1024.0)
+legendre.chunk_powers(1020, 1024.0, 32, "f4")
+seconds = time.process_time() - start
+print(seconds, max(before, product_seconds()))
+"""
+
+
+def test_order_of_a_thousand_takes_as_long_as_forty_products(tmp_path: Path):
+    """Of matrices of that size; the second process reads the cache, in the time of one. Times are those of the CPU, which other
+    processes do not change as much, and the bounds are three and six times these."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    cold, warm = (
+        [float(word) for word in subprocess.check_output([sys.executable, "-c", MEASURE], env=environment, text=True).split()]
+        for _ in range(2)
+    )
+    assert cold[0] < 3 * 40 * cold[1]
+    assert warm[0] < 6 * warm[1]
+    assert warm[0] < cold[0] / 5
 
 
 def test_constant_input_converges_to_the_first_coefficient():

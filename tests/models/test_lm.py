@@ -1,12 +1,18 @@
 """All four families as one LanguageModel: causality, chunked state, seeds, errors."""
 
 import math
+import weakref
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from lmu_dist.models import registry
 from lmu_dist.models.generate import Sampling, generate, sample_tokens
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.registry import built_in
@@ -62,6 +68,84 @@ def test_same_seed_same_weights(model):
     same, other = build(model.shape.family), build(model.shape.family, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     assert not torch.equal(model.embedding.weight, other.embedding.weight)
+
+
+EXAMPLE = f"{Path(__file__).parents[2] / 'examples' / 'gated_linear_attention.py'}:GatedLinearAttention"
+
+
+@pytest.mark.parametrize("family", [*built_in(), EXAMPLE])
+def test_weights_are_those_of_a_model_that_is_built_as_a_whole(family):
+    """The order of random numbers is part of a seed's weights. bf16 weights are rounded from float32 ones."""
+    found = registry.find(family)
+    shape = shape_for(found, 5000, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        parts = [nn.Embedding(VOCAB, shape.d_model)]
+        if found.learned_positions:
+            parts.append(nn.Embedding(LENGTH, shape.d_model))
+        sublayers = nn.ModuleList(found.sublayers(shape, found.Options()))
+        for module in (*parts, *sublayers.modules()):
+            if isinstance(module, nn.Embedding | nn.Linear):
+                is_out = any(module is m for name, m in sublayers.named_modules() if name.endswith(".out"))
+                std = module.weight.shape[1] ** -0.5 * (len(sublayers) ** -0.5 if is_out else 1.0)
+                nn.init.normal_(module.weight, std=std)
+    expected = [weight for module in (*parts, *sublayers) for weight in module.state_dict().values() if weight.ndim > 1]
+    for dtype in (torch.float32, torch.bfloat16):
+        model = LanguageModel(shape, 3, device=torch.device("cpu"), dtype=dtype)
+        found_weights = [weight for name, weight in model.state_dict().items() if weight.ndim > 1]
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found_weights, expected, strict=True))
+
+
+def test_the_cpu_holds_one_sublayer_and_one_tensor_while_a_model_is_built():
+    class LiveBytes(TorchDispatchMode):
+        live = peak = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for t in tree_leaves(result):
+                if isinstance(t, torch.Tensor) and t.device.type == "cpu" and t.untyped_storage()._cdata not in known:
+                    storage = t.untyped_storage()
+                    known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.remove, storage._cdata, storage.nbytes())
+            return result
+
+        def remove(self, storage, n_bytes):
+            known.discard(storage)
+            self.live -= n_bytes
+
+    known = set[int]()
+    shape = shape_for("transformer", 400_000, vocab_tokens=VOCAB, sequence_tokens=LENGTH, n_blocks=8)
+    with LiveBytes() as cpu:
+        model = LanguageModel(shape, device=torch.device("meta"), dtype=torch.bfloat16)  # stands for a GPU
+    largest = max(sum(4 * p.numel() for p in sublayer.parameters()) for sublayer in model.sublayers)
+    assert 0 < cpu.peak < 2 * largest < sum(4 * p.numel() for p in model.parameters()) / 5
+
+
+@pytest.mark.parametrize("family", ["lmu", "transformer"])
+def test_activation_checkpointing_keeps_a_third_of_the_bytes_and_every_bit(family, tokens):
+    shape = shape_for(family, 20_000, vocab_tokens=VOCAB, sequence_tokens=LENGTH, n_blocks=8)
+    found = {}
+    for checkpointing in (False, True):
+        model, saved = LanguageModel(shape), dict[int, torch.Tensor]()
+        model.activation_checkpointing = checkpointing
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+        def save(t: torch.Tensor, weights=weights, saved=saved) -> torch.Tensor:
+            if t.untyped_storage()._cdata not in weights:
+                saved[t.untyped_storage()._cdata] = t
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            hidden = model._hidden(tokens)
+        hidden.square().sum().backward()
+        n_bytes = sum(t.untyped_storage().nbytes() for t in saved.values())
+        found[checkpointing] = n_bytes, hidden.detach(), [p.grad for p in model.parameters()]
+    assert found[True][0] < 0.35 * found[False][0]
+    assert torch.equal(found[True][1], found[False][1])
+    for a, b in zip(found[True][2], found[False][2], strict=True):
+        assert (a is b is None) or (a is not None and b is not None and torch.equal(a, b))
 
 
 def test_building_a_model_does_not_change_the_global_rng_state():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lmu_dist.models import accounting
 from lmu_dist.models.accounting import parameters
 from lmu_dist.models.families.lmu import LMUOptions
 from lmu_dist.models.registry import built_in
@@ -25,6 +26,26 @@ def test_every_size_is_within_two_percent(family, sequence_tokens):
 def test_widths_of_the_papers_largest_model():
     shape = shape_for("lmu", 1_000_000, vocab_tokens=50257, sequence_tokens=1024)
     assert (shape.d_model, shape.order, shape.reduced_order) == (204, 250, 25)
+
+
+def test_wider_models_have_the_orders_of_the_papers_largest_one():
+    for n_params, sequence_tokens in ((10**7, 1024), (10**9, 2048)):
+        shape = shape_for("lmu", n_params, vocab_tokens=50257, sequence_tokens=sequence_tokens)
+        assert (shape.order, shape.reduced_order) == (250, 25)
+    capped = shape_for("lmu", 10**7, vocab_tokens=97, sequence_tokens=512, options=LMUOptions(max_reduced_order=8))
+    assert (capped.order, capped.reduced_order) == (80, 8)
+    explicit = shape_for("lmu", 10**7, vocab_tokens=97, sequence_tokens=512, options=LMUOptions(reduced_order=50))
+    assert (explicit.order, explicit.reduced_order) == (500, 50)
+
+
+@pytest.mark.parametrize("family", built_in())
+@pytest.mark.parametrize("sequence_tokens", [256, 1024, 2048])
+def test_executed_flops_are_at_most_twice_the_counted_ones(family, sequence_tokens):
+    """On a GPU, at the vocabulary of GPT-2, with as many rows at once as in jobs/orders6.yaml."""
+    for n_params in (10**e for e in range(3, 10)):
+        shape = shape_for(family, n_params, vocab_tokens=50257, sequence_tokens=sequence_tokens)
+        executed = accounting.executed_flops(shape, 2 if n_params >= 1e8 else 8, on_gpu=True)
+        assert executed <= 2 * accounting.flops(shape).training, n_params
 
 
 def test_options_set_orders_and_a_window_longer_than_a_row():

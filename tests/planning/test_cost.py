@@ -4,14 +4,23 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lmu_dist.cli import main
-from lmu_dist.config import Config, parse, with_settings
+from lmu_dist.config import Config, ConfigError, parse, with_settings
 from lmu_dist.models import accounting
-from lmu_dist.planning.cost import StepTime, plan, step_seconds, step_settings, write_calibration
+from lmu_dist.planning.cost import (
+    StepTime,
+    executed_step_flops,
+    plan,
+    read_calibration,
+    step_seconds,
+    step_settings,
+    write_calibration,
+)
 from lmu_dist.planning.grid import GridCell, grid
 
 JOBS = Path(__file__).parents[2] / "jobs"
@@ -86,9 +95,35 @@ def test_step_time_is_interpolated_between_measured_sizes(tmp_path: Path):
     assert between is not None
     assert 0.01 < between < 0.05
     beyond = step_seconds(by_size["lmu", 300_000], known)
-    flops = accounting.flops(by_size["lmu", 300_000].shape).training / accounting.flops(by_size["lmu", 30_000].shape).training
-    assert beyond == pytest.approx(0.05 * flops)
+    large, small = (executed_step_flops(step_settings(by_size["lmu", n])) for n in (300_000, 30_000))
+    assert beyond == pytest.approx(0.05 * large / small)
     assert step_seconds(by_size["lstm", 3000], known) is None
+
+
+def test_time_follows_executed_flops(tmp_path: Path):
+    overrides = {"ladder.n_params": [30_000], "plan.flops_per_second": 1e9, "cluster.micro_batch_rows": 2}
+    config = with_settings(make_config(tmp_path), overrides)
+    on_cpu, on_gpu, again = (
+        next(cell for cell in plan(with_settings(config, changed)).cells if cell.family == "lmu")
+        for changed in ({}, {"cluster.gpus_per_worker": 1}, {"cluster.activation_checkpointing": True})
+    )
+    assert on_cpu.flops == on_gpu.flops == again.flops  # counted: the same on any hardware
+    assert on_cpu.executed_flops < again.executed_flops < on_gpu.executed_flops
+    for cell in (on_cpu, on_gpu, again):
+        assert cell.seconds == pytest.approx(cell.executed_flops / cell.n_workers / 1e9)
+    whole = plan(config)
+    assert whole.totals()["executed_flops"] == pytest.approx(sum(cell.executed_flops for cell in whole.cells))
+
+
+def test_calibration_of_an_earlier_version_predicts_times(tmp_path: Path):
+    """It has counted FLOP/s and no settings that were added later; a speed comes from its seconds and its settings."""
+    config = with_settings(make_config(tmp_path), {"ladder.n_params": [10_000, 30_000], "ladder.families": ["lmu"]})
+    cells, _ = grid(config, 400)
+    small, large = cells[0], cells[-1]
+    stored = asdict(step_time(small, 0.1)) | {"worker_flops_per_second": 1.0}
+    (tmp_path / "calibration.json").write_text(json.dumps([stored]))
+    expected = 0.1 * executed_step_flops(step_settings(large)) / executed_step_flops(step_settings(small))
+    assert step_seconds(large, read_calibration(tmp_path)) == pytest.approx(expected)
 
 
 def test_memory_by_zero_stage_and_smallest_stage_that_fits(tmp_path: Path):
@@ -119,3 +154,35 @@ def test_planning_six_orders_of_magnitude_takes_seconds(tmp_path: Path):
     assert time.monotonic() - start < 15  # 3.7 s on an idle machine
     assert "112 cells" in output
     assert "token-efficiency factor, assumed 10" in output
+
+
+def test_ways_to_save_memory_are_planned(tmp_path: Path):
+    """On a GPU; on a CPU the offloaded state is in the same memory. Steps without them match calibrations made before."""
+    settings = {"ladder.families": ["transformer"], "ladder.n_params": [10_000_000], "cluster.gpus_per_worker": 1}
+    settings |= {"model.n_blocks": 8, "cluster.micro_batch_rows": 8, "train.precision": "bf16"}
+
+    def memory(**cluster: object) -> tuple[float, ...]:
+        changed = settings | {f"cluster.{key}": value for key, value in cluster.items()}
+        return plan(with_settings(make_config(tmp_path), changed)).cells[0].memory_bytes
+
+    plain, checkpointed, offloaded = memory(), memory(activation_checkpointing=True), memory(offload="optimizer")
+    assert all(a < b for a, b in zip(checkpointed, plain, strict=True))
+    assert offloaded[0] == plain[0]
+    assert all(a < b for a, b in zip(offloaded[1:], plain[1:], strict=True))
+    assert memory(gpus_per_worker=0, offload="optimizer") == memory(gpus_per_worker=0)
+    added = {"activation_checkpointing", "offload", "gradient_precision"}
+    default, _ = grid(make_config(tmp_path), 400)
+    assert not added & set(step_settings(default[0]))
+    saving, _ = grid(
+        with_settings(
+            make_config(tmp_path),
+            {"cluster.offload": "optimizer", "cluster.activation_checkpointing": True, "train.precision": "bf16"},
+        ),
+        400,
+    )
+    assert added <= set(step_settings(saving[0]))
+
+
+def test_offload_needs_a_sharded_optimizer(tmp_path: Path):
+    with pytest.raises(ConfigError, match="needs zero_stage 1, 2 or 3"):
+        with_settings(make_config(tmp_path), {"cluster.offload": "optimizer", "cluster.zero_stage": 0})

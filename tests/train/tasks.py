@@ -1,10 +1,13 @@
 """Functions that the ranks run in tests of the engine. In a module of their own, so that spawned processes can import them."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 from lmu_dist.config import ClusterConfig, TrainConfig
 from lmu_dist.data.batches import Batch, TokenDataset, row_indices
@@ -99,16 +102,50 @@ def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[flo
     return results
 
 
-def train_and_save(
-    stage: int, folder: str, first: int, last: int, loaded_from: str = "", converted: bool = False
-) -> list[float]:
-    """Losses of steps first .. last - 1, resumed from `loaded_from` if given. Saves the state after them to `folder`."""
-    engine = _engine(stage)
-    if loaded_from:
-        engine.load(Path(loaded_from), converted)
-    metrics = _train(engine, first, last)
-    engine.save(Path(folder))
-    return [m.loss_nats for m in metrics]
+# ZeRO stage, precision, weight decay (with which there are two parameter groups)
+ELASTIC_CASES = ((0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 0.1), (3, "fp32", 0.1))
+
+
+class ElasticRun(NamedTuple):
+    """A part of a run that changes its number of ranks: gathered states after every load, losses, and the last state."""
+
+    loaded: dict[int, dict[str, Any]]  # by number of ranks that wrote the checkpoint
+    losses: list[float]
+    last: dict[str, Any]
+
+
+def train_elastically(root: str, sources: tuple[int, ...], first: int, last: int) -> dict[tuple, ElasticRun]:
+    """For ELASTIC_CASES: loads what `sources` ranks saved, one after the other, trains steps first .. last - 1, and saves."""
+    results = {}
+    for case in ELASTIC_CASES:
+        stage, precision, weight_decay = case
+        engine = _engine(stage, train=replace(TRAIN, precision=precision, weight_decay=weight_decay))
+        loaded = {}
+        for n_ranks in sources:
+            engine.load(Path(root) / f"{case}-{n_ranks}")
+            loaded[n_ranks] = gathered_state(engine)
+        losses = [m.loss_nats for m in _train(engine, first, last)]
+        engine.save(Path(root) / f"{case}-{dist.get_world_size()}")
+        results[case] = ElasticRun(loaded, losses, gathered_state(engine))
+        engine.close()
+    return results
+
+
+def gathered_state(engine: Engine) -> dict[str, Any]:
+    """All that a run needs to go on, gathered by DeepSpeed's own functions, which know nothing of checkpoints."""
+    state = {f"weight {name}": weight for name, weight in engine.weights().items()}
+    stage, optimizer = engine._ds.zero_optimization_stage(), engine._ds.basic_optimizer
+    if stage in (1, 2):  # DeepSpeed does this once, before Adam has a state
+        engine._ds.optimizer._hp_optimizer_states_linked = False
+        engine._ds.optimizer._lazy_init_hp_params_optimizer_state()
+    for name, parameter in engine.model.named_parameters():
+        state[f"fp32 {name}"] = safe_get_full_fp32_param(parameter) if stage else parameter.data.clone()
+        for key in ("exp_avg", "exp_avg_sq"):
+            moment = safe_get_full_optimizer_state(parameter, key) if stage else optimizer.state[parameter][key].clone()
+            state[f"{key} {name}"] = moment
+    state["steps"] = sorted(int(s["step"]) for s in optimizer.state.values())
+    state["settings"] = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    return state
 
 
 def bf16_stages() -> dict[int, list[float]]:
@@ -117,17 +154,14 @@ def bf16_stages() -> dict[int, list[float]]:
     return {stage: [m.loss_nats for m in _train(_engine(stage, train=train), 0, 20)] for stage in (0, 1, 2, 3)}
 
 
-def non_finite(stage: int) -> tuple[list[float], bool]:
-    """Losses until one is not finite, and whether that step left the weights unchanged."""
+def non_finite(stage: int) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms until a loss is not finite."""
     engine = _engine(stage)
     _train(engine, 0, 2)
     with torch.no_grad():
         engine.model.norm.bias.fill_(torch.inf)
-    before = engine.weights()
     metrics = _train(engine, 2, 20)
-    after = engine.weights()
-    same = all(torch.equal(before[k], after[k]) for k in before)
-    return [m.loss_nats for m in metrics], same
+    return [m.loss_nats for m in metrics], [m.grad_norm for m in metrics]
 
 
 def evaluate_on(path: str, n_rows: int, micro_rows: int | None = None) -> object:

@@ -17,9 +17,7 @@ from lmu_dist.models.family import Family, paper_d_model
 from lmu_dist.models.kernels.compiled import LANES
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.feed_forward import FeedForward
-from lmu_dist.models.mixers.lmu import mixer
-from lmu_dist.models.mixers.lmu.chunked import chunk_tokens
-from lmu_dist.models.mixers.lmu.fourier import transform_points
+from lmu_dist.models.mixers.lmu import chunked, fourier, mixer
 from lmu_dist.models.shape import Shape
 
 PAPER_REDUCED_ORDER_PER_WIDTH = 25 / 204  # the paper's largest model: q' = 25 at d = 204
@@ -28,12 +26,15 @@ PAPER_ORDERS_PER_ROW = 10  # q = 250 at q' = 25
 
 @dataclass(frozen=True, config=STRICT)
 class LMUOptions:
-    """Keys of the LMU under `model`. None: q' = 25/204 d, q = 10 q' as in the paper; q is fitted to N and at most theta."""
+    """Keys of the LMU under `model`. None: q' = 25/204 d, at most max_reduced_order, and q = 10 q' as in the paper; q is fitted
+    to N and at most theta.
+    """
 
     order: Count | None = None  # Legendre order q of the memory
     reduced_order: Count | None = None  # reduced order q': rows of the projections of the memory
     theta_tokens: Count | None = None  # window theta of the memory in tokens; None: the sequence length
     form: mixer.Form | None = None  # algorithm; None: the fastest on the device. Equal results
+    max_reduced_order: Count = 25  # largest q' that follows from d; 25, and so q = 250, are those of the paper's largest model
 
 
 class LMU(Family):
@@ -46,28 +47,28 @@ class LMU(Family):
     colour, colour_dark, marker, line = "#0072b2", "#56b4e9", "o", "-"
     Options = LMUOptions
     passive_options = ("form",)
+    sizing_options = ("max_reduced_order",)
 
     def mixer(self, shape: Shape, options: LMUOptions) -> nn.Module:
         """Builds the LMU."""
         return mixer.LMU(shape.order, shape.reduced_order, float(shape.theta_tokens), options.form)
 
-    def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
+    def sublayers(self, shape: Shape, options: LMUOptions) -> Iterator[nn.Module]:
         """Builds FFN, LMU, FFN for each block."""
-        d = shape.d_model
-        return [
-            sublayer
-            for _ in range(shape.n_blocks)
-            for sublayer in (FeedForward(d, shape.d_ff), self.mixer(shape, options), FeedForward(d, shape.d_ff))
-        ]
+        for _ in range(shape.n_blocks):
+            yield FeedForward(shape.d_model, shape.d_ff)
+            yield self.mixer(shape, options)
+            yield FeedForward(shape.d_model, shape.d_ff)
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
-        """q' = 25/204 d and q = 10 q' as in the paper's largest model, unless `options` set them.
+        """q' = 25/204 d, at most max_reduced_order, and q = 10 q' as in the paper's largest model, unless `options` set them.
 
-        q is at most theta, because a window of theta tokens has only theta independent coefficients.
+        q is at most theta, because a window of theta tokens has only theta independent coefficients. In wider models than the
+        paper's, more orders would cost more operations than all other sublayers together.
         """
         theta = options.theta_tokens or sequence_tokens
         by_rule = max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
-        rows = options.reduced_order or by_rule
+        rows = options.reduced_order or min(by_rule, options.max_reduced_order)
         order = options.order or min(PAPER_ORDERS_PER_ROW * rows, theta)
         return {"d_ff": 1, "order": order, "reduced_order": rows, "theta_tokens": theta}
 
@@ -107,6 +108,12 @@ class LMU(Family):
         transforms = d + k + k * d
         return shape.n_blocks * ((transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / shape.sequence_tokens)
 
+    def executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """Those of the fused form and of two feed-forward layers per block."""
+        forward, backward = mixer_executed_flops(shape, n_rows, on_gpu)
+        others = 2 * feed_forward.matmul_flops(shape.d_model, shape.d_ff)
+        return shape.n_blocks * (forward + others), shape.n_blocks * (backward + 2 * others)
+
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Bytes that the fused form saves."""
         per_token, float32_per_token = mixer_saved_elements(shape, n_rows, on_gpu)
@@ -136,6 +143,25 @@ def mixer_matmul_flops(shape: Shape) -> int:
     return 6 * r * shape.order + 2 * d * r * r + 2 * r * r + 2 * d * r
 
 
+def mixer_executed_flops(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+    """FLOPs per token that the fused form of one LMU executes for `n_rows` rows at once: forward, and backward.
+
+    On a CPU these are the transforms and elementwise products of kernels/convolve.cpp, for whole vectors of channels. On a GPU
+    these are the products of mixers/lmu/chunked. The attention follows in both cases; its backward pass computes the scores
+    again, and Triton pads q' to a power of two of at least 16. Elementwise operations of the attention are not counted.
+    """
+    n, k, d = shape.sequence_tokens, 3 * shape.reduced_order, shape.d_model
+    if on_gpu:
+        chunk = chunked.chunk_tokens(shape.order, k, d, n, n_rows)
+        forward, backward = (2 * count for count in chunked.multiply_adds(shape.order, k, d, n, n_rows, chunk))
+        rows = max(16, 2 ** math.ceil(math.log2(shape.reduced_order)))
+    else:
+        forward, backward = fourier.executed_flops(n, shape.order, shape.theta_tokens, k, d, n_rows)
+        rows, d = shape.reduced_order, d + -d % LANES
+    scores, mean = 2 * d * rows**2, 2 * rows**2 + 2 * d * rows  # Q K^T; p A and (p A) V
+    return forward + scores + mean, backward + 3 * scores + mean + 2 * rows**2
+
+
 def mixer_saved_elements(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
     """Elements per token that one LMU saves for the backward pass: (in the model's precision, in float32 always).
 
@@ -143,9 +169,9 @@ def mixer_saved_elements(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float
     """
     n, k, d = shape.sequence_tokens, 3 * shape.reduced_order, shape.d_model
     if not on_gpu:
-        spectra = (k + k % 2) * transform_points(n, shape.order, shape.theta_tokens)  # complex spectra of the kernels
+        spectra = (k + k % 2) * fourier.transform_points(n, shape.order, shape.theta_tokens)  # complex spectra of the kernels
         width = d + -d % LANES
         return k * width, width + spectra / (n * n_rows)
-    chunk = chunk_tokens(shape.order, k, d, n, n_rows)
-    features = chunk + 1 + (shape.order if chunk < n else 0)
+    chunk = chunked.chunk_tokens(shape.order, k, d, n, n_rows)
+    features = chunked.n_features(shape.order, chunk, n)
     return (d * -(-n // chunk) + chunk * k / n_rows) * features / n, 0  # features of all chunks and their projection weights

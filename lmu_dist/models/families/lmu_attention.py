@@ -1,10 +1,25 @@
 """The LMU with global self-attention (arXiv 2110.02402, section 3): attention in place of the first feed-forward layer."""
 
+from collections.abc import Iterator
+
 from torch import nn
 
 from lmu_dist.models.counting import bytes_of
-from lmu_dist.models.families.lmu import LMU, LMUOptions, mixer_matmul_flops, mixer_params, mixer_saved_elements
-from lmu_dist.models.families.transformer import attention_flops, attention_params, attention_saved_elements, choose_n_heads
+from lmu_dist.models.families.lmu import (
+    LMU,
+    LMUOptions,
+    mixer_executed_flops,
+    mixer_matmul_flops,
+    mixer_params,
+    mixer_saved_elements,
+)
+from lmu_dist.models.families.transformer import (
+    attention_executed_flops,
+    attention_flops,
+    attention_params,
+    attention_saved_elements,
+    choose_n_heads,
+)
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.attention import Attention
 from lmu_dist.models.mixers.feed_forward import FeedForward
@@ -20,14 +35,12 @@ class LMUAttention(LMU):
     report_rank = 1
     colour, colour_dark, marker, line = "#00805d", "#3fce9f", "s", "-."
 
-    def sublayers(self, shape: Shape, options: LMUOptions) -> list[nn.Module]:
+    def sublayers(self, shape: Shape, options: LMUOptions) -> Iterator[nn.Module]:
         """Builds attention, LMU, FFN for each block."""
-        d = shape.d_model
-        return [
-            sublayer
-            for _ in range(shape.n_blocks)
-            for sublayer in (Attention(d, shape.n_heads), self.mixer(shape, options), FeedForward(d, shape.d_ff))
-        ]
+        for _ in range(shape.n_blocks):
+            yield Attention(shape.d_model, shape.n_heads)
+            yield self.mixer(shape, options)
+            yield FeedForward(shape.d_model, shape.d_ff)
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
         """The widths of the LMU and the number of heads."""
@@ -47,6 +60,12 @@ class LMUAttention(LMU):
         """Attention, LMU and feed-forward per block."""
         per_block = attention_flops(shape) + mixer_matmul_flops(shape) + feed_forward.matmul_flops(shape.d_model, shape.d_ff)
         return shape.n_blocks * per_block
+
+    def executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """Those of causal attention, the fused form of the LMU and the feed-forward layer per block."""
+        mixer, attention = mixer_executed_flops(shape, n_rows, on_gpu), attention_executed_flops(shape)
+        others = feed_forward.matmul_flops(shape.d_model, shape.d_ff)
+        return shape.n_blocks * (mixer[0] + attention[0] + others), shape.n_blocks * (mixer[1] + attention[1] + 2 * others)
 
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Bytes that attention, the fused LMU and feed-forward save."""

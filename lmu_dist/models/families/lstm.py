@@ -28,9 +28,9 @@ class LSTM(Family):
         """Builds the stack of LSTM layers."""
         return lstm_mixer.LSTM(shape.d_model, shape.d_hidden, shape.n_blocks)
 
-    def sublayers(self, shape: Shape, options: Any) -> list[nn.Module]:
+    def sublayers(self, shape: Shape, options: Any) -> Iterator[nn.Module]:
         """The stack is the only sublayer."""
-        return [self.mixer(shape, options)]
+        yield self.mixer(shape, options)
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
         """The hidden width is a free width."""

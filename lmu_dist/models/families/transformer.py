@@ -56,6 +56,11 @@ class Transformer(Family):
         """Attention and feed-forward layer per block."""
         return shape.n_blocks * (attention_flops(shape) + feed_forward.matmul_flops(shape.d_model, shape.d_ff))
 
+    def executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """Those of causal attention, and of the feed-forward layer, per block."""
+        (forward, backward), others = attention_executed_flops(shape), feed_forward.matmul_flops(shape.d_model, shape.d_ff)
+        return shape.n_blocks * (forward + others), shape.n_blocks * (backward + 2 * others)
+
     def activation_bytes(self, shape: Shape, n_rows: int, precision: str, on_gpu: bool) -> float:
         """Attention saves no scores: the backward kernels recompute them."""
         saved = shape.n_blocks * (attention_saved_elements(shape) + feed_forward.saved_elements(shape.d_model, shape.d_ff))
@@ -79,6 +84,16 @@ def attention_params(shape: Shape) -> int:
 def attention_flops(shape: Shape) -> int:
     """Forward FLOPs per token of one attention sublayer. Causal attention is counted at its full length n."""
     return 8 * shape.d_model**2 + 4 * shape.sequence_tokens * shape.d_model
+
+
+def attention_executed_flops(shape: Shape) -> tuple[float, float]:
+    """FLOPs per token that one attention sublayer executes: forward, and backward.
+
+    Flash attention, which torch takes on GPUs and CPUs, skips the blocks above the diagonal. That is assumed to be half of
+    every n x n product: two in the forward pass and five in the backward pass, which computes the scores again.
+    """
+    product, linear = shape.sequence_tokens * shape.d_model, 8 * shape.d_model**2
+    return linear + 2 * product, 2 * linear + 5 * product
 
 
 def attention_saved_elements(shape: Shape) -> int:

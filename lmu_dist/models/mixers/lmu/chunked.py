@@ -7,7 +7,7 @@ product to the attention kernel one block at a time, so that the projected memor
 its backward pass recomputes it. Called by mixer.
 
 Legend: B batch, T time, D width, Q order, R reduced order, K = 3R rows of the projection; C tokens of a chunk, N chunks,
-F = C + Q + 1 features. Pre-activations are the projected memory plus bias.
+F features: C + Q + 1, and zeros up to a multiple of FEATURE_MULTIPLE. Pre-activations are the projected memory plus bias.
 """
 
 from dataclasses import dataclass
@@ -21,40 +21,56 @@ from torch.nn import functional as F
 
 from lmu_dist.models.kernels import implicit_attention
 from lmu_dist.models.mixers.lmu import legendre
-from lmu_dist.models.mixers.lmu.scan import parallel_scan
+from lmu_dist.models.mixers.lmu.scan import parallel_scan, scan_products
 from lmu_dist.models.precision import product_dtype
 
 CPU_BLOCK = 2**21  # pre-activations of a block: 8 MB in float32, so that they stay in the processor's caches
 GPU_BLOCK = 2**27  # a GPU's caches are too small for that: a block is large enough to hide the cost of launching its kernels
+FEATURE_MULTIPLE = 16  # a GPU's matrix units need rows that begin at multiples of 16 bytes, and like more
+
+
+def n_features(order: int, chunk: int, length: int) -> int:
+    """Number F of features of a chunk of `chunk` tokens. A single chunk, of all `length` tokens, has no memory before it."""
+    used = chunk + 1 + (order if chunk < length else 0)
+    return used + -used % FEATURE_MULTIPLE
+
+
+def multiply_adds(order: int, n_projections: int, width: int, length: int, n_rows: int, chunk: int) -> tuple[float, float]:
+    """Multiply-adds per token of `fused_lmu` on a GPU before its attention: forward, and backward.
+
+    `n_rows` is the batch size. The backward pass computes the pre-activations again.
+    """
+    n_chunks = -(-length // chunk)
+    columns, n_tokens = n_rows * n_chunks * width, n_rows * length
+    product = chunk * n_projections * n_features(order, chunk, length) * columns
+    weights = n_projections * order * chunk
+    memory = 0
+    if chunk < length:
+        weights += n_projections * order**2 * chunk
+        memory = order * chunk * columns + order**2 * n_rows * width * scan_products(n_chunks)
+    return (product + weights + memory) / n_tokens, (3 * product + weights + memory) / n_tokens
 
 
 def chunk_tokens(order: int, n_projections: int, width: int, length: int, n_rows: int) -> int:
-    """Number C of tokens of a chunk that minimises the multiply-adds per token and channel, forward and backward.
+    """Number C of tokens of a chunk that minimises the multiply-adds per token, forward and backward.
 
     Returns `length` if a single chunk is cheapest. `n_rows` is the batch size.
     """
-
-    def cost(chunk: int) -> float:
-        if chunk >= length:
-            return 3 * n_projections * length
-        products = 3 * n_projections * (chunk + order)
-        memory = 2 * (order + order**2 / chunk)
-        weights = 2 * n_projections * order**2 * chunk / (n_rows * length * width)
-        return products + memory + weights
-
-    return min([*(2**i for i in range(5, 9) if 2**i < length), length], key=cost)
+    sizes = [*(2**i for i in range(5, 9) if 2**i < length), length]
+    return min(sizes, key=lambda chunk: sum(multiply_adds(order, n_projections, width, length, n_rows, chunk)))
 
 
 @dataclass(frozen=True)
 class ChunkTransition:
     """What C tokens do to the memory, in units of its row scale.
 
-    a_powers (C, Q, Q) are Abar .. Abar^C and response (Q, C) is Bbar, Abar Bbar ... a_pow_chunk is Abar^C in float64, since a
-    recurrence accumulates rounding errors. With a single chunk no memory is passed on: a_powers is empty, as it would take
-    gigabytes.
+    a_powers, a_pow_steps and a_pow_chunk are those of `legendre.chunk_powers`; response (Q, C) is Bbar, Abar Bbar .. Abar^C
+    itself is float64, since a recurrence accumulates rounding errors. With a single chunk no memory is passed on, and there are
+    no powers.
     """
 
     a_powers: Tensor
+    a_pow_steps: Tensor
     response: Tensor
     a_pow_chunk: Tensor
 
@@ -70,17 +86,14 @@ def chunk_transition(
     order: int, theta_tokens: float, chunk: int, dtype: torch.dtype, device: torch.device, single_chunk: bool = False
 ) -> ChunkTransition:
     """Transition of a chunk of `chunk` tokens, computed in float64 and cast last."""
-    a, b = legendre.discrete_matrices(order, theta_tokens)
-    scale = legendre.row_scale(order, theta_tokens)
-    a, b = torch.from_numpy(a / scale[:, None] * scale), torch.from_numpy(b / scale)
-    response = [b]
-    for _ in range(chunk - 1):
-        response.append(a @ response[-1])
-    a_powers = a.new_empty(0 if single_chunk else chunk, order, order)
-    for i in range(len(a_powers)):
-        a_powers[i] = a_powers[i - 1] @ a if i else a
-    a_pow_chunk = a_powers[-1:].sum(0)
-    return ChunkTransition(a_powers.to(device, dtype), torch.stack(response, 1).to(device, dtype), a_pow_chunk.to(device))
+    scale = torch.from_numpy(legendre.row_scale(order, theta_tokens))
+    response = (torch.from_numpy(legendre.impulse_response(order, theta_tokens, chunk)) / scale[:, None]).to(device, dtype)
+    if single_chunk:
+        none = response.new_empty(0, order, order)
+        return ChunkTransition(none, none, response, response.new_empty(0, 0))
+    arrays = legendre.chunk_powers(order, theta_tokens, chunk, "f8" if dtype == torch.float64 else "f4")
+    a_powers, a_pow_steps, a_pow_chunk = (torch.from_numpy(a).to(device) for a in arrays)
+    return ChunkTransition(a_powers, a_pow_steps, response, a_pow_chunk)
 
 
 class ChunkedConfig(NamedTuple):
@@ -108,6 +121,7 @@ def chunked_config(x: Float[Tensor, "B T D"], n_projections: int, order: int, th
     dtype = product_dtype(x.dtype, x.device)
     on_triton = implicit_attention.implementation(dtype, x.device, n_projections // 3) == "triton"
     block_chunks = max(1, (GPU_BLOCK if on_triton else CPU_BLOCK) // (chunk * n_projections * width))
+    block_chunks -= block_chunks % 16 if block_chunks > 16 else 0  # so that blocks begin at multiples of 16 bytes
     single_chunk = chunk >= length
     transition = chunk_transition(order, theta_tokens, chunk, memory_dtype, x.device, single_chunk)
     return ChunkedConfig(transition, single_chunk, dtype, block_chunks, keep_preactivations=x.device.type == "cpu")
@@ -120,23 +134,39 @@ def chunk_weights(
     chunk = transition.chunk
     kernel = F.pad((projection @ transition.response).flip(1), (0, chunk - 1))  # (K, 2C - 1): the longest lag first, then zeros
     toeplitz = kernel.unfold(1, chunk, 1).flip(1).transpose(0, 1)  # (C, K, C)
-    of_memory = [] if single_chunk else [projection @ transition.a_powers]
+    of_memory = [] if single_chunk else [_times_powers(projection, transition)]
     of_one = bias.expand(chunk, len(bias))[..., None]
-    return torch.cat([toeplitz, *of_memory, of_one], 2).flatten(0, 1)
+    padding = -(chunk + len(of_memory) * projection.shape[1] + 1) % FEATURE_MULTIPLE
+    return torch.cat([toeplitz, *of_memory, F.pad(of_one, (0, padding))], 2).flatten(0, 1)
+
+
+def _times_powers(projection: Float[Tensor, "K Q"], transition: ChunkTransition) -> Float[Tensor, "C K Q"]:
+    """projection @ Abar, .. projection @ Abar^C. As many operations as C products, on 2 sqrt(C) matrices."""
+    first = projection @ transition.a_powers
+    later = first.flatten(0, 1) @ transition.a_pow_steps
+    return torch.cat([first, later.unflatten(1, first.shape[:2]).flatten(0, 1)])[: transition.chunk]
+
+
+def _times_powers_backward(dproducts: Float[Tensor, "C K Q"], transition: ChunkTransition) -> Float[Tensor, "K Q"]:
+    """Gradient of the projection from that of `_times_powers`. C is a multiple of S here."""
+    n_first = len(transition.a_powers)
+    dfirst, dlater = dproducts[:n_first], dproducts[n_first:].unflatten(0, (-1, n_first))
+    dfirst = dfirst + (dlater.flatten(1, 2) @ transition.a_pow_steps.mT).sum(0).view_as(dfirst)
+    return torch.einsum("skr,sqr->kq", dfirst, transition.a_powers)
 
 
 def _chunk_weights_backward(
     dw: Float[Tensor, "CK F"], transition: ChunkTransition
 ) -> tuple[Float[Tensor, "K Q"], Float[Tensor, "K"]]:
     """Gradients of projection and bias from d W."""
-    chunk = transition.chunk
+    chunk, n_memory = transition.chunk, len(transition.a_pow_chunk)
     dw = dw.unflatten(0, (chunk, -1))
-    toeplitz, of_memory, of_one = dw[..., :chunk], dw[..., chunk:-1], dw[..., -1]
+    toeplitz, of_memory, of_one = dw[..., :chunk], dw[..., chunk : chunk + n_memory], dw[..., chunk + n_memory]
     # Each row is padded to 2C elements and viewed as a row of 2C - 1, which shifts row i by i: diagonals become columns.
     skewed = F.pad(toeplitz.transpose(0, 1).flip(1), (0, chunk)).flatten(1)[:, :-chunk].unflatten(1, (chunk, 2 * chunk - 1))
     dprojection = skewed.sum(1)[:, :chunk].flip(1) @ transition.response.T
-    if of_memory.shape[2]:
-        dprojection += torch.einsum("ckr,cqr->kq", of_memory, transition.a_powers)
+    if n_memory:
+        dprojection += _times_powers_backward(of_memory, transition)
     return dprojection, of_one.sum(0)
 
 
@@ -152,7 +182,9 @@ def chunk_features(
     (b, t, d), (q, chunk) = x.shape, transition.response.shape
     n = -(-t // chunk)
     inputs = F.pad(x, (0, 0, 0, n * chunk - t)).unflatten(1, (n, chunk)).permute(2, 0, 1, 3)
-    one = x.new_ones(1, b, n, d)
+    used = chunk + 1 + (0 if single_chunk else q)
+    one = x.new_zeros(1 + -used % FEATURE_MULTIPLE, b, n, d)
+    one[0] = 1
     if single_chunk:
         return torch.cat([inputs, one]), None
     added = (transition.response.flip(1) @ inputs.reshape(chunk, -1)).view(q, b, n, d)
@@ -171,8 +203,9 @@ def _chunk_features_backward(dz: Float[Tensor, "F B N D"], transition: ChunkTran
     """Gradient of x from d z."""
     order, chunk = transition.response.shape
     b, n, d = dz.shape[1:]
-    dx, memories = dz[:chunk], dz[chunk:-1]
-    if len(memories):
+    dx = dz[:chunk]
+    if len(transition.a_powers):
+        memories = dz[chunk : chunk + order]
         after = torch.zeros_like(memories)  # gradient of the memory after each chunk
         if use_sequential_scan(dz.device):
             m = dz.new_zeros(order, b * d, dtype=torch.float64)

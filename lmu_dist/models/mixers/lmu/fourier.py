@@ -33,6 +33,31 @@ def transform_points(length: int, order: int, theta_tokens: float) -> int:
     return max(16, 2 ** math.ceil(math.log2(2 * kernel_tokens)))
 
 
+def executed_flops(
+    length: int, order: int, theta_tokens: float, n_projections: int, width: int, n_rows: int
+) -> tuple[float, float]:
+    """FLOPs per token of `fused_lmu` before its attention: forward, and backward. A vector of channels counts in full.
+
+    Counts the additions and multiplications of kernels/transform.h and convolve.cpp, and the spectra of the kernels, by torch's
+    complex transforms at 5 n log2 n.
+    """
+    n = transform_points(length, order, theta_tokens)
+    kernel_tokens, pairs = min(length, n // 2), (n_projections + 1) // 2
+    segments = n_rows * (width + -width % LANES) * -(-length // (n // 2))
+    first_pass = n // 4  # of a transform: number of its butterflies, half of whose points are zeros or not wanted
+    padded, truncated = 26 * first_pass + 4 * _transform_flops(n // 4), 30 * first_pass + 4 * _transform_flops(n // 4)
+    accumulate = 16 * n  # conj(w) z and its sum, conj(x) z and its sum over channels
+    kernels = 2 * n_projections * order * kernel_tokens + pairs * 5 * n * math.log2(n)
+    forward = segments * (_transform_flops(n) + pairs * (6 * n + truncated)) + kernels
+    backward = segments * (2 * _transform_flops(n) + pairs * (padded + accumulate)) + kernels
+    return forward / (n_rows * length), backward / (n_rows * length)
+
+
+def _transform_flops(size: int) -> int:
+    """Additions and multiplications of a complex transform by radix 4 (kernels/transform.h)."""
+    return {4: 16, 8: 84}.get(size) or 34 * (size // 4) + 4 * _transform_flops(size // 4)
+
+
 def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the C++ kernels run there and are the faster choice.
 

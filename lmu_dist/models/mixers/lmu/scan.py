@@ -15,6 +15,11 @@ def _square(matrix: Tensor) -> Tensor:
     return matrix @ matrix
 
 
+def scan_products(n_chunks: int) -> int:
+    """Number of products of A with the memory of one chunk that `parallel_scan` of so many chunks takes."""
+    return n_chunks // 2 + (n_chunks - 1) // 2 + scan_products(n_chunks // 2) if n_chunks > 1 else 0
+
+
 def parallel_scan(
     added: Float[Tensor, "Q N W"], a_pow_chunk: Float[Tensor, "Q Q"], transpose: bool = False
 ) -> Float[Tensor, "Q N W"]:
