@@ -80,7 +80,7 @@ def show(title: str, found: Found) -> None:
         if rows and name in PIVOTED:
             across, quantities = PIVOTED[name]
             for quantity in quantities:
-                _print(console, f"{title}: {name}, {_head(quantity, plain)}", _pivot(rows, across, quantity), quantity, plain)
+                _print(console, f"{title}: {name}, {heading(quantity, plain)}", _pivot(rows, across, quantity), quantity, plain)
         elif rows:
             _print(console, f"{title}: {name}" if name != title else title, rows, None, plain)
     for note in found["notes"]:
@@ -100,9 +100,9 @@ def _print(console: Console, title: str, rows: Sequence[Row], quantity: str | No
     table = Table(title=title, title_justify="left", box=None, header_style="dim", padding=(0, 1))
     for key in columns:
         number = any(not isinstance(row.get(key), str) for row in rows)
-        table.add_column(key if quantity else _head(key, plain), justify="right" if number else "left")
+        table.add_column(key if quantity else heading(key, plain), justify="right" if number else "left")
     for row in rows:
-        table.add_row(*("" if key not in row else _cell(quantity or key, row[key], plain) for key in columns))
+        table.add_row(*("" if key not in row else cell(quantity or key, row[key], plain) for key in columns))
     console.print(table)
 
 
@@ -110,12 +110,14 @@ def _unit(key: str) -> str | None:
     return next((unit for end, unit in sorted(UNITS.items(), key=lambda e: -len(e[0])) if key.endswith(end)), None)
 
 
-def _head(key: str, plain: bool) -> str:
+def heading(key: str, plain: bool = False) -> str:
+    """The heading of a column. `plain`: its values are ratios."""
     named = key.replace("_", " ")
     return named if plain else named.replace(" per second", "/s").replace(" bytes", "")
 
 
-def _cell(key: str, value: Any, plain: bool) -> str:
+def cell(key: str, value: Any, plain: bool = False) -> str:
+    """A value of a column with its unit. `plain`: it is a ratio."""
     if value is None:
         return "-"
     if isinstance(value, str):

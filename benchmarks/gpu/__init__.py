@@ -1,0 +1,1 @@
+"""The check of lmu-dist on one GPU: check.sh runs it, README.md explains it."""
