@@ -64,7 +64,7 @@ def bare(config: Config, n_steps: int) -> float:
     ends = []
     for step in range(n_steps):
         batch = rows.batch(row_indices(len(rows), config.seed, step, settings.batch_rows))
-        loss = model(batch.inputs, batch.targets).mean()
+        loss = model(batch.inputs, batch.targets).sum() / batch.targets.numel()
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)

@@ -52,7 +52,8 @@ class Training:
 
     def __call__(self) -> None:
         """One training step."""
-        self.model(self.inputs, self.targets).mean().backward()
+        losses = self.model(self.inputs, self.targets)
+        (losses.sum() / losses.numel()).backward()  # not mean(), as in train/engine
         self.update()
 
     def update(self) -> None:
@@ -161,7 +162,7 @@ def head(device: torch.device, quick: bool) -> Section:
 
         def run(loss: Callable[..., Tensor] = loss, x: Tensor = x, weight: Tensor = weight) -> None:
             x.grad = weight.grad = None
-            loss(x, weight, targets).mean().backward()
+            (loss(x, weight, targets).sum() / n_tokens).backward()
 
         run()
         x.grad = weight.grad = None

@@ -102,7 +102,7 @@ def _plain_step(
         group["lr"] = LEARNING_RATE
 
     def step(batch: Batch) -> float:
-        loss = training.model(batch.inputs.to(device), batch.targets.to(device)).mean()
+        loss = training.model(batch.inputs.to(device), batch.targets.to(device)).sum() / batch.targets.numel()
         loss.backward()
         training.update()
         return loss.item()

@@ -133,7 +133,7 @@ def train_elastically(root: str, sources: tuple[int, ...], first: int, last: int
 
 def gathered_state(engine: Engine) -> dict[str, Any]:
     """All that a run needs to go on, gathered by DeepSpeed's own functions, which know nothing of checkpoints."""
-    state = {f"weight {name}": weight for name, weight in engine.weights().items()}
+    state: dict[str, Any] = {f"weight {name}": weight for name, weight in engine.weights().items()}
     stage, optimizer = engine._ds.zero_optimization_stage(), engine._ds.basic_optimizer
     if stage in (1, 2):  # DeepSpeed does this once, before Adam has a state
         engine._ds.optimizer._hp_optimizer_states_linked = False
