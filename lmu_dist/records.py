@@ -133,6 +133,7 @@ class RunRecord:
     learning_rate: float = _param(math.nan)
     schedule: str = _param("")
     precision: str = _param("fp32")
+    gradient_precision: str = _param("")  # of the sums of bf16 gradients; "" in fp32, and in older records, where it was bf16
     seed: int = _param(0)
     training_flops_per_token: float = _param(math.nan)  # matrix products and FFTs, including the head
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N

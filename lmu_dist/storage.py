@@ -141,10 +141,12 @@ def download_file(path: Folder, to: Path) -> None:
 
 
 def upload_file(local: Path, to: Folder) -> None:
-    """Copies a local file to its final path, whose folder is created if it is missing."""
+    """Copies a local file to its final path, where it appears complete. The folder is created if it is missing."""
     make_folder(to.parent)
     if isinstance(to, Path):
-        shutil.copyfile(local, to)
+        partial = to.with_name(to.name + ".partial")
+        shutil.copyfile(local, partial)
+        partial.replace(to)
     else:
         to.fs.put_file(str(local), to.path)
 

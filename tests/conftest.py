@@ -36,6 +36,14 @@ def write_corpus(folder: Path, n_documents: int = 400, n_files: int = 4, seed: i
     return paths
 
 
+@pytest.fixture(autouse=True)
+def _no_user_families(monkeypatch: pytest.MonkeyPatch):
+    """Each test starts as a new process does, without the families in users' files that other tests have registered."""
+    from lmu_dist.models import registry  # not at the top, where it would be imported before its types can be checked
+
+    monkeypatch.setattr(registry, "_user_families", {})
+
+
 @pytest.fixture(scope="session")
 def corpus_glob(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("corpus")

@@ -87,7 +87,7 @@ class TrainConfig:
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # gradients are clipped to this global norm; 0: no clipping
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: weights and activations in bfloat16, master weights in float32
     gradient_precision: Literal["fp32", "bf16"] = (
-        "fp32"  # precision: bf16: type in which gradients are summed over micro-batches and workers
+        "fp32"  # type in which gradients are summed over micro-batches and workers, if precision is bf16
     )
     eval_every_tokens: Count = 500_000  # training tokens between evaluations
     eval_tokens: Count = 262_144  # tokens per evaluation: the start of the validation split, or all of it if it is shorter

@@ -140,7 +140,7 @@ def check_resumable(cell: Cell) -> list[str]:
     path, meta, skipped = checkpoint.newest_intact(cell.folder)
     if meta is not None and not checkpoint.is_loadable(meta, cell.config.cluster.zero_stage):
         raise ConfigError(
-            f"{path} was written at ZeRO stage {meta.zero_stage}, and DeepSpeed converts only 1 to 2 and back; go on "
+            f"{path} was written at ZeRO stage {meta.zero_stage}, and only stages 1 and 2 can read each other; go on "
             f"with cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
         )
     return skipped

@@ -82,6 +82,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         learning_rate=train.learning_rate,
         schedule=train.schedule,
         precision=train.precision,
+        gradient_precision=train.gradient_precision if train.precision == "bf16" else "",
         seed=cell.config.seed,
         training_flops_per_token=flops.training,
         training_flops_per_token_kaplan=flops.training_kaplan,

@@ -159,11 +159,12 @@ class _CellRun:
                 return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
             if evaluate_now:
                 state = self.evaluate(state)
+            # The branch point first: a run that resumes from its own checkpoint at this step does not come back to save it.
+            if branch_point_now and not self.has_branch_point(state):
+                self.save(state, self.cell.trunk_folder / BRANCH_POINTS)
             if save_now:
                 self.flush_log(state.step)
                 self.save(state, self.cell.folder)
-            if branch_point_now and not self.has_branch_point(state):
-                self.save(state, self.cell.trunk_folder / BRANCH_POINTS)
         return Outcome(records.COMPLETE, phase(train, state.step), "", state)
 
     def log_attempt(self) -> None:
@@ -216,10 +217,14 @@ class _CellRun:
         """Saves a checkpoint: each rank writes its files to local disk, and uploads them while training continues."""
         self.finish_upload()
         local = Path(tempfile.mkdtemp(prefix="lmu-dist-checkpoint-"))
-        self.engine.save(local)
-        weights = self.engine.weights()
-        if self.rank == 0:
-            checkpoint.write_weights(local, state, weights)
+        try:
+            self.engine.save(local)
+            weights = self.engine.weights()
+            if self.rank == 0:
+                checkpoint.write_weights(local, state, weights)
+        except BaseException:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
         name = checkpoint.folder_name(state.step, state.world_size, self.attempt_id)
         self.uploader.start(local, to / name, self.rank, state.world_size)
         self.upload_to = to

@@ -32,13 +32,15 @@ def linear_cross_entropy(
     if x.shape[0] * weight.shape[0] <= MAX_LOGITS:
         logits = F.linear(x, weight)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
-    return _LinearCrossEntropy.apply(x, weight, targets)
+    return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        losses, *gradients = _losses_and_gradients(x, weight, targets, None, any(ctx.needs_input_grad))
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, grad_enabled: bool) -> Tensor:
+        # Under no_grad() a weight still says that it needs a gradient, so evaluation would compute gradients for nothing.
+        with_gradients = grad_enabled and any(ctx.needs_input_grad)
+        losses, *gradients = _losses_and_gradients(x, weight, targets, None, with_gradients)
         ctx.save_for_backward(x, weight, targets, *gradients)
         return losses
 
@@ -53,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dx, dw = dx * dloss[0], dw * dloss[0]
         else:
             _, dx, dw = _losses_and_gradients(x, weight, targets, dloss, True)
-        return dx.to(x.dtype), dw.to(weight.dtype), None
+        return dx.to(x.dtype), dw.to(weight.dtype), None, None
 
 
 def _losses_and_gradients(

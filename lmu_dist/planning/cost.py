@@ -38,7 +38,8 @@ class StepTime:
     @property
     def speed_group(self) -> tuple[Any, ...]:
         """Settings that must be equal for the speed at one size to predict the speed at another size."""
-        return tuple(self.step[key] for key in ("family", "precision", "gpus_per_worker", "cpus_per_worker"))
+        always = tuple(self.step[key] for key in ("family", "precision", "gpus_per_worker", "cpus_per_worker"))
+        return always + tuple(self.step.get(key) for key in ("gradient_precision", "activation_checkpointing", "offload"))
 
 
 def step_settings(cell: GridCell) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
 from lmu_dist.tracking.store import STATUS, Store, record_of
 
 # (light mode, dark mode), for families that define no colour; distinct from each other and from the built-in families.
-Settings = tuple[float, int, str, str]
+Settings = tuple[float, int, str, str, str]
 MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
 
 
@@ -242,7 +242,8 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
 
 def _settings(r: RunRecord) -> Settings:
     """Returns the tuned settings of a run. A retry at half the learning rate counts as the settings of the first attempt."""
-    return r.learning_rate * (2 if r.retry_of else 1), r.batch_tokens, r.schedule, r.precision
+    sums = (r.gradient_precision or "bf16") if r.precision == "bf16" else r.precision  # of gradients
+    return r.learning_rate * (2 if r.retry_of else 1), r.batch_tokens, r.schedule, r.precision, sums
 
 
 def _largest_budget_then_loss(runs: Sequence[Run]) -> tuple[int, float]:

@@ -236,7 +236,7 @@ def _block_limits(n_bytes: int, block_bytes: int) -> list[tuple[int, int]]:
 def is_loadable(meta: Meta, zero_stage: int) -> bool:
     """Whether workers at this ZeRO stage can load the checkpoint, on any number of workers.
 
-    DeepSpeed converts between stages 1 and 2, and between no others.
+    Stages 1 and 2 have the same layout of shards; other stages cannot read each other.
     """
     return meta.zero_stage == zero_stage or {meta.zero_stage, zero_stage} == {1, 2}
 

@@ -30,7 +30,6 @@ from lmu_dist.config import load
 from lmu_dist.launch import jobs, submission
 from lmu_dist.launch.jobs import ClusterUnavailableError, UnknownJobError, connect, follow, submit
 from lmu_dist.launch.submission import JobSpec, make_job_spec
-from lmu_dist.models import registry
 
 # Ray raises warnings, and keeps sockets open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -260,7 +259,6 @@ def test_invalid_submission_is_an_error_of_one_line(change: str, arguments, mess
         shutil.copy(ROOT / "examples" / "gated_linear_attention.py", own)
         own.write_text(own.read_text().replace("class GatedLinearAttention", "class Own"))
     monkeypatch.setattr(submission, "GCS_STORAGE_MAX_SIZE", 300_000)
-    monkeypatch.setattr(registry, "_user_families", {})  # as in a new process
     subprocess.run(change, shell=True, check=True)
     assert main(["submit", *arguments]) == 2
     error = capfd.readouterr().err

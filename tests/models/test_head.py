@@ -87,3 +87,19 @@ def test_no_more_than_one_block_of_logits_exists():
     with RecordSizes():
         head.linear_cross_entropy(x, w, targets).mean().backward()
     assert max(sizes) == max(4 * V, N * D, V * D) < N * V
+
+
+def test_evaluation_computes_no_gradients(monkeypatch: pytest.MonkeyPatch):
+    """Under no_grad() the weights still require gradients. The sum of them would be as large as the head."""
+    asked, compute = [], head._losses_and_gradients
+
+    def spy(x, weight, targets, dloss, with_gradients):
+        asked.append(with_gradients)
+        return compute(x, weight, targets, dloss, with_gradients)
+
+    monkeypatch.setattr(head, "_losses_and_gradients", spy)
+    x, w, targets = problem(torch.float32)
+    with torch.no_grad():
+        without = head.linear_cross_entropy(x, w, targets)
+    assert torch.equal(without, head.linear_cross_entropy(x, w, targets))
+    assert asked == [False, True]

@@ -15,11 +15,6 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "gated_linear_attention.py"
 HEAD = "import torch\nfrom torch import nn\nfrom lmu_dist.models.family import Family\n"
 
 
-@pytest.fixture(autouse=True)
-def _forget(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(registry, "_user_families", {})
-
-
 def written(folder: Path, body: str, name: str = "own.py") -> str:
     (folder / name).write_text(HEAD + body)
     return f"{folder / name}:Own"

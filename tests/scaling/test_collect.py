@@ -105,6 +105,19 @@ def test_the_best_settings_hold_for_all_budgets_and_seeds(store: Store):
     assert found.left_out_counts() == {"not the best settings": 4}
 
 
+def test_bf16_sums_of_gradients_are_another_setting(store: Store):
+    """An older bf16 run, whose record does not name them, is not fitted together with one that has float32 sums."""
+    in_bf16 = [
+        make_record("lmu", 10_000, 10**6, seed, 4.6, precision="bf16", gradient_precision=p)
+        for seed, p in ((0, ""), (1, "bf16"))
+    ]
+    in_fp32 = make_record("lmu", 10_000, 10**6, 2, 4.5, precision="bf16", gradient_precision="fp32")
+    write_runs_to_mlflow(store.client, "e", [*in_bf16, in_fp32])
+    found = collect(store, "e")
+    assert [run.record.seed for run in found.runs] == [2]
+    assert found.left_out_counts() == {"not the best settings": 2}
+
+
 def test_the_finished_one_of_two_runs_of_a_cell_is_used(store: Store):
     cell = make_record("lmu", 10_000, 10**6, 0, 4.0)
     done = write_runs_to_mlflow(store.client, "first", [cell])[0]
