@@ -142,7 +142,7 @@ def activation_bytes(
     matrix, features = shape.vocab_tokens * shape.d_model, n_tokens * shape.d_model
     if logits <= MAX_LOGITS:
         head = 4 * logits
-    elif on_gpu and precision == "bf16":  # products in bf16: those of a block, and of a gradient, exist beside float32 copies
+    elif on_gpu and precision == "bf16":  # a block's logits and the weight gradient need bf16 and float32 copies
         head = 8 * min(logits, block_logits(on_gpu)) + 6 * matrix + 2 * features
     else:
         head = 4 * (min(logits, block_logits(on_gpu)) + matrix + features)

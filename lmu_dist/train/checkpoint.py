@@ -81,7 +81,7 @@ def folder_name(step: int, world_size: int, attempt: str) -> str:
 
 
 class Ranks(NamedTuple):
-    """The processes that check checkpoints together; by default this process alone."""
+    """The processes that check a checkpoint together; by default only this one."""
 
     rank: int = 0
     size: int = 1
@@ -105,7 +105,7 @@ class Ranks(NamedTuple):
         return result
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
 class Block(NamedTuple):
@@ -177,7 +177,7 @@ class Uploader:
             running.result()
 
 
-def verify(folder: Folder, digests: bool = True, ranks: Ranks = ALONE) -> Meta:
+def verify(folder: Folder, digests: bool = True, ranks: Ranks = SINGLE_PROCESS) -> Meta:
     """Returns meta.json after checking the size and sha256 of every file of a checkpoint. Raises CheckpointError.
 
     Every rank hashes about the same number of bytes. With `digests=False` only sizes are checked.
@@ -242,7 +242,7 @@ def is_loadable(meta: Meta, zero_stage: int) -> bool:
 
 
 def newest_branch_point(
-    branch_points: Folder, before_step: int, zero_stage: int, ranks: Ranks = ALONE
+    branch_points: Folder, before_step: int, zero_stage: int, ranks: Ranks = SINGLE_PROCESS
 ) -> tuple[Folder | None, Meta | None]:
     """The latest intact branch point of a trunk at or before step `before_step` that this ZeRO stage can load.
 
@@ -258,7 +258,7 @@ def newest_branch_point(
     return None, None
 
 
-def newest_intact(run_folder: Folder, ranks: Ranks = ALONE) -> tuple[Folder | None, Meta | None, list[str]]:
+def newest_intact(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> tuple[Folder | None, Meta | None, list[str]]:
     """The latest intact checkpoint of a run, its meta, and one message per newer checkpoint that was skipped.
 
     Returns (None, None, messages) if the run has no checkpoint, or only incomplete ones. Raises CheckpointError if none is
@@ -291,7 +291,7 @@ def prune(run_folder: Folder, keep: int) -> None:
             n_intact += 1
 
 
-def _list_checkpoints(run_folder: Folder, ranks: Ranks = ALONE) -> list[Folder]:
+def _list_checkpoints(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> list[Folder]:
     """Checkpoint folders, intact or not, newest first: by step, then by attempt, whose id is its start time in hex."""
     names = ranks.on_first(lambda: [path.name for path in run_folder.glob("step-*")])
     found = [(match.groups(), name) for name in names if (match := NAME.match(name))]
