@@ -19,7 +19,7 @@ from measure import STATUS, Row, Section, interleaved, peak_bytes, status_bytes,
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lmu_dist.models import generate
+from lmu_dist.models import generate, registry
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
 
@@ -66,7 +66,7 @@ def decoders(
 ) -> tuple[dict[tuple[str, int], Decoder], list[str]]:
     """A Decoder for each context length: one model prefills the longest context, and its state is copied at each length."""
     shape = shape_for(family, n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
-    if shape.learned_positions:  # needs an embedding for each position
+    if registry.family_of(shape).learned_positions:  # needs an embedding for each position
         shape = replace(shape, sequence_tokens=2 * contexts[-1])
     model = LanguageModel(shape).to(device).eval()
     tokens = torch.randint(VOCAB, (1, contexts[-1]), generator=torch.Generator().manual_seed(0)).to(device)

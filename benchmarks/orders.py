@@ -28,7 +28,7 @@ from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train.engine import Engine
-from lmu_dist.train.evaluate import evaluate
+from lmu_dist.train.evaluate import evaluate, evaluated_rows
 from lmu_dist.train.loop import train_rows
 
 EVALUATED_ROWS = 256
@@ -49,7 +49,13 @@ def run(corpus: Corpus, train: TrainConfig, n_params: int, pair: str, seed: int)
     losses = [metrics.loss_nats for metrics in train_rows(engine, rows, train, seed, 0, lambda: ())]
     seconds = time.perf_counter() - began
     found = evaluate(
-        engine, held_out, min(EVALUATED_ROWS, len(held_out)), 0, 1, train.n_steps, manifest.bytes_per_token("validation")
+        engine,
+        held_out,
+        evaluated_rows(held_out, EVALUATED_ROWS * train.sequence_tokens),
+        0,
+        1,
+        train.n_steps,
+        manifest.bytes_per_token("validation"),
     )
     engine.close()
     return {

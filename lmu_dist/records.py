@@ -125,6 +125,7 @@ class RunRecord:
     n_params_total: int = _param(0)
     d_model: int = _param(0)
     n_blocks: int = _param(0)
+    widths: str = _param("")  # the family's own widths, as JSON with sorted keys; "": unknown, in older records
     sequence_tokens: int = _param(0)
     vocab_tokens: int = _param(0)
     planned_tokens: int = _param(0)
@@ -135,6 +136,7 @@ class RunRecord:
     precision: str = _param("fp32")
     gradient_precision: str = _param("")  # of the sums of bf16 gradients; "" in fp32, and in older records, where it was bf16
     seed: int = _param(0)
+    validation_rows: str = _param("")  # which rows of the split: "spread" evenly; "": all, or in older records the first ones
     training_flops_per_token: float = _param(math.nan)  # matrix products and FFTs, including the head
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
     data_digest: str = _param("")

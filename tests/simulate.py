@@ -1,6 +1,6 @@
 """Simulated studies with a known truth: losses from known laws plus noise, as RunRecords and as runs in an MLflow store."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -93,9 +93,17 @@ def position_curve(record: RunRecord, flat_from: int = 0) -> np.ndarray:
 
 
 def write_runs_to_mlflow(
-    client: MlflowClient, experiment: str, records: Iterable[RunRecord], curves: bool = False, study_name: str = "ladder"
+    client: MlflowClient,
+    experiment: str,
+    records: Iterable[RunRecord],
+    curves: bool = False,
+    study_name: str = "ladder",
+    settings: Mapping[str, object] | None = None,
 ) -> list[str]:
-    """Writes runs as training does, with MLflow's own client, and returns their ids in order."""
+    """Writes runs as training does, with MLflow's own client, and returns their ids in order.
+
+    `settings`: keys of the configuration, as in "train.beta2", that are logged as params of all the runs.
+    """
     existing = client.get_experiment_by_name(experiment)
     artifact_folder = (
         Path(client.tracking_uri.removeprefix("sqlite:///")).parent / "mlartifacts" / experiment
@@ -111,10 +119,11 @@ def write_runs_to_mlflow(
         if curves:
             flat = 64 if r.family == "lmu" else 0
             metrics += [Metric(POSITION_LOSS, float(v), 0, t) for t, v in enumerate(position_curve(r, flat), 1)]
+        params = {"data.source": "simulation", **r.columns("params"), **(settings or {})}
         client.log_batch(
             ids[-1],
             metrics=metrics,
-            params=[Param(k, str(v)) for k, v in {"data.source": "simulation", **r.columns("params")}.items()],
+            params=[Param(k, str(v)) for k, v in params.items()],
             tags=[RunTag(k, str(v)) for k, v in r.columns("tags").items()],
         )
         client.set_terminated(ids[-1])

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive, Share
+from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive, Section, Share, Texts
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -19,6 +19,7 @@ class TokenizerConfig:
     path: str | None = None  # file: path of the tokenizer.json
     vocab_path: str | None = None  # gpt2: path of encoder.json (also published as vocab.json)
     merges_path: str | None = None  # gpt2: path of vocab.bpe (also published as merges.txt)
+    end_of_text: str | None = None  # bpe, file: token that is put after every document; None: <|endoftext|>
 
     @model_validator(mode="after")
     def _complete(self) -> "TokenizerConfig":
@@ -26,6 +27,8 @@ class TokenizerConfig:
             raise ValueError("kind: file needs path, a tokenizer.json")
         if self.kind == "gpt2" and not (self.vocab_path and self.merges_path):
             raise ValueError("kind: gpt2 needs vocab_path and merges_path, GPT-2's encoder.json and vocab.bpe")
+        if self.end_of_text == "" or (self.kind == "gpt2" and self.end_of_text):
+            raise ValueError("end_of_text is the name of a token, for kind bpe or file; GPT-2's is <|endoftext|>")
         if self.kind == "bpe" and not 257 <= self.vocab_tokens <= 2**31:
             raise ValueError("vocab_tokens must be at least 257: 256 bytes and the end-of-text token")
         return self
@@ -38,13 +41,19 @@ class DataConfig:
     source: Literal["python-stdlib", "files", "huggingface"] = (
         "python-stdlib"  # where the text comes from; python-stdlib: the source files of Python's standard library
     )
-    files: tuple[str, ...] = ()  # files: globs of .txt .jsonl .jsonl.gz .jsonl.zst .parquet, and .tar of all but .parquet
+    files: Texts = ()  # files: paths, folders, globs and URLs of .txt .jsonl .ndjson .json .parquet .tar, also compressed
     dataset: str | None = None  # huggingface: name on the hub, or a local path
     dataset_config: str | None = None  # huggingface: configuration (subset) of the data set; None: its default
-    dataset_split: str = "train"  # huggingface: split of the data set to read
-    text_field: str = "text"  # field or column that holds the text of a document
+    dataset_split: str = "train"  # huggingface: split of the data set to read, or a slice of it such as train[:10%]
+    dataset_revision: str | None = None  # huggingface: branch, tag or commit on the hub; None: the newest
+    dataset_validation_split: str | None = None  # huggingface: split to validate on; None: 3 % of the documents
+    text_field: str = "text"  # field or column that holds the text of a document; meta.text: the field text inside meta
+    document_separator: str | None = (
+        None  # line that separates documents in .txt, such as "<|endoftext|>", or "" for empty lines; None: no separator
+    )
+    empty: Literal["drop", "error"] = "drop"  # drop: leave out documents without text; error: count them as unreadable
     max_bad_share: Share = 0.05  # preparing fails if a larger share of the documents, or of the files, cannot be read
-    tokenizer: TokenizerConfig = TokenizerConfig()  # how text becomes tokens
+    tokenizer: Annotated[TokenizerConfig, Section] = TokenizerConfig()  # how text becomes tokens
 
     @model_validator(mode="after")
     def _complete(self) -> "DataConfig":
@@ -52,6 +61,8 @@ class DataConfig:
             raise ValueError('source: files needs files, a list of globs such as ["corpus/*.jsonl.zst"]')
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("source: huggingface needs dataset, a name on the hub or a local path")
+        if self.dataset_validation_split == self.dataset_split:
+            raise ValueError("dataset_validation_split must be another split than dataset_split")
         return self
 
 
@@ -90,7 +101,7 @@ class TrainConfig:
         "fp32"  # type in which gradients are summed over micro-batches and workers, if precision is bf16
     )
     eval_every_tokens: Count = 500_000  # training tokens between evaluations
-    eval_tokens: Count = 262_144  # tokens per evaluation: the start of the validation split, or all of it if it is shorter
+    eval_tokens: Count = 262_144  # tokens per evaluation, spread evenly over the validation split; all of it if it is shorter
 
     @property
     def float32_gradients(self) -> bool:
@@ -129,6 +140,11 @@ class TrainConfig:
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_tokens ({self.sequence_tokens})"
             )
         return self
+
+
+# Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
+# left out of the key of a cell, so that finished runs keep their keys.
+ADDED_TRAIN_KEYS: dict[str, Any] = {"gradient_precision": "bf16"}
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import lmu_dist
-from lmu_dist.config import Config, ConfigError, Folder, to_dict, with_settings
+from lmu_dist.config import ADDED_TRAIN_KEYS, Config, ConfigError, Folder, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.models import registry
 from lmu_dist.models.accounting import parameters
@@ -24,9 +24,6 @@ from lmu_dist.planning.grid import shape_of, trunk_settings
 from lmu_dist.train import VERSION
 
 CODE = (".py", ".cpp", ".h")
-# Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
-# left out of the key of a cell, so that finished runs keep their keys.
-ADDED_TRAIN_KEYS: dict[str, Any] = {"gradient_precision": "bf16"}
 BRANCH_POINTS = "branch_points"  # folder in a trunk's folder, with the checkpoints from which decay branches start
 
 
@@ -47,6 +44,11 @@ class Cell:
     trunk: str
     retry_of: str = ""  # key of the cell that diverged, if this is its retry at half the learning rate
     family_source: FamilySource | None = None  # a family in a user's own file, for processes that do not see the file
+
+    @property
+    def validation_rows(self) -> str:
+        """Which rows of the validation split are evaluated: "spread" evenly over it, or "" if all of them are."""
+        return _validation_rows(self.config, self.corpus)
 
     @property
     def name(self) -> str:
@@ -78,13 +80,15 @@ def make_cell(config: Config, corpus: Corpus) -> Cell:
     [source] = registry.sources({reference}) or [None]
 
     def digest(settings: dict[str, Any]) -> str:
-        return key_of(config, settings, shape, family, corpus.manifest.data_digest)
+        return key_of(config, settings, shape, family, corpus.manifest.data_digest, _validation_rows(config, corpus))
 
     key, trunk = digest(train), digest(trunk_settings(train))
     return Cell(config, corpus, shape, str(family.version), code_digest(), key, trunk, family_source=source)
 
 
-def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Family, data_digest: str) -> str:
+def key_of(
+    config: Config, train: Mapping[str, Any], shape: Shape, family: Family, data_digest: str, validation_rows: str = ""
+) -> str:
     """sha256 of everything that determines the losses of a run, and of nothing else.
 
     It does not depend on the storage and the number of workers, nor on the source code. The code is represented by the versions
@@ -104,8 +108,15 @@ def key_of(config: Config, train: Mapping[str, Any], shape: Shape, family: Famil
         "seed": config.seed,
         "data": data_digest,
         "shape": shape.to_dict(),
+        # Earlier versions evaluated the first rows of the split. Where all rows are evaluated, their runs keep their keys.
+        **({"validation_rows": validation_rows} if validation_rows else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _validation_rows(config: Config, corpus: Corpus) -> str:
+    n_evaluated = config.train.eval_tokens // config.train.sequence_tokens
+    return "spread" if n_evaluated < corpus.n_rows("validation", config.train.sequence_tokens) else ""
 
 
 def build_model(config: Config, shape: Shape, device: torch.device) -> LanguageModel:

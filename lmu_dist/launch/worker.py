@@ -8,14 +8,17 @@ import functools
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import ray.train
 import ray.train.torch
 import ray.util
@@ -24,7 +27,7 @@ import torch.distributed as dist
 from ray.actor import ActorProxy
 
 from lmu_dist import config as configuration
-from lmu_dist import records
+from lmu_dist import records, storage
 from lmu_dist.config import Folder
 from lmu_dist.data.batches import TokenDataset
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell, build_model
@@ -36,6 +39,8 @@ from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import VERSION, checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
 from lmu_dist.train.schedule import phase
+
+UPLOAD_TIMEOUT_SECONDS = 6 * 3600.0  # how long ranks wait for the upload of another rank's part of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,24 @@ def _peak_flops(precision: str, device: torch.device) -> float:
     return of_all.item()
 
 
+@functools.cache
+def _upload_group() -> dist.ProcessGroup:
+    """The process group in which ranks wait for each other's uploads, which may take longer than a step. Collective."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=UPLOAD_TIMEOUT_SECONDS))
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def _local_checkpoint_folder() -> Path:
+    """A new local folder for this rank's part of a checkpoint. Deletes those that killed workers of this machine left."""
+    prefix = f"lmu-dist-checkpoint-{platform.node()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        pid = left.name.removeprefix(prefix).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-"))
+
+
 class _CellRun:
     """The training of one cell on this rank."""
 
@@ -177,7 +200,7 @@ class _CellRun:
         if implementation := family.operator(self.cell.shape, options, engine.dtype, engine.device):
             tags["lmu.operator"] = implementation
         if self.logger is not None:
-            self.logger.start_attempt(tags)
+            self.logger.start_attempt(self.attempt_id, tags)
 
     def flush_log(self, checkpoint_step: int) -> None:
         """Waits until the metrics up to a checkpoint are on disk.
@@ -207,21 +230,22 @@ class _CellRun:
         return state
 
     def validate(self, step: int, n_tokens: int) -> EvalMetrics:
-        """The loss over the first `n_tokens` of the validation split."""
-        from lmu_dist.train.evaluate import evaluate
+        """The loss over about `n_tokens` of the validation split."""
+        from lmu_dist.train.evaluate import evaluate, evaluated_rows
 
-        n_rows = min(len(self.held_out), max(1, n_tokens // self.cell.config.train.sequence_tokens))
-        return evaluate(self.engine, self.held_out, n_rows, self.rank, self.world_size, step, self.bytes_per_token)
+        indices = evaluated_rows(self.held_out, n_tokens)
+        return evaluate(self.engine, self.held_out, indices, self.rank, self.world_size, step, self.bytes_per_token)
 
     def save(self, state: checkpoint.Meta, to: Folder) -> None:
         """Saves a checkpoint: each rank writes its files to local disk, and uploads them while training continues."""
         self.finish_upload()
-        local = Path(tempfile.mkdtemp(prefix="lmu-dist-checkpoint-"))
+        local = _local_checkpoint_folder()
         try:
-            self.engine.save(local)
-            weights = self.engine.weights()
-            if self.rank == 0:
-                checkpoint.write_weights(local, state, weights)
+            with storage.full_disk_errors(local):
+                self.engine.save(local)
+                weights = self.engine.weights()
+                if self.rank == 0:
+                    checkpoint.write_weights(local, state, weights)
         except BaseException:
             shutil.rmtree(local, ignore_errors=True)
             raise
@@ -234,7 +258,7 @@ class _CellRun:
         if self.upload_to is None:
             return
         self.uploader.wait()
-        dist.barrier()  # until the files of all ranks are in storage
+        dist.barrier(_upload_group())  # until the files of all ranks are in storage
         if self.rank == 0 and self.upload_to == self.cell.folder:
             checkpoint.prune(self.upload_to, self.cell.config.cluster.keep_checkpoints)
         self.upload_to = None

@@ -13,8 +13,11 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from filelock import FileLock
+
+from lmu_dist import storage
 from lmu_dist.config import Config, ConfigError, Folder, to_dict
-from lmu_dist.data.manifest import corpus_folder, is_prepared, read_manifest
+from lmu_dist.data.manifest import locate, read_manifest
 from lmu_dist.data.tokenizer import configured_vocab_size
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.shape import Shape
@@ -112,7 +115,7 @@ class Plan:
 
     cells: tuple[CellCost, ...]
     left_out: tuple[str, ...]  # cells above ladder.max_cell_flops
-    device: str  # device of the calibration in use; empty if none is used
+    device: str  # devices of the calibration in use; empty if none is used
     n_trials: int  # trials per cell: more than one for a search (ASHA stops most of them early)
     n_slots: int  # number of workers that run at the same time
     wall_seconds: float | None  # on n_slots workers; excludes validation and the start of the workers
@@ -154,8 +157,9 @@ class Plan:
 def vocab_tokens(config: Config) -> int:
     """Vocabulary size of the prepared corpus, or of the tokenizer's settings if no corpus is prepared."""
     with suppress(ConfigError):  # the corpus is not on this machine
-        if is_prepared(config.data, config.storage_folder):
-            return read_manifest(corpus_folder(config.data, config.storage_folder)).vocab_tokens
+        corpus = locate(config.data, config.storage_folder)
+        if corpus.prepared:
+            return read_manifest(corpus.folder).vocab_tokens
     return configured_vocab_size(config.data.tokenizer)
 
 
@@ -168,8 +172,8 @@ def plan(config: Config) -> Plan:
     costs = tuple(_cell_cost(cell, shared[i], calibration) for i, cell in enumerate(cells))
     names_left_out = tuple(f"{c.shape.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
     planned = {(cell.shape.family, cell.config.train.precision) for cell in cells}
-    is_calibrated = not config.plan.flops_per_second and any(m.speed_group[:2] in planned for m in calibration)
-    device = calibration[0].device if is_calibrated else ""
+    used = [] if config.plan.flops_per_second else [m for m in calibration if m.speed_group[:2] in planned]
+    device = " and ".join(dict.fromkeys(m.device for m in used))
     n_trials = config.tune.n_trials if config.tune and not config.ladder else 1
     n_slots = config.plan.n_slots or max(cost.n_workers for cost in costs)
     wall_seconds = _wall_seconds(costs, trunks * n_trials, n_slots)
@@ -200,17 +204,30 @@ def step_seconds(cell: GridCell, calibration: Sequence[StepTime]) -> float | Non
     return flops / math.exp(_interpolate(points, math.log(accounting.parameters(cell.shape).non_embedding)))
 
 
-def read_calibration(storage: Folder) -> list[StepTime]:
-    """The measured step times of a storage folder, oldest first; an empty list without a calibration."""
-    path = storage / CALIBRATION
-    return [StepTime(**known_fields(StepTime, row)) for row in json.loads(path.read_text())] if path.exists() else []
+def read_calibration(folder: Folder) -> list[StepTime]:
+    """The measured step times of a storage folder, oldest first; an empty list without a calibration.
+
+    Raises ConfigError if the file is damaged.
+    """
+    path = folder / CALIBRATION
+    if not path.exists():
+        return []
+    try:
+        return [StepTime(**known_fields(StepTime, row)) for row in json.loads(path.read_text())]
+    except (ValueError, TypeError, AttributeError) as e:
+        raise ConfigError(f"{path} is damaged; delete it and run lmu-dist plan --calibrate again") from e
 
 
-def write_calibration(storage: Folder, step_times: Sequence[StepTime]) -> Folder:
-    """Adds step times to the calibration file. They replace older ones of the same step. Returns the file."""
-    latest = {json.dumps(m.step, sort_keys=True): asdict(m) for m in [*read_calibration(storage), *step_times]}
-    path = storage / CALIBRATION
-    path.write_text(json.dumps(list(latest.values()), indent=1))
+def write_calibration(folder: Folder, step_times: Sequence[StepTime]) -> Folder:
+    """Adds step times to the calibration file. They replace older ones of the same step. Returns the file.
+
+    Commands on one machine that calibrate at the same time keep each other's results.
+    """
+    state_dir, path = storage.local_state_dir(folder), folder / CALIBRATION
+    storage.make_folder(state_dir)
+    with FileLock(state_dir / f"{CALIBRATION}.lock"):
+        latest = {json.dumps(m.step, sort_keys=True): asdict(m) for m in [*read_calibration(folder), *step_times]}
+        storage.write_atomic(path, json.dumps(list(latest.values()), indent=1).encode())
     return path
 
 

@@ -18,22 +18,27 @@ import numpy as np
 from lmu_dist.config import ConfigError
 from lmu_dist.records import COMPLETE, Appearance, RunRecord
 from lmu_dist.scaling.appearance import family_order, fill_in_colours_and_markers, stored_appearance, title
+from lmu_dist.scaling.settings import Settings, difference, settings_of, with_widths
 from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
 from lmu_dist.tracking.store import STATUS, Store, record_of
 
-# (light mode, dark mode), for families that define no colour; distinct from each other and from the built-in families.
-Settings = tuple[float, int, str, str, str]
 MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run with a result. `size_bin` is the size at which it is compared: the smallest N of the runs within 5 %."""
+    """A run with a result.
+
+    `size_bin` is the size at which it is compared: the smallest N of the runs within 5 %. `requested_n_params` is the N that
+    was asked for (0: unknown), of which models with other widths, for example of another order, differ by up to 2 %.
+    """
 
     run_id: str
     name: str
     size_bin: int
     record: RunRecord
+    settings: Settings = ()
+    requested_n_params: int = 0
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,8 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
         if record is None or reason:
             out.append(LeftOutRun(run.info.run_id, name, reason, record))
         else:
-            used.append(Run(run.info.run_id, name, 0, record))
+            requested = int(run.data.params.get("model.n_params", record.n_params))
+            used.append(Run(run.info.run_id, name, 0, record, settings_of(record, run.data.params), requested))
             appearances[record.family] = stored_appearance(record.family, run.data.tags.get("lmu.family_appearance"))
             sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
     used, incomparable = _comparable(used, any_code)
@@ -188,6 +194,8 @@ def _comparable(runs: Iterable[Run], any_code: bool) -> tuple[list[Run], list[Le
     kept, out = _most_common(list(runs), "data", lambda r: r.data_digest)
     kept, more = _most_common(kept, "sequence length", lambda r: str(r.sequence_tokens))
     out += more
+    kept, more = _most_common(kept, "rows of the validation split", lambda r: r.validation_rows or "first or all")
+    out += more
     if any_code:
         return kept, out
     kept, more = _most_common(kept, "training version", lambda r: r.versions[1])
@@ -221,29 +229,25 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
     best run of every cell would select for luck.
     """
     sizes = defaultdict[tuple[str, int], dict[Settings, list[Run]]](lambda: defaultdict(list))
-    for run in sorted(runs, key=lambda run: (run.record.val_loss_nats, run.run_id)):
-        sizes[run.record.family, run.record.n_params][_settings(run.record)].append(run)
+    # Runs whose widths are recorded come first, so that an older run of the same settings joins them.
+    for run in sorted(runs, key=lambda run: (not run.record.widths, run.record.val_loss_nats, run.run_id)):
+        tried = sizes[run.record.family, run.requested_n_params]
+        tried[with_widths(run.settings, tried)].append(run)
     kept, out, n_settings_tried = dict[tuple[Any, ...], Run](), list[LeftOutRun](), Counter[str]()
-    for (family, _), tried in sizes.items():
+    for (family, n_params), tried in sizes.items():
         n_settings_tried[family] = max(n_settings_tried[family], len(tried))
         best = min(tried, key=lambda settings: _largest_budget_then_loss(tried[settings]))
         for settings, found in tried.items():
             for run in found:
                 r = run.record
                 if settings != best:
-                    reason = f"not the best settings: learning rate {r.learning_rate:.3g}, batch {r.batch_tokens:,} tokens"
+                    reason = f"not the best settings: {difference(settings, best)}"
                     out.append(LeftOutRun(run.run_id, run.name, reason, r))
-                elif (cell := (family, r.n_params, r.planned_tokens, r.seed)) in kept:
+                elif (cell := (family, n_params, r.planned_tokens, r.seed)) in kept:
                     out.append(LeftOutRun(run.run_id, run.name, f"duplicate: run {kept[cell].run_id} is the same cell", r))
                 else:
                     kept[cell] = run
     return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=family_order)}
-
-
-def _settings(r: RunRecord) -> Settings:
-    """Returns the tuned settings of a run. A retry at half the learning rate counts as the settings of the first attempt."""
-    sums = (r.gradient_precision or "bf16") if r.precision == "bf16" else r.precision  # of gradients
-    return r.learning_rate * (2 if r.retry_of else 1), r.batch_tokens, r.schedule, r.precision, sums
 
 
 def _largest_budget_then_loss(runs: Sequence[Run]) -> tuple[int, float]:

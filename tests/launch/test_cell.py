@@ -110,6 +110,18 @@ def test_gradient_precision_is_in_the_key_where_it_changes_losses(tmp_path: Path
     assert in_fp32 != in_bf16 == earlier
 
 
+def test_rows_of_the_validation_split_are_in_the_key_unless_all_are_evaluated(tmp_path: Path, corpus: Corpus):
+    """Earlier versions evaluated the first rows: their runs keep their keys only where that makes no difference."""
+    config, n_tokens = make_config(tmp_path), corpus.n_rows("validation", 32) * 32
+
+    def cell(eval_tokens: int) -> Cell:
+        return make_cell(with_settings(config, {"train.eval_tokens": eval_tokens}), corpus)
+
+    assert [cell(n).validation_rows for n in (n_tokens + 31, n_tokens, n_tokens - 1, 32)] == ["", "", "spread", "spread"]
+    part, train = cell(32), cells.to_dict(config)["train"] | {"eval_tokens": 32}
+    assert cells.key_of(part.config, train, part.shape, registry.find("lmu"), corpus.manifest.data_digest) != part.key
+
+
 def test_key_of_a_users_family_depends_on_its_text_and_not_on_its_path(tmp_path: Path, corpus: Corpus):
     def cell(folder: str, text: str) -> Cell:
         path = tmp_path / folder / "plain.py"

@@ -95,7 +95,7 @@ def test_model_keys_are_set_only_for_families_that_have_them():
     cells = {cell.shape.family: cell for cell in grid(config, 400)[0]}
     assert cells["lmu"].shape.theta_tokens == 64
     assert cells["lstm"].config.model.options == {}
-    for key, message in (("model.thetta_tokens", "did you mean model.theta_tokens"), ("model.order", "greater than 0")):
+    for key, message in (("model.thetta_tokens", "did you mean model.theta_tokens"), ("model.order", "more than 0")):
         with pytest.raises(ConfigError, match=message):
             grid(with_settings(config, {key: -1}), 400)
     with pytest.raises(ConfigError, match=r"model\.order: unknown key of family lstm; it has no keys of its own"):

@@ -12,6 +12,7 @@ from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.collect import Study, collect, resampling_groups, rows_from_runs, write_runs
+from lmu_dist.scaling.settings import settings_of
 from lmu_dist.tracking.store import Store, default_uri
 
 
@@ -103,6 +104,85 @@ def test_the_best_settings_hold_for_all_budgets_and_seeds(store: Store):
     assert {run.record.key for run in found.runs} == {r.key for r in [*good, retried]}
     assert found.n_settings_tried == {"lmu": 2}
     assert found.left_out_counts() == {"not the best settings": 4}
+
+
+def test_grids_of_other_settings_are_not_mixed(store: Store):
+    """Of two grids that differ in weight decay, a fit takes one, not the luckiest cells of both."""
+    cells = ((10**6, 4.0, 4.5), (10**7, 3.9, 3.5))
+    first = [make_record("lmu", 10_000, tokens, 0, loss) for tokens, loss, _ in cells]
+    second = [make_record("lmu", 10_000, tokens, 0, loss, key=f"second{tokens}") for tokens, _, loss in cells]
+    ids = write_runs_to_mlflow(store.client, "e", second, settings={"train.weight_decay": 0.1})
+    write_runs_to_mlflow(store.client, "e", first)
+    found = collect(store, "e")
+    assert [run.run_id for run in found.runs] == ids  # the best at the largest budget
+    assert [out.reason for out in found.left_out] == ["not the best settings: weight decay 0 (best 0.1)"] * 2
+    assert found.n_settings_tried == {"lmu": 2}
+
+
+@pytest.mark.parametrize(
+    ("key", "usual", "other"),
+    [
+        ("train.weight_decay", 0.0, 0.1),
+        ("train.beta1", 0.9, 0.95),
+        ("train.beta2", 0.999, 0.95),
+        ("train.eps", 1e-8, 1e-6),
+        ("train.clip_norm", 1.0, 0.0),
+        ("train.warmup_tokens", 125_000, 0),
+        ("train.decay_share", 0.2, 0.5),
+        ("train.plateau_patience", 0, 3),
+        ("train.eval_tokens", 262_144, 1024),
+        ("model.theta_tokens", None, 64),
+        ("model.order", None, 20),
+    ],
+)
+def test_all_that_can_be_tuned_is_a_setting(key: str, usual: object, other: object):
+    record = make_record("lmu", 10_000, 10**6, 0, 4.0)
+    of_a_version_without_the_key = settings_of(record, {})
+    assert settings_of(record, {key: str(usual)}) == of_a_version_without_the_key
+    assert settings_of(record, {key: str(other)}) != of_a_version_without_the_key
+
+
+def test_other_fields_of_records_are_settings_too():
+    record = make_record("lmu", 10_000, 10**6, 0, 4.0)
+    for change in (
+        {"learning_rate": 0.1},
+        {"batch_tokens": 2048},
+        {"schedule": "cosine"},
+        {"precision": "bf16"},
+        {"n_blocks": 3},
+    ):
+        assert settings_of(replace(record, **change), {}) != settings_of(record, {})
+    assert settings_of(replace(record, learning_rate=0.005, retry_of="k"), {}) == settings_of(record, {})
+
+
+def test_settings_without_effect_are_no_settings():
+    record = make_record("lmu", 10_000, 10**6, 0, 4.0, schedule="cosine")
+    for params in (
+        {"train.decay_share": "0.5", "train.eval_every_tokens": "7", "train.divergence_factor": "3.0", "train.tokens": "1"},
+        {"model.form": "fft", "train.gradient_precision": "bf16", "train.plateau_factor": "0.1", "data.source": "files"},
+    ):
+        assert settings_of(record, params) == settings_of(record, {})
+
+
+def test_models_of_other_widths_are_other_settings(store: Store):
+    """Widths that follow from another rule, or were tuned, are not one size in a fit; N then differs a little."""
+    small = [make_record("lmu", 9_990, 10**6, s, 4.0, widths='{"order": 20}', key=f"small{s}") for s in range(2)]
+    large = [make_record("lmu", 10_050, 10**6, s, 4.2, widths='{"order": 40}', key=f"large{s}") for s in range(2)]
+    older = make_record("lmu", 9_990, 10**6, 2, 4.1)  # its widths were not recorded
+    write_runs_to_mlflow(store.client, "e", [*large, *small, older], settings={"model.n_params": 10_000})
+    found = collect(store, "e")
+    assert {run.record.seed for run in found.runs} == {0, 1, 2}
+    assert {run.record.widths for run in found.runs} == {'{"order": 20}', ""}
+    assert [out.reason for out in found.left_out] == ["not the best settings: order 40 (best 20)"] * 2
+
+
+def test_losses_over_other_rows_are_not_compared(store: Store):
+    record = make_record("lmu", 10_000, 10**6, 0, 4.0)
+    spread = [replace(record, seed=s, key=f"{s}", validation_rows="spread") for s in (1, 2)]
+    write_runs_to_mlflow(store.client, "e", [record, *spread])
+    found = collect(store, "e")
+    assert {run.record.seed for run in found.runs} == {1, 2}
+    assert found.left_out_counts() == {"other rows of the validation split": 1}
 
 
 def test_bf16_sums_of_gradients_are_another_setting(store: Store):

@@ -167,4 +167,6 @@ def non_finite(stage: int) -> tuple[list[float], list[float]]:
 def evaluate_on(path: str, n_rows: int, micro_rows: int | None = None) -> object:
     """Evaluates an untrained model on a token stream."""
     rows = TokenDataset(Path(path), "<u2", LENGTH)
-    return evaluate(_engine(1, micro_rows), rows, n_rows, dist.get_rank(), dist.get_world_size(), 0, bytes_per_token=2.0)
+    return evaluate(
+        _engine(1, micro_rows), rows, np.arange(n_rows), dist.get_rank(), dist.get_world_size(), 0, bytes_per_token=2.0
+    )

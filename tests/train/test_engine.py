@@ -10,7 +10,9 @@ import tasks
 import torch
 from spawn_ranks import spawn_ranks
 
+from lmu_dist.data.batches import TokenDataset
 from lmu_dist.train.engine import peak_bytes, reset_peak_bytes
+from lmu_dist.train.evaluate import evaluated_rows
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,14 @@ def test_peak_memory_can_be_reset():
     del block
     reset_peak_bytes(cpu)
     assert peak_bytes(cpu) < low + 50_000_000
+
+
+def test_evaluated_rows_are_spread_over_the_split(tmp_path: Path):
+    np.arange(101 * 8 + 1).astype("<u2").tofile(tmp_path / "v.bin")
+    rows = TokenDataset(tmp_path / "v.bin", "<u2", 8)
+    assert list(evaluated_rows(rows, 4 * 8 + 7)) == [0, 25, 50, 75]
+    assert list(evaluated_rows(rows, 7)) == [0]
+    assert list(evaluated_rows(rows, 10**6)) == list(range(101))
 
 
 def test_evaluation_does_not_depend_on_world_size(tmp_path: Path):
