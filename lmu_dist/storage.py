@@ -4,10 +4,14 @@ Both kinds are handled as path objects (pathlib or universal-pathlib). This modu
 writes, downloads, locks, error messages. Called by data, train, tracking and launch.
 """
 
+import errno
 import hashlib
+import json
 import os
+import platform
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +22,10 @@ from filelock import FileLock
 from platformdirs import user_cache_path
 
 from lmu_dist.config import ConfigError, Folder
+
+CLOCK_STEP_SECONDS = 0.05  # a file whose last change is longer ago than this gets another time by the next change
+STAGING = ".staging-"  # begins the name of a folder for unfinished files; a process that is killed leaves it behind
+FULL_BYTES = 1 << 16  # a disk with less free space is full
 
 
 def check_writable(folder: Folder) -> None:
@@ -50,6 +58,26 @@ def _storage_errors(folder: Folder, action: str) -> Iterator[None]:
 def is_storage_client_error(error: BaseException) -> bool:
     """Whether an exception was raised by a client library of S3 or GCS; these are not subclasses of OSError."""
     return type(error).__module__.partition(".")[0] in ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google")
+
+
+def error_text(error: BaseException | str) -> str:
+    """The message of an error, in one line. A full disk, or a used-up quota, is named as such."""
+    text = " ".join(str(error).split())
+    match = re.search(rf"({os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)})[^:]*(: .*)?", text)
+    if match is not None:
+        return f"the disk is full{match[2] or ''}; free some space"
+    return text or type(error).__name__
+
+
+@contextmanager
+def full_disk_errors(folder: Path) -> Iterator[None]:
+    """Raises OSError if the block fails and the disk of a local folder is full: some writers hide why they failed."""
+    try:
+        yield
+    except Exception as e:
+        if shutil.disk_usage(folder).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from e
+        raise
 
 
 def is_remote(path: Folder) -> bool:
@@ -87,11 +115,15 @@ def open_atomic(path: Folder) -> Iterator[Any]:
     """Opens a binary file for an atomic write: it appears under its name when the block ends without an error."""
     if isinstance(path, Path):
         partial = path.with_name(path.name + ".partial")
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # on a full disk it would take the space that the next attempt needs
+            raise
         return
     file: Any = path.fs.open(path.path, "wb", autocommit=False)
     try:
@@ -129,7 +161,7 @@ def local_output_dir(folder: Folder) -> Iterator[Path]:
 @contextmanager
 def staging_dir(folder: Folder) -> Iterator[Path]:
     """An empty local folder from which `move_file` can move files into `folder`. Remaining files are deleted at the end."""
-    with TemporaryDirectory(dir=folder if isinstance(folder, Path) else None, prefix=".staging-") as local:
+    with TemporaryDirectory(dir=folder if isinstance(folder, Path) else None, prefix=STAGING) as local:
         yield Path(local)
 
 
@@ -145,8 +177,12 @@ def upload_file(local: Path, to: Folder) -> None:
     make_folder(to.parent)
     if isinstance(to, Path):
         partial = to.with_name(to.name + ".partial")
-        shutil.copyfile(local, partial)
-        partial.replace(to)
+        try:
+            shutil.copyfile(local, partial)
+            partial.replace(to)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     else:
         to.fs.put_file(str(local), to.path)
 
@@ -172,28 +208,95 @@ def read_ranges(path: Folder, ranges: Sequence[tuple[int, int]]) -> list[bytearr
 
 
 def cached_path(path: Folder, sha256: str) -> Path:
-    """The local path of a file. A file at a URI is downloaded once per machine, to a cache keyed by its sha256.
+    """The local path of a file whose content has this sha256. A file at a URI is downloaded once per machine, to a cache.
 
-    Raises ConfigError if the sha256 is malformed, or if the downloaded file does not match it.
+    The content is verified once per machine and file (`is_intact`). Raises ConfigError if the sha256 is malformed, or if the
+    file does not match it.
     """
-    if isinstance(path, Path):
-        return path
     if not re.fullmatch("[0-9a-f]{64}", sha256):  # it becomes a file name
         raise ConfigError(f"{path.parent} has a damaged manifest; delete {path.parent} and prepare again")
+    damaged = ConfigError(f"{path} is damaged: its sha256 is not {sha256}; delete {path.parent} and prepare again")
+    if isinstance(path, Path):
+        if not is_intact(path, sha256):
+            raise damaged
+        return path
     local = user_cache_path("lmu-dist") / "files" / f"{sha256}{path.suffix}"
-    if not local.exists():
-        local.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{local}.lock"):
-            if not local.exists():
-                partial = local.with_name(local.name + ".partial")
+    local.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{local}.lock"):
+        if not local.exists() or not is_intact(local, sha256):
+            partial = local.with_name(local.name + ".partial")
+            try:
                 path.fs.get_file(path.path, str(partial))
                 if digest(partial) != sha256:
-                    partial.unlink()
-                    raise ConfigError(f"{path} is damaged: its sha256 is not {sha256}; delete {path.parent} and prepare again")
+                    raise damaged
                 with open(partial, "rb") as file:
                     os.fsync(file.fileno())
                 partial.replace(local)
+            except BaseException:
+                partial.unlink(missing_ok=True)  # on a full disk it would take the space that the next attempt needs
+                raise
+            remember_intact(local, sha256)
     return local
+
+
+def is_intact(path: Path, sha256: str) -> bool:
+    """Whether a local file has this sha256. The file is read once per machine, and again if its size, times or inode change.
+
+    What was verified is remembered in the user's cache. Several processes wait for the one that reads.
+    """
+    entry = _verified_entry(path)
+    if _read_verified(entry) == [*_identity(path), sha256]:
+        return True
+    try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{entry}.lock").acquire()
+    except (OSError, NotImplementedError):  # the cache cannot be written, or its file system has no locks
+        return digest(path) == sha256
+    with lock:
+        identity = _identity(path)
+        if _read_verified(entry) == [*identity, sha256]:
+            return True
+        if digest(path) != sha256:
+            return False
+        _write_verified(entry, path, identity, sha256)
+        return True
+
+
+def remember_intact(path: Path, sha256: str) -> None:
+    """Notes that a local file, just written by this process and complete, has this sha256."""
+    entry = _verified_entry(path)
+    with suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{entry}.lock"):
+            _write_verified(entry, path, _identity(path), sha256)
+
+
+def _verified_entry(path: Path) -> Path:
+    """The file in the user's cache that says what was verified of a path. Machines may share a cache but not a disk."""
+    name = hashlib.sha256(f"{platform.node()} {path.resolve()}".encode()).hexdigest()
+    return user_cache_path("lmu-dist") / "verified" / f"{name}.json"
+
+
+def _identity(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def _read_verified(entry: Path) -> list[Any] | None:
+    try:
+        return json.loads(entry.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write_verified(entry: Path, path: Path, identity: list[int], sha256: str) -> None:
+    """Writes an entry, unless the file has changed since `identity` was taken."""
+    # A file system keeps times in steps of some milliseconds. A change in the step of the last one would not be seen.
+    if (age := time.time() - identity[2] / 1e9) < CLOCK_STEP_SECONDS:
+        time.sleep(min(CLOCK_STEP_SECONDS, CLOCK_STEP_SECONDS - age))
+    if _identity(path) == identity:
+        with suppress(OSError):
+            write_atomic(entry, json.dumps([*identity, sha256]).encode())
 
 
 def remove(folder: Folder) -> None:

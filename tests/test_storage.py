@@ -1,11 +1,13 @@
 """Tests of storage at a URI, on an emulated S3 server on loopback, without Ray (with Ray: tests/launch/test_s3.py)."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,3 +180,31 @@ def test_unreachable_storage_is_a_one_line_error(tmp_path: Path):
     [line] = done.stderr.splitlines()
     assert done.returncode == 2
     assert line.startswith("lmu-dist: storage: cannot reach s3://away/x: Could not connect")
+
+
+def test_failed_write_leaves_no_part_behind(tmp_path: Path):
+    """On a full disk a part would take the space that the next attempt needs."""
+
+    def write_half() -> None:
+        with storage.open_atomic(tmp_path / "record.json") as file:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    storage.write_atomic(tmp_path / "record.json", b"before")
+    with pytest.raises(OSError, match="No space left"):
+        write_half()
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("record.json", b"before")]
+
+
+def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Also where a writer hides it, as torch.save does."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/runs/x.bin")
+    assert storage.error_text(full) == "the disk is full: '/data/runs/x.bin'; free some space"
+    assert storage.error_text(f"OSError: {full}") == "the disk is full: '/data/runs/x.bin'; free some space"
+    assert storage.error_text(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))) == "the disk is full; free some space"
+    assert storage.error_text(ValueError("two\n lines")) == "two lines"
+    with pytest.raises(RuntimeError, match="file write failed"), storage.full_disk_errors(tmp_path):
+        raise RuntimeError("PytorchStreamWriter: file write failed")
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=4096))
+    with pytest.raises(OSError, match="No space left"), storage.full_disk_errors(tmp_path):
+        raise RuntimeError("PytorchStreamWriter: file write failed")

@@ -5,64 +5,195 @@ Manifests are written by data/prepare and read by data/corpus and by planning, w
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+import os
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from lmu_dist.config import ConfigError, DataConfig, Folder
+from pydantic import Field, TypeAdapter
+from typing_extensions import TypedDict  # pydantic reads that of typing only from Python 3.12 on
+
+from lmu_dist import storage
+from lmu_dist.config import ConfigError, DataConfig, FailedError, Folder, TokenizerConfig
 from lmu_dist.data.sources import CorpusShard, list_shards
+from lmu_dist.data.tokenizer import END_OF_TEXT
 from lmu_dist.records import known_fields
 
-FORMAT = 1  # version of the files that prepare writes; part of the corpus folder's name
+FORMAT = 2  # version of the files that prepare writes; part of the corpus folder's name
 TOKENIZER, MANIFEST, PROBLEMS = "tokenizer.json", "manifest.json", "problems.jsonl"
+CHECKSUM = "checksum"  # entry of manifest.json, absent in format 1: the digest of all others
+FORMAT_1_KEYS = {  # a later key is part of a folder's name only if it is set, so that older folders keep their names
+    DataConfig: "source files dataset dataset_config dataset_split text_field max_bad_share tokenizer",
+    TokenizerConfig: "kind vocab_tokens path vocab_path merges_path",
+}
+_Count = Annotated[int, Field(ge=0)]
+_Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class SplitFacts(TypedDict):
+    """Size and digest of the token stream of a split."""
+
+    tokens: _Count
+    bytes: _Count  # of text
+    documents: _Count
+    sha256: _Digest
 
 
 @dataclass(frozen=True)
 class Manifest:
     """Contents of manifest.json. `splits` maps a split to its numbers of tokens, bytes of text and documents, and its sha256.
 
-    `problems` counts the bad records of the corpus by reason.
+    `problems` counts the bad records of the corpus by reason. The file has one more entry, the digest of all others.
     """
 
     format: int
     source: str
     split_rule: str
-    vocab_tokens: int
-    end_of_text_id: int
-    dtype: str
-    tokenizer_digest: str
-    splits: dict[str, dict[str, Any]]
+    vocab_tokens: Annotated[int, Field(ge=1)]
+    end_of_text_id: _Count
+    dtype: Literal["<u2", "<u4"]
+    tokenizer_digest: _Digest
+    splits: dict[str, SplitFacts]
     problems: dict[str, int]
-    data_digest: str
+    data_digest: _Digest
+    end_of_text: str = END_OF_TEXT
+    notes: tuple[str, ...] = ()  # what preparing changed, in sentences for the user
 
     def bytes_per_token(self, split: str) -> float:
         """Mean bytes of text per token of a split."""
         return self.splits[split]["bytes"] / self.splits[split]["tokens"]
 
+    def to_json(self) -> bytes:
+        """The content of manifest.json."""
+        content = asdict(self)
+        return json.dumps(content | {CHECKSUM: _digest(content)}, indent=1).encode()
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a corpus is or will be: its folder, whether it is prepared, and the shards to prepare it from.
+
+    `shards` is None if the source was not listed. `note` says why, if the source is absent; else it is "".
+    """
+
+    folder: Folder
+    prepared: bool
+    shards: list[CorpusShard] | None
+    note: str = ""
+
+
+def locate(data: DataConfig, storage_folder: Folder) -> Location:
+    """Finds the folder of a corpus. Lists local files: a changed file makes another corpus. Raises ConfigError if it cannot.
+
+    A source on a network is listed only once; afterwards the prepared corpus is used as it is. If local files are gone, the
+    corpus that was prepared from them is used.
+    """
+    is_local = not _is_on_network(data)
+    if not is_local and (known := _indexed_folder(data, storage_folder, is_local)) is not None:
+        return Location(known, True, None)
+    try:
+        shards = list_shards(data)
+    except (ConfigError, FailedError, OSError) as e:
+        if (known := _indexed_folder(data, storage_folder, is_local=True)) is None:
+            raise
+        reason = " ".join(str(e).split())[:200]
+        note = f"the source of the corpus cannot be read ({reason}); the tokens that were prepared from it are used: {known}"
+        return Location(known, True, None, note)
+    folder = corpus_folder(data, storage_folder, shards)
+    return Location(folder, (folder / MANIFEST).exists(), shards)
+
 
 def corpus_folder(data: DataConfig, storage_folder: Folder, shards: list[CorpusShard] | None = None) -> Folder:
     """Folder of a prepared corpus, whether it exists or not. Its name is a digest of the config and of the corpus files.
 
-    The digest covers the field names of DataConfig and CorpusShard: renaming a field would make a new corpus.
+    A corpus that was prepared in format 1 from the same files is still used. Renaming a field of DataConfig or CorpusShard
+    would make a new corpus.
     """
     shards = list_shards(data) if shards is None else shards
-    settings = asdict(replace(data, max_bad_share=0.0))
-    names = [data.tokenizer.path, data.tokenizer.vocab_path, data.tokenizer.merges_path]
-    digests = [hashlib.sha256(Path(n).read_bytes()).hexdigest() for n in names if n and Path(n).is_file()]
-    content = [FORMAT, settings, digests, [asdict(s) for s in shards]]
-    return storage_folder / "data" / hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+    content = [_settings(data), [d for d in _tokenizer_digests(data) if d], [shard.identity() for shard in shards]]
+    of_format_1, folder = (storage_folder / "data" / _digest([number, *content])[:16] for number in (1, FORMAT))
+    return of_format_1 if (of_format_1 / MANIFEST).exists() else folder
+
+
+def remember_folder(data: DataConfig, storage_folder: Folder, folder: Folder) -> None:
+    """Writes where the corpus of a configuration is, so that it is found without listing its source."""
+    entry = {"folder": folder.name, "tokenizer_files": _tokenizer_digests(data)}
+    path = _index_path(data, storage_folder, is_local=not _is_on_network(data))
+    if _read_index(path) != entry:
+        storage.make_folder(path.parent)
+        storage.write_atomic(path, json.dumps(entry).encode())
 
 
 def is_prepared(data: DataConfig, storage_folder: Folder) -> bool:
     """Whether the corpus is already prepared."""
-    return (corpus_folder(data, storage_folder) / MANIFEST).exists()
+    return locate(data, storage_folder).prepared
 
 
 def read_manifest(folder: Folder) -> Manifest:
     """Reads the manifest of a prepared corpus. Raises ConfigError if it is missing or damaged."""
+    damaged = ConfigError(f"{folder / MANIFEST} is damaged; delete {folder} and prepare again")
     try:
-        return Manifest(**known_fields(Manifest, json.loads((folder / MANIFEST).read_text())))
+        stored = json.loads((folder / MANIFEST).read_text())
+        checksum = stored.pop(CHECKSUM, None)
+        manifest = TypeAdapter(Manifest).validate_json(json.dumps(known_fields(Manifest, stored)), strict=True)
     except OSError as e:
         raise ConfigError(f"no prepared corpus in {folder}; run lmu-dist prepare first") from e
-    except (ValueError, TypeError) as e:
-        raise ConfigError(f"{folder / MANIFEST} is damaged; delete {folder} and prepare again") from e
+    except (ValueError, TypeError, AttributeError) as e:  # pydantic's errors are ValueErrors
+        raise damaged from e
+    complete = {"train", "validation", "test"} <= manifest.splits.keys() and manifest.end_of_text_id < manifest.vocab_tokens
+    if not complete or checksum not in (None, _digest(stored)):
+        raise damaged
+    return manifest
+
+
+def _indexed_folder(data: DataConfig, storage_folder: Folder, is_local: bool) -> Folder | None:
+    """The prepared corpus of a configuration according to the index; None if there is none, or if a tokenizer file changed."""
+    entry = _read_index(_index_path(data, storage_folder, is_local))
+    if entry is None:
+        return None
+    digests = zip(_tokenizer_digests(data), entry["tokenizer_files"], strict=False)
+    folder = storage_folder / "data" / entry["folder"]
+    return folder if all(now in (None, then) for now, then in digests) and (folder / MANIFEST).exists() else None
+
+
+def _index_path(data: DataConfig, storage_folder: Folder, is_local: bool) -> Folder:
+    """Path of a configuration's entry in the index. `is_local`: data.dataset, if there is one, is a local path."""
+    files = tuple(f if "://" in f else os.path.abspath(os.path.expanduser(f)) for f in data.files)
+    dataset = os.path.abspath(data.dataset) if data.dataset and is_local else data.dataset
+    return storage_folder / "data" / "index" / f"{_digest(_settings(replace(data, files=files, dataset=dataset)))}.json"
+
+
+def _read_index(path: Folder) -> dict[str, Any] | None:
+    try:
+        entry = json.loads(path.read_text())
+        return entry if isinstance(entry["folder"], str) and isinstance(entry["tokenizer_files"], list) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # an index that is absent or damaged is made again
+
+
+def _is_on_network(data: DataConfig) -> bool:
+    if data.source == "huggingface":
+        return not os.path.exists(str(data.dataset))
+    return data.source == "files" and any("://" in pattern for pattern in data.files)
+
+
+def _tokenizer_digests(data: DataConfig) -> list[str | None]:
+    """The sha256 of each tokenizer file that the configuration names; None for a file that does not exist."""
+    names = [data.tokenizer.path, data.tokenizer.vocab_path, data.tokenizer.merges_path]
+    return [hashlib.sha256(Path(n).read_bytes()).hexdigest() if Path(n).is_file() else None for n in names if n]
+
+
+def _settings(section: DataConfig | TokenizerConfig) -> dict[str, Any]:
+    """The keys that are part of a folder's name: those of format 1, and later ones that differ from their default."""
+    of_format_1, result = FORMAT_1_KEYS[type(section)].split(), dict[str, Any]()
+    for field in fields(section):
+        value = getattr(section, field.name)
+        if field.name == "max_bad_share":
+            value = 0.0  # it decides whether preparing fails, not what it writes
+        if field.name in of_format_1 or value != field.default:
+            result[field.name] = _settings(value) if isinstance(value, TokenizerConfig) else value
+    return result
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,8 @@
 Called before training by trainer, ladder and tune, and by the command prepare.
 """
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Generator, Sequence
 from typing import Any, cast
 
 import ray
@@ -14,27 +15,32 @@ from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.prepare import Progress, TokenizeTask, prepare, run_in_processes, tokenize
 from lmu_dist.launch.cluster import address_of, connected
-from lmu_dist.storage import check_writable
+from lmu_dist.storage import check_writable, error_text
 
+logger = logging.getLogger(__name__)
 TASKS_PER_CPU = 2  # submitted at a time, so that no CPU waits for the driver
 
 
 def prepare_corpus(config: Config, progress: Progress = lambda *_: None) -> Corpus:
-    """Returns the prepared corpus of a configuration. Raises ConfigError, FailedError.
+    """Returns the prepared corpus of a configuration. Raises ConfigError, FailedError. Its notes are logged as warnings.
 
     Prepares it on all nodes if there is a cluster to connect to, else on this machine.
     """
     check_writable(config.storage_folder)
     if address_of(config) is None or is_prepared(config.data, config.storage_folder):
-        return prepare(config.data, config.storage_folder, progress, run_in_processes)
-    with connected(config):
-        return prepare(config.data, config.storage_folder, progress, run_as_ray_tasks)
+        corpus = prepare(config.data, config.storage_folder, progress, run_in_processes)
+    else:
+        with connected(config):
+            corpus = prepare(config.data, config.storage_folder, progress, run_as_ray_tasks)
+    for note in corpus.notes:
+        logger.warning("%s", note)
+    return corpus
 
 
-def run_as_ray_tasks(tasks: Sequence[TokenizeTask]) -> Iterator[TokenizeTask]:
-    """Runs tokenize tasks as Ray tasks, spread over all nodes, and yields those that are done."""
+def run_as_ray_tasks(tasks: Sequence[TokenizeTask]) -> Generator[tuple[int, int], None, None]:
+    """Runs tokenize tasks as Ray tasks, spread over all nodes (a TaskRunner)."""
     remote_tokenize: Any = ray.remote(num_cpus=1, max_retries=3, scheduling_strategy="SPREAD")(tokenize)
-    waiting, running = list(reversed(tasks)), dict[Any, TokenizeTask]()
+    waiting, running, finished_bytes = list(reversed(tasks)), dict[Any, TokenizeTask](), 0
     try:
         while waiting or running:
             max_running = max(1, int(ray.cluster_resources().get("CPU", 0)) * TASKS_PER_CPU)
@@ -44,9 +50,12 @@ def run_as_ray_tasks(tasks: Sequence[TokenizeTask]) -> Iterator[TokenizeTask]:
             done, _ = ray.wait(list(running), timeout=10)
             for reference in done:
                 ray.get(reference)
-                yield running.pop(reference)
+                finished_bytes += running.pop(reference).shard.size_bytes
+                yield finished_bytes, 0
     except RayTaskError as e:
         cause = cast(Exception, e.cause)
-        raise (cause if isinstance(cause, ConfigError | FailedError) else FailedError(f"preparing failed: {cause}")) from e
+        if isinstance(cause, ConfigError | FailedError):
+            raise cause from e
+        raise FailedError(f"preparing failed: {error_text(cause)}") from e
     except RayError as e:
         raise FailedError(f"preparing failed: {' '.join(str(e).split())[:300]}") from e

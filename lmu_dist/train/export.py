@@ -33,6 +33,7 @@ class TrainedModel:
 
     model: LanguageModel
     tokenizer: Tokenizer
+    end_of_text_id: int
     metadata: dict[str, Any]
     skipped: tuple[str, ...]  # one message per damaged checkpoint newer than the loaded one
 
@@ -61,10 +62,11 @@ def load_trained_model(folder: Folder, family: str | None = None) -> TrainedMode
         if isinstance(e, ConfigError):
             raise
         raise ConfigError(f"{folder} holds no lmu-dist model, or a damaged one: {type(e).__name__} {e}".splitlines()[0]) from e
-    tokenizer = vocabulary.load(folder / TOKENIZER)
+    end_of_text = metadata.get("training", {}).get("data", {}).get("tokenizer", {}).get("end_of_text")
+    tokenizer = vocabulary.load(folder / TOKENIZER, end_of_text)
     if vocabulary.digest(tokenizer) != expected:
         raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; restore the original file")
-    return TrainedModel(model.eval(), tokenizer, metadata, tuple(skipped))
+    return TrainedModel(model.eval(), tokenizer, vocabulary.end_of_text_id(tokenizer, end_of_text), metadata, tuple(skipped))
 
 
 def _find_family(folder: Folder, shape: Shape, reference: str | None) -> Family:
