@@ -1,11 +1,12 @@
 """Exactly-once execution: whether a cell has ended, which driver may train it, and which MLflow run it has.
 
 Drivers that share a disk exclude each other by a file lock on the trunk's folder. Drivers that share only an MLflow store, or a
-storage at a URI, exclude each other by the heartbeat that the MLflowUploader of a run writes to MLflow. Called by run_group,
+storage at a URI, exclude each other by the heartbeat that the MLflowUploader of a run writes to MLflow. So a run whose storage
+is at a URI cannot start without MLflow. Elsewhere it can, and the uploader makes its MLflow run later. Called by run_group,
 trainer, ladder and tune.
 """
 
-import json
+import logging
 import platform
 import time
 import uuid
@@ -17,12 +18,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lmu_dist import records
-from lmu_dist.config import ConfigError
+from lmu_dist.config import Config, ConfigError
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.metrics_logger import metrics_log_lock
 from lmu_dist.launch.record import Outcome, log_result, read_record, record_of_cell, record_path, write_record
 from lmu_dist.records import RunRecord
-from lmu_dist.storage import local_state_dir, make_folder, write_atomic
+from lmu_dist.storage import is_remote, local_state_dir, make_folder
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.store import (
     CLAIM,
@@ -30,22 +31,26 @@ from lmu_dist.tracking.store import (
     HEARTBEAT,
     HEARTBEAT_TIMEOUT_SECONDS,
     OWNER_ID,
+    BusyError,
     MLflowUnavailableError,
+    RunIdentity,
     Store,
     heartbeat_now,
+    one_line,
+    owner_id_of,
     record_of,
+    save_run_id,
+    saved_run_id,
 )
-from lmu_dist.tracking.upload import MLflowUploader
+from lmu_dist.tracking.upload import MLflowUploader, upload
 from lmu_dist.train import checkpoint
+
+logger = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run waits for MLflow; the next start uploads the rest
 CLAIM_SECONDS = 2.0  # after which each of two drivers that claim a run at the same moment sees whose claim MLflow has
 FINAL_STATUSES = (records.COMPLETE, records.DIVERGED)  # outside of a search, a run that it stopped early is continued
 EXIT_TIMEOUT_SECONDS = 60.0  # how long the processes of a stopped run may take to exit
-
-
-class BusyError(ConfigError):
-    """Another driver is training the cell."""
 
 
 class OwnerUnresponsiveError(BusyError):
@@ -58,10 +63,29 @@ class FinishedRun:
 
     cell: Cell
     record: RunRecord
-    run_id: str
+    run_id: str  # "" if MLflow has not answered since the run started
     tracking_uri: str
     already_done: bool
     notes: tuple[str, ...]  # warnings for the user: damaged checkpoints that were skipped, a log that is not uploaded yet
+
+
+def check_store(store: Store, config: Config) -> None:
+    """Checks that MLflow answers. Raises ConfigError if it refuses, MLflowUnavailableError if it is needed and does not answer.
+
+    Where file locks exclude other drivers it is not needed: a warning says that the metrics are uploaded later.
+    """
+    try:
+        store.check()
+    except MLflowUnavailableError as e:
+        if is_remote(config.storage_folder):
+            raise
+        logger.warning("%s. The command goes on: it logs to files, and uploads them when MLflow answers", e)
+
+
+def end_study(store: Store, config: Config, study: str, status: str = "FINISHED") -> None:
+    """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable."""
+    with suppress(MLflowUnavailableError, ConfigError):  # the next start of the command ends it
+        store.end_study(config.experiment, study, status)
 
 
 def find_finished(
@@ -76,13 +100,14 @@ def find_finished(
         if read_record(cell).status not in final_statuses:
             return None
         record, run_id = read_record(cell), known_run.info.run_id if known_run else open_run(cell, store, study)
-        return FinishedRun(cell, record, run_id, store.uri, True, notes([], upload_log(cell, run_id, store)))
+        remarks = upload_log(cell, run_id, store, study)
+        return FinishedRun(cell, record, run_id or saved_run_id(cell.folder, store.uri) or "", store.uri, True, remarks)
     try:
         run = store.find_run(cell.key)
-    except ConfigError:
-        if _saved_run_id(cell, store) is None:
+    except MLflowUnavailableError:
+        if not _can_start_without_mlflow(cell, store):
             raise
-        return None  # started here and not ended; it can be trained while MLflow is unavailable
+        return None  # not ended here; it can be trained while MLflow is unavailable
     return finished_in_mlflow(cell, run, store, final_statuses)
 
 
@@ -98,26 +123,37 @@ def finished_in_mlflow(
     return FinishedRun(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
 
 
-def upload_log(cell: Cell, run_id: str, store: Store) -> str:
-    """Uploads the pending entries of a run that is not being trained. Returns "" when all are in MLflow, else why not."""
+def upload_log(cell: Cell, run_id: str | None, store: Store, study: str) -> tuple[str, ...]:
+    """Uploads the pending entries of a run that is not being trained. Returns notes: why some are not in MLflow.
+
+    Tries once, since a command may ask this of each of many cells during an outage.
+    """
     log = MetricsLog(cell.folder, run_id)
     if not any(log.pending()):
-        return ""
+        return notes([], "", log.notes())
     try:
         with metrics_log_lock(cell.folder).acquire(timeout=UPLOAD_TIMEOUT_SECONDS):
-            return MLflowUploader(log, store.uri).close(UPLOAD_TIMEOUT_SECONDS)
+            upload(log, store, run_identity(cell, study))
+            return notes([], "", log.notes())
     except Timeout:
-        return "another process is uploading it"
+        reason = "another process is uploading it"
+    except Exception as e:  # noqa: BLE001 - databases and object stores behind MLflow raise errors of their own
+        reason = one_line(e) or type(e).__name__
+    return notes([], reason, log.notes())
 
 
-def close_run(cell: Cell, store: Store, outcome: str | Outcome, timeout_seconds: float = EXIT_TIMEOUT_SECONDS) -> None:
+def close_run(
+    cell: Cell, store: Store, study: str, outcome: str | Outcome, timeout_seconds: float = EXIT_TIMEOUT_SECONDS
+) -> None:
     """Closes the MLflow run of a cell whose workers are dead. A status closes it until a later start; an Outcome ends the cell.
 
     Waits until the driver and the metrics logger of the run have exited; raises Timeout if they do not. Entries that MLflow
     does not take in time stay in the metrics log.
     """
-    run_id = _saved_run_id(cell, store)
-    if run_id is None or not _is_owner(cell, run_id, store):
+    run_id = saved_run_id(cell.folder, store.uri)
+    if run_id is None and not MetricsLog.exists(cell.folder):
+        return  # it was never started
+    if not _is_owner(cell, run_id, store):
         return
     with _trunk_lock(cell, timeout_seconds), metrics_log_lock(cell.folder).acquire(timeout=timeout_seconds):
         if record_path(cell).exists():
@@ -126,13 +162,14 @@ def close_run(cell: Cell, store: Store, outcome: str | Outcome, timeout_seconds:
         if isinstance(outcome, Outcome):
             record = record_of_cell(cell, outcome)
             log_result(record, outcome.evaluation, log)
-            write_record(cell, record)
             log.end_run(outcome.status)
+            log.flush()
+            write_record(cell, record)
         else:
             log.set_tags({"lmu.status": outcome})
             log.end_run(outcome)
         log.copy_to_storage()
-        MLflowUploader(log, store.uri).close(timeout_seconds)
+        MLflowUploader(log, store.uri, run_identity(cell, study)).close(timeout_seconds)
 
 
 def check_resumable(cell: Cell) -> list[str]:
@@ -156,42 +193,46 @@ def exclusive_lock(cell: Cell) -> Iterator[None]:
         raise BusyError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
 
 
-def notes(skipped: list[str], not_uploaded: str) -> tuple[str, ...]:
-    """The warnings about a run: damaged checkpoints that were skipped, and why its log is not uploaded completely."""
+def notes(skipped: Sequence[str], not_uploaded: str, of_log: Sequence[str] = ()) -> tuple[str, ...]:
+    """The warnings about a run: damaged checkpoints that were skipped, why its log is not uploaded completely, and others."""
     note = f"MLflow does not have all metrics of this run yet ({not_uploaded}); start the same command again to upload the rest"
-    return (*skipped, *([note] if not_uploaded else []))
+    return (*skipped, *([note] if not_uploaded else []), *of_log)
 
 
-def open_run(cell: Cell, store: Store, study: str) -> str:
+def run_identity(cell: Cell, study: str) -> RunIdentity:
+    """The identity of a cell's MLflow run, with which it is found or created."""
+    return RunIdentity(cell.config.experiment, study, cell.name, cell.key, str(cell.folder), _owner_id(cell))
+
+
+def open_run(cell: Cell, store: Store, study: str) -> str | None:
     """The id of the cell's MLflow run: the one it has, or a new one under the study of its experiment.
 
-    If MLflow is unavailable, returns the id from an earlier start; the metrics log is uploaded later. Raises BusyError if a
-    driver with another storage is training the cell.
+    If MLflow is unavailable, returns the id from an earlier start, or else None: the metrics log is uploaded later. Raises
+    MLflowUnavailableError instead if only MLflow could tell whether another driver is training the cell. Raises BusyError if a
+    driver with another storage is.
     """
+    make_folder(cell.folder)
     try:
         run = store.find_run(cell.key)
         if run is not None and _is_running_elsewhere(cell, run):
-            raise OwnerUnresponsiveError(f"{cell.name} is being run in {_owner_id_of(run)}; wait for it")
+            raise OwnerUnresponsiveError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it")
         if run is not None:
             run_id = run.info.run_id
-            if _owner_id_of(run) not in (None, _owner_id(cell)):
+            if owner_id_of(run) not in (None, _owner_id(cell)):
                 _take_over(cell, run_id, store)
         else:
-            experiment_id, study_id = store.open_study(cell.config.experiment, study)
-            run_id = store.create_run(experiment_id, study_id, cell.name, cell.key, str(cell.folder), _owner_id(cell))
-            # Two drivers may create a run at the same moment. One that sees the other's run deletes its own; at least one does.
-            if len(store.runs_with_key(cell.key)) > 1:
-                store.delete_run(run_id)
-                raise BusyError(f"{cell.name} was started by another driver at the same moment; wait for it")
-    except BusyError:
-        raise
-    except ConfigError:
-        if (run_id := _saved_run_id(cell, store)) is not None:
-            return run_id
-        raise
-    make_folder(cell.folder)
-    write_atomic(cell.folder / "run.json", json.dumps({"tracking_uri": store.uri, "run_id": run_id}).encode())
+            run_id = store.create_run_of(run_identity(cell, study))
+    except MLflowUnavailableError:
+        if not _can_start_without_mlflow(cell, store):
+            raise
+        return saved_run_id(cell.folder, store.uri)
+    save_run_id(cell.folder, store.uri, run_id)
     return run_id
+
+
+def _can_start_without_mlflow(cell: Cell, store: Store) -> bool:
+    """Whether file locks exclude other drivers, or the cell was started here before."""
+    return not is_remote(cell.config.storage_folder) or saved_run_id(cell.folder, store.uri) is not None
 
 
 def _take_over(cell: Cell, run_id: str, store: Store) -> None:
@@ -208,13 +249,13 @@ def _is_running_elsewhere(cell: Cell, run: Any) -> bool:
     tags = run.data.tags
     heartbeat, ended = float(tags.get(HEARTBEAT, "0")) / 1000, tags.get("lmu.status") in records.ENDED
     is_recent = time.time() - heartbeat < HEARTBEAT_TIMEOUT_SECONDS
-    return not ended and _owner_id_of(run) not in (None, _owner_id(cell)) and is_recent
+    return not ended and owner_id_of(run) not in (None, _owner_id(cell)) and is_recent
 
 
 def check_not_running_elsewhere(cell: Cell, run: Any) -> None:
     """Raises BusyError if a driver whose file locks this process cannot see is training the MLflow run of a cell."""
     if _is_running_elsewhere(cell, run):
-        raise BusyError(f"{cell.name} is being run in {_owner_id_of(run)}; wait for it, or stop it there")
+        raise BusyError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it, or stop it there")
 
 
 def _owner_id(cell: Cell) -> str:
@@ -230,14 +271,10 @@ def _owner_id(cell: Cell) -> str:
     return path.read_text()
 
 
-def _owner_id_of(run: Any) -> str | None:
-    return run.data.tags.get(OWNER_ID, run.data.tags.get(FOLDER))
-
-
-def _is_owner(cell: Cell, run_id: str, store: Store) -> bool:
-    """Whether the run belongs to this owner id. True while MLflow is unavailable."""
+def _is_owner(cell: Cell, run_id: str | None, store: Store) -> bool:
+    """Whether the run belongs to this owner id. True while MLflow is unavailable, or has no such run."""
     try:
-        return store.get_tag(run_id, OWNER_ID) in (None, "", _owner_id(cell))
+        return run_id is None or store.get_tag(run_id, OWNER_ID) in (None, "", _owner_id(cell))
     except MLflowUnavailableError:
         return True
 
@@ -246,12 +283,3 @@ def _trunk_lock(cell: Cell, timeout_seconds: float) -> FileLock:
     folder = local_state_dir(cell.trunk_folder)
     make_folder(folder)
     return FileLock(folder / "lock", timeout=timeout_seconds)
-
-
-def _saved_run_id(cell: Cell, store: Store) -> str | None:
-    """The id of the cell's run in this store, saved in run.json by an earlier start; None if there is none."""
-    try:
-        saved = json.loads((cell.folder / "run.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return saved["run_id"] if saved["tracking_uri"] == store.uri else None

@@ -65,16 +65,17 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
     set_client_limits()
     store = Store(tracking_uri)
-    store.check()
+    claim.check_store(store, config)
     check_before_start([planned.config for planned in grid(config, vocab_tokens(config))[0]])
     corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
     planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
     cells_to_rerun = [_cell_with_key(cells, key) for key in rerun]
-    store.write_plan(config.experiment, STUDY, [_plan_row(cell) for cell in cells])
+    _write_plan(store, cells)
     driver = _Driver(cells, store, progress)
     if not cells_to_rerun and not driver.missing():
+        claim.end_study(store, config, STUDY)
         return driver.result(())
     try:
         with cluster([cell.config for cell in cells]):
@@ -86,7 +87,10 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
             notes = wait_for_release()
     except BaseException:
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
+        claim.end_study(store, config, STUDY, "KILLED")
         raise
+    _write_plan(store, cells)  # again, if MLflow was unavailable at the start
+    claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED")
     return driver.result(notes)
 
 
@@ -185,8 +189,8 @@ class _Driver:
         deadline = time.monotonic() + timeout_seconds
         for cell in (cell for index in self.running for cell in self.work_items[index]):
             for attempt in (cell, at_half_rate(cell)):
-                with suppress(ConfigError, Timeout, OSError):
-                    claim.close_run(attempt, self.store, status, max(1.0, deadline - time.monotonic()))
+                with suppress(ConfigError, FailedError, Timeout, OSError):
+                    claim.close_run(attempt, self.store, STUDY, status, max(1.0, deadline - time.monotonic()))
 
     def _trial_started(self, trial: Any) -> None:
         self.running.add(trial.config["index"])
@@ -221,7 +225,7 @@ def _run_trunk(
     except (BusyError, MLflowUnavailableError):
         return {"busy": True}
     except (ConfigError, FailedError, OSError) as e:
-        return {"error": str(e)}
+        return {"error": storage.error_text(e)}
     return {"busy": False}
 
 
@@ -247,6 +251,11 @@ def _reset(cell: Cell, store: Store) -> None:
             storage.remove(attempt.folder)
             storage.remove(storage.local_state_dir(attempt.folder))
             storage.remove(attempt.trunk_folder / BRANCH_POINTS)
+
+
+def _write_plan(store: Store, cells: Sequence[Cell]) -> None:
+    with suppress(MLflowUnavailableError):
+        store.write_plan(cells[0].config.experiment, STUDY, [_plan_row(cell) for cell in cells])
 
 
 def _plan_row(cell: Cell) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Called by trainer, with one cell, and inside a Ray Tune trial by ladder and tune
 """
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +27,11 @@ from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import FinishedRun
-from lmu_dist.launch.metrics_logger import LoggedRun, MetricsLogger, RemoteRunLogger
+from lmu_dist.launch.metrics_logger import LoggedRun, MetricsLogger, RemoteRunLogger, UploadState
 from lmu_dist.launch.record import log_start, read_record, record_path
 from lmu_dist.launch.worker import RunGroup, train_worker
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import MLflowUnavailableError, Store, saved_run_id
 from lmu_dist.train import checkpoint
 from lmu_dist.train.export import FAMILY_CODE
 
@@ -74,17 +75,25 @@ def train_run_group(
                 storage.write_atomic(cell.folder / TOKENIZER, (cell.corpus.folder / TOKENIZER).read_bytes())
                 if cell.family_source is not None:
                     storage.write_atomic(cell.folder / FAMILY_CODE, cell.family_source.text.encode())
-            not_uploaded = _run(missing, run_ids, store, listener, callbacks)
-            for cell, run_id in zip(missing, run_ids, strict=True):
-                notes = claim.notes(skipped[cell.key], not_uploaded)
+            states = _run(missing, run_ids, store, study, listener, callbacks)
+            for cell, run_id, state in zip(missing, run_ids, states, strict=True):
+                notes = claim.notes(skipped[cell.key], state.not_uploaded, state.notes)
+                run_id = run_id or saved_run_id(cell.folder, store.uri) or ""
                 done[cell.key] = FinishedRun(cell, read_record(cell), run_id, store.uri, False, notes)
     return [done[cell.key] for cell in cells]
 
 
-def _run(cells: list[Cell], run_ids: list[str], store: Store, listener: MetricsListener, callbacks: Sequence[Any]) -> str:
-    """Runs the workers until they end. Returns "" when every log is uploaded to MLflow, else the reason why not."""
+def _run(
+    cells: list[Cell],
+    run_ids: list[str | None],
+    store: Store,
+    study: str,
+    listener: MetricsListener,
+    callbacks: Sequence[Any],
+) -> list[UploadState]:
+    """Runs the workers until they end. Returns what MLflow has of each run."""
     runs = [
-        LoggedRun(cell.folder, run_id, {} if MetricsLog.is_complete(cell.folder) else store.last_steps(run_id))
+        LoggedRun(cell.folder, run_id, claim.run_identity(cell, study), _last_steps(cell, run_id, store))
         for cell, run_id in zip(cells, run_ids, strict=True)
     ]
     this_node: Any = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -94,7 +103,7 @@ def _run(cells: list[Cell], run_ids: list[str], store: Store, listener: MetricsL
     run_loggers = [RemoteRunLogger(metrics_logger, i) for i in range(len(cells))]
     for cell, run_logger in zip(cells, run_loggers, strict=True):
         log_start(cell, run_logger)
-    status, not_uploaded = records.INTERRUPTED, "the process that uploads the metrics is gone"
+    status, states = records.INTERRUPTED, [UploadState("the process that uploads the metrics is gone", [])] * len(cells)
     try:
         first = cells[0]
         for cell in cells:
@@ -111,8 +120,20 @@ def _run(cells: list[Cell], run_ids: list[str], store: Store, listener: MetricsL
                 if not record_path(cell).exists():
                     run_logger.set_tags({"lmu.status": status})
                     run_logger.end_run(status)
-            not_uploaded = ray.get(metrics_logger.close.remote(claim.UPLOAD_TIMEOUT_SECONDS))
-    return not_uploaded
+            states = ray.get(metrics_logger.close.remote(claim.UPLOAD_TIMEOUT_SECONDS))
+    return states
+
+
+def _last_steps(cell: Cell, run_id: str | None, store: Store) -> dict[str, int]:
+    """The last step of each metric that MLflow has of a run whose log is not on this machine."""
+    if run_id is None or MetricsLog.is_complete(cell.folder):
+        return {}
+    try:
+        return store.last_steps(run_id)
+    except MLflowUnavailableError:
+        if storage.is_remote(cell.folder):
+            raise
+        return {}  # a run in a local folder whose log is missing has logged nothing
 
 
 def run_workers(
@@ -199,4 +220,5 @@ def _last_line(error: BaseException) -> str:
     failures = list(getattr(error, "worker_failures", {}).values()) or [error]
     lines = [[line.strip() for line in str(f).splitlines() if line.strip()] for f in failures]
     last = [text[-1] for text in lines if text] or [type(error).__name__]
-    return next((line for line in last if "onnection" not in line), last[0])
+    line = next((line for line in last if "onnection" not in line), last[0])
+    return storage.error_text(re.sub(r"^lmu_dist\.config\.types\.\w+: ", "", line))

@@ -14,6 +14,8 @@ from lmu_dist.launch.claim import FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.run_group import MetricsListener, train_run_group
+from lmu_dist.planning.cost import vocab_tokens
+from lmu_dist.planning.grid import shape_of
 from lmu_dist.tracking.store import HEARTBEAT_TIMEOUT_SECONDS, MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
 
@@ -32,10 +34,11 @@ def train(
     store = Store(tracking_uri)
     check_before_start([config])
     try:
-        store.check()
+        claim.check_store(store, config)
     except MLflowUnavailableError:
         if not is_prepared(config.data, config.storage_folder):
             raise  # before hours of preparing; a run that MLflow has already can be resumed without MLflow
+    shape_of(config, vocab_tokens(config))  # refuses an impossible size before the corpus is prepared
     cell = make_cell(config, prepare_corpus(config, progress))
     cell.corpus.tokenizer()
     if (finished := claim.find_finished(cell, store, "train")) is not None:
@@ -47,6 +50,7 @@ def train(
         while True:
             try:
                 [finished] = train_run_group([cell], store, listener=listener)
+                claim.end_study(store, config, "train")
                 return finished
             except OwnerUnresponsiveError:
                 if time.monotonic() > deadline:

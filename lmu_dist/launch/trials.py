@@ -98,6 +98,8 @@ def run_trials(
     os.environ["TUNE_GLOBAL_CHECKPOINT_S"] = "3600"
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # It logs a traceback if a snapshot cannot be written, for example on a full disk; the trials have their own message.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     name = f"{time.time_ns():x}"
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(function, **arguments), tune.PlacementGroupFactory([{HEAD: 0.001}])),

@@ -18,7 +18,7 @@ from ray import tune as ray_tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from lmu_dist import records, storage
-from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, to_dict, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, flatten, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import Progress
 from lmu_dist.launch import claim, space
@@ -39,7 +39,8 @@ from lmu_dist.launch.trials import (
 )
 from lmu_dist.models import registry
 from lmu_dist.models.registry import FamilySource
-from lmu_dist.planning.grid import unset_unknown_options
+from lmu_dist.planning.cost import vocab_tokens
+from lmu_dist.planning.grid import grid, unset_unknown_options
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
@@ -79,8 +80,9 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
         raise ConfigError("this configuration has no section tune; take jobs/tune_lr.yaml as an example")
     set_client_limits()
     store = Store(tracking_uri)
-    store.check()
+    claim.check_store(store, config)
     check_before_start([config])
+    grid(with_settings(config, {"ladder": None}), vocab_tokens(config))  # refuses an impossible size before preparing
     corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
     drivers = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
@@ -94,7 +96,9 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
     except BaseException:
         for driver in drivers:
             driver.close_interrupted()
+        claim.end_study(store, config, STUDY, "KILLED")
         raise
+    claim.end_study(store, config, STUDY)
     return results, notes
 
 
@@ -124,7 +128,11 @@ class _Driver:
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
         self.final_statuses = (*claim.FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else claim.FINAL_STATUSES
         versions = [str(registry.find(family).version), VERSION]
-        content = json.dumps([to_dict(self.base), to_dict(config)["tune"], corpus.manifest.data_digest, versions])
+        # Only what differs from a default, so that a key added by a later version does not start the search anew.
+        defaults = flatten(to_dict(Config()))
+        settings = {key: value for key, value in flatten(to_dict(self.base)).items() if value != defaults.get(key)}
+        settings = {key: value for key, value in settings.items() if not key.startswith("cluster.")}
+        content = json.dumps([settings, to_dict(config)["tune"], corpus.manifest.data_digest, versions])
         digest = hashlib.sha256(content.encode()).hexdigest()[:12]
         self.journal = self.base.storage_folder / "tune" / f"{self.family_name}-{n_params}-{digest}.json"
         self.samples = self._read_journal()
@@ -200,7 +208,7 @@ class _Driver:
         if "error" in report:
             return  # the trial returned, and its run is closed
         if not report:
-            claim.close_run(cell, self.store, records.FAILED)
+            claim.close_run(cell, self.store, STUDY, records.FAILED)
             return
         # Without a state the trial was stopped while it reported the evaluations of an earlier start, which left a checkpoint.
         state = (
@@ -211,7 +219,7 @@ class _Driver:
         if state is None:
             raise FailedError(f"{cell.name} was stopped before it had a checkpoint")
         rule = f"ASHA: not in the best 1/{self.tune.reduction_factor} of its rung at {report[TOKENS]:,} tokens"
-        claim.close_run(cell, self.store, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
+        claim.close_run(cell, self.store, STUDY, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
 
     def _write_journal(self, settings: dict[str, Any]) -> None:
         if self.tune.search == "optuna" and settings not in self.samples:
@@ -228,8 +236,8 @@ class _Driver:
         self.closer.shutdown(cancel_futures=True)
         for _, cell in self.started.values():
             if not record_path(cell).exists():
-                with suppress(ConfigError, Timeout, OSError):
-                    claim.close_run(cell, self.store, records.INTERRUPTED, CLOSING_SECONDS)
+                with suppress(ConfigError, FailedError, Timeout, OSError):
+                    claim.close_run(cell, self.store, STUDY, records.INTERRUPTED, CLOSING_SECONDS)
 
 
 class _ReportEvaluations(TuneReportCallback):
@@ -258,13 +266,14 @@ def _run_trial(
             registry.register(source)
         store = Store(tracking_uri)
         cell = _cell(base, space.settings(params), corpus)
-        run = store.find_run(cell.key)
-        if run is not None:
-            for tokens, loss in store.validation_losses(run.info.run_id, cell.config.train.batch_tokens):
-                ray_tune.report({TOKENS: tokens, LOSS: loss})
+        with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
+            run = store.find_run(cell.key)
+            if run is not None:
+                for tokens, loss in store.validation_losses(run.info.run_id, cell.config.train.batch_tokens):
+                    ray_tune.report({TOKENS: tokens, LOSS: loss})
         finished = _train_when_free(cell, store, final_statuses)
     except (ConfigError, FailedError, OSError) as e:
-        return {"error": str(e), TOKENS: 0, LOSS: DIVERGED_LOSS}
+        return {"error": storage.error_text(e), TOKENS: 0, LOSS: DIVERGED_LOSS}
     record = finished.record
     return {TOKENS: record.tokens, LOSS: DIVERGED_LOSS if record.status == records.DIVERGED else record.val_loss_nats}
 

@@ -75,7 +75,8 @@ def write_report(
     ]
     try:
         kept = [folder / name for name in names]
-        run_id, stale = store.write_report(experiment, study.digest, any_code, kept, _params(study), _metrics(results))
+        answer = f"{results.answer.verdict}. {results.answer.sentence}"
+        run_id, stale = store.write_report(experiment, study.digest, any_code, kept, _params(study), _metrics(results), answer)
     except MLflowUnavailableError as e:
         raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
     return ReportFiles(folder, run_id, study, results, results_json, tuple(stale))
@@ -103,8 +104,6 @@ def stale_reports(store: Store, experiment: str) -> list[str]:
 def _digest(store: Store, experiment: str, any_code: bool) -> str:
     try:
         return collect(store, experiment, any_code).digest
-    except MLflowUnavailableError:
-        raise
     except ConfigError:  # the experiment has no finished run any more
         return ""
 

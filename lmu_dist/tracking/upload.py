@@ -14,15 +14,37 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from lmu_dist.config import open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import HEARTBEAT, heartbeat_now, one_line
+from lmu_dist.tracking.store import HEARTBEAT, RunIdentity, Store, heartbeat_now, one_line, save_run_id
 
 MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # any other status: KILLED
 # Error codes of a permanent refusal: a retry gets the same answer. Any other error is taken for an outage, and retried.
-REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
+RUN_IS_GONE = "RESOURCE_DOES_NOT_EXIST"
 HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
+OUTAGE_TIMEOUT_SECONDS = 15.0  # how long `close` waits for an MLflow that has not answered before either
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
+
+
+def upload(log: MetricsLog, store: Store, identity: RunIdentity | None = None) -> None:
+    """Uploads the pending entries of a log, after finding or creating its MLflow run if it is not known.
+
+    Raises any error of MLflow or of the database behind it; a later call uploads the rest. Raises BusyError if the run has
+    another owner. `identity`: needed only if the log may have no run.
+    """
+    if log.run_id is None:
+        assert identity is not None
+        run_id = store.find_or_create_run(identity)
+        save_run_id(open_folder(identity.folder), store.uri, run_id)
+        log.assign_run(run_id)
+    try:
+        upload_pending(log, store.connect())
+    except MlflowException as e:
+        if e.error_code == RUN_IS_GONE and identity is not None:
+            log.run_id = None  # the store was replaced by another: the next call makes the run again
+        raise
 
 
 def upload_pending(log: MetricsLog, client: MlflowClient) -> None:
@@ -49,7 +71,7 @@ def _upload_metrics(log: MetricsLog, client: MlflowClient, batch: list[Metric], 
     if not batch:
         return
     try:
-        client.log_batch(log.run_id, metrics=batch)
+        client.log_batch(log.known_run_id, metrics=batch)
     except MlflowException as e:
         if e.error_code not in REFUSALS:
             raise
@@ -61,7 +83,7 @@ def _upload_one_by_one(log: MetricsLog, client: MlflowClient, batch: list[Metric
     """Uploads the points of a refused batch one at a time, so that only those that MLflow refuses are left out."""
     for m in batch:
         try:
-            client.log_batch(log.run_id, metrics=[m])
+            client.log_batch(log.known_run_id, metrics=[m])
         except MlflowException as e:
             if e.error_code not in REFUSALS:
                 raise
@@ -70,7 +92,7 @@ def _upload_one_by_one(log: MetricsLog, client: MlflowClient, batch: list[Metric
 
 def _upload_entry(log: MetricsLog, client: MlflowClient, entry: dict[str, Any]) -> None:
     """Uploads an entry that holds no metrics. An entry that MLflow refuses goes to the log's file of refused entries."""
-    run_id, kind = log.run_id, entry["kind"]
+    run_id, kind = log.known_run_id, entry["kind"]
     try:
         if kind == "params":
             params = [Param(k, v) for k, v in entry["values"].items()]
@@ -105,8 +127,16 @@ def _upload_table(client: MlflowClient, run_id: str, name: str, columns: dict[st
 class MLflowUploader:
     """A thread that uploads a MetricsLog to MLflow as it grows. During an outage it retries, and training does not wait."""
 
-    def __init__(self, log: MetricsLog, uri: str, interval_seconds: float = 1.0, retry_seconds: float = 5.0) -> None:
-        self._log, self._client = log, MlflowClient(uri)
+    def __init__(
+        self,
+        log: MetricsLog,
+        uri: str,
+        identity: RunIdentity | None = None,
+        interval_seconds: float = 1.0,
+        retry_seconds: float = 5.0,
+    ) -> None:
+        """`identity`: with which the thread finds or creates the MLflow run of a log that has none yet."""
+        self._log, self._store, self._identity = log, Store(uri), identity
         self._interval, self._retry = interval_seconds, retry_seconds
         self._stop = threading.Event()
         self.last_error = ""
@@ -118,9 +148,9 @@ class MLflowUploader:
         while True:
             closing = self._stop.is_set()
             try:
-                upload_pending(self._log, self._client)
+                upload(self._log, self._store, self._identity)
                 if not closing and time.monotonic() - last_heartbeat > HEARTBEAT_SECONDS:
-                    self._client.set_tag(self._log.run_id, HEARTBEAT, heartbeat_now())
+                    self._store.client.set_tag(self._log.known_run_id, HEARTBEAT, heartbeat_now())
                     last_heartbeat = time.monotonic()
                 self.last_error = ""
             except Exception as e:  # noqa: BLE001 - databases and object stores behind MLflow raise errors of their own
@@ -132,7 +162,7 @@ class MLflowUploader:
     def close(self, timeout_seconds: float) -> str:
         """Uploads the pending entries, then stops. Returns "" when all are in MLflow, else why not; the log keeps the rest."""
         self._stop.set()
-        self._thread.join(timeout_seconds)
+        self._thread.join(min(timeout_seconds, OUTAGE_TIMEOUT_SECONDS) if self.last_error else timeout_seconds)
         return (self.last_error or "the upload is still running") if any(self._log.pending()) else ""
 
 

@@ -13,6 +13,7 @@ from lmu_dist.launch.cell import Cell, make_cell
 from lmu_dist.launch.claim import BusyError
 from lmu_dist.launch.ladder import _run_trunk
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, write_record
+from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri
 from lmu_dist.train.checkpoint import Meta
 
@@ -101,20 +102,51 @@ def test_run_stopped_early_counts_as_ended_only_in_a_search(cell: Cell, tmp_path
 def test_driver_closes_a_run_whose_processes_died(cell: Cell, tmp_path: Path):
     store = Store(default_uri(tmp_path))
     run_id = claim.open_run(cell, store, "ladder")
-    claim.close_run(cell, store, records.INTERRUPTED)
+    claim.close_run(cell, store, "ladder", records.INTERRUPTED)
     run = store.client.get_run(run_id)
     assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", records.INTERRUPTED)
     state = Meta(10, cell.key, 2, 1, "", "", "", {}, {}, train_loss_nats=5.5)
-    claim.close_run(cell, store, Outcome(records.STOPPED_EARLY, "undecayed", "ASHA: behind", state))
+    claim.close_run(cell, store, "ladder", Outcome(records.STOPPED_EARLY, "undecayed", "ASHA: behind", state))
     assert read_record(cell).stop_rule == "ASHA: behind"
     run = store.client.get_run(run_id)
     assert run.data.tags["lmu.status"] == records.STOPPED_EARLY
     assert run.data.metrics["final/train_loss_nats"] == 5.5
 
 
-def test_trunk_waits_while_mlflow_is_unavailable(cell: Cell, monkeypatch):
+UNREACHABLE = "http://127.0.0.1:9"
+
+
+def test_trunk_at_a_uri_waits_while_mlflow_is_unavailable(cell: Cell, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    unreachable = "http://127.0.0.1:9"
-    with pytest.raises(MLflowUnavailableError):
-        Store(unreachable).check()
-    assert _run_trunk({"index": 0}, [(cell,)], unreachable, {}) == {"busy": True}
+    cell = make_cell(with_settings(cell.config, {"storage": "memory://runs"}), cell.corpus)
+    with pytest.raises(MLflowUnavailableError):  # where only MLflow excludes other drivers
+        claim.check_store(Store(UNREACHABLE), cell.config)
+    assert _run_trunk({"index": 0}, [(cell,)], UNREACHABLE, {}) == {"busy": True}
+
+
+def test_local_run_starts_and_ends_while_mlflow_is_unavailable(cell: Cell, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("lmu_dist.tracking.upload.OUTAGE_TIMEOUT_SECONDS", 0.1)
+    absent = Store(UNREACHABLE)
+    claim.check_store(absent, cell.config)
+    assert claim.find_finished(cell, absent, "ladder") is None
+    assert claim.open_run(cell, absent, "ladder") is None
+    assert cell.folder.is_dir()
+    MetricsLog(cell.folder, None).log_metrics(0, {"loss": 1.0})
+    state = Meta(10, cell.key, 2, 1, "", "", "", {}, {}, train_loss_nats=5.5)
+    claim.close_run(cell, absent, "ladder", Outcome(records.DIVERGED, "undecayed", "nan", state), 1.0)
+    finished = claim.find_finished(cell, absent, "ladder")
+    assert finished is not None
+    assert finished.run_id == ""
+    assert "does not have all metrics" in finished.notes[0]
+    store = Store(default_uri(tmp_path))  # MLflow answers again
+    finished = claim.find_finished(cell, store, "ladder")
+    assert finished is not None
+    assert finished.notes == ()
+    [run] = store.runs_with_key(cell.key)
+    assert run.info.run_id == finished.run_id
+    assert (run.data.metrics["loss"], run.data.metrics["final/train_loss_nats"]) == (1.0, 5.5)
+    assert run.data.tags["mlflow.parentRunId"] == store.open_study("claims", "ladder")[1]
+    again = claim.find_finished(cell, store, "ladder")
+    assert again is not None
+    assert again.run_id == finished.run_id

@@ -19,7 +19,6 @@ import pytest
 from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
-from lmu_dist.launch import claim
 from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store, default_uri
@@ -88,7 +87,8 @@ def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     assert run.data.params["train.learning_rate"] == "0.01"
     assert run.inputs.dataset_inputs[0].dataset.digest == record.data_digest[:36]
     parent = store.client.get_run(run.data.tags["mlflow.parentRunId"])
-    assert parent.data.tags["lmu.study"] == "train"
+    assert (parent.data.tags["lmu.study"], parent.info.status) == ("train", "FINISHED")
+    assert parent.data.metrics["study/best_val_loss_nats/lmu"] == record.val_loss_nats
     curve = store.client.get_metric_history(undisturbed.run_id, records.POSITION_LOSS)
     assert [p.step for p in sorted(curve, key=lambda p: p.step)] == list(range(1, 33))
     assert sum(p.value for p in curve) / 32 == pytest.approx(record.val_loss_nats)
@@ -180,20 +180,19 @@ def test_damaged_export_is_reported(undisturbed: FinishedRun, tmp_path: Path, ca
     assert main(["export", str(undisturbed.cell.folder), str(tmp_path / "file")]) == 2
 
 
-def test_known_run_does_not_need_mlflow(undisturbed: FinishedRun, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(claim, "UPLOAD_TIMEOUT_SECONDS", 1.0)
+def test_finished_run_does_not_need_mlflow(undisturbed: FinishedRun, tmp_path: Path):
     cell, unreachable = undisturbed.cell, "http://127.0.0.1:9"
     folder = tmp_path / cell.folder.relative_to(cell.config.storage)
     shutil.copytree(cell.folder, folder)
     shutil.copytree(cell.corpus.folder, tmp_path / "data" / cell.corpus.folder.name)
     config = replace(cell.config, storage=str(tmp_path))
-    with pytest.raises(ConfigError, match="MLflow at http://127"):
-        train(config, unreachable)
-    (folder / "run.json").write_text(json.dumps({"tracking_uri": unreachable, "run_id": "r"}))
-    again = train(config, unreachable)
-    assert again.already_done
-    assert again.record == undisturbed.record
-    assert "MLflow does not have all metrics of this run yet" in again.notes[0]
+    for run_id in ("", "r"):
+        if run_id:
+            (folder / "run.json").write_text(json.dumps({"tracking_uri": unreachable, "run_id": run_id}))
+        again = train(config, unreachable)
+        assert again.already_done
+        assert (again.record, again.run_id) == (undisturbed.record, run_id)
+        assert "MLflow does not have all metrics of this run yet ([Errno 111] Connection refused)" in again.notes[0]
 
 
 def test_inconvertible_zero_stage_is_refused_on_resume(undisturbed: FinishedRun, tmp_path: Path):

@@ -10,7 +10,7 @@ from mlflow.entities import Param
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lmu_dist.config import ConfigError
+from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.progress import rows
@@ -215,7 +215,8 @@ def test_retired_run_has_no_key(store: Store, run_id: str, request: pytest.Fixtu
     assert store.client.get_run(run_id).data.tags["lmu.retired_key"] == request.node.name
 
 
-def test_unreachable_store_is_a_config_error(monkeypatch: pytest.MonkeyPatch):
+def test_unreachable_store_is_a_failure_and_no_wrong_input(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with pytest.raises(ConfigError, match=r"MLflow at http://127\.0\.0\.1:9 .* set MLFLOW_TRACKING_URI"):
+    with pytest.raises(FailedError, match=r"MLflow at http://127\.0\.0\.1:9 .* set MLFLOW_TRACKING_URI") as caught:
         Store("http://127.0.0.1:9").find_run("k")
+    assert not isinstance(caught.value, ConfigError)

@@ -1,0 +1,216 @@
+"""The MLflow store of other versions, locked, missing, large; and a run that MLflow learns of after it has started."""
+
+import json
+import shutil
+import sqlite3
+from pathlib import Path
+
+import mlflow
+import pytest
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from mlflow.entities import Experiment
+from mlflow.store import db_migrations
+from mlflow.store.entities import PagedList
+from mlflow.store.tracking.dbmodels.initial_models import Base
+from mlflow.tracking import MlflowClient
+from sqlalchemy import create_engine
+
+from lmu_dist.cli import main
+from lmu_dist.config import ConfigError
+from lmu_dist.tracking import pages, sqlite_file
+from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.store import (
+    BusyError,
+    MLflowUnavailableError,
+    RunIdentity,
+    Store,
+    default_uri,
+    existing_store,
+    one_line,
+    saved_run_id,
+)
+from lmu_dist.tracking.upload import MLflowUploader
+
+MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
+
+
+@pytest.fixture(scope="module")
+def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("empty")
+    Store(default_uri(folder)).check()  # takes MLflow seconds
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def store(tmp_path: Path, empty_file: Path) -> Store:
+    shutil.copy(empty_file, tmp_path)
+    return Store(default_uri(tmp_path))
+
+
+def make_file_of_revision(path: Path, revision: str) -> None:
+    engine = create_engine(f"sqlite:///{path}")
+    Base.metadata.create_all(engine)
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(Path(db_migrations.__file__).parent))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, revision)
+    engine.dispose()
+
+
+def test_older_store_is_copied_before_it_is_migrated(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    store, path = Store(default_uri(tmp_path)), tmp_path / "mlflow.db"
+    make_file_of_revision(path, MLFLOW_3_10)
+    store.check()
+    copy = tmp_path / f"mlflow.db.before-{mlflow.__version__}"
+    assert sqlite_file.revision_of(copy) == MLFLOW_3_10
+    assert sqlite_file.revision_of(path) not in (MLFLOW_3_10, None)
+    [message] = [record.getMessage() for record in caplog.records if record.name == "lmu_dist.tracking.sqlite_file"]
+    assert message.startswith(f"{path} was written by an older MLflow; it is copied to {copy}")
+    assert store.find_run("k") is None
+    assert {p.name for p in tmp_path.glob("*.before-*")} == {copy.name}
+
+
+def test_store_of_a_newer_mlflow_is_refused_and_left_alone(tmp_path: Path):
+    store, path = Store(default_uri(tmp_path)), tmp_path / "mlflow.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        connection.execute("INSERT INTO alembic_version VALUES ('ffffffffffff')")
+    before = path.read_bytes()
+    with pytest.raises(
+        ConfigError, match=rf"{path} was written by a newer MLflow than the installed .* set MLFLOW_TRACKING_URI"
+    ):
+        store.check()
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_commands_that_read_create_nothing(tmp_path: Path):
+    with pytest.raises(ConfigError, match=rf"there is no MLflow store in {tmp_path} \(looked for mlflow.db\)"):
+        existing_store(default_uri(tmp_path))
+    with pytest.raises(ConfigError, match="there is no MLflow store"):
+        existing_store(default_uri(tmp_path / "missing"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_locked_store_is_named_at_once_and_uploaded_to_later(tmp_path: Path, store: Store, monkeypatch, capfd):
+    monkeypatch.setattr(sqlite_file, "LOCK_SECONDS", 0.05)
+    (tmp_path / "run").mkdir()
+    identity = RunIdentity("e", "ladder", "cell", "key", str(tmp_path / "run"), "me")
+    log = MetricsLog(tmp_path / "run", None)
+    log.log_metrics(0, {"loss": 1.0})
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        connection.execute("CREATE TABLE locked (x)")
+        connection.commit()
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(MLflowUnavailableError, match=r"mlflow\.db does not answer or fails; .*: database is locked$"):
+            store.check()
+        with pytest.raises(MLflowUnavailableError, match="database is locked"):
+            store.find_run("key")  # not asked again
+        uploader = MLflowUploader(log, store.uri, identity, interval_seconds=0.02, retry_seconds=0.05)
+        assert "database is locked" in uploader.close(0.3)
+        connection.rollback()
+    assert uploader.close(30) == ""
+    monkeypatch.setattr(store, "_outage", (-100.0, ""))
+    [run] = store.runs_with_key("key")
+    assert saved_run_id(tmp_path / "run", store.uri) == run.info.run_id == log.run_id
+    assert (run.data.metrics, run.data.tags["lmu.place"]) == ({"loss": 1.0}, "me")
+    assert not any(MetricsLog(tmp_path / "run", run.info.run_id).pending())
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(BusyError, match="from me"):
+        store.find_or_create_run(RunIdentity("e", "ladder", "cell", "key", "elsewhere", "another driver"))
+
+
+def test_run_that_mlflow_has_lost_is_made_again(tmp_path: Path, store: Store):
+    (tmp_path / "run").mkdir()
+    identity = RunIdentity("e", "ladder", "cell", "key", str(tmp_path / "run"), "me")
+    log = MetricsLog(tmp_path / "run", "0" * 32)  # of a store that was deleted
+    log.log_metrics(0, {"loss": 1.0})
+    assert MLflowUploader(log, store.uri, identity, interval_seconds=0.02, retry_seconds=0.05).close(30) == ""
+    [run] = store.runs_with_key("key")
+    assert run.data.metrics == {"loss": 1.0}
+    assert saved_run_id(tmp_path / "run", store.uri) == run.info.run_id
+
+
+def test_search_of_experiments_reads_all_pages(store: Store, monkeypatch: pytest.MonkeyPatch):
+    def search(self, view_type, page_token=None, **_):
+        found = [Experiment(name, name, "", "active") for name in (("1", "2") if page_token is None else ("3",))]
+        return PagedList(found, "second page" if page_token is None else None)
+
+    searched = []
+    monkeypatch.setattr(MlflowClient, "search_experiments", search)
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda self, ids, *_, **__: searched.append(ids) or PagedList([], None))
+    store.find_run("k")
+    store.runs_by_key("digest", 1)
+    assert searched == [["1", "2", "3"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        (
+            "(sqlite3.OperationalError) database is locked\n[SQL: PRAGMA x]\n(Background on this error at: https://sqlalche.me/e/20/e3q8)",
+            "database is locked",
+        ),
+        ("(psycopg.errors.UndefinedTableError) no table (Background on this error at: https://x)", "no table"),
+        ("Connection refused\n  by the server", "Connection refused by the server"),
+        (
+            "API request to http://h:9/api failed with exception HTTPConnectionPool(host='h', port=9): Max retries exceeded "
+            'with url: /api (Caused by NewConnectionError("Failed to establish it: [Errno 111] Connection refused"))',
+            "[Errno 111] Connection refused",
+        ),
+    ],
+)
+def test_errors_of_databases_show_the_reason(message: str, line: str):
+    assert one_line(RuntimeError(message)) == line
+
+
+def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: Store):
+    experiment_id, study_id = store.open_study("e", "ladder")
+    cells = [{"name": f"cell-{key}", "key": key, "planned_tokens": 1000, "n_workers": 1} for key in ("a", "b", "c")]
+    store.write_plan("e", "ladder", cells)
+    assert store.client.get_run(study_id).info.status == "RUNNING"
+    for key, loss in (("a", 5.5), ("b", 5.25)):
+        run_id = store.create_run(experiment_id, study_id, f"cell-{key}", key, f"/runs/{key}")
+        log = MetricsLog(tmp_path / key, run_id)
+        log.log_params({"family": "lmu", "n_params": 3000, "planned_tokens": 1000, "seed": 7})
+        log.log_metrics(4, {"final/val_loss_nats": loss, "final/tokens": 1000})
+        log.set_tags({"lmu.status": "complete"})
+        assert MLflowUploader(log, store.uri).close(20) == ""
+    store.end_study("e", "ladder")
+    study = store.client.get_run(study_id)
+    assert study.info.status == "FINISHED"
+    assert study.data.metrics["study/best_val_loss_nats/lmu"] == 5.25
+    assert (study.data.metrics["study/cells"], study.data.metrics["study/complete_cells"]) == (3, 2)
+    note = study.data.tags[pages.NOTE]
+    assert note.startswith("The study `ladder`: 3 cells, 2 complete, 1 have not started.")
+    assert "| lmu | 3,000 | 1,000 | 7 | complete | 5.5000 |  |" in note
+    page = tmp_path / "report.html"
+    page.write_text("<p>")
+    store.write_report("e", "digest", False, [page], {}, {}, "More than 10 times. Because.")
+    assert store.client.get_run(study_id).data.tags[pages.NOTE].startswith("**More than 10 times. Because.**\n\nThe study")
+    assert [a.path for a in store.client.list_artifacts(study_id, "report")] == ["report/report.html"]
+    tags = store.client.get_experiment(experiment_id).tags
+    assert "\n\n**More than 10 times. Because.**\n\n" in tags[pages.NOTE]
+    assert json.loads(tags[pages.VIEW_TAG])["groupsExpanded"] == {"param.family.lmu": True}
+    store.client.set_experiment_tag(experiment_id, pages.NOTE, "my own words")
+    store.end_study("e", "ladder")
+    assert store.client.get_experiment(experiment_id).tags[pages.NOTE] == "my own words"
+    assert len(store.client.get_metric_history(study_id, "study/cells")) == 1
+
+
+def test_ui_prints_a_link_to_the_runs_and_saves_the_view_it_names(
+    store: Store, monkeypatch, capsys: pytest.CaptureFixture[str]
+):
+    experiment_id, _ = store.open_study("e", "ladder")
+    store.client.delete_experiment_tag(experiment_id, pages.VIEW_TAG)  # as of an earlier version
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    monkeypatch.setattr("lmu_dist.tracking.server.serve", lambda store, port, ready: ready(f"http://127.0.0.1:{port}"))
+    assert main(["ui", "e", "--port", "5001"]) == 0
+    view = "workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=lmu-dist"
+    assert capsys.readouterr().out == f"http://127.0.0.1:5001/#/experiments/{experiment_id}/runs?{view}\n"
+    saved = json.loads(store.client.get_experiment(experiment_id).tags["mlflow.sharedViewState.lmu-dist"])
+    assert [section["name"] for section in saved["compareRunSections"]][:2] == ["val", "train"]
+    assert main(["ui", "nothing"]) == 2
+    assert "no experiment 'nothing'" in capsys.readouterr().err
