@@ -1,6 +1,7 @@
 # Development commands; `make help` lists them. Every target first sets up the environment it needs.
-PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
-	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' 2>/dev/null && echo $$p && break; done)
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$p && break; done)
+GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -13,6 +14,8 @@ help: ## print this list
 
 tools:
 	@test -n "$(PYTHON)" || { echo "lmu-dist needs Python 3.11 or 3.12 and found neither; install one, or run make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c '$(IS_SUPPORTED)' 2>/dev/null || { echo "lmu-dist needs Python 3.11 or 3.12, and $(PYTHON) is none of them ($$($(PYTHON) -V 2>&1 | head -1)); run make PYTHON=/path/to/python3.12"; exit 1; }
+	@test -z "$(GIVEN)" -o ! -x $(BIN)/python || test "$$($(PYTHON) -V | cut -d. -f1,2)" = "$$($(BIN)/python -V | cut -d. -f1,2)" || { echo "$(VENV) has $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V); run make clean first, or leave PYTHON out"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no C headers (Python.h); install them (apt-get install python3-dev)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "lmu-dist needs g++ to compile DeepSpeed's CPU collectives; install it (apt-get install g++)"; exit 1; }

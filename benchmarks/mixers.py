@@ -15,7 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import DTYPES, Row, Section, available_bytes, exponent, interleaved, peak_bytes, ratio, seconds
+from measure import (
+    DTYPES,
+    Row,
+    Section,
+    available_bytes,
+    dtype_notes,
+    dtypes,
+    exponent,
+    interleaved,
+    peak_bytes,
+    ratio,
+    seconds,
+)
 from oracle import lmu_block
 from torch import Tensor, nn
 
@@ -119,7 +131,7 @@ def _extrapolate(values: list[float]) -> float:
 
 def points(lengths: tuple[int, ...], widths: Widths, device: torch.device, quick: bool) -> tuple[list[Row], list[str]]:
     """Tokens/s and peak memory of every mixer, precision and n, and notes on skipped lengths."""
-    history = {(mixer, name): CostHistory([], []) for mixer in MIXERS for name in DTYPES}
+    history = {(mixer, name): CostHistory([], []) for mixer in MIXERS for name in dtypes(device)}
     rows, notes, stopped = list[Row](), list[str](), set[tuple[str, str]]()
     for n in lengths:
         print(f"n = {n:,}", file=sys.stderr, flush=True)
@@ -154,7 +166,7 @@ def exponents(rows: list[Row], lengths: tuple[int, ...]) -> list[Row]:
     """Exponents of time and memory in n, over EXPONENT_RANGE; `to_tokens` is the longest n measured."""
     results = list[Row]()
     for mixer in MIXERS:
-        for name in DTYPES:
+        for name in dict.fromkeys(r["dtype"] for r in rows):
             measured = [
                 r for r in rows if (r["mixer"], r["dtype"]) == (mixer, name) and r["n"] in lengths and r["tokens_per_second"]
             ]
@@ -175,7 +187,7 @@ def crossover_lengths(rows: list[Row]) -> list[Row]:
     lengths = sorted({r["n"] for r in rows})
     results = list[Row]()
     for form in FORMS:
-        for name in DTYPES:
+        for name in dict.fromkeys(r["dtype"] for r in rows):
             speeds = [(n, speed[f"lmu {form}", name, n], speed["attention", name, n]) for n in lengths]
             logs = [(np.log(n), np.log(a / b)) for n, a, b in speeds if a and b]
             log_n = None
@@ -195,7 +207,7 @@ def headline(widths: Widths, device: torch.device, quick: bool) -> list[Row]:
         (mixer, name): mixer_run(mixer, dtype, 2, widths.sequence_tokens, widths, device)
         for mixer in MIXERS
         if mixer != "lmu recurrent"
-        for name, dtype in DTYPES.items()
+        for name, dtype in dtypes(device).items()
     }
     peaks = {}
     for key, run in runs.items():
@@ -250,4 +262,4 @@ def measure(device: torch.device, quick: bool) -> Section:
     tables = {"headline": headline_rows, "points": rows, "exponents": exponents(rows, fitted)}
     tables["overtaking"] = crossover_lengths(rows)
     missing = [f"form {form}: not in this revision" for form in ("chunked", "fused") if form not in FORMS]
-    return Section(tables, notes + missing)
+    return Section(tables, notes + missing + dtype_notes(device))

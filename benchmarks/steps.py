@@ -13,7 +13,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measure import DTYPES, Row, Run, Section, available_bytes, interleaved, matmul_flops, peak_bytes, ratio, seconds
+from measure import (
+    Row,
+    Run,
+    Section,
+    available_bytes,
+    dtype_notes,
+    dtypes,
+    interleaved,
+    matmul_flops,
+    peak_bytes,
+    ratio,
+    seconds,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -126,9 +138,9 @@ def step(device: torch.device, quick: bool) -> Section:
     """Section `step`: speed of training steps and the shares of their parts."""
     sizes, vocabularies, length = ((10_000,), (512,), 128) if quick else (SIZES, VOCABULARIES, LENGTH)
     repeats = 2 if quick else 5
-    peaks = {name: matmul_flops(dtype, device, quick) for name, dtype in DTYPES.items()}
+    peaks = {name: matmul_flops(dtype, device, quick) for name, dtype in dtypes(device).items()}
     rows = list[Row]()
-    for vocabulary, n_params, (name, dtype) in itertools.product(vocabularies, sizes, DTYPES.items()):
+    for vocabulary, n_params, (name, dtype) in itertools.product(vocabularies, sizes, dtypes(device).items()):
         shapes = [shape_for(f, n_params, vocab_tokens=vocabulary, sequence_tokens=length) for f in FAMILIES]
         trainings = {shape.family: Training(shape, dtype, N_ROWS, device) for shape in shapes}
         for training in trainings.values():
@@ -144,7 +156,7 @@ def step(device: torch.device, quick: bool) -> Section:
             row["share_of_matmul_peak"] = speed * flops(training.shape).training / peaks[name]
             rows.append(row | shares(training, median, device, min(repeats, 3)))
     tops: list[Row] = [{"dtype": name, "matmul_flops_per_second": peak} for name, peak in peaks.items()]
-    return Section({"step": rows, "matmul": tops})
+    return Section({"step": rows, "matmul": tops}, dtype_notes(device))
 
 
 def head(device: torch.device, quick: bool) -> Section:
@@ -156,7 +168,7 @@ def head(device: torch.device, quick: bool) -> Section:
     runs, peaks = dict[tuple[str, str], Run](), dict[tuple[str, str], float | None]()
     rng = torch.Generator().manual_seed(0)
     targets = torch.randint(vocabulary, (n_tokens,), generator=rng).to(device)
-    for (kind, loss), (name, dtype) in itertools.product(losses.items(), DTYPES.items()):
+    for (kind, loss), (name, dtype) in itertools.product(losses.items(), dtypes(device).items()):
         x = torch.randn(n_tokens, width, generator=rng).to(device, dtype).requires_grad_()
         weight = nn.Parameter((torch.randn(vocabulary, width, generator=rng) * width**-0.5).to(device, dtype))
 
@@ -175,7 +187,8 @@ def head(device: torch.device, quick: bool) -> Section:
         row["time_against_plain"] = ratio(spent, times["plain", name])
         row["memory_against_plain"] = peak / plain if peak is not None and plain else None
         rows.append(row)
-    return Section({"head": rows}, [] if linear_cross_entropy else ["blocked head: not in this revision"])
+    missing = [] if linear_cross_entropy else ["blocked head: not in this revision"]
+    return Section({"head": rows}, missing + dtype_notes(device))
 
 
 def loader(device: torch.device, quick: bool) -> Section:

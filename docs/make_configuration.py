@@ -45,11 +45,13 @@ lmu-dist train jobs/train.yaml train.tokens=2e6 model.family=transformer
   line.
 - **`include: FILE`**, or a list of files, at the top of a YAML file merges other YAML files into it. Paths are relative to the
   file. Sections are merged key by key, lists are replaced.
-- **Values are YAML.** `2.5e6` is a valid whole number. Lists on the command line need quotes: `'ladder.seeds=[0, 1]'`.
+- **Values are YAML.** Whole numbers may be written as `2.5e6`, `2.5M`, `10k`, `1B` or `1_000_000`. Lists on the command line
+  need quotes: `'ladder.seeds=[0, 1]'`. A single value is a list of one: `ladder.seeds=1`.
 - **Mistakes stop the command** before anything starts, with exit code 2 and a message that names the key. An unknown key is a
   mistake.
 - **`null`** means not set. Where the meaning says `None:`, it explains what happens then.
-- **Relative paths** of `storage` are relative to `LMU_DIST_HOME`, or to the current folder if that is not set.
+- **Relative paths** of `storage` are relative to `LMU_DIST_HOME`, or to the current folder if that is not set. A path such as
+  `../runs` that leads out of `LMU_DIST_HOME`, or out of the home folder of a job, is refused.
 
 A file needs only the keys that differ from the defaults. N is the number of parameters without embeddings; losses are in nats
 per token.

@@ -1,13 +1,15 @@
 """Prints the results of commands: tables on stdout, progress on stderr. Used only by the command line."""
 
+import json
 import math
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from lmu_dist.config import Config, Folder, PlanConfig
 from lmu_dist.records import ENDED
+from lmu_dist.tracking.pages import ui_hint
 
 if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.launch.jobs import ClusterJob
@@ -30,19 +33,36 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.tracking.progress import Row
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+KEY_CHARACTERS = 12  # of a key, as in the names of runs; `generate` and `export` take it
+PROCESS_BYTES = 0.8e9  # resident memory of a worker without a model, for PyTorch, DeepSpeed and Ray
+FEW = 200  # things, of which each has a line of its own when it is done
+WRAPPED_CHARACTERS = 20  # width of a column whose text is wrapped
 TABLE_WIDTH_WITHOUT_TERMINAL = 400  # in characters, for output to a file or a pipe
+
+
+def print_json(facts: Any) -> None:
+    """Prints a result as JSON. A number that JSON lacks, such as the loss of a run that diverged, is null."""
+    print(json.dumps(_finite(facts), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
     """Prints the table of a finished ladder."""
-    table = _table(
-        "family", "N", "tokens", "seed", "learning rate", "status", "val. loss, nats", "bits/byte", "training s", "remark"
-    )
+    names = ("key", "family", "N", "tokens", "seed", "learning rate", "status", "val. loss, nats", "bits/byte", "training s")
+    rows = list[tuple[str, ...]]()
     for finished in result.finished:
         r = finished.record
         remarks = ["done before"] if finished.already_done else []
         remarks += ["retry at half the learning rate"] if r.retry_of else []
-        table.add_row(
+        row = (
+            r.key[:KEY_CHARACTERS],
             r.family,
             f"{r.n_params:,}",
             f"{r.planned_tokens:,}",
@@ -54,11 +74,16 @@ def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
             f"{r.training_seconds:.0f}",
             "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
         )
-    _print_table(table)
+        rows.append(row)
+    _print_table(_fitted_table((*names, "remark"), rows, ("training s", "bits/byte", "learning rate", "remark", "seed")))
     n_new = sum(not f.already_done for f in result.finished)
     print(f"{len(result.finished)} cells ended, {n_new} of them in this call; MLflow {tracking_uri}")
+    if result.finished:
+        print(f"loss curves: {ui_hint(result.finished[0].cell.config.experiment)}")
     for name, reason in result.failures.items():
         console.print(f"failed: {name}: {reason}")
+    if result.failures:
+        console.print("run the same command again to continue with the cells that failed")
 
 
 def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Folder) -> None:
@@ -66,7 +91,7 @@ def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Fold
     for search in searches:
         keys = list(dict.fromkeys(key for trial in search.trials for key in trial.settings))
         print(f"{search.family}, N = {search.n_params:,}")
-        table = _table("", *keys, "status", "tokens", "val. loss, nats", "remark")
+        table = _table("", "key", *keys, "status", "tokens", "val. loss, nats", "remark")
         for trial in search.trials:
             r = trial.record
             best = "best" if trial is search.best else ""
@@ -74,7 +99,9 @@ def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Fold
                 f"{trial.settings[key]:g}" if isinstance(trial.settings[key], float) else str(trial.settings[key])
                 for key in keys
             ]
-            table.add_row(best, *settings, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule)
+            table.add_row(
+                best, r.key[:KEY_CHARACTERS], *settings, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule
+            )
         _print_table(table)
         for reason in search.failures:
             console.print(f"failed: {reason}")
@@ -87,7 +114,8 @@ def print_package(package: "Package") -> None:
     if package.left_out:
         names = sorted(package.left_out, key=lambda name: -package.left_out[name])
         some = ", ".join(f"{name} ({_size(package.left_out[name])})" for name in names[:5])
-        print(f"left out    by .gitignore or .rayignore: {some}{f', and {len(names) - 5} more' if len(names) > 5 else ''}")
+        more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+        print(f"left out    ignored by git or Ray, or results: {some}{more}")
 
 
 def print_jobs(rows: "Sequence[ClusterJob]") -> None:
@@ -125,9 +153,9 @@ def print_status(rows: "Callable[[], list[Row]]", live: bool) -> None:
 
 
 def _status_table(rows: "Sequence[Row]") -> Table:
-    table = _table("cell", "state", "tokens", "of", "loss", "tokens/s", "workers", "attempts", "ETA", "remark")
-    for row in rows:
-        table.add_row(
+    names = ("cell", "state", "tokens", "of", "loss", "tokens/s", "workers", "attempts", "ETA", "remark")
+    cells = [
+        (
             row.name,
             row.state,
             f"{row.tokens:,}",
@@ -139,35 +167,21 @@ def _status_table(rows: "Sequence[Row]") -> Table:
             _duration(row.eta_seconds),
             row.remark,
         )
+        for row in rows
+    ]
+    table = _fitted_table(names, cells, ("attempts", "workers", "remark", "tokens/s", "of", "ETA"))
     done = sum(row.state in ENDED for row in rows)
-    table.caption = f"{done} of {len(rows)} cells ended"
+    table.caption = f"{done} of {len(rows)} cells ended{f'; {table.caption}' if table.caption else ''}"
     return table
 
 
 def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> None:
     """Prints the table of a plan, its totals, and the statistical power of the study."""
-    table = _table(
-        "family",
-        "N",
-        "N with head",
-        "d",
-        "q",
-        "tokens",
-        "seed",
-        "steps",
-        "FLOPs",
-        "executed",
-        "rate",
-        "batch",
-        "workers",
-        "ZeRO",
-        "GB",
-        "time",
-        "cost",
-    )
+    names = ("family", "N", "N with head", "d", "q", "tokens", "seed", "steps", "FLOPs", "executed", "rate", "batch", "workers")
+    rows = list[tuple[str, ...]]()
     for line in plan.cells:
         stage = "none" if line.smallest_stage is None else str(line.smallest_stage)
-        table.add_row(
+        row = (
             line.family,
             f"{line.n_params:,}",
             f"{line.n_params_with_head:,}",
@@ -186,13 +200,19 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
             _duration(line.seconds),
             _number(line.price, ",.2f"),
         )
-    _print_table(table)
+        rows.append(row)
+    optional = ("cost", "N with head", "executed", "seed", "q", "rate", "d", "batch", "steps", "ZeRO", "workers", "GB")
+    _print_table(_fitted_table((*names, "ZeRO", "GB", "time", "cost"), rows, optional))
     each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
     print(
         f"{len(plan.cells)} cells{each}, {plan.flops:.3e} FLOPs, {plan.executed_flops:.3e} executed; "
         f"shared trunks save {plan.saved_share:.0%} of them"
     )
-    print("ZeRO: configured stage (>= smallest that fits plan.worker_memory_bytes); GB: memory of one worker at stages 0 1 2 3")
+    print(
+        "ZeRO: configured stage (>= smallest that fits plan.worker_memory_bytes)\n"
+        "GB: memory of one worker at stages 0 1 2 3, for the model, its optimizer and its activations; a worker on CPUs needs "
+        f"about {PROCESS_BYTES / 1e9:.1f} GB more, for Python and its libraries"
+    )
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:
@@ -280,13 +300,41 @@ def print_cluster(processes: "Sequence[ClusterProcess]", exports: Mapping[str, s
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        words = name in ("family", "cell", "state", "status", "remark", "parameter", "job", "config")
-        table.add_column(name, justify="left" if words else "right", no_wrap=not words or name in ("family", "cell", "job"))
+        words = name in ("family", "cell", "state", "status", "remark", "parameter", "job", "config", "key")
+        table.add_column(
+            name, justify="left" if words else "right", no_wrap=not words or name in ("family", "cell", "job", "key")
+        )
     return table
 
 
+def _fitted_table(names: Sequence[str], rows: Sequence[Sequence[str]], optional: Sequence[str]) -> Table:
+    """A table for this terminal. If it is too narrow, columns are left out, the first of `optional` first, as a caption says.
+
+    So what is shown is complete, such as the names of runs.
+    """
+    widths = {name: max(map(cell_len, column)) for name, *column in zip(names, names, *rows, strict=True)}
+    widths |= {name: min(width, WRAPPED_CHARACTERS) for name, width in widths.items() if name == "remark"}
+    left_out, kept = list[str](), list(names)
+    for name in optional if _result_console().is_terminal else ():
+        if sum(widths[kept_name] + 2 for kept_name in kept) - 2 <= _result_console().width:
+            break
+        kept.remove(name)
+        left_out.append(name)
+    table = _table(*kept)
+    for row in rows:
+        table.add_row(*(value for name, value in zip(names, row, strict=True) if name in kept))
+    if left_out:
+        table.caption = f"not shown on a terminal of this width: {', '.join(left_out)}"
+    return table
+
+
+def _result_console() -> Console:
+    """The console of stdout, which commands may replace."""
+    return Console(highlight=False, markup=False, emoji=False)
+
+
 def _print_table(table: Table) -> None:
-    out = Console(highlight=False, markup=False, emoji=False)
+    out = _result_console()
     Console(highlight=False, markup=False, emoji=False, width=None if out.is_terminal else TABLE_WIDTH_WITHOUT_TERMINAL).print(
         table
     )
@@ -309,10 +357,13 @@ def _size(n_bytes: int) -> str:
 
 
 class ProgressBars:
-    """Shows progress: bars on a terminal; elsewhere a line every ten seconds, or every thirty while nothing changes."""
+    """Shows progress: bars on a terminal; elsewhere a line every ten seconds, or every thirty while nothing changes.
+
+    Elsewhere there is also a line for each of a few things that are done, such as the cells of a ladder.
+    """
 
     def __init__(self, progress: Progress) -> None:
-        self._progress, self._tasks = progress, dict[str, TaskID]()
+        self._progress, self._tasks, self._done = progress, dict[str, TaskID](), dict[str, float]()
         self._last_print_time, self._last_line = 0.0, ""
 
     def update(self, what: str, done: float, total: float, detail: str = "") -> None:
@@ -322,7 +373,11 @@ class ProgressBars:
             self._tasks[what] = self._progress.add_task(what, total=total, detail=detail)
         self._progress.update(self._tasks[what], completed=done, total=total, detail=detail)
         line, now = f"{what} {done / (total or 1):.0%} {detail}", time.monotonic()
-        if not console.is_terminal and (first or now - self._last_print_time > (30 if line == self._last_line else 10)):
+        counted = 1 < total <= FEW and done != self._done.get(what)
+        self._done[what] = done
+        if console.is_terminal:
+            return
+        if first or counted or now - self._last_print_time > (30 if line == self._last_line else 10):
             self._last_print_time, self._last_line = now, line
             console.print(line)
 

@@ -4,13 +4,24 @@ import json
 import math
 from pathlib import Path
 
+import measure
 import pytest
 import speed
 import tables
+import torch
 
 
 def measured_values(found: dict) -> list[float]:
     return [v for rows in found["tables"].values() for row in rows for v in row.values() if isinstance(v, float)]
+
+
+def test_bfloat16_is_left_out_where_the_processor_has_no_products_of_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert list(measure.dtypes(torch.device("cpu"))) == ["float32"]
+    assert list(measure.dtypes(torch.device("cuda"))) == ["float32", "bfloat16"]
+    section = measure.ceilings(torch.device("cpu"), quick=True)
+    assert [row["ceiling"] for row in section.tables["ceilings"]] == ["matmul float32", "copy"]
+    assert section.notes == ["bfloat16: left out, this processor has no arithmetic for it"]
 
 
 def test_quick_run_writes_a_complete_json(tmp_path: Path, capfd: pytest.CaptureFixture):

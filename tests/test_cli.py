@@ -1,15 +1,25 @@
 """The command line: --help is fast, invalid input exits with 2 and one line and leaves no files, and `fit` prints laws."""
 
 import json
+import os
+import platform
+import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
+from ray.exceptions import GetTimeoutError, RayTaskError
+from rich.console import Console
 
+from lmu_dist import show
 from lmu_dist.cli import main
+from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.scaling.laws import HOFFMANN
+from lmu_dist.tracking.progress import Row
 
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.yaml")
 
@@ -23,19 +33,22 @@ def test_help_imports_nothing_heavy():
     ("arguments", "message"),
     [
         (["train", JOB, "train.lerning_rate=1"], "did you mean train.learning_rate?"),
+        (["train", JOB, "storage=../../x"], "../../x leads out of"),
         (["train", JOB, "train.tokens=x"], "train.tokens"),
         (["train", "missing.yaml"], "cannot read missing.yaml"),
-        (["train", JOB, "data.source=files", "data.files=[none/*.txt]"], "no file matches none/*.txt"),
+        (["train", JOB, "data.source=files", "data.files=[none/*.txt]"], "no file matches 'none/*.txt'"),
         (["prepare", JOB, "data.tokenizer.kind=file", "data.tokenizer.path=none.json"], "no tokenizer at none.json"),
         (["generate", "no-such-run"], "no-such-run"),
         (["export", "no-such-run", "out"], "no-such-run"),
-        (["report", "no-such-experiment", "-o", "out"], "no experiment 'no-such-experiment'"),
+        (["report", "no-such-experiment", "-o", "out"], "there is no MLflow store in "),
         (["fit", "missing.csv", "--n", "N", "--d", "D", "--loss", "L"], "missing.csv does not exist"),
         (["fit", JOB, "--n", "N", "--d", "D", "--loss", "L"], "no column 'N'"),
     ],
 )
 def test_invalid_input_exits_with_two(arguments, message, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
+    if "storage=../../x" in arguments:
+        monkeypatch.setenv("LMU_DIST_HOME", str(tmp_path / "home"))
     started_at = time.monotonic()
     assert main(arguments) == 2
     error = capfd.readouterr().err
@@ -102,6 +115,7 @@ def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.chdir(tmp_path)
     assert common.resolve_path("runs") == str(tmp_path / "runs")
+    assert common.resolve_path("../a/../runs") == str(tmp_path.parent / "runs")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert common.resolve_path("runs") == str(tmp_path / "home" / "lmu-dist" / "runs")
@@ -110,13 +124,118 @@ def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert common.resolve_path("runs") == "s3://bucket/studies/runs"
     assert common.resolve_path("/data/runs") == "/data/runs"
     assert common.resolve_path("s3://other/runs") == "s3://other/runs"
+    for base in ("s3://bucket/studies/", str(tmp_path / "home")):
+        monkeypatch.setenv("LMU_DIST_HOME", base)
+        with pytest.raises(ConfigError, match=r"a/../../x leads out of .*; give the absolute path, such as"):
+            common.resolve_path("a/../../x")
 
 
-def test_ctrl_c_prints_one_line(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+def test_a_narrow_terminal_shows_fewer_columns_and_whole_names(monkeypatch: pytest.MonkeyPatch, capfd):
+    name = "lmu_attention-31.9K-1.6M-s0-3143091b173e"
+    row = Row(name, "k", "r", "running", 5, 10, 1.5, 1e3, 2, 1, 60.0, "a remark")
+    for width, expected in ((65, ["cell", "state", "tokens", "loss"]), (80, ["cell", "state", "tokens", "of", "loss", "ETA"])):
+        console = Console(width=width, force_terminal=True, color_system=None)
+        monkeypatch.setattr(show, "_result_console", lambda console=console: console)
+        show.print_status(lambda: [row], live=False)
+        header, first, *caption = capfd.readouterr().out.splitlines()
+        assert header.split() == expected
+        assert first.startswith(f"{name}  running")
+        assert "not shown on a terminal of this width: attempts, workers," in " ".join(" ".join(caption).split())
 
-    monkeypatch.setattr("lmu_dist.cli.runs.load_config", interrupt)
-    assert main(["plan", "jobs/train.yaml"]) == 1
+
+def raise_in_a_command(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lmu_dist.cli.runs.load_config", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 1, "interrupted; run the same command again to continue"),
+        (FailedError("it broke"), 1, "it broke; run the same command again to continue"),
+        (MemoryError(), 1, "not enough memory (MemoryError); use fewer workers (cluster.n_workers) or a smaller "),
+        (PermissionError(13, "Permission denied", "/var/x"), 1, "Permission denied: /var/x; correct this and run the same "),
+        (OSError(28, "No space left on device"), 1, "the disk is full; free some space and run the same command again"),
+        (sqlite3.OperationalError("database is locked"), 1, "an SQLite database failed: database is locked; run the same"),
+        (GetTimeoutError("Get timed out"), 1, "Ray failed: Get timed out; run the same command again to continue"),
+        (BrokenProcessPool("a child\nwas killed"), 1, "a process of this command was killed, perhaps because memory ran out"),
+        (RayTaskError("f", "a traceback\n", ConfigError("a: wrong")).as_instanceof_cause(), 2, "a: wrong"),
+        (RayTaskError("f", "a traceback\n", FailedError("it broke")).as_instanceof_cause(), 1, "it broke; run the same"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_a_failure_is_one_line(error, code, message, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    raise_in_a_command(error, monkeypatch)
+    assert main(["plan", "jobs/train.yaml"]) == code
     [line] = [line for line in capfd.readouterr().err.splitlines() if line]
-    assert line == "lmu-dist: interrupted; run the same command again to continue"
+    assert line.startswith(f"lmu-dist: {message}")
+
+
+def test_a_bug_shows_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    for error in (KeyError("x"), RayTaskError("f", "a traceback\n", AssertionError("x")).as_instanceof_cause()):
+        raise_in_a_command(error, monkeypatch)
+        with pytest.raises(type(error)):
+            main(["plan", "jobs/train.yaml"])
+
+
+def test_bf16_on_a_processor_without_it_is_a_note(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    note = "note: this processor has no bfloat16 arithmetic"
+    monkeypatch.setattr("lmu_dist.models.precision.has_bfloat16_products", lambda: False)
+    searched = "tune={families: lmu, n_params: 10k, space: {train.precision: {choice: [fp32, bf16]}}}"
+    for arguments, expected in (
+        (["train.precision=bf16"], 1),
+        ([searched], 1),
+        ([], 0),
+        (["train.precision=bf16", "cluster.gpus_per_worker=1"], 0),
+        (["train.precision=bf16", "cluster.address=10.0.0.1:6379"], 0),
+    ):
+        assert main(["plan", JOB, *arguments]) == 0
+        assert capfd.readouterr().err.count(note) == expected
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="hides instructions of x86 processors")
+def test_bf16_products_are_missing_where_avx512_is_hidden():
+    code = "from lmu_dist.models.precision import has_bfloat16_products; print(has_bfloat16_products())"
+    hidden = os.environ | {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=hidden)
+    assert done.stdout.strip() == "False"
+
+
+def start_command(body: str) -> subprocess.Popen[str]:
+    """Starts `lmu-dist test`, a command with this body."""
+    lines = ["import os, subprocess, sys, time", "from lmu_dist.cli import cli, main", "@cli.command()", f"def test(): {body}"]
+    code = "\n".join([*lines, "sys.exit(main(['test']))"])
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_only_results_are_on_stdout():
+    process = start_command("os.write(1, b'from C\\n'); subprocess.run(['echo', 'from a child']); print('{}', '\\udcff')")
+    out, err = process.communicate()
+    assert (process.returncode, out, err) == (0, "{} \\udcff\n", "from C\nfrom a child\n")
+
+
+def test_a_closed_pipe_ends_a_command_silently():
+    process = start_command("[print(i) for i in range(100_000)]")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    assert (process.wait(), process.stderr.read()) == (141, "")
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_interrupt_a_command(number: signal.Signals):
+    process = start_command("print('started', flush=True); time.sleep(60)")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(number)
+    assert process.communicate()[1].strip() == "lmu-dist: interrupted; run the same command again to continue"
+    assert process.returncode == 1
+
+
+def test_json_has_no_numbers_that_other_readers_refuse(capfd: pytest.CaptureFixture[str]):
+    show.print_json({"loss": float("nan"), "rows": [(1.5, float("inf"))]})
+    assert capfd.readouterr().out == '{"loss": null, "rows": [[1.5, null]]}\n'

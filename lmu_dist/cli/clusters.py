@@ -3,7 +3,6 @@
 Heavy modules are imported inside the functions, so that --help is fast.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +37,9 @@ def submit(config: str, overrides: tuple[str, ...], address: str | None, command
     Uploads the current folder. A second submission with the same content continues the first one.
     """
     merged = load(config, overrides)
+    from lmu_dist.launch.address import dashboard_address
+
+    address = dashboard_address(address)  # before anything slow
     from lmu_dist.launch import jobs as cluster
     from lmu_dist.launch.submission import make_job_spec
 
@@ -67,7 +69,7 @@ def list_jobs(address: str | None, as_json: bool) -> None:
 
     rows = fetch_jobs(connect(address))
     if as_json:
-        print(json.dumps([asdict(row) for row in rows]))
+        show.print_json([asdict(row) for row in rows])
     else:
         show.print_jobs(rows)
 

@@ -39,8 +39,22 @@ def base_folder() -> str:
 
 
 def resolve_path(name: str) -> str:
-    """Returns a path given by the user as an absolute path; a URI stays as it is."""
-    return name if "://" in name or Path(name).expanduser().is_absolute() else f"{base_folder().rstrip('/')}/{name}"
+    """Returns a path given by the user as an absolute path; a URI stays as it is.
+
+    Raises ConfigError if a relative path leads out of a base folder that is not the current folder: in a shell `../runs` says
+    where it is, in a Ray job, or below $LMU_DIST_HOME, it would be a place that nobody named.
+    """
+    if "://" in name:
+        return name
+    if Path(name).expanduser().is_absolute():
+        return os.path.normpath(Path(name).expanduser())
+    base = base_folder().rstrip("/") or "/"
+    if os.path.normpath(name).split(os.sep)[0] == ".." and base != str(Path.cwd()):
+        absolute = "s3://bucket/runs" if "://" in base else os.path.normpath(f"{base}/{name}")
+        raise ConfigError(
+            f"{name} leads out of {base}, the folder for relative paths; give the absolute path, such as {absolute}"
+        )
+    return f"{base}/{name}" if "://" in base else os.path.normpath(f"{base}/{name}")
 
 
 def load_config(path: str, overrides: Sequence[str]) -> Config:
@@ -64,9 +78,27 @@ def tracking_uri() -> str:
         raise ConfigError(
             f"set MLFLOW_TRACKING_URI, since LMU_DIST_HOME is a URI, {base_folder()}, which cannot hold a database"
         )
-    folder = Path(base_folder())
-    folder.mkdir(parents=True, exist_ok=True)
-    return default_uri(folder)
+    return default_uri(Path(base_folder()))
+
+
+def print_precision_note(config: Config) -> None:
+    """Says so before anything starts if runs would be in bf16 on this machine's processor and it has no products of bf16."""
+    tuned = [entry.settings for entry in config.ladder.tuned] if config.ladder else []
+    searched = config.tune.space.get("train.precision") if config.tune and not config.ladder else None
+    precisions = {config.train.precision, *(settings.get("train.precision") for settings in tuned)}
+    precisions.update((searched.choice or ()) if searched else ())
+    is_elsewhere = config.cluster.address or os.environ.get("RAY_ADDRESS")  # on processors that this one says nothing about
+    if "bf16" not in precisions or config.cluster.gpus_per_worker or is_elsewhere:
+        return
+    from lmu_dist.models.precision import has_bfloat16_products
+
+    if not has_bfloat16_products():
+        print_notes(
+            [
+                "this processor has no bfloat16 arithmetic: training in bf16 is slower than in float32 here, without AVX-512 "
+                "many times; use train.precision=fp32, or GPUs (cluster.gpus_per_worker=1)"
+            ]
+        )
 
 
 def print_notes(notes: Sequence[str]) -> None:

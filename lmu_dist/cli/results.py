@@ -3,7 +3,6 @@
 Heavy modules are imported inside the functions, so that --help is fast.
 """
 
-import json
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -27,13 +26,13 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
     """
     from lmu_dist.report.write import stale_reports
     from lmu_dist.tracking.progress import rows
-    from lmu_dist.tracking.store import Store
+    from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
     set_client_limits()
-    store = Store(tracking_uri())
+    store = existing_store(tracking_uri())
     if as_json:
-        print(json.dumps([asdict(row) for row in rows(store, experiment)]))
+        show.print_json([asdict(row) for row in rows(store, experiment)])
     else:
         show.print_status(lambda: rows(store, experiment), live=not once)
         print_notes(
@@ -55,14 +54,14 @@ def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
     It has scaling laws, the data-efficiency factor, figures, and the page report.html.
     """
     from lmu_dist.report.write import write_report
-    from lmu_dist.tracking.store import Store
+    from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
     set_client_limits()
     with show.progress_bars() as bars, local_output_dir(open_folder(resolve_path(output))) as folder:
-        written = write_report(Store(tracking_uri()), experiment, folder, any_code, bars.update)
+        written = write_report(existing_store(tracking_uri()), experiment, folder, any_code, bars.update)
     if as_json:
-        print(json.dumps(written.results_json))
+        show.print_json(written.results_json)
     else:
         show.print_report(written, open_folder(resolve_path(output)))
 
@@ -100,7 +99,7 @@ def fit(
     result = fit_and_validate(FORMS[law], rows, n_resamples=resamples)
     if as_json:
         facts = fit_to_json(result, [str(number) for number in numbers])
-        print(json.dumps(facts | {"left_out": [asdict(out) for out in left_out]}, allow_nan=False))
+        show.print_json(facts | {"left_out": [asdict(out) for out in left_out]})
     else:
         show.print_fit(result, numbers, left_out)
     return 0 if result.law else 3
@@ -153,17 +152,20 @@ def generate(
     seed: int,
     family: str | None,
 ) -> None:
-    """Generate text with a trained model. RUN is the folder of a run or of an export, or an MLflow run id."""
+    """Generate text with a trained model.
+
+    RUN is a name or key that `lmu-dist status` prints, the folder of a run or of an export, or an MLflow run id.
+    """
     from tokenizers.decoders import DecodeStream
 
-    from lmu_dist.data.tokenizer import end_of_text_id
     from lmu_dist.models.generate import Sampling
     from lmu_dist.models.generate import generate as sample
     from lmu_dist.train.export import load_trained_model
 
     trained = load_trained_model(run_folder(run), family)
     print_notes(trained.skipped)
-    ids = trained.tokenizer.encode(prompt).ids or [end_of_text_id(trained.tokenizer)]
+    # Without the tokens that a tokenizer may put around a text, which the model has not seen.
+    ids = trained.tokenizer.encode(prompt, add_special_tokens=False).ids or [trained.end_of_text_id]
     beginning = trained.tokenizer.decode(ids, skip_special_tokens=False)
     streams, texts = [DecodeStream(ids) for _ in range(samples)], [[beginning] for _ in range(samples)]
     print(beginning, end="", flush=True)
@@ -189,7 +191,8 @@ def generate(
 def export(run: str, folder: str, family: str | None) -> None:
     """Write a trained model as safetensors, config and tokenizer.
 
-    Then reload it and compare the logits. RUN is the folder of a run or an MLflow run id; FOLDER must be new.
+    Then reload it and compare the logits. RUN is a name or key that `lmu-dist status` prints, the folder of a run, or an
+    MLflow run id; FOLDER must be new.
     """
     from lmu_dist.train.export import export as export_model
 
@@ -198,11 +201,15 @@ def export(run: str, folder: str, family: str | None) -> None:
 
 
 def run_folder(run: str) -> Folder:
-    """Returns the given folder, or the folder of an MLflow run."""
-    if "://" in run or Path(run).is_dir():
+    """Returns the given folder, or the folder of the run in MLflow with this name, key or id."""
+    if "://" in run or Path(run).expanduser().is_dir():
         return open_folder(run)
-    from lmu_dist.tracking.store import Store
+    from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
     set_client_limits()
-    return Store(tracking_uri()).folder_of(run)
+    try:
+        store = existing_store(tracking_uri())
+    except ConfigError as e:
+        raise ConfigError(f"there is no folder {run!r}, and {e}") from e
+    return store.folder_of(run)

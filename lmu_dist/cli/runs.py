@@ -3,7 +3,6 @@
 Heavy modules are imported inside the functions, so that --help is fast.
 """
 
-import json
 from dataclasses import asdict
 
 import click
@@ -16,11 +15,13 @@ from lmu_dist.cli.common import (
     load_config,
     overrides_argument,
     print_notes,
+    print_precision_note,
     resolve_path,
     tracking_uri,
 )
 from lmu_dist.config import open_folder
 from lmu_dist.storage import local_output_dir
+from lmu_dist.tracking.pages import ui_hint
 
 
 @cli.command()
@@ -36,12 +37,13 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
         corpus = prepare_corpus(merged, bars.update)
     manifest = corpus.manifest
     if as_json:
-        print(json.dumps({"folder": str(corpus.folder), **asdict(manifest)}))
+        show.print_json({"folder": str(corpus.folder), **asdict(manifest)})
         return
     for split, facts in manifest.splits.items():
         print(f"{split:<12}{facts['tokens']:>14,} tokens {facts['bytes']:>16,} bytes {facts['documents']:>10,} documents")
     listed = f" (listed in {corpus.folder / 'problems.jsonl'})" if manifest.problems else ""
-    print(f"left out    {', '.join(f'{n} {kind}' for kind, n in manifest.problems.items()) or 'nothing'}{listed}")
+    problems = (f"{n} {reason.removeprefix('left out: ')}" for reason, n in manifest.problems.items())
+    print(f"left out    {', '.join(problems) or 'nothing'}{listed}")
     print(f"folder      {corpus.folder}\nnext        lmu-dist train {config}")
 
 
@@ -55,6 +57,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     Without a cluster, a local Ray is started. Resumable; a finished run is not repeated.
     """
     merged = load_config(config, overrides)
+    print_precision_note(merged)
     from lmu_dist.launch.trainer import train as train_run
 
     with show.progress_bars() as bars:
@@ -63,7 +66,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     print_notes(finished.notes)
     if as_json:
         facts = {"run_id": finished.run_id, "folder": str(folder), "tracking_uri": finished.tracking_uri}
-        print(json.dumps(facts | record.to_json()))
+        show.print_json(facts | record.to_json())
     else:
         print(
             f"{'done before' if finished.already_done else record.status:<12}{finished.cell.name}\n"
@@ -71,7 +74,8 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
             f"tokens      {record.tokens:,} in {record.steps:,} steps, {record.training_seconds:.0f} s of training\n"
             f"validation  {record.val_loss_nats:.4f} +- {record.val_loss_standard_error_nats:.4f} nats per token, "
             f"{record.val_bits_per_byte:.4f} bits per byte\n"
-            f"MLflow      run {finished.run_id} in {finished.tracking_uri}\n"
+            f"MLflow      {f'run {finished.run_id}' if finished.run_id else 'no run yet'} in {finished.tracking_uri}\n"
+            f"curves      {ui_hint(merged.experiment)}\n"
             f"folder      {folder}\n"
             f"next        lmu-dist generate {folder} --prompt 'import '"
         )
@@ -85,7 +89,7 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     "--rerun",
     multiple=True,
     metavar="KEY",
-    help="Repeat the finished cell with this key (or start of a key). Not needed to continue after an interruption.",
+    help="Repeat the finished cell with this key (or start of a key) or name. Not needed to continue after an interruption.",
 )
 @json_option
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
@@ -94,17 +98,19 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_j
     A grid is families x sizes x token budgets x seeds. Resumable.
     """
     merged = load_config(config, overrides)
+    print_precision_note(merged)
     from lmu_dist.launch.ladder import ladder as run_ladder
 
     with show.progress_bars() as bars:
-        result = run_ladder(merged, tracking_uri(), bars.update, rerun)
+        keys = [key.rpartition("-")[2] for key in rerun]  # the name of a run ends with the start of its key
+        result = run_ladder(merged, tracking_uri(), bars.update, keys)
     print_notes(result.notes)
     if as_json:
         cells = [
             f.record.to_json() | {"run_id": f.run_id, "folder": str(f.cell.folder), "was_done": f.already_done}
             for f in result.finished
         ]
-        print(json.dumps({"cells": cells, "failures": result.failures}))
+        show.print_json({"cells": cells, "failures": result.failures})
     else:
         show.print_ladder(result, tracking_uri())
     return 1 if result.failures else 0
@@ -121,6 +127,7 @@ def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) ->
     Writes the best settings as a YAML file that a ladder can include.
     """
     merged = load_config(config, overrides)
+    print_precision_note(merged)
     from lmu_dist.launch.tune import tune as search
     from lmu_dist.launch.winners import plot_sensitivity, write_winners
 
@@ -133,7 +140,7 @@ def tune(config: str, overrides: tuple[str, ...], output: str, as_json: bool) ->
         plot_sensitivity(folder / figure.name, merged, searches)
     print_notes(notes)
     if as_json:
-        print(json.dumps({"searches": [asdict(s) for s in searches], "winners": str(winners), "figure": str(figure)}))
+        show.print_json({"searches": [asdict(s) for s in searches], "winners": str(winners), "figure": str(figure)})
     else:
         show.print_tune(searches, winners, figure)
     return 0 if all(s.best and not s.failures for s in searches) else 1
@@ -152,6 +159,7 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
     Also parameters, FLOPs and cost. Nothing is trained, except a few steps with --calibrate.
     """
     merged = load_config(config, overrides)
+    print_precision_note(merged)
     from lmu_dist.planning.cost import plan as cost_of
     from lmu_dist.planning.power import estimate_power
 
@@ -162,6 +170,6 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
             measure(merged, bars.update)
     costs, precision = cost_of(merged), estimate_power(merged)
     if as_json:
-        print(json.dumps({"cells": [asdict(line) for line in costs.cells], "power": asdict(precision), **costs.totals()}))
+        show.print_json({"cells": [asdict(line) for line in costs.cells], "power": asdict(precision), **costs.totals()})
     else:
         show.print_plan(costs, precision, merged.plan)

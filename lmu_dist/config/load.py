@@ -4,7 +4,6 @@ Precedence: defaults < files under `include` < the YAML file < overrides `sectio
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
+from lmu_dist.config.explain import explain
 from lmu_dist.config.run import ClusterConfig, DataConfig, ModelConfig, TrainConfig
 from lmu_dist.config.study import LadderConfig, PlanConfig, TuneConfig
-from lmu_dist.config.types import STRICT, ConfigError, Folder, Name, open_folder, whole
+from lmu_dist.config.types import STRICT, ConfigError, Folder, Name, Section, open_folder, whole
+from lmu_dist.config.yaml_files import MAX_BYTES, MAX_DEPTH, load_yaml
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -31,13 +30,13 @@ class Config:
     seed: Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)] = (
         0  # random seed of initial weights and of the order of rows
     )
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    train: TrainConfig = TrainConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    data: Annotated[DataConfig, Section] = DataConfig()
+    model: Annotated[ModelConfig, Section] = ModelConfig()
+    train: Annotated[TrainConfig, Section] = TrainConfig()
+    cluster: Annotated[ClusterConfig, Section] = ClusterConfig()
     ladder: LadderConfig | None = None
     tune: TuneConfig | None = None
-    plan: PlanConfig = PlanConfig()
+    plan: Annotated[PlanConfig, Section] = PlanConfig()
 
     @property
     def storage_folder(self) -> Folder:
@@ -52,7 +51,9 @@ class Config:
             raise ValueError(f"storage: {e}") from e
         train = self.train
         if self.ladder is None and train.warmup_steps >= train.n_steps:  # the ladder has budgets of its own
-            raise ValueError(f"train.warmup_tokens ({train.warmup_tokens}) must be less than train.tokens ({train.tokens})")
+            raise ValueError(
+                f"train.warmup_tokens ({train.warmup_tokens}) must be less than train.tokens ({train.tokens}); change one"
+            )
         rows, workers = self.train.batch_rows, self.cluster.n_workers
         if rows < workers:
             raise ValueError(
@@ -63,8 +64,7 @@ class Config:
 
 
 COMMON_MODEL_KEYS = ("family", "n_params", "n_blocks")  # of every family
-MOVED = {"train.lmu_form": "model.form"}  # keys of earlier versions, and what they are now
-GRIDS: dict[str, Any] = {"ladder": LadderConfig, "tune": TuneConfig}
+MAX_FILES = 100  # that a file may include, those that they include themselves counted too
 _ADAPTER = TypeAdapter(Config)
 
 
@@ -74,36 +74,49 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     `include: FILE` (or a list of files) supplies keys that the file itself does not set. Paths are relative to the file; later
     files win over earlier ones. Sections are merged key by key, lists are replaced.
     """
-    return parse(_override(_read(Path(path)), overrides))
+    return parse(_override(_read(Path(path), {}), overrides))
 
 
 def sources(path: Path) -> list[Path]:
     """The YAML file and all files it includes, recursively. Used to send them to a cluster. Raises ConfigError."""
-    return [path, *(source for name in _parts(path)[1] for source in sources(path.parent / name))]
+    found = dict[Path, dict[str, Any]]()
+    _read(path, found)
+    return list(found)
 
 
-def _read(path: Path, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+def _read(path: Path, known: dict[Path, dict[str, Any]], including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a file and of the files it includes. `known`: those of the files that were read before."""
+    if path in known:
+        return known[path]
+    if len(known) >= MAX_FILES:
+        raise ConfigError(f"{path}: more than {MAX_FILES} files include each other; write fewer files")
+    known[path] = {}  # so that a file comes before those it includes
     tree, names = _parts(path)
     merged: dict[str, Any] = {}
     for name in names:
         other = path.parent / name
-        if other.resolve() in including:
+        if other.resolve() in (*including, path.resolve()):
             raise ConfigError(f"{path} includes {name}, which includes it; remove one of the two includes")
-        merged = _merge(merged, _read(other, (*including, path.resolve())))
-    return _merge(merged, tree)
+        merged = _merge(merged, _read(other, known, (*including, path.resolve())))
+    known[path] = _merge(merged, tree)
+    return known[path]
 
 
 def _parts(path: Path) -> tuple[dict[str, Any], list[str]]:
     """The keys that a file sets itself, and the names of the files it includes."""
-    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: 1e-3 is a number, a key given twice is an error
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"cannot read {path}: {e.strerror}; give the path of a YAML file such as jobs/train.yaml") from e
-    except (YAMLError, ValueError) as e:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(e).split())}") from e
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ConfigError(f"{path} has more than {MAX_BYTES / 1e6:.0f} MB; give a YAML file such as jobs/train.yaml")
+        tree = load_yaml(content.decode("utf-8-sig"), str(path))
+    except (OSError, ValueError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        reason = "it is not UTF-8 text" if isinstance(e, UnicodeDecodeError) else getattr(e, "strerror", None) or e
+        raise ConfigError(f"cannot read {path}: {reason}; give the path of a YAML file such as jobs/train.yaml") from e
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"{path} must hold keys and values, not a {type(tree).__name__}")
+        raise ConfigError(f"{path} must hold keys and values (key: value), not a {type(tree).__name__}")
     tree = tree or {}
     names = tree.pop("include", [])
     names = [names] if isinstance(names, str) else names
@@ -124,10 +137,8 @@ def parse(tree: dict[str, Any]) -> Config:
     """Validates a nested mapping and returns the Config. Raises ConfigError."""
     try:
         return _ADAPTER.validate_json(json.dumps(_with_options(tree)), strict=True)
-    except TypeError as e:
-        raise ConfigError(f"configuration: {e}; keys are words, values are numbers, text or lists") from e
     except ValidationError as e:
-        raise ConfigError("\n".join(dict.fromkeys(_explain(error) for error in e.errors()))) from e
+        raise ConfigError(explain(e, Config)) from e
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -167,17 +178,13 @@ def with_settings(config: Config, settings: Mapping[str, Any]) -> Config:
 
 
 def _override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    yaml = YAML(typ="safe", pure=True)
     for text in overrides:
-        dotted, equals, value = text.partition("=")
-        if not equals or not dotted:
-            raise ConfigError(f"override {text!r} is not of the form section.key=value")
-        try:
-            _set(tree, dotted, yaml.load(value) if value else None)
-        except (YAMLError, ValueError) as e:
-            if isinstance(e, ConfigError):
-                raise
-            raise ConfigError(f"{dotted}: cannot read the value {value!r}; quote it as in YAML") from e
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")) or not key.isprintable():
+            raise ConfigError(f"override {text[:100]!r} is not of the form section.key=value")
+        if key.count(".") >= MAX_DEPTH:
+            raise ConfigError(f"override {text[:60]!r}...: no key has that many sections")
+        _set(tree, key, load_yaml(value, f"{key}={value[:60]!r}") if value else None)
     return tree
 
 
@@ -190,19 +197,3 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(tree, dict):
             raise ConfigError(f"{dotted}: {section} is a value, not a section")
     tree[key] = value
-
-
-def _explain(error: Any) -> str:
-    """Formats a pydantic error as one line: the dotted key, the mistake, the fix."""
-    key = ".".join(str(part) for part in error["loc"] if not str(part).startswith(("function-", "constrained-")))
-    message = error["msg"].removeprefix("Value error, ")
-    if error["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        if key in MOVED:
-            return f"{key}: this key is now {MOVED[key]}"
-        known = [*flatten(to_dict(Config())), "include"]
-        known += [f"{name}.{f.name}" for name, part in GRIDS.items() for f in dataclasses.fields(part)]
-        near = difflib.get_close_matches(key, known, 1) or [k for k in known if k.endswith("." + key.split(".")[-1])]
-        return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "; see lmu_dist/config/ for all keys")
-    given = error.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{key + ': ' if key else ''}{message[:1].lower() + message[1:]}{shown}"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive
+from lmu_dist.config.types import STRICT, Count, Family, Listed, Natural, Positive, Section, number, numbers_in
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -38,10 +38,12 @@ def _check_tunable(key: str) -> None:
 
 
 def _rule(value: Any) -> Any:
-    return {"value": value} if isinstance(value, int | float) else value
+    value = number(value)
+    return {"value": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 PowerLaw = Annotated[Rule, BeforeValidator(_rule)]
+Settings = Annotated[dict[str, Any], BeforeValidator(numbers_in)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -56,6 +58,9 @@ class WorkersFrom:
     offload: Literal["optimizer"] | None = None  # keep the optimizer state in the CPU's memory; None: cluster.offload
 
 
+WorkersBySize = Annotated[tuple[WorkersFrom, ...], Listed]
+
+
 @dataclass(frozen=True, config=STRICT)
 class Tuned:
     """Best settings that `tune` found for a family at a size. A cell of the ladder uses the entry of its family that is nearest
@@ -64,7 +69,7 @@ class Tuned:
 
     family: Family  # family that was tuned
     n_params: Count  # N at which it was tuned
-    settings: dict[str, Any]  # dotted keys of `model` and `train`, with their best values
+    settings: Settings  # dotted keys of `model` and `train`, with their best values
 
     @model_validator(mode="after")
     def _tunable(self) -> "Tuned":
@@ -79,17 +84,17 @@ class Tuned:
 class LadderConfig:
     """A grid of runs (cells): families x sizes x token budgets x seeds. All other settings are in the other sections."""
 
-    families: Annotated[tuple[Family, ...], Field(min_length=1)]  # families to train
-    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]  # sizes N, in non-embedding parameters
-    tokens: tuple[Count, ...] = ()  # token budgets, the same for all sizes
-    tokens_per_param: tuple[Positive, ...] = ()  # token budgets per parameter: multiplied by N
-    seeds: Annotated[tuple[Natural, ...], Field(min_length=1)] = (0,)  # random seeds; each trains the whole grid once
+    families: Annotated[tuple[Family, ...], Listed, Field(min_length=1)]  # families to train
+    n_params: Annotated[tuple[Count, ...], Listed, Field(min_length=1)]  # sizes N, in non-embedding parameters
+    tokens: Annotated[tuple[Count, ...], Listed] = ()  # token budgets, the same for all sizes
+    tokens_per_param: Annotated[tuple[Positive, ...], Listed] = ()  # token budgets per parameter: multiplied by N
+    seeds: Annotated[tuple[Natural, ...], Listed, Field(min_length=1)] = (0,)  # random seeds; each trains the whole grid once
     max_cell_flops: Positive | None = None  # cells with more training FLOPs are left out, `plan` lists them; None: no limit
     learning_rate: PowerLaw | None = None  # peak learning rate by size; None: train.learning_rate
     batch_tokens: PowerLaw | None = None  # tokens per step by size, rounded to whole rows; None: train.batch_tokens
     warmup_tokens: PowerLaw | None = None  # tokens of warm-up by size; None: train.warmup_tokens
-    workers: tuple[WorkersFrom, ...] = ()  # workers by size: the last entry with n_params <= N applies; none: section cluster
-    tuned: tuple[Tuned, ...] = ()  # best settings found by `tune`, usually by `include: tuned.yaml`
+    workers: WorkersBySize = ()  # workers by size: the last entry with n_params <= N applies; none: section cluster
+    tuned: Annotated[tuple[Tuned, ...], Listed] = ()  # best settings found by `tune`, usually by `include: tuned.yaml`
 
     @model_validator(mode="after")
     def _complete(self) -> "LadderConfig":
@@ -106,7 +111,7 @@ class Range:
     log: tuple[Positive, Positive] | None = None  # log-uniform distribution between the ends
     integer: tuple[int, int] | None = None  # whole numbers, uniform
     log_integer: tuple[Count, Count] | None = None  # whole numbers, log-uniform
-    choice: tuple[Any, ...] | None = None  # one of these values
+    choice: Annotated[tuple[Any, ...], BeforeValidator(numbers_in), Listed] | None = None  # one of these values
 
     @model_validator(mode="after")
     def _one(self) -> "Range":
@@ -122,8 +127,8 @@ class Range:
 class TuneConfig:
     """A hyperparameter search for each family and size. The budget of a trial is train.tokens."""
 
-    families: Annotated[tuple[Family, ...], Field(min_length=1)]  # families to tune
-    n_params: Annotated[tuple[Count, ...], Field(min_length=1)]  # sizes N to tune at, in non-embedding parameters
+    families: Annotated[tuple[Family, ...], Listed, Field(min_length=1)]  # families to tune
+    n_params: Annotated[tuple[Count, ...], Listed, Field(min_length=1)]  # sizes N to tune at, in non-embedding parameters
     space: Annotated[dict[str, Range], Field(min_length=1)]  # search range of each tuned key of `model` and `train`
     samples: Count = 16  # trials per search; a `sweep` ignores it and tries all combinations of choices
     search: Literal["random", "optuna", "sweep"] = "optuna"  # random: independent draws; optuna: TPE; sweep: full grid
@@ -164,7 +169,7 @@ class PlanConfig:
     worker_memory_bytes: Positive = 80e9  # memory of a worker (its GPU), in bytes
     flops_per_second: Positive | None = None  # executed training FLOP/s per worker; None: measured by `plan --calibrate`
     price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
-    law: AssumedLaw = AssumedLaw()  # assumed scaling law of the baseline family
+    law: Annotated[AssumedLaw, Section] = AssumedLaw()  # assumed scaling law of the baseline family
     efficiency_factor: Positive = 10.0  # assumed: the other families reach a loss with this many times fewer tokens
     baseline: Family = "transformer"  # family that the others are compared with
     n_slots: Count | None = None  # workers that run at the same time; None: as many as the largest cell has

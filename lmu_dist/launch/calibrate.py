@@ -6,8 +6,12 @@ Starts one Ray Train run for each number of workers and measures a few seconds p
 import json
 import platform
 import statistics
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +35,7 @@ from lmu_dist.toolchain import configure_extension_builds
 SECONDS = 4.0  # of measurement per model size
 FIRST_STEPS = 5  # warm-up, not counted
 MOST_STEPS = 200
+POLL_SECONDS = 1.0  # between two looks at what the workers have measured
 
 
 def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
@@ -44,17 +49,53 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
         groups.setdefault(cell.config.cluster.n_workers, []).append(cell)
     sources = registry.sources(set(families_of(config)))
     scratch = config.storage_folder / f"calibration-{time.time_ns():x}"
+    progress("measuring", 0, len(distinct), f"{len(distinct)} models, starting the workers")
     with cluster([cell.config for cell in distinct.values()]):
-        for i, group in enumerate(groups.values()):
-            progress("measuring", i, len(groups))
+        done = 0
+        for group in groups.values():
             storage.make_folder(scratch)
             try:
                 out = scratch / "measured.json"
-                run_workers(_measure_worker, {"cells": group, "sources": sources, "out": out}, group[0].config, scratch / "run")
-                write_calibration(config.storage_folder, [StepTime(**row) for row in json.loads(out.read_text())])
+                with _report_measured(out, group, partial(progress, "measuring"), done, len(distinct)):
+                    arguments = {"cells": group, "sources": sources, "out": out}
+                    run_workers(_measure_worker, arguments, group[0].config, scratch / "run")
+                write_calibration(config.storage_folder, _read_measured(out))
             finally:
                 storage.remove(scratch)
+            done += len(group)
     return config.storage_folder / CALIBRATION
+
+
+def _read_measured(path: Folder) -> list[StepTime]:
+    """What the workers have measured so far."""
+    return [StepTime(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+@contextmanager
+def _report_measured(
+    path: Folder, cells: list[GridCell], progress: Callable[[float, float, str], None], done: int, total: int
+) -> Iterator[None]:
+    """Calls `progress` for each cell when it is measured, from a background thread, until the block ends."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        reported, ended = 0, False
+        while not ended:
+            ended = stop.wait(POLL_SECONDS)
+            with suppress(OSError):  # the workers report an error of the storage
+                measured = _read_measured(path)
+                for cell, result in list(zip(cells, measured, strict=False))[reported:]:
+                    reported += 1
+                    size = f"{cell.shape.family}, N = {result.n_params:,}"
+                    progress(done + reported, total, f"{size}: {result.step_seconds * 1000:,.1f} ms per step")
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
@@ -66,9 +107,11 @@ def _measure_worker(arguments: dict[str, Any]) -> None:
     device, rank = ray.train.torch.get_device(), ray.train.get_context().get_world_rank()
     torch.set_num_threads(cells[0].config.cluster.cpus_per_worker)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor() or platform.machine()} CPU"
-    measured = [_measure(cell, device, name) for cell in cells]
-    if rank == 0:
-        arguments["out"].write_text(json.dumps([asdict(m) for m in measured]))
+    measured = list[StepTime]()
+    for cell in cells:
+        measured.append(_measure(cell, device, name))
+        if rank == 0:  # after each cell, as the driver shows the progress
+            storage.write_atomic(arguments["out"], json.dumps([asdict(m) for m in measured]).encode())
     dist.barrier()
 
 

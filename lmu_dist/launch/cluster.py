@@ -4,10 +4,12 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 
 import grpc
@@ -18,7 +20,9 @@ from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest  # pyright: i
 from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
 from ray.exceptions import RayError
 
-from lmu_dist.config import Config, ConfigError
+from lmu_dist.config import Config, ConfigError, FailedError
+
+N_STARTS = 2  # attempts to start a local Ray
 
 
 def check_before_start(configs: Sequence[Config]) -> None:
@@ -43,36 +47,80 @@ def cluster(configs: Sequence[Config]) -> Iterator[None]:
     """Connects to a Ray cluster that has the capacity for each of the runs, one at a time.
 
     It is the cluster this process is connected to, else the one at cluster.address or $RAY_ADDRESS, else a local one, which is
-    stopped when the block ends. Raises ConfigError when the workers of a run cannot fit. Inside the block Ray's output goes to
-    stderr, because stdout is for results.
+    stopped when the block ends. Raises ConfigError when the workers of a run cannot fit, FailedError if Ray does not start.
     """
     with connected(configs[0]):
         _wait_for_capacity(configs)
         _check_all_fit(configs)
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
 
 
 @contextmanager
 def connected(config: Config) -> Iterator[None]:
-    """Connects to the same cluster as `cluster` does, without a check of its capacity."""
+    """Connects to the same cluster as `cluster` does, without a check of its capacity.
+
+    From its start to its end Ray's output goes to stderr, because stdout is for results.
+    """
     if ray.is_initialized():
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
         return
-    address = address_of(config)
-    if address is None:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        cpus = len(os.sched_getaffinity(0))
-        ray.init("local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
-    else:
+    with redirect_stdout(sys.stderr), _unchanged_sigterm() as restore_sigterm:
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except (OSError, ValueError, RuntimeError, RayError) as e:
-            raise _unreachable(address, e) from e
+            _connect(address_of(config))
+            restore_sigterm()
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    """Connects to a cluster, or starts one on this machine. Raises ConfigError, FailedError."""
     try:
-        yield
+        if address is None:
+            _start_local()
+        else:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+    except SystemExit as e:  # Ray exits this way after SIGTERM
+        raise KeyboardInterrupt from e
+    except (OSError, ValueError, RuntimeError, RayError) as e:
+        if address is None:
+            raise
+        raise _unreachable(address, e) from e
+
+
+def _start_local() -> None:
+    """Starts a Ray on this machine; once more if it does not start in time, as on a busy machine. Raises FailedError."""
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    cpus = len(os.sched_getaffinity(0))
+    for attempt in range(N_STARTS):
+        try:
+            ray.init("local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+            return
+        except Exception as e:  # Ray raises plain Exceptions
+            ray.shutdown()
+            if attempt == N_STARTS - 1:
+                reason = " ".join(str(e).split())[:200] or type(e).__name__
+                raise FailedError(
+                    f"Ray did not start on this machine in {N_STARTS} attempts: {reason}; free CPUs and memory, and look into "
+                    "its logs in /tmp/ray/session_latest/logs"
+                ) from e
+
+
+@contextmanager
+def _unchanged_sigterm() -> Iterator[Callable[[], object]]:
+    """Yields a function that restores the handler of SIGTERM: ray.init replaces it by one that exits, without closing runs."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def restore() -> None:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, handler)
+
+    try:
+        yield restore
     finally:
-        ray.shutdown()
+        restore()
 
 
 def capacity(config: Config) -> int:

@@ -13,7 +13,6 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import ray
@@ -21,9 +20,9 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.launch.address import ADDRESSES, dashboard_address
 from lmu_dist.launch.submission import JobSpec
 
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")  # as `ray job` reads them
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
 LOG_IDLE_SECONDS = 60.0  # without log text, after which the log is read over a new connection: the old one may be dead
@@ -87,12 +86,7 @@ class JobsClient(JobSubmissionClient):
 
 def connect(address: str | None) -> JobsClient:
     """A client of the cluster whose dashboard has this address. Raises ConfigError if the cluster cannot be used."""
-    address = address or next(filter(None, map(os.environ.get, ADDRESSES)), None)
-    if address is None or urlsplit(address).scheme not in ("http", "https"):
-        given = f"not {address}" if address else "or set RAY_API_SERVER_ADDRESS"
-        raise ConfigError(f"give the address of the cluster's dashboard, --address http://HEAD:8265, {given}")
-    if "@" in urlsplit(address).netloc:
-        raise ConfigError("--address holds credentials, which everybody who lists processes could read; remove them from it")
+    address = dashboard_address(address)
     os.environ[ADDRESSES[0]] = address  # Ray prefers the variable to its argument
     try:
         client = JobsClient(address)

@@ -167,6 +167,10 @@ def _create_token(path: Path) -> None:
 
 def _start(folder: Path, settings: LocalClusterSettings, name: str, mlflow_environment: Mapping[str, str]) -> None:
     if name == MLFLOW:
+        if (folder / local_commands.MLFLOW_FILE).exists():
+            from lmu_dist.tracking.sqlite_file import migrate  # takes seconds, as MLflow does
+
+            migrate(folder / local_commands.MLFLOW_FILE)
         processes.start(folder, name, local_commands.mlflow_command(settings, folder), mlflow_environment)
         return
     command = local_commands.ray_command(settings, name, _scratch(folder, new=name == HEAD))

@@ -15,6 +15,7 @@ from pathlib import Path
 from lmu_dist.config import ConfigError
 
 HEAD, MLFLOW = "head", "mlflow"
+MLFLOW_FILE = "mlflow.db"  # the database of the MLflow server, in the folder of the cluster
 STORE_BYTES = 200_000_000  # shared memory of a node: runs need little, and Ray's default is 30 % of the machine's memory
 SECRETS = ("MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY")  # settings of MLflow's authentication
 LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # with which jobs log in to it
@@ -131,7 +132,7 @@ def ray_environment(inherited: Mapping[str, str], token: Path, mlflow: str, inte
 
 def mlflow_command(settings: LocalClusterSettings, folder: Path) -> list[str]:
     """The command of the MLflow server. Its database and artifacts are in the folder."""
-    stores = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/artifacts"]
+    stores = [f"--backend-store-uri=sqlite:///{folder}/{MLFLOW_FILE}", f"--artifacts-destination={folder}/artifacts"]
     listen = [f"--host={settings.host}", f"--port={settings.mlflow_port}", "--workers=1"]
     app = ["--app-name=basic-auth"] if settings.is_open else []
     return [sys.executable, "-m", "mlflow", "server", *stores, *listen, *app]

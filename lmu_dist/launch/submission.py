@@ -29,6 +29,9 @@ from lmu_dist.tracking.store import check_no_password
 
 # An interrupted driver closes its MLflow runs. Ray's default, SIGTERM and three seconds, leaves no time for that.
 STOP_SETTINGS = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+RESULT_FILE = re.compile(r"mlflow\.db(-\w+)?|.*\.(safetensors|pt)")  # MLflow's database, weights and shards of checkpoints
+RESULT_FOLDERS = ("mlartifacts", "mlruns")
+RESULT_MARKERS = ("owner_id", "report.html", "pyvenv.cfg")  # of a storage folder, a report, a virtual environment
 SECRET = re.compile(r"AWS_\w*(KEY|SECRET|TOKEN)\w*|MLFLOW_TRACKING_(USERNAME|PASSWORD|TOKEN)")
 
 logging.getLogger("ray._private.runtime_env").setLevel(logging.ERROR)  # it logs every ignore file
@@ -40,8 +43,8 @@ class Package:
 
     folder: Path
     files: dict[str, int]  # size in bytes, by the path in the folder
-    excludes: tuple[str, ...]  # patterns of files that git ignores by rules that Ray does not read
-    left_out: dict[str, int]  # size of ignored files, by path; a folder that is ignored completely is one entry that ends in /
+    excludes: tuple[str, ...]  # patterns of results, and of files that git ignores by rules that Ray does not read
+    left_out: dict[str, int]  # size of files not uploaded, by path; a folder of which nothing is uploaded is one entry, NAME/
 
     @property
     def size_bytes(self) -> int:
@@ -86,7 +89,8 @@ def make_job_spec(config: Config, path: Path, overrides: Iterable[str], command:
     # A loopback address or a local file would mean another server on the cluster.
     is_reachable = urlsplit(tracking_uri).hostname not in (None, "localhost", "127.0.0.1", "::1")
     environment = STOP_SETTINGS | ({"MLFLOW_TRACKING_URI": tracking_uri} if is_reachable else {})
-    package = _list_package(folder)
+    _check_storage(config.storage)
+    package = _list_package(folder, folder / config.storage)
     config_name = _check_included(package, config, path)
     argv = ["python", "-m", "lmu_dist.cli", command, config_name, *overrides]
     if command == "tune":  # in storage, because Ray deletes the job's working directory
@@ -120,9 +124,20 @@ def _notes(config: Config, environment: Mapping[str, str]) -> Iterable[str]:
         yield f"not sent, because all users of the dashboard could read it: {', '.join(kept)}; set it on the cluster's nodes"
 
 
-def _list_package(folder: Path) -> Package:
-    """Lists the files of a folder that are uploaded. Raises ConfigError if they are larger than Ray accepts."""
-    excludes = _ignored_by_git(folder)
+def _check_storage(storage: str) -> None:
+    if "://" not in storage and os.path.normpath(storage).split(os.sep)[0] == "..":
+        raise ConfigError(
+            f"storage: {storage} leads out of the folder that a job has for relative paths, LMU_DIST_HOME of the nodes; "
+            "give the absolute path that it has on the nodes, or a URI"
+        )
+
+
+def _list_package(folder: Path, storage: Path) -> Package:
+    """Lists the files of a folder that are uploaded. Raises ConfigError if they are larger than Ray accepts.
+
+    Results are left out, also where no git says so: the `storage` of the configuration, and what `_is_result` finds.
+    """
+    excludes = (*_ignored_by_git(folder), *map(_pattern, _results(folder, storage)))
     default_excludes = _get_excludes(folder, get_runtime_env_default_excludes())  # .git, .venv and so on
     git_excludes = _get_excludes(folder, list(excludes))
     files: dict[str, int] = {}
@@ -153,7 +168,30 @@ def _ignored_by_git(folder: Path) -> tuple[str, ...]:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):  # git is not installed, or this is not a work tree
         return ()
-    return tuple("/" + re.sub(r"([*?!#[ ])", r"\\\1", name) for name in sorted(filter(None, done.stdout.split("\0"))))
+    return tuple(map(_pattern, sorted(filter(None, done.stdout.split("\0")))))
+
+
+def _pattern(name: str) -> str:
+    """The pattern, as in .gitignore, that matches only the file or folder with this path in the working directory."""
+    return "/" + re.sub(r"([*?!#[ ])", r"\\\1", name)
+
+
+def _results(folder: Path, storage: Path) -> list[str]:
+    """The paths of results and of virtual environments in a working directory; a folder is listed without what is in it."""
+    found = list[str]()
+    for root, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in (".git", "__pycache__"))  # Ray leaves them out
+        for name in list(folders):
+            if _is_result(Path(root, name)) or os.path.abspath(Path(root, name)) == os.path.abspath(storage):
+                found.append(os.path.relpath(Path(root, name), folder))
+                folders.remove(name)
+        found += [os.path.relpath(Path(root, name), folder) for name in sorted(names) if RESULT_FILE.fullmatch(name)]
+    return found
+
+
+def _is_result(folder: Path) -> bool:
+    """Whether a folder holds results of lmu-dist or of MLflow, or is a virtual environment."""
+    return folder.name in RESULT_FOLDERS or any((folder / name).is_file() for name in RESULT_MARKERS)
 
 
 def _check_included(package: Package, config: Config, path: Path) -> str:
@@ -171,8 +209,8 @@ def _check_included(package: Package, config: Config, path: Path) -> str:
         ("data.tokenizer.vocab_path", tokenizer.vocab_path),
         ("data.tokenizer.merges_path", tokenizer.merges_path),
     ):
-        if pattern is None or Path(pattern).is_absolute():
-            continue  # an absolute path is a path on the cluster
+        if pattern is None or "://" in pattern or Path(pattern).expanduser().is_absolute():
+            continue  # a URL, or an absolute path, which is a path on the cluster
         found = glob.glob(pattern, root_dir=package.folder, recursive=True)
         if not found:
             raise ConfigError(f"{key}: {pattern} is not in {package.folder}; give a path that all nodes of the cluster have")
@@ -187,7 +225,10 @@ def _check_file(package: Package, key: str, path: Path) -> None:
     if Path(name).parts[0] == "..":
         raise ConfigError(f"{key}: {path} lies outside the submitted folder {package.folder}; move it there")
     if name not in package.files:
-        raise ConfigError(f"{key}: {path} would not be sent, because .gitignore or .rayignore lists it; remove it there")
+        raise ConfigError(
+            f"{key}: {path} would not be sent, because .gitignore or .rayignore lists it (remove it there), or because it lies "
+            "among results, such as runs, reports and checkpoints (move it)"
+        )
 
 
 def _relative_path(package: Package, path: Path) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from lmu_dist.config.explain import explain
 from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.config.types import ConfigError
 from lmu_dist.models import families as built_in_families
@@ -142,9 +143,7 @@ def options_of(family: Family, values: Mapping[str, Any]) -> Any:
     try:
         return TypeAdapter(family.Options).validate_json(json.dumps(dict(values)), strict=True)
     except ValidationError as e:
-        error = e.errors()[0]
-        key = ".".join(["model", *map(str, error["loc"])])
-        raise ConfigError(f"{key}: {error['msg'][:1].lower()}{error['msg'][1:]} (got {error['input']!r})") from e
+        raise ConfigError(explain(e, family.Options, "model")) from e
 
 
 def option_names(family: Family) -> tuple[str, ...]:

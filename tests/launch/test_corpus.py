@@ -1,4 +1,4 @@
-"""A corpus prepared by Ray tasks on two nodes has the same bytes as one prepared on one machine."""
+"""A corpus that Ray tasks prepare on two nodes has the bytes of one prepared on one machine. Nothing is prepared in vain."""
 
 import json
 import os
@@ -8,9 +8,10 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
-from lmu_dist.config import Config, DataConfig, FailedError, TokenizerConfig, parse
+from lmu_dist.config import Config, ConfigError, DataConfig, FailedError, TokenizerConfig, parse
 from lmu_dist.data.prepare import TokenizeTask, prepare
 from lmu_dist.data.sources import list_shards
+from lmu_dist.launch import claim, trainer, tune
 from lmu_dist.launch.corpus import prepare_corpus, run_as_ray_tasks
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -55,3 +56,15 @@ def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path, addre
             list(run_as_ray_tasks([TokenizeTask(data, unit, 0, tmp_path)]))
     finally:
         ray.shutdown()
+
+
+@pytest.mark.parametrize("driver", [trainer.train, tune.tune])
+def test_impossible_size_is_refused_before_the_corpus_is_prepared(driver, tmp_path: Path, monkeypatch):
+    for module in (trainer, tune):
+        monkeypatch.setattr(module, "prepare_corpus", lambda *_: pytest.fail("prepared first"))
+    monkeypatch.setattr(claim, "check_store", lambda *_: None)
+    content = {"storage": str(tmp_path), "model": {"n_params": 1}}
+    if driver is tune.tune:
+        content["tune"] = {"families": ["lmu"], "n_params": [1], "space": {"train.learning_rate": {"log": [0.001, 0.01]}}}
+    with pytest.raises(ConfigError, match="N = 1 non-embedding parameters"):
+        driver(parse(content), f"sqlite:///{tmp_path}/mlflow.db")

@@ -209,6 +209,22 @@ def test_files_ignored_by_a_parent_gitignore_are_not_sent(folder: Path, tmp_path
     assert "weights.txt" in package.files
 
 
+def test_results_are_not_sent_without_git(folder: Path, tmp_path: Path):
+    results = ["runs/tests/a/record.json", "other/owner_id", "other/tests/b.jsonl", "page/report.html", "page/runs.csv"]
+    results += ["mlflow.db", "mlartifacts/1/x", "env/pyvenv.cfg", "env/lib/x.py", "model/model.safetensors"]
+    inputs = {"model/tokenizer.json", "src/data/run.py"}
+    for name in (*results, *inputs):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    package = job_spec(folder, "storage=runs").package
+    create_package(str(folder), tmp_path / "package.zip", include_gitignore=True, excludes=list(package.excludes))
+    with ZipFile(tmp_path / "package.zip") as packed:
+        assert {entry.filename for entry in packed.infolist() if not entry.is_dir()} == set(package.files)
+    assert set(package.files) == {"job.yaml", *inputs, *(f"corpus/part-{i}.jsonl" for i in range(4))}
+    left_out = {"runs/", "other/", "page/", "env/", "mlartifacts/", "mlflow.db", "model/model.safetensors"}
+    assert package.left_out.keys() == left_out
+
+
 def test_local_mlflow_uri_is_not_sent(folder: Path, monkeypatch: pytest.MonkeyPatch):
     for uri in ("http://127.0.0.1:5000", "http://localhost:5000", f"sqlite:///{folder}/mlflow.db"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
@@ -247,6 +263,7 @@ def test_job_name_depends_only_on_the_content(folder: Path):
         ("", ["job.yaml", "model.family=../own.py:Own"], "own.py lies outside the submitted folder"),
         ("echo own.py > .gitignore", ["job.yaml", "model.family=own.py:Own"], "own.py would not be sent"),
         ("head -c 300000 /dev/zero > large.bin", ["job.yaml"], "the largest are large.bin"),
+        ("", ["job.yaml", "storage=../../runs"], "storage: ../../runs leads out of the folder"),
         ("", ["job.yaml"], "give the address of the cluster's dashboard"),
         ("", ["job.yaml", "--address", "10.0.0.1:6379"], "not 10.0.0.1:6379"),
         ("", ["job.yaml", "--address", "http://me:secret@head:8265"], "--address holds credentials"),
@@ -260,6 +277,8 @@ def test_invalid_submission_is_an_error_of_one_line(change: str, arguments, mess
         own.write_text(own.read_text().replace("class GatedLinearAttention", "class Own"))
     monkeypatch.setattr(submission, "GCS_STORAGE_MAX_SIZE", 300_000)
     subprocess.run(change, shell=True, check=True)
+    if "address" not in message and "--address" not in arguments:
+        arguments = [*arguments, "--address", "http://127.0.0.1:1"]
     assert main(["submit", *arguments]) == 2
     error = capfd.readouterr().err
     assert message in error

@@ -205,8 +205,11 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
     folder, result = undisturbed
     config = configured(job, folder, "ladder.n_params=[1000, 3000]", "ladder.tokens=[102400]")
     assert plan(config).worker_seconds is None
-    calibrate(config)
+    lines = list[str]()
+    calibrate(config, lambda *line: lines.append(str(line)))
     found = plan(config)
+    assert len(found.cells) == len(lines) - 1
+    assert all(any(f"N = {line.n_params:,}: " in text for text in lines) for line in found.cells)
     assert {line.n_workers for line in found.cells} == {1, 2}
     for line in found.cells:
         [real] = [f.record for f in result.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]

@@ -171,7 +171,7 @@ def test_submitted_package_does_not_contain_the_token(tmp_path: Path):
     (tmp_path / "job.yaml").touch()
     fail_to_start(tmp_path / ".cluster", settings())
     assert (tmp_path / ".cluster" / "token").is_file()
-    assert set(submission._list_package(tmp_path).files) == {"job.yaml"}
+    assert set(submission._list_package(tmp_path, tmp_path / "runs").files) == {"job.yaml"}
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"data": null}', b'{"data": {"result": {"result": ["x"]}}}'])

@@ -92,7 +92,7 @@ class Own(Family):
     options = registry.options_of(family, {"n_taps": 5})
     assert shape_for(family, 9000, vocab_tokens=9, sequence_tokens=8, options=options).n_taps == 5
     for values, message in (
-        ({"n_taps": 0}, r"model\.n_taps: .*greater than 0 \(got 0\)"),
+        ({"n_taps": 0}, r"model\.n_taps: must be more than 0, not 0"),
         ({"taps": 1}, r"did you mean model\.n_taps"),
     ):
         with pytest.raises(ConfigError, match=message):
