@@ -1,7 +1,7 @@
 """Process pools whose workers end with their parent: a number of processes in, a ProcessPoolExecutor out.
 
 A worker of the standard library's pool sleeps for ever if its parent is killed. Every pool of the project is made here.
-Called by data/prepare.
+Called by data/task_runner.
 """
 
 import multiprocessing

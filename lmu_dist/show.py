@@ -213,6 +213,8 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
         "GB: memory of one worker at stages 0 1 2 3, for the model, its optimizer and its activations; a worker on CPUs needs "
         f"about {PROCESS_BYTES / 1e9:.1f} GB more, for Python and its libraries"
     )
+    if offloaded := max(line.host_bytes for line in plan.cells):
+        print(f"offload: up to {offloaded / 1e9:.2g} GB more of the CPU's memory for each worker, for the optimizer")
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:

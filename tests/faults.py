@@ -35,6 +35,7 @@ from conftest import write_corpus  # noqa: E402
 
 from lmu_dist import records  # noqa: E402
 from lmu_dist.records import RunRecord  # noqa: E402
+from lmu_dist.tracking.runs import records_of  # noqa: E402
 from lmu_dist.tracking.store import Store, default_uri  # noqa: E402
 
 EXPERIMENT, MARK = "faults", "LMU_DIST_FAULTS"  # the variable marks all processes of a scenario
@@ -188,7 +189,7 @@ class Study:
         paths = self.home.glob("runs/*/*/record.json")
         in_folders = {r.key: r for r in (RunRecord.from_json(json.loads(path.read_text())) for path in paths)}
         store = Store(self.uri)
-        in_mlflow = {r.key: (run_id, r) for run_id, r in store.records(EXPERIMENT).items()}
+        in_mlflow = {r.key: (run_id, r) for run_id, r in records_of(store, EXPERIMENT).items()}
         if {key: r.val_loss_nats for key, r in in_folders.items()} != {k: r.val_loss_nats for k, (_, r) in in_mlflow.items()}:
             raise BrokenError(f"MLflow has {len(in_mlflow)} of {len(in_folders)} results, or other ones")
         table = Table()

@@ -32,6 +32,7 @@ from filelock import FileLock  # noqa: E402
 from lmu_dist.config import ConfigError, FailedError  # noqa: E402
 from lmu_dist.launch import processes  # noqa: E402
 from lmu_dist.launch.local_commands import ray_environment, ray_start  # noqa: E402
+from lmu_dist.tracking.runs import records_of  # noqa: E402
 from lmu_dist.tracking.store import Store  # noqa: E402
 
 BRIDGE, NET = "lmu-bridge", "10.213.0"
@@ -161,7 +162,7 @@ class NamespaceCluster:
         if code:
             raise BrokenError(f"exit {code}: {self.log_tail()}")
         store = Store(MLFLOW)
-        found = store.records("quickstart")
+        found = records_of(store, "quickstart")
         report = [sys.executable, "-m", "lmu_dist.cli", "report", "quickstart", "-o", str(self.folder / "report")]
         if subprocess.run(report, env=self.environment, capture_output=True).returncode:
             raise BrokenError("the report failed")

@@ -13,6 +13,7 @@ from lmu_dist.models.shape import Shape
 from lmu_dist.records import SCHEMA_VERSION, RunRecord, known_fields
 from lmu_dist.scaling.collect import collect
 from lmu_dist.tracking.progress import rows
+from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store
 
 # Written by the last commit before schema 2 (`lmu-dist ladder`, two families, two sizes, two budgets, experiment "before");
@@ -68,7 +69,7 @@ def test_status_and_report_read_a_store_of_schema_1(old_store: Store, tmp_path: 
 
 
 def test_runs_of_schema_1_meet_no_others_in_a_fit(old_store: Store):
-    run = old_store.runs("before")[0]
+    run = runs_of(old_store, "before")[0]
     for _ in range(9):  # more than the old ones
         experiment_id = run.info.experiment_id
         made = old_store.client.create_run(experiment_id, tags=dict(run.data.tags))

@@ -22,6 +22,7 @@ import psutil
 
 from gpu.recorder import Recorder
 from lmu_dist import records
+from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store, default_uri
 
 EXPERIMENT, N_DOCUMENTS = "road", 2000
@@ -153,7 +154,7 @@ def _check_runs(recorder: Recorder, folder: Path, cells: list[dict[str, Any]], n
     """Every cell is complete, one of them was started twice, and the LMU ran in Triton if there is a GPU."""
     recorder.expect(len(cells) == n_cells, f"{len(cells)} cells instead of {n_cells}")
     store = Store(default_uri(folder))
-    tags = {run.info.run_id: run.data.tags for run in store.runs(EXPERIMENT)}
+    tags = {run.info.run_id: run.data.tags for run in runs_of(store, EXPERIMENT)}
     attempts = [int(found.get("lmu.attempt", 0)) for found in tags.values()]
     recorder.expect(max(attempts) > 1, f"no run was continued: starts of the runs {attempts}")
     for cell in cells:

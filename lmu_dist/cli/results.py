@@ -204,6 +204,7 @@ def run_folder(run: str) -> Folder:
     """Returns the given folder, or the folder of the run in MLflow with this name, key or id."""
     if "://" in run or Path(run).expanduser().is_dir():
         return open_folder(run)
+    from lmu_dist.tracking.names import folder_of
     from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
@@ -212,4 +213,4 @@ def run_folder(run: str) -> Folder:
         store = existing_store(tracking_uri())
     except ConfigError as e:
         raise ConfigError(f"there is no folder {run!r}, and {e}") from e
-    return store.folder_of(run)
+    return folder_of(store, run)

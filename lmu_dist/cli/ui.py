@@ -20,13 +20,14 @@ def ui(experiment: str | None, port: int) -> None:
     Prints the link to open in a browser, and serves the pages until Ctrl-C. If MLFLOW_TRACKING_URI is the URL of a server, it
     only prints the link.
     """
+    from lmu_dist.tracking.experiments import prepare_pages
     from lmu_dist.tracking.pages import experiments_path, runs_path
     from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
     set_client_limits()
     store = existing_store(tracking_uri())
-    path = experiments_path() if experiment is None else runs_path(store.prepare_pages(experiment))
+    path = experiments_path() if experiment is None else runs_path(prepare_pages(store, experiment))
     if store.is_server:
         print(f"{store.uri.rstrip('/')}/{path}")
         return

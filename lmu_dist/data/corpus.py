@@ -1,6 +1,6 @@
 """Access to a prepared corpus: a folder with a token stream per split, tokenizer.json, problems.jsonl and manifest.json.
 
-Written by data/prepare. Opened by launch.
+Written by data/merge. Opened by data/prepare; launch takes its rows.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """What corpus readers yield and what they read: documents, bad records, and the shards of a corpus.
 
-Used by all readers (data/readers, data/archives, data/hub, data/sources) and by data/prepare.
+Used by all readers (data/readers, data/archives, data/hub, data/sources) and by the steps of data/prepare.
 """
 
 from dataclasses import dataclass

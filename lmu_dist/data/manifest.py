@@ -1,6 +1,6 @@
 """Folder and manifest of a prepared corpus: a DataConfig in, the folder's path and its Manifest out. Does not import torch.
 
-Manifests are written by data/prepare and read by data/corpus and by planning, which needs no tokens.
+Manifests are written by data/merge and read by data/corpus and by planning, which needs no tokens.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from typing_extensions import TypedDict  # pydantic reads that of typing only fr
 
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, DataConfig, FailedError, Folder, TokenizerConfig
-from lmu_dist.data.sources import CorpusShard, list_shards
+from lmu_dist.data.documents import CorpusShard
+from lmu_dist.data.sources import list_shards
 from lmu_dist.data.tokenizer import END_OF_TEXT
 from lmu_dist.records import known_fields
 

@@ -1,6 +1,6 @@
 """The files of a corpus: the entries of `data.files` in, a sorted list of files with sizes and stamps out.
 
-An entry is a path, a folder, a glob or a URL (s3://, gs://, http://, ...). Called by data/sources.
+An entry is a path, a folder, a glob or a URL (s3://, gs://, http://, ...). Called by data/sources and data/divide.
 """
 
 import glob

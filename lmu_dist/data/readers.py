@@ -1,6 +1,6 @@
 """Readers of text, JSON and parquet: a binary stream in, documents and bad records with their line numbers out.
 
-Called by data/sources for files and by data/archives for members of tars.
+Called by data/sources and data/divide for files and by data/archives for members of tars.
 """
 
 import codecs

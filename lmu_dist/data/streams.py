@@ -1,6 +1,6 @@
 """Byte streams: an open file in, its decompressed content in UTF-8, or a range of its bytes, out as a stream.
 
-Called by data/sources for files and by data/archives for members of tars.
+Called by data/sources and data/divide for files, by data/archives for members of tars, and by data/readers.
 """
 
 import bz2

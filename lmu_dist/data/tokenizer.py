@@ -1,6 +1,6 @@
 """Tokenizers: a TokenizerConfig (and, for training, texts) in; a tokenizer that gives text back, and its digest, out.
 
-Called by data/prepare, which stores the tokenizer with the tokens, and by the commands export and generate, which load it.
+Made by data/prepare, which stores it with the tokens. Loaded by data/encoder, data/merge, data/corpus, train/export, planning.
 """
 
 import hashlib

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from lmu_dist import storage
 from lmu_dist.config import Config, Folder, with_settings
 from lmu_dist.data.batches import Batch
-from lmu_dist.data.prepare import Progress
+from lmu_dist.data.progress import Progress
 from lmu_dist.launch.cell import build_model
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.run_group import run_workers

@@ -18,30 +18,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError
+from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.metrics_logger import metrics_log_lock
 from lmu_dist.launch.record import Outcome, log_result, read_record, record_of_cell, record_path, write_record
 from lmu_dist.records import RunRecord
 from lmu_dist.storage import is_remote, local_state_dir, make_folder
+from lmu_dist.tracking import studies
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import (
-    CLAIM,
-    FOLDER,
-    HEARTBEAT,
-    HEARTBEAT_TIMEOUT_SECONDS,
-    OWNER_ID,
-    BusyError,
-    MLflowUnavailableError,
-    RunIdentity,
-    Store,
-    heartbeat_now,
-    one_line,
-    owner_id_of,
-    record_of,
-    save_run_id,
-    saved_run_id,
-)
+from lmu_dist.tracking.new_run import RunIdentity, create_run_of
+from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS, BusyError, heartbeat_now, owner_id_of
+from lmu_dist.tracking.run_file import save_run_id, saved_run_id
+from lmu_dist.tracking.runs import find_run, record_of
+from lmu_dist.tracking.store import MLflowUnavailableError, Store, one_line
+from lmu_dist.tracking.tags import CLAIM, FOLDER, HEARTBEAT, OWNER_ID
 from lmu_dist.tracking.upload import MLflowUploader, upload
 from lmu_dist.train import checkpoint
 
@@ -50,6 +40,7 @@ logger = logging.getLogger(__name__)
 UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run waits for MLflow; the next start uploads the rest
 CLAIM_SECONDS = 2.0  # after which each of two drivers that claim a run at the same moment sees whose claim MLflow has
 FINAL_STATUSES = (records.COMPLETE, records.DIVERGED)  # outside of a search, a run that it stopped early is continued
+CLOSING_SECONDS = 15.0  # how long closing the MLflow run of a cell that cannot go on may take
 EXIT_TIMEOUT_SECONDS = 60.0  # how long the processes of a stopped run may take to exit
 
 
@@ -85,7 +76,7 @@ def check_store(store: Store, config: Config) -> None:
 def end_study(store: Store, config: Config, study: str, status: str = "FINISHED") -> None:
     """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable."""
     with suppress(MLflowUnavailableError, ConfigError):  # the next start of the command ends it
-        store.end_study(config.experiment, study, status)
+        studies.end_study(store, config.experiment, study, status)
 
 
 def find_finished(
@@ -103,7 +94,7 @@ def find_finished(
         remarks = upload_log(cell, run_id, store, study)
         return FinishedRun(cell, record, run_id or saved_run_id(cell.folder, store.uri) or "", store.uri, True, remarks)
     try:
-        run = store.find_run(cell.key)
+        run = find_run(store, cell.key)
     except MLflowUnavailableError:
         if not _can_start_without_mlflow(cell, store):
             raise
@@ -172,8 +163,25 @@ def close_run(
         MLflowUploader(log, store.uri, run_identity(cell, study)).close(timeout_seconds)
 
 
-def check_resumable(cell: Cell) -> list[str]:
-    """The damaged checkpoints that will be skipped. Raises ConfigError if the one to resume from has another ZeRO stage."""
+def check_resumable(cells: Sequence[Cell], store: Store, study: str) -> dict[str, list[str]]:
+    """The damaged checkpoints of the cells of a trunk that will be skipped, by key. A cell that has ended needs none.
+
+    Raises ConfigError if a cell cannot go on, as all its checkpoints are damaged or have another ZeRO stage. The MLflow runs
+    are closed as failed then. Raises BusyError if another driver is writing checkpoints.
+    """
+    try:
+        with exclusive_lock(cells[0]):
+            return {cell.key: [] if record_path(cell).exists() else _skipped_checkpoints(cell) for cell in cells}
+    except BusyError:
+        raise
+    except ConfigError:
+        for cell in cells:
+            with suppress(ConfigError, FailedError, Timeout, OSError):  # the error of the checkpoint is the one to report
+                close_run(cell, store, study, records.FAILED, CLOSING_SECONDS)
+        raise
+
+
+def _skipped_checkpoints(cell: Cell) -> list[str]:
     path, meta, skipped = checkpoint.newest_intact(cell.folder)
     if meta is not None and not checkpoint.is_loadable(meta, cell.config.cluster.zero_stage):
         raise ConfigError(
@@ -213,7 +221,7 @@ def open_run(cell: Cell, store: Store, study: str) -> str | None:
     """
     make_folder(cell.folder)
     try:
-        run = store.find_run(cell.key)
+        run = find_run(store, cell.key)
         if run is not None and _is_running_elsewhere(cell, run):
             raise OwnerUnresponsiveError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it")
         if run is not None:
@@ -221,7 +229,7 @@ def open_run(cell: Cell, store: Store, study: str) -> str | None:
             if owner_id_of(run) not in (None, _owner_id(cell)):
                 _take_over(cell, run_id, store)
         else:
-            run_id = store.create_run_of(run_identity(cell, study))
+            run_id = create_run_of(store, run_identity(cell, study))
     except MLflowUnavailableError:
         if not _can_start_without_mlflow(cell, store):
             raise

@@ -13,7 +13,10 @@ from ray.exceptions import RayError, RayTaskError
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.manifest import is_prepared
-from lmu_dist.data.prepare import Progress, TokenizeTask, prepare, run_in_processes, tokenize
+from lmu_dist.data.prepare import prepare
+from lmu_dist.data.progress import Progress
+from lmu_dist.data.task_runner import run_in_processes
+from lmu_dist.data.tokenize_shard import TokenizeTask, tokenize
 from lmu_dist.launch.cluster import address_of, connected
 from lmu_dist.storage import check_writable, error_text
 

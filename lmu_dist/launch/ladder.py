@@ -17,7 +17,7 @@ from ray import tune
 
 from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError
-from lmu_dist.data.prepare import Progress
+from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell, at_half_rate, make_cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
@@ -37,7 +37,9 @@ from lmu_dist.launch.trials import (
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
+from lmu_dist.tracking.runs import find_run, retire_run, runs_by_key
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.studies import write_plan
 from lmu_dist.tracking.upload import set_client_limits
 from lmu_dist.train import VERSION
 
@@ -157,7 +159,7 @@ class _Driver:
         """Reads from MLflow and the cells' folders which cells have ended, by this driver or another."""
         first = self.cells[0]
         with suppress(MLflowUnavailableError):  # keep the runs of the last refresh
-            self.mlflow_runs = self.store.runs_by_key(first.corpus.manifest.data_digest, VERSION)
+            self.mlflow_runs = runs_by_key(self.store, first.corpus.manifest.data_digest, VERSION)
         for cell in self.cells:
             if cell.key not in self.finished and (run := self._finished_run(cell)) is not None:
                 self.finished[cell.key] = run
@@ -242,12 +244,12 @@ def _cell_with_key(cells: list[Cell], key: str) -> Cell:
 def _reset(cell: Cell, store: Store) -> None:
     """Deletes the folders of a cell and its retry. MLflow keeps their runs, without the tag of a cell."""
     for attempt in (cell, at_half_rate(cell)):
-        if not attempt.folder.exists() and store.find_run(attempt.key) is None:
+        if not attempt.folder.exists() and find_run(store, attempt.key) is None:
             continue
         with claim.exclusive_lock(attempt):
-            if (run := store.find_run(attempt.key)) is not None:
+            if (run := find_run(store, attempt.key)) is not None:
                 claim.check_not_running_elsewhere(attempt, run)
-                store.retire_run(run.info.run_id)
+                retire_run(store, run.info.run_id)
             storage.remove(attempt.folder)
             storage.remove(storage.local_state_dir(attempt.folder))
             storage.remove(attempt.trunk_folder / BRANCH_POINTS)
@@ -255,7 +257,7 @@ def _reset(cell: Cell, store: Store) -> None:
 
 def _write_plan(store: Store, cells: Sequence[Cell]) -> None:
     with suppress(MLflowUnavailableError):
-        store.write_plan(cells[0].config.experiment, STUDY, [_plan_row(cell) for cell in cells])
+        write_plan(store, cells[0].config.experiment, STUDY, [_plan_row(cell) for cell in cells])
 
 
 def _plan_row(cell: Cell) -> dict[str, Any]:

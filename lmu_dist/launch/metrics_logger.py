@@ -17,7 +17,7 @@ from ray.actor import ActorProxy
 from lmu_dist import storage
 from lmu_dist.config import FailedError, Folder
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import RunIdentity
+from lmu_dist.tracking.new_run import RunIdentity
 from lmu_dist.tracking.upload import MLflowUploader, set_client_limits
 
 CHECK_SECONDS = 2.0  # between two checks of a RemoteRunLogger whether its entries could be written

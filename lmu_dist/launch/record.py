@@ -13,7 +13,7 @@ from lmu_dist.launch.cell import Cell, git_commit
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics, RunRecord
 from lmu_dist.storage import write_atomic
-from lmu_dist.tracking.metrics_log import RunLogger
+from lmu_dist.tracking.run_logger import RunLogger
 from lmu_dist.train import VERSION, checkpoint
 
 

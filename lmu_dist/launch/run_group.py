@@ -31,7 +31,8 @@ from lmu_dist.launch.metrics_logger import LoggedRun, MetricsLogger, RemoteRunLo
 from lmu_dist.launch.record import log_start, read_record, record_path
 from lmu_dist.launch.worker import RunGroup, train_worker
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, saved_run_id
+from lmu_dist.tracking.run_file import saved_run_id
+from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.train import checkpoint
 from lmu_dist.train.export import FAMILY_CODE
 
@@ -63,8 +64,8 @@ def train_run_group(
     Needs a connection to a Ray cluster. Raises BusyError if another driver trains the trunk, ConfigError, FailedError.
     `callbacks` of Ray Train get a report of every evaluation. A run that ended with one of `final_statuses` is not continued.
     """
+    skipped = claim.check_resumable(cells, store, study)
     with claim.exclusive_lock(cells[0]):
-        skipped = {cell.key: claim.check_resumable(cell) for cell in cells}
         finished = {cell.key: claim.find_finished(cell, store, study, final_statuses=final_statuses) for cell in cells}
         done = {key: run for key, run in finished.items() if run is not None}
         missing = [cell for cell in cells if cell.key not in done]

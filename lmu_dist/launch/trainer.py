@@ -7,7 +7,7 @@ import time
 
 from lmu_dist.config import Config
 from lmu_dist.data.manifest import is_prepared
-from lmu_dist.data.prepare import Progress
+from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import make_cell
 from lmu_dist.launch.claim import FinishedRun, OwnerUnresponsiveError
@@ -16,7 +16,8 @@ from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.run_group import MetricsListener, train_run_group
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import shape_of
-from lmu_dist.tracking.store import HEARTBEAT_TIMEOUT_SECONDS, MLflowUnavailableError, Store
+from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
+from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
 
 POLL_SECONDS = 5.0  # between two checks whether another driver is still alive
@@ -43,8 +44,7 @@ def train(
     cell.corpus.tokenizer()
     if (finished := claim.find_finished(cell, store, "train")) is not None:
         return finished
-    with claim.exclusive_lock(cell):  # so that no other driver is writing checkpoints
-        claim.check_resumable(cell)
+    claim.check_resumable([cell], store, "train")
     deadline = time.monotonic() + HEARTBEAT_TIMEOUT_SECONDS + POLL_SECONDS
     with cluster([config]):
         while True:

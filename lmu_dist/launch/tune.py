@@ -20,7 +20,7 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, flatten, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
-from lmu_dist.data.prepare import Progress
+from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim, space
 from lmu_dist.launch.cell import Cell, make_cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
@@ -42,6 +42,7 @@ from lmu_dist.models.registry import FamilySource
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid, unset_unknown_options
 from lmu_dist.records import RunRecord
+from lmu_dist.tracking.runs import find_run, validation_losses
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
 from lmu_dist.train import VERSION, checkpoint
@@ -267,9 +268,9 @@ def _run_trial(
         store = Store(tracking_uri)
         cell = _cell(base, space.settings(params), corpus)
         with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
-            run = store.find_run(cell.key)
+            run = find_run(store, cell.key)
             if run is not None:
-                for tokens, loss in store.validation_losses(run.info.run_id, cell.config.train.batch_tokens):
+                for tokens, loss in validation_losses(store, run.info.run_id, cell.config.train.batch_tokens):
                     ray_tune.report({TOKENS: tokens, LOSS: loss})
         finished = _train_when_free(cell, store, final_statuses)
     except (ConfigError, FailedError, OSError) as e:

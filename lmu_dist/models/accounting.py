@@ -166,18 +166,27 @@ def worker_bytes(shape: Shape, n_rows: int, train: TrainConfig, cluster: Cluster
     activations = activation_bytes(shape, n_rows, train.precision, on_gpu, cluster.activation_checkpointing)
 
     def at(stage: int) -> float:
-        memory = zero_memory(
-            shape,
-            stage,
-            cluster.n_workers,
-            train.precision,
-            train.float32_gradients,
-            overlaps_communication(on_gpu, cluster.n_workers),
-            cluster.offload == "optimizer" and on_gpu,
-        )
-        return memory.peak_bytes(activations)
+        return _worker_memory(shape, stage, train, cluster).peak_bytes(activations)
 
     return at(0), at(1), at(2), at(3)
+
+
+def host_bytes(shape: Shape, train: TrainConfig, cluster: ClusterConfig) -> float:
+    """Bytes that each GPU worker keeps in the CPU's memory at cluster.zero_stage: the optimizer, if it is offloaded."""
+    return _worker_memory(shape, cluster.zero_stage, train, cluster).host_bytes
+
+
+def _worker_memory(shape: Shape, stage: int, train: TrainConfig, cluster: ClusterConfig) -> ZeroMemory:
+    on_gpu = cluster.gpus_per_worker > 0
+    return zero_memory(
+        shape,
+        stage,
+        cluster.n_workers,
+        train.precision,
+        train.float32_gradients,
+        overlaps_communication(on_gpu, cluster.n_workers),
+        cluster.offload == "optimizer" and on_gpu,
+    )
 
 
 def bucket_size(n: int) -> int:

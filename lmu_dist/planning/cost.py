@@ -102,6 +102,7 @@ class CellCost:
     executed_flops: float  # those that decide the time
     flops_kaplan: float  # 6 N per token
     memory_bytes: tuple[float, float, float, float]  # peak memory of a worker at ZeRO stages 0 .. 3
+    host_bytes: float  # of each GPU worker in the CPU's memory, for an offloaded optimizer
     smallest_stage: int | None  # smallest ZeRO stage that fits plan.worker_memory_bytes; None: none fits
     zero_stage: int
     step_seconds: float | None
@@ -297,6 +298,7 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
         executed_flops=steps * workers * executed_step_flops(step_settings(cell)),
         flops_kaplan=steps * train.batch_tokens * flops.training_kaplan,
         memory_bytes=memory,
+        host_bytes=accounting.host_bytes(shape, train, config.cluster),
         smallest_stage=next((s for s in STAGES if memory[s] <= config.plan.worker_memory_bytes), None),
         zero_stage=config.cluster.zero_stage,
         step_seconds=seconds_each,

@@ -21,6 +21,8 @@ from lmu_dist.scaling.as_json import fit_to_json, to_json
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, runs_at_largest_budget, runs_compared_by_position
+from lmu_dist.tracking.reports import reports_of, save_report
+from lmu_dist.tracking.runs import position_losses
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 
 ShowProgress = Callable[[str, float, float], None]
@@ -52,7 +54,7 @@ def write_report(
     curves = dict[str, np.ndarray]()
     for i, run_id in enumerate(wanted):
         show("reading losses by position", 1 + i / len(wanted), 4)
-        if len(losses := store.position_losses(run_id)):
+        if len(losses := position_losses(store, run_id)):
             curves[run_id] = np.array(losses)
     show("fitting", 2, 4)
     results = analyse(study, curves, n_resamples)
@@ -76,7 +78,7 @@ def write_report(
     try:
         kept = [folder / name for name in names]
         answer = f"{results.answer.verdict}. {results.answer.sentence}"
-        run_id, stale = store.write_report(experiment, study.digest, any_code, kept, _params(study), _metrics(results), answer)
+        run_id, stale = save_report(store, experiment, study.digest, any_code, kept, _params(study), _metrics(results), answer)
     except MLflowUnavailableError as e:
         raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
     return ReportFiles(folder, run_id, study, results, results_json, tuple(stale))
@@ -96,7 +98,7 @@ def _prepare_folder(folder: Path) -> None:
 
 def stale_reports(store: Store, experiment: str) -> list[str]:
     """Returns the run ids of the reports whose runs differ from those the experiment has now."""
-    made = store.reports(experiment)
+    made = reports_of(store, experiment)
     now = {any_code: _digest(store, experiment, any_code) for any_code in {any_code for _, _, any_code in made}}
     return [run_id for run_id, digest, any_code in made if digest != now[any_code]]
 

@@ -20,7 +20,10 @@ from lmu_dist.records import COMPLETE, Appearance, RunRecord
 from lmu_dist.scaling.appearance import family_order, fill_in_colours_and_markers, stored_appearance, title
 from lmu_dist.scaling.settings import Settings, difference, settings_of, with_widths
 from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
-from lmu_dist.tracking.store import STATUS, Store, record_of
+from lmu_dist.tracking.runs import record_of
+from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import cells_of
+from lmu_dist.tracking.tags import STATUS
 
 MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
 
@@ -122,7 +125,7 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
 
     Raises ConfigError if the experiment does not exist or has no run that can be used.
     """
-    own, elsewhere, waiting = store.cells(experiment)
+    own, elsewhere, waiting = cells_of(store, experiment)
     used, out = list[Run](), [LeftOutRun("", cell["name"], "no result: planned, not started", None) for cell in waiting]
     sources, appearances = dict[str, str](), dict[str, Appearance]()
     for run in [*own, *elsewhere.values()]:

@@ -3,8 +3,8 @@
 Written by launch/metrics_logger, uploaded by tracking/upload; this module does not import MLflow. The file is on the writer's
 machine, since it is appended to. Where the run's folder is at a URI, new entries are copied there at every `copy_to_storage`.
 
-The file has one entry per line. A line that was not written to its end is removed before the next append; a damaged line is
-skipped and counted.
+The file has one entry per line, see `log_entries`. A line that was not written to its end is removed before the next append;
+a damaged line is skipped and counted.
 """
 
 import json
@@ -14,56 +14,16 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from lmu_dist import storage
 from lmu_dist.config import FailedError, Folder
+from lmu_dist.tracking.log_entries import entries
 
 logger = logging.getLogger(__name__)
-
-# The kinds of entries, with their fields: a line that lacks one is damaged.
-FIELDS: dict[str, dict[str, type]] = {
-    "start": {},
-    "params": {"values": dict},
-    "metrics": {"step": int, "time_ms": int, "values": dict},
-    "tags": {"values": dict},
-    "dataset": {"name": str, "digest": str, "source": str, "profile": dict},
-    "table": {"name": str, "columns": dict},
-    "end": {"status": str},
-    "last_steps": {"steps": dict},
-}
-
-
-@runtime_checkable
-class RunLogger(Protocol):
-    """Logs one run. Implemented by MetricsLog, which writes a file, and by RemoteRunLogger, which calls the actor that does."""
-
-    def start_run(self) -> None:
-        """Sets the status of the MLflow run to RUNNING."""
-
-    def start_attempt(self, attempt_id: str, tags: Mapping[str, Any]) -> None:
-        """Counts a start of the run's workers in the tag `lmu.attempt`, once per id, and sets further tags."""
-
-    def log_params(self, values: Mapping[str, Any]) -> None:
-        """Logs constants of the run."""
-
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metric values of a step. A value already logged for its key at this or a later step is dropped."""
-
-    def set_tags(self, values: Mapping[str, Any]) -> None:
-        """Sets tags. The last value of a tag replaces the ones before."""
-
-    def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Logs the dataset the run trains on."""
-
-    def log_table(self, name: str, columns: Mapping[str, list[Any]]) -> None:
-        """Logs a table as two artifacts: name.json, in MLflow's format, and name.csv."""
-
-    def end_run(self, status: str) -> None:
-        """Ends the MLflow run with a status of `lmu_dist.records`."""
 
 
 class MetricsLog:
@@ -96,7 +56,7 @@ class MetricsLog:
         self._copied_bytes = self._restore_from_storage() if self._remote_folder is not None else 0
         self._size = 0  # of the whole lines: the rest is what a writer left that died, or whose disk was full
         with open(self.path, "rb") as file:
-            for position, entry in _entries(file):
+            for position, entry in entries(file):
                 self._size = position
                 if entry is None:
                     self.n_damaged += 1
@@ -203,7 +163,7 @@ class MetricsLog:
         """The entries that are not uploaded yet, each with the byte position after it. Damaged lines are skipped."""
         with open(self.path, "rb") as file:
             file.seek(self._uploaded)
-            for position, entry in _entries(file, self._uploaded):
+            for position, entry in entries(file, self._uploaded):
                 if entry is not None:
                     yield position, entry
 
@@ -289,27 +249,6 @@ class MetricsLog:
             self.attempts += 1
             if attempt_id:  # earlier versions wrote none
                 self._attempt_ids.add(attempt_id)
-
-
-def _entries(lines: Iterable[bytes], position: int = 0) -> Iterator[tuple[int, dict[str, Any] | None]]:
-    """The entry of each whole line, None if it is damaged, with the byte position after the line."""
-    for line in lines:
-        if not line.endswith(b"\n"):
-            return  # the writer was killed, or its disk was full, in the middle of a line
-        position += len(line)
-        yield position, _parse(line)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        entry = json.loads(line)
-        fields = FIELDS[entry["kind"]]
-    except (ValueError, KeyError, TypeError):
-        return None
-    if not all(isinstance(entry.get(name), kind) for name, kind in fields.items()):
-        return None
-    numbers = entry.get("steps") or (entry["values"] if entry["kind"] == "metrics" else {})
-    return entry if all(isinstance(number, int | float) for number in numbers.values()) else None
 
 
 def _append_line(path: Path, line: bytes, size: int) -> None:

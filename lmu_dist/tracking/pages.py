@@ -1,8 +1,8 @@
 """What people see of an experiment on MLflow's web pages: descriptions, the order of the charts, the link that opens its runs.
 
-Runs in, texts and links out; asks MLflow for nothing. Called by store. MLflow 3.17 opens every experiment with views for GenAI,
-which do not show training runs, unless the link says otherwise (`workflowType`). It orders charts by the names of metrics,
-unless the link names a view that is saved in a tag of the experiment.
+Runs in, texts and links out; asks MLflow for nothing. Called by experiments, studies, show and cli. MLflow 3.17 opens every
+experiment with views for GenAI, which do not show training runs, unless the link says otherwise (`workflowType`). It orders
+charts by the names of metrics, unless the link names a view that is saved in a tag of the experiment.
 """
 
 import json

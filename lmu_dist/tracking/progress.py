@@ -10,7 +10,10 @@ from typing import Any
 from mlflow.entities import Run
 
 from lmu_dist import records
-from lmu_dist.tracking.store import HEARTBEAT, HEARTBEAT_TIMEOUT_SECONDS, KEY, STATUS, Store
+from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
+from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import cells_of
+from lmu_dist.tracking.tags import HEARTBEAT, KEY, STATUS
 
 PLANNED, LOST = "planned", "lost"  # more states than a run has: not started; started, and without a recent heartbeat
 ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED)
@@ -36,7 +39,7 @@ class Row:
 
 def rows(store: Store, experiment: str) -> list[Row]:
     """All cells of an experiment, including those not started: running cells first, finished ones last."""
-    own, elsewhere, planned = store.cells(experiment)
+    own, elsewhere, planned = cells_of(store, experiment)
     found = {run.data.tags[KEY]: _row(run) for run in own}
     found |= {key: _row(run, "in another experiment") for key, run in elsewhere.items()}
     order = {state: i for i, state in enumerate(ORDER)}

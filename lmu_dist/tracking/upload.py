@@ -17,7 +17,11 @@ from mlflow.tracking import MlflowClient
 from lmu_dist.config import open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import HEARTBEAT, RunIdentity, Store, heartbeat_now, one_line, save_run_id
+from lmu_dist.tracking.new_run import RunIdentity, find_or_create_run
+from lmu_dist.tracking.owner import heartbeat_now
+from lmu_dist.tracking.run_file import save_run_id
+from lmu_dist.tracking.store import Store, one_line
+from lmu_dist.tracking.tags import HEARTBEAT
 
 MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # any other status: KILLED
 # Error codes of a permanent refusal: a retry gets the same answer. Any other error is taken for an outage, and retried.
@@ -36,7 +40,7 @@ def upload(log: MetricsLog, store: Store, identity: RunIdentity | None = None) -
     """
     if log.run_id is None:
         assert identity is not None
-        run_id = store.find_or_create_run(identity)
+        run_id = find_or_create_run(store, identity)
         save_run_id(open_folder(identity.folder), store.uri, run_id)
         log.assign_run(run_id)
     try:
@@ -113,7 +117,7 @@ def _upload_entry(log: MetricsLog, client: MlflowClient, entry: dict[str, Any]) 
     except MlflowException as e:
         if e.error_code not in REFUSALS:
             raise
-        log.write_refused(entry, str(e))
+        log.write_refused(entry, one_line(e))
 
 
 def _upload_table(client: MlflowClient, run_id: str, name: str, columns: dict[str, list[Any]]) -> None:

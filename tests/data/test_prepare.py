@@ -1,13 +1,16 @@
 """Tests of corpus preparation: tokens and splits, restart after kills with the same bytes, counts of bad records."""
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,11 @@ from lmu_dist.config import ConfigError, DataConfig, FailedError, TokenizerConfi
 from lmu_dist.data import manifest as manifest_module
 from lmu_dist.data import prepare as prepare_module
 from lmu_dist.data.corpus import Corpus, open_corpus
-from lmu_dist.data.manifest import read_manifest
-from lmu_dist.data.prepare import TokenizeTask, corpus_folder, prepare, split_of, tokenize
-from lmu_dist.data.sources import CorpusShard
+from lmu_dist.data.documents import CorpusShard, Document
+from lmu_dist.data.manifest import corpus_folder, read_manifest
+from lmu_dist.data.prepare import prepare
+from lmu_dist.data.splits import split_of
+from lmu_dist.data.tokenize_shard import TokenizeTask, tokenize
 from lmu_dist.data.tokenizer import END_OF_TEXT, is_lossless, load
 
 SMALL = TokenizerConfig(vocab_tokens=400)
@@ -83,6 +88,7 @@ def test_prepared_corpus_is_not_prepared_again(corpus_glob: str, tmp_path: Path,
 
 PREPARE = """
 import sys
+import tarfile
 from pathlib import Path
 from lmu_dist.config import DataConfig, TokenizerConfig
 from lmu_dist.data import sources
@@ -519,16 +525,16 @@ def test_prepared_corpus_is_found_without_its_source(tmp_path: Path):
 def test_data_set_of_the_hub_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     data = DataConfig(source="huggingface", dataset="owner/name", tokenizer=SMALL)
     shards = [CorpusShard(("owner/name",), 1, "", shard=(0, 1))]
-    texts = [prepare_module.Document(f"some words and {i}", f"owner/name/0:{i}") for i in range(200)]
+    texts = [Document(f"some words and {i}", f"owner/name/0:{i}") for i in range(200)]
     monkeypatch.setattr(manifest_module, "list_shards", lambda _: shards)
-    monkeypatch.setattr(prepare_module, "read", lambda *_: iter(texts))
+    monkeypatch.setattr("lmu_dist.data.sources.read_dataset", lambda *_: iter(texts))
     corpus = prepare_here(data, tmp_path)
     monkeypatch.setattr(manifest_module, "list_shards", lambda _: pytest.fail("listed again"))
     assert prepare_here(data, tmp_path) == corpus
 
 
 def test_progress_within_a_shard_is_by_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(prepare_module, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("lmu_dist.data.progress.PROGRESS_SECONDS", 0.01)
     [path] = write_corpus(tmp_path / "c", n_documents=2500, n_files=1)
     calls = []
     data = DataConfig(source="files", files=(str(path),), tokenizer=SMALL)
@@ -569,7 +575,7 @@ def test_parts_of_other_shards_are_not_used(corpus_glob: str, tmp_path: Path, mo
     shards = manifest_module.list_shards(data)
     with monkeypatch.context() as patch:  # as another version divides the corpus
         patch.setattr(prepare_module, "split_shards", lambda *_: list(reversed(shards)) * 2)
-        patch.setattr(prepare_module, "_merge_parts", lambda *_: pytest.fail("interrupted"))
+        patch.setattr(prepare_module, "merge_parts", lambda *_: pytest.fail("interrupted"))
         with pytest.raises(pytest.fail.Exception, match="interrupted"):
             prepare_here(data, tmp_path / "a")
     assert file_contents(prepare_here(data, tmp_path / "a")) == file_contents(prepare_here(data, tmp_path / "b"))
@@ -588,3 +594,20 @@ def test_empty_documents_are_counted_and_do_not_count_as_bad(tmp_path: Path):
     strict = DataConfig(source="files", files=data.files, tokenizer=SMALL, empty="error")
     with pytest.raises(ConfigError, match="150 of 350 documents cannot be read"):
         prepare_here(strict, tmp_path)
+
+
+def test_truncated_archive_of_many_members_is_refused(tmp_path: Path):
+    """It is one bad record among many members, but nobody knows how many are missing."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for i in range(100):
+            text = f"document {i} ".encode() * 20
+            member = tarfile.TarInfo(f"{i}.txt")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    data = DataConfig(source="files", files=(str(path),), tokenizer=TokenizerConfig(vocab_tokens=300))
+    assert prepare_here(data, tmp_path / "whole").manifest.problems == {}
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"1 of 1 archives cannot be read .*truncated.*repair the archives, or raise"):
+        prepare_here(data, tmp_path / "half")
+    assert prepare_here(replace(data, max_bad_share=1.0), tmp_path / "half").manifest.splits["train"]["documents"] > 30

@@ -20,9 +20,11 @@ import pytest
 from backports import zstd
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
+from lmu_dist.data.divide import split_shards
+from lmu_dist.data.documents import BadRecord, Document, counts_as_bad
 from lmu_dist.data.formats import reason_to_leave_out
 from lmu_dist.data.readers import TEXT_DOCUMENT_BYTES
-from lmu_dist.data.sources import BadRecord, Document, counts_as_bad, list_shards, read, split_shards
+from lmu_dist.data.sources import list_shards, read
 
 TEXTS = ["first document", "zweites Dokument: äöü", "third\nwith two lines"]
 JSONL = "".join(json.dumps({"text": t, "meta": {}}) + "\n" for t in TEXTS).encode()
@@ -322,7 +324,7 @@ def test_headers_of_a_tar_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.parquet", "a.tar"])
 @pytest.mark.parametrize("separator", [None, "-"])
 def test_parts_of_a_large_file_hold_its_documents_in_order(tmp_path: Path, name: str, separator: str | None, monkeypatch):
-    monkeypatch.setattr("lmu_dist.data.sources.BLOCK_BYTES", 100_000)
+    monkeypatch.setattr("lmu_dist.data.divide.BLOCK_BYTES", 100_000)
     path = tmp_path / name
     texts = [f"document {i} äöü€𝄞 " * (i % 40) + ("\n" if i % 7 or 2000 < i < 2900 else "") for i in range(4000)]
     if name == "a.parquet":

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from lmu_dist import records
-from lmu_dist.config import Config, parse, with_settings
+from lmu_dist.config import Config, ConfigError, parse, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim
@@ -14,7 +15,11 @@ from lmu_dist.launch.claim import BusyError
 from lmu_dist.launch.ladder import _run_trunk
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.new_run import create_run
+from lmu_dist.tracking.runs import runs_of, runs_with_key
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri
+from lmu_dist.tracking.studies import open_study
+from lmu_dist.train import checkpoint
 from lmu_dist.train.checkpoint import Meta
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -62,17 +67,17 @@ def test_driver_with_another_storage_waits_while_heartbeats_are_recent(cell: Cel
     assert claim.open_run(moved_cell, store, "ladder") == run_id
     with pytest.raises(BusyError, match=r"is being run in .*storage-2"):
         claim.open_run(cell, store, "ladder")
-    assert len(store.runs("claims")) == 1
+    assert len(runs_of(store, "claims")) == 1
 
 
 def test_two_drivers_that_start_at_the_same_moment_do_not_both_run(cell: Cell, tmp_path: Path, monkeypatch):
     store = Store(default_uri(tmp_path))
-    experiment_id, study_id = store.open_study("claims", "ladder")
-    monkeypatch.setattr(store, "find_run", lambda _: None)  # what each driver saw before the other created its run
-    store.create_run(experiment_id, study_id, "rival", cell.key, str(tmp_path / "storage-2"))
+    experiment_id, study_id = open_study(store, "claims", "ladder")
+    monkeypatch.setattr(claim, "find_run", lambda *_: None)  # what each driver saw before the other created its run
+    create_run(store, experiment_id, study_id, "rival", cell.key, str(tmp_path / "storage-2"))
     with pytest.raises(BusyError, match="at the same moment"):
         claim.open_run(cell, store, "ladder")
-    assert [run.data.tags["lmu.folder"] for run in store.runs_with_key(cell.key)] == [str(tmp_path / "storage-2")]
+    assert [run.data.tags["lmu.folder"] for run in runs_with_key(store, cell.key)] == [str(tmp_path / "storage-2")]
 
 
 def test_second_driver_on_one_storage_is_refused(cell: Cell):
@@ -143,10 +148,28 @@ def test_local_run_starts_and_ends_while_mlflow_is_unavailable(cell: Cell, tmp_p
     finished = claim.find_finished(cell, store, "ladder")
     assert finished is not None
     assert finished.notes == ()
-    [run] = store.runs_with_key(cell.key)
+    [run] = runs_with_key(store, cell.key)
     assert run.info.run_id == finished.run_id
     assert (run.data.metrics["loss"], run.data.metrics["final/train_loss_nats"]) == (1.0, 5.5)
-    assert run.data.tags["mlflow.parentRunId"] == store.open_study("claims", "ladder")[1]
+    assert run.data.tags["mlflow.parentRunId"] == open_study(store, "claims", "ladder")[1]
     again = claim.find_finished(cell, store, "ladder")
     assert again is not None
     assert again.run_id == finished.run_id
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, tmp_path: Path):
+    """Its driver was killed, so the run in MLflow is still the running one of that driver."""
+    store = Store(default_uri(tmp_path))
+    run_id = claim.open_run(cell, store, "train")
+    assert run_id is not None
+    store.set_tags(run_id, {"lmu.status": records.RUNNING})
+    folder = cell.folder / checkpoint.folder_name(10, 1, "a")
+    folder.mkdir()
+    checkpoint.write_weights(folder, Meta(10, cell.key, 1, 1, "d", "t", "c", {}, {}), {"weight": torch.ones(3)})
+    checkpoint.write_manifest(folder, 0, 1)
+    assert claim.check_resumable([cell], store, "train") == {cell.key: []}
+    (folder / checkpoint.WEIGHTS).write_bytes(bytes((folder / checkpoint.WEIGHTS).stat().st_size))
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged, and no older checkpoint of the run is intact"):
+        claim.check_resumable([cell], store, "train")
+    run = store.client.get_run(run_id)
+    assert (run.data.tags["lmu.status"], run.info.status) == (records.FAILED, "FAILED")

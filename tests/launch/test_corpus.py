@@ -9,8 +9,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from lmu_dist.config import Config, ConfigError, DataConfig, FailedError, TokenizerConfig, parse
-from lmu_dist.data.prepare import TokenizeTask, prepare
+from lmu_dist.data.prepare import prepare
 from lmu_dist.data.sources import list_shards
+from lmu_dist.data.tokenize_shard import TokenizeTask
 from lmu_dist.launch import claim, trainer, tune
 from lmu_dist.launch.corpus import prepare_corpus, run_as_ray_tasks
 
@@ -28,7 +29,7 @@ def address():
 
 @pytest.mark.timeout(200)
 def test_two_nodes_and_one_machine_give_the_same_bytes(corpus_glob: str, tmp_path: Path, address: str, monkeypatch):
-    monkeypatch.setattr("lmu_dist.data.sources.SHARD_BYTES", 1)  # a unit for every file
+    monkeypatch.setattr("lmu_dist.data.sources.SHARD_BYTES", 1)  # a shard for every file
     data = {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}}
     config: Config = parse({"storage": str(tmp_path / "cluster_corpus"), "data": data, "cluster": {"address": address}})
     steps = []
@@ -48,12 +49,12 @@ def test_file_that_changed_since_it_was_listed_is_an_error(tmp_path: Path, addre
     path = tmp_path / "a.jsonl"
     path.write_text(json.dumps({"text": "some words"}) + "\n")
     data = DataConfig(source="files", files=(str(path),), tokenizer=TokenizerConfig(vocab_tokens=400))
-    [unit] = list_shards(data)
+    [shard] = list_shards(data)
     os.utime(path, (0, 0))
     ray.init(address, log_to_driver=False)
     try:
         with pytest.raises(FailedError, match=r"a\.jsonl on .* differs from the file that was listed"):
-            list(run_as_ray_tasks([TokenizeTask(data, unit, 0, tmp_path)]))
+            list(run_as_ray_tasks([TokenizeTask(data, shard, 0, tmp_path)]))
     finally:
         ray.shutdown()
 

@@ -13,6 +13,7 @@ from lmu_dist import records
 from lmu_dist.config import ConfigError, FailedError, load
 from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.trainer import train
+from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store, default_uri
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -62,7 +63,7 @@ def test_run_continues_with_one_worker_and_again_with_two(corpus_glob: str, tmp_
         store = Store(uri)
 
         def workers() -> str:
-            [found] = store.runs("elastic")
+            [found] = runs_of(store, "elastic")
             return found.data.tags["lmu.attempt"] + ":" + found.data.tags["lmu.n_workers"]
 
         wait_until(lambda: workers() == "2:1" or ended)

@@ -25,6 +25,7 @@ from lmu_dist.launch.trainer import train
 from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.progress import rows
+from lmu_dist.tracking.runs import records_of, runs_of
 from lmu_dist.tracking.store import Store, default_uri
 
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
@@ -115,7 +116,7 @@ def test_diverged_cell_is_stopped_retried_and_recorded(job: Path, undisturbed: t
     retries = [f.record for f in result.finished if f.record.family == "lstm"]
     assert [r.status for r in retries] == [records.DIVERGED] * 2
     store = Store(default_uri(folder))
-    first = {r.key: r for r in store.records("diverging").values()}
+    first = {r.key: r for r in records_of(store, "diverging").values()}
     for retry in retries:
         before = first[retry.retry_of]
         assert (before.status, before.phase) == (records.DIVERGED, "undecayed")
@@ -250,7 +251,7 @@ def test_killed_and_rival_drivers_give_the_same_results(job: Path, undisturbed: 
         assert {cell["key"]: cell["val_loss_nats"] for cell in table} == expected
     assert tables[0] == [cell | {"was_done": mine["was_done"]} for cell, mine in zip(tables[1], tables[0], strict=True)]
     store = Store(default_uri(tmp_path))
-    runs = store.runs("grid")
+    runs = runs_of(store, "grid")
     assert len({run.data.tags["lmu.key"] for run in runs}) == len(runs) == 4
     for run in runs:
         points = store.client.get_metric_history(run.info.run_id, records.TRAIN_LOSS)

@@ -14,6 +14,7 @@ from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import load, open_folder
 from lmu_dist.launch.trainer import train
+from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store, default_uri
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
@@ -51,7 +52,7 @@ def test_all_commands_with_storage_on_s3(corpus_glob: str, bucket: str, tmp_path
     first.wait()
 
     store = Store(default_uri(tmp_path))
-    [run] = store.runs("on-s3")
+    [run] = runs_of(store, "on-s3")
     machine("second")
     second = subprocess.run(command, env=os.environ.copy(), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr

@@ -21,6 +21,7 @@ from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.trainer import train
+from lmu_dist.tracking.runs import find_run, records_of
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.train.checkpoint import newest_intact
 
@@ -78,7 +79,7 @@ def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     assert 0 < record.val_loss_standard_error_nats < 0.5
     assert record.val_loss_nats == pytest.approx(history[STEPS - 1], abs=0.5)
     store = Store(undisturbed.tracking_uri)
-    assert store.records("tests") == {undisturbed.run_id: record}
+    assert records_of(store, "tests") == {undisturbed.run_id: record}
     run = store.client.get_run(undisturbed.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.tags["lmu.attempt"] == "1"
@@ -116,7 +117,7 @@ def test_finished_run_is_uploaded_to_a_new_store(undisturbed: FinishedRun, tmp_p
     assert moved.already_done
     assert moved.run_id != undisturbed.run_id
     assert losses(moved) == losses(undisturbed)
-    assert Store(moved.tracking_uri).records("tests") == {moved.run_id: undisturbed.record}
+    assert records_of(Store(moved.tracking_uri), "tests") == {moved.run_id: undisturbed.record}
 
 
 def test_generate_and_export(undisturbed: FinishedRun, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
@@ -255,7 +256,7 @@ def test_worker_killed_during_an_upload_does_not_change_the_losses(job: Path, un
     assert losses(finished) == losses(undisturbed)
     assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
     store = Store(finished.tracking_uri)
-    assert list(store.records("tests")) == [finished.run_id]
+    assert list(records_of(store, "tests")) == [finished.run_id]
     assert store.client.get_run(finished.run_id).data.tags["lmu.attempt"] == "2"
 
 
@@ -272,7 +273,7 @@ def test_interrupted_run_is_marked_and_resumes(job: Path, undisturbed: FinishedR
     assert driver.returncode == 1
     assert "interrupted; run the same command again" in error
     store = Store(default_uri(tmp_path))
-    run = store.find_run(undisturbed.cell.key)
+    run = find_run(store, undisturbed.cell.key)
     assert run is not None
     assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", "interrupted")
     finished = train(configured(job, tmp_path), default_uri(tmp_path))
@@ -296,7 +297,7 @@ def test_run_of_a_killed_driver_resumes(job: Path, undisturbed: FinishedRun, tmp
     assert not finished.already_done
     assert losses(finished) == losses(undisturbed)
     assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
-    assert list(Store(finished.tracking_uri).records("tests")) == [finished.run_id]
+    assert list(records_of(Store(finished.tracking_uri), "tests")) == [finished.run_id]
 
 
 @pytest.mark.timeout(300)

@@ -12,6 +12,7 @@ from lmu_dist.config import Config, ConfigError, load, parse
 from lmu_dist.launch import tune as launch_tune
 from lmu_dist.launch.tune import tune
 from lmu_dist.planning.grid import grid
+from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store, default_uri
 
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
@@ -53,7 +54,7 @@ def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, tmp_path: Pat
     assert all("ASHA" in r.stop_rule and r.phase == "undecayed" and 12_800 <= r.tokens < 102_400 for r in stopped)
     assert sum(t.record.tokens for t in search.trials) < 0.8 * len(RATES) * 102_400
     store = Store(default_uri(tmp_path))
-    runs = {run.data.tags["lmu.key"]: run for run in store.runs("search")}
+    runs = {run.data.tags["lmu.key"]: run for run in runs_of(store, "search")}
     assert len(runs) == len(RATES)
     for record in stopped:
         run = runs[record.key]

@@ -170,6 +170,14 @@ def test_ways_to_save_memory_are_planned(tmp_path: Path):
     assert offloaded[0] == plain[0]
     assert all(a < b for a, b in zip(offloaded[1:], plain[1:], strict=True))
     assert memory(gpus_per_worker=0, offload="optimizer") == memory(gpus_per_worker=0)
+
+    def host_bytes(**cluster: object) -> float:
+        changed = settings | {f"cluster.{key}": value for key, value in cluster.items()}
+        return plan(with_settings(make_config(tmp_path), changed)).cells[0].host_bytes
+
+    assert host_bytes() == host_bytes(gpus_per_worker=0, offload="optimizer") == 0
+    share = 10_000_000 / 2  # of two workers, without embeddings
+    assert host_bytes(offload="optimizer") > 12 * share  # master weights and two moments in float32
     added = {"activation_checkpointing", "offload", "gradient_precision"}
     default, _ = grid(make_config(tmp_path), 400)
     assert not added & set(step_settings(default[0]))

@@ -15,6 +15,7 @@ from lmu_dist.scaling.answer import answer
 from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
+from lmu_dist.tracking.reports import reports_of
 from lmu_dist.tracking.store import Store, default_uri
 
 
@@ -145,7 +146,7 @@ def test_unwritable_folder_and_failed_upload(tmp_path: Path, capsys: pytest.Capt
     assert main(["report", "e", "-o", str(tmp_path / "r")]) == 1
     assert "the report was written to" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "r" / "report.html").exists()
-    assert [store.client.get_run(run_id).info.status for run_id, _, _ in store.reports("e")] == ["FAILED"]
+    assert [store.client.get_run(run_id).info.status for run_id, _, _ in reports_of(store, "e")] == ["FAILED"]
 
 
 def test_reports_of_deleted_runs_are_stale(tmp_path: Path):

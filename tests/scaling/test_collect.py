@@ -13,7 +13,9 @@ from simulate import make_record, simulate_study, write_runs_to_mlflow
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.collect import Study, collect, resampling_groups, rows_from_runs, write_runs
 from lmu_dist.scaling.settings import settings_of
+from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.tracking.studies import open_study, write_plan
 
 
 @pytest.fixture
@@ -59,8 +61,8 @@ def test_unusable_runs_are_left_out_with_the_reason(store: Store):
     records = [good, make_record("transformer", 10_000, 10**6, 0, 4.2)]
     records += [replace(good, **changes, key=reason) for reason, changes in bad.items()]
     ids = write_runs_to_mlflow(store.client, "e", records)
-    experiment_id, study_id = store.open_study("e", "ladder")
-    store.create_run(experiment_id, study_id, "started", "k" * 64, "/nowhere")
+    experiment_id, study_id = open_study(store, "e", "ladder")
+    create_run(store, experiment_id, study_id, "started", "k" * 64, "/nowhere")
     found = collect(store, "e")
     assert {run.run_id for run in found.runs} == set(ids[:2])
     reasons = {out.run_id: out.reason for out in found.left_out}
@@ -84,7 +86,7 @@ def test_planned_cells_of_another_experiment_are_included(store: Store):
     write_runs_to_mlflow(store.client, "first", SMALL_STUDY)
     write_runs_to_mlflow(store.client, "second", [make_record("lmu", 10**6, 10**6, 0, 3.0)])
     planned = [{"key": r.key, "name": "cell", "planned_tokens": 1, "n_workers": 1} for r in SMALL_STUDY[:2]]
-    store.write_plan("second", "ladder", [*planned, {**planned[0], "key": "z" * 64}])
+    write_plan(store, "second", "ladder", [*planned, {**planned[0], "key": "z" * 64}])
     found = collect(store, "second")
     assert {run.record.key for run in found.runs} >= {r.key for r in SMALL_STUDY[:2]}
     assert len(found.runs) == 3
@@ -201,10 +203,10 @@ def test_bf16_sums_of_gradients_are_another_setting(store: Store):
 def test_the_finished_one_of_two_runs_of_a_cell_is_used(store: Store):
     cell = make_record("lmu", 10_000, 10**6, 0, 4.0)
     done = write_runs_to_mlflow(store.client, "first", [cell])[0]
-    experiment_id, study_id = store.open_study("third", "ladder")
-    store.create_run(experiment_id, study_id, "later", cell.key, "/nowhere")
+    experiment_id, study_id = open_study(store, "third", "ladder")
+    create_run(store, experiment_id, study_id, "later", cell.key, "/nowhere")
     write_runs_to_mlflow(store.client, "second", [make_record("lmu", 10**6, 10**6, 0, 3.0)])
-    store.write_plan("second", "ladder", [{"key": cell.key, "name": "cell", "planned_tokens": 1, "n_workers": 1}])
+    write_plan(store, "second", "ladder", [{"key": cell.key, "name": "cell", "planned_tokens": 1, "n_workers": 1}])
     assert done in {run.run_id for run in collect(store, "second").runs}
 
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 
 from lmu_dist.config import ConfigError
+from lmu_dist.tracking.names import folder_of
+from lmu_dist.tracking.new_run import create_run
+from lmu_dist.tracking.runs import retire_run
 from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.tracking.studies import open_study
 
 
 def test_a_run_is_found_by_its_name_key_or_id(tmp_path: Path):
@@ -15,17 +19,17 @@ def test_a_run_is_found_by_its_name_key_or_id(tmp_path: Path):
     run_ids = list[str]()
     for experiment, key, name in zip("ef", keys, names, strict=True):
         (tmp_path / name).mkdir()
-        run_ids.append(store.create_run(*store.open_study(experiment, "train"), name, key, str(tmp_path / name)))
-    study = store.open_study("e", "train")[1]
+        run_ids.append(create_run(store, *open_study(store, experiment, "train"), name, key, str(tmp_path / name)))
+    study = open_study(store, "e", "train")[1]
     for reference in (names[0], keys[0], keys[0][:12], keys[0][:5], run_ids[0]):
-        assert store.folder_of(reference) == tmp_path / names[0]
+        assert folder_of(store, reference) == tmp_path / names[0]
     with pytest.raises(ConfigError, match=rf"'abab' names 2 runs .*; give one of: {names[1]} \({run_ids[1]}\), {names[0]}"):
-        store.folder_of("abab")
+        folder_of(store, "abab")
     for reference in ("nope", "x' OR 'y", study):
         with pytest.raises(ConfigError, match=r"no run with this name, key or id in .*; `lmu-dist status EXPERIMENT` prints"):
-            store.folder_of(reference)
-    store.retire_run(run_ids[0])
-    assert store.folder_of(names[0]) == tmp_path / names[0]
+            folder_of(store, reference)
+    retire_run(store, run_ids[0])
+    assert folder_of(store, names[0]) == tmp_path / names[0]
     (tmp_path / names[0]).rmdir()
     with pytest.raises(ConfigError, match="is not on this machine; give the path that it has here"):
-        store.folder_of(names[0])
+        folder_of(store, names[0])

@@ -20,16 +20,13 @@ from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking import pages, sqlite_file
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.store import (
-    BusyError,
-    MLflowUnavailableError,
-    RunIdentity,
-    Store,
-    default_uri,
-    existing_store,
-    one_line,
-    saved_run_id,
-)
+from lmu_dist.tracking.new_run import RunIdentity, create_run, find_or_create_run
+from lmu_dist.tracking.owner import BusyError
+from lmu_dist.tracking.reports import save_report
+from lmu_dist.tracking.run_file import saved_run_id
+from lmu_dist.tracking.runs import find_run, runs_by_key, runs_with_key
+from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri, existing_store, one_line
+from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.upload import MLflowUploader
 
 MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
@@ -68,7 +65,7 @@ def test_older_store_is_copied_before_it_is_migrated(tmp_path: Path, caplog: pyt
     assert sqlite_file.revision_of(path) not in (MLFLOW_3_10, None)
     [message] = [record.getMessage() for record in caplog.records if record.name == "lmu_dist.tracking.sqlite_file"]
     assert message.startswith(f"{path} was written by an older MLflow; it is copied to {copy}")
-    assert store.find_run("k") is None
+    assert find_run(store, "k") is None
     assert {p.name for p in tmp_path.glob("*.before-*")} == {copy.name}
 
 
@@ -107,19 +104,19 @@ def test_locked_store_is_named_at_once_and_uploaded_to_later(tmp_path: Path, sto
         with pytest.raises(MLflowUnavailableError, match=r"mlflow\.db does not answer or fails; .*: database is locked$"):
             store.check()
         with pytest.raises(MLflowUnavailableError, match="database is locked"):
-            store.find_run("key")  # not asked again
+            find_run(store, "key")  # not asked again
         uploader = MLflowUploader(log, store.uri, identity, interval_seconds=0.02, retry_seconds=0.05)
         assert "database is locked" in uploader.close(0.3)
         connection.rollback()
     assert uploader.close(30) == ""
     monkeypatch.setattr(store, "_outage", (-100.0, ""))
-    [run] = store.runs_with_key("key")
+    [run] = runs_with_key(store, "key")
     assert saved_run_id(tmp_path / "run", store.uri) == run.info.run_id == log.run_id
     assert (run.data.metrics, run.data.tags["lmu.place"]) == ({"loss": 1.0}, "me")
     assert not any(MetricsLog(tmp_path / "run", run.info.run_id).pending())
     assert capfd.readouterr() == ("", "")
     with pytest.raises(BusyError, match="from me"):
-        store.find_or_create_run(RunIdentity("e", "ladder", "cell", "key", "elsewhere", "another driver"))
+        find_or_create_run(store, RunIdentity("e", "ladder", "cell", "key", "elsewhere", "another driver"))
 
 
 def test_run_that_mlflow_has_lost_is_made_again(tmp_path: Path, store: Store):
@@ -128,7 +125,7 @@ def test_run_that_mlflow_has_lost_is_made_again(tmp_path: Path, store: Store):
     log = MetricsLog(tmp_path / "run", "0" * 32)  # of a store that was deleted
     log.log_metrics(0, {"loss": 1.0})
     assert MLflowUploader(log, store.uri, identity, interval_seconds=0.02, retry_seconds=0.05).close(30) == ""
-    [run] = store.runs_with_key("key")
+    [run] = runs_with_key(store, "key")
     assert run.data.metrics == {"loss": 1.0}
     assert saved_run_id(tmp_path / "run", store.uri) == run.info.run_id
 
@@ -141,8 +138,8 @@ def test_search_of_experiments_reads_all_pages(store: Store, monkeypatch: pytest
     searched = []
     monkeypatch.setattr(MlflowClient, "search_experiments", search)
     monkeypatch.setattr(MlflowClient, "search_runs", lambda self, ids, *_, **__: searched.append(ids) or PagedList([], None))
-    store.find_run("k")
-    store.runs_by_key("digest", 1)
+    find_run(store, "k")
+    runs_by_key(store, "digest", 1)
     assert searched == [["1", "2", "3"]] * 2
 
 
@@ -167,18 +164,18 @@ def test_errors_of_databases_show_the_reason(message: str, line: str):
 
 
 def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: Store):
-    experiment_id, study_id = store.open_study("e", "ladder")
+    experiment_id, study_id = open_study(store, "e", "ladder")
     cells = [{"name": f"cell-{key}", "key": key, "planned_tokens": 1000, "n_workers": 1} for key in ("a", "b", "c")]
-    store.write_plan("e", "ladder", cells)
+    write_plan(store, "e", "ladder", cells)
     assert store.client.get_run(study_id).info.status == "RUNNING"
     for key, loss in (("a", 5.5), ("b", 5.25)):
-        run_id = store.create_run(experiment_id, study_id, f"cell-{key}", key, f"/runs/{key}")
+        run_id = create_run(store, experiment_id, study_id, f"cell-{key}", key, f"/runs/{key}")
         log = MetricsLog(tmp_path / key, run_id)
         log.log_params({"family": "lmu", "n_params": 3000, "planned_tokens": 1000, "seed": 7})
         log.log_metrics(4, {"final/val_loss_nats": loss, "final/tokens": 1000})
         log.set_tags({"lmu.status": "complete"})
         assert MLflowUploader(log, store.uri).close(20) == ""
-    store.end_study("e", "ladder")
+    end_study(store, "e", "ladder")
     study = store.client.get_run(study_id)
     assert study.info.status == "FINISHED"
     assert study.data.metrics["study/best_val_loss_nats/lmu"] == 5.25
@@ -186,16 +183,19 @@ def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: S
     note = study.data.tags[pages.NOTE]
     assert note.startswith("The study `ladder`: 3 cells, 2 complete, 1 have not started.")
     assert "| lmu | 3,000 | 1,000 | 7 | complete | 5.5000 |  |" in note
+    end_study(store, "e", "train")  # another study of the experiment has other cells
+    _, other_id = open_study(store, "e", "train")
+    assert store.client.get_run(other_id).data.metrics["study/cells"] == 0
     page = tmp_path / "report.html"
     page.write_text("<p>")
-    store.write_report("e", "digest", False, [page], {}, {}, "More than 10 times. Because.")
+    save_report(store, "e", "digest", False, [page], {}, {}, "More than 10 times. Because.")
     assert store.client.get_run(study_id).data.tags[pages.NOTE].startswith("**More than 10 times. Because.**\n\nThe study")
     assert [a.path for a in store.client.list_artifacts(study_id, "report")] == ["report/report.html"]
     tags = store.client.get_experiment(experiment_id).tags
     assert "\n\n**More than 10 times. Because.**\n\n" in tags[pages.NOTE]
     assert json.loads(tags[pages.VIEW_TAG])["groupsExpanded"] == {"param.family.lmu": True}
     store.client.set_experiment_tag(experiment_id, pages.NOTE, "my own words")
-    store.end_study("e", "ladder")
+    end_study(store, "e", "ladder")
     assert store.client.get_experiment(experiment_id).tags[pages.NOTE] == "my own words"
     assert len(store.client.get_metric_history(study_id, "study/cells")) == 1
 
@@ -203,7 +203,7 @@ def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: S
 def test_ui_prints_a_link_to_the_runs_and_saves_the_view_it_names(
     store: Store, monkeypatch, capsys: pytest.CaptureFixture[str]
 ):
-    experiment_id, _ = store.open_study("e", "ladder")
+    experiment_id, _ = open_study(store, "e", "ladder")
     store.client.delete_experiment_tag(experiment_id, pages.VIEW_TAG)  # as of an earlier version
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     monkeypatch.setattr("lmu_dist.tracking.server.serve", lambda store, port, ready: ready(f"http://127.0.0.1:{port}"))

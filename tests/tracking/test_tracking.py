@@ -13,8 +13,11 @@ from mlflow.tracking import MlflowClient
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
-from lmu_dist.tracking.store import Store, default_uri, record_of
+from lmu_dist.tracking.runs import find_run, record_of, records_of, retire_run
+from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.tracking.studies import open_study, write_plan
 from lmu_dist.tracking.upload import MLflowUploader, upload_pending
 
 RECORD = RunRecord(
@@ -39,8 +42,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def run_id(store: Store, request: pytest.FixtureRequest) -> str:
-    experiment_id, study_id = store.open_study("e", "train")
-    return store.create_run(experiment_id, study_id, "cell", request.node.name, "/runs/cell")
+    experiment_id, study_id = open_study(store, "e", "train")
+    return create_run(store, experiment_id, study_id, "cell", request.node.name, "/runs/cell")
 
 
 @pytest.fixture
@@ -53,12 +56,12 @@ def history(store: Store, run_id: str, key: str) -> list[tuple[int, float]]:
 
 
 def test_study_and_run_are_created_once(store: Store, run_id: str):
-    assert store.open_study("e", "train") == store.open_study("e", "train")
-    run = store.find_run("test_study_and_run_are_created_once")
+    assert open_study(store, "e", "train") == open_study(store, "e", "train")
+    run = find_run(store, "test_study_and_run_are_created_once")
     assert run is not None
     assert run.info.run_id == run_id
-    assert run.data.tags["mlflow.parentRunId"] == store.open_study("e", "train")[1]
-    assert store.find_run("another key") is None
+    assert run.data.tags["mlflow.parentRunId"] == open_study(store, "e", "train")[1]
+    assert find_run(store, "another key") is None
 
 
 def test_entries_are_uploaded_in_order_and_once(store: Store, run_id: str, metrics_log: MetricsLog):
@@ -183,23 +186,23 @@ def test_records_are_read_back_unchanged(store: Store, run_id: str, metrics_log:
     metrics_log.set_tags(RECORD.columns("tags"))
     metrics_log.log_metrics(2, RECORD.columns("metrics"))
     upload_pending(metrics_log, store.client)
-    assert store.records("e")[run_id] == RECORD
+    assert records_of(store, "e")[run_id] == RECORD
     with pytest.raises(ConfigError, match="no experiment 'none'"):
-        store.records("none")
+        records_of(store, "none")
 
 
 def test_progress_rows_have_the_state_of_each_cell(store: Store):
-    experiment_id, study_id = store.open_study("progress", "ladder")
+    experiment_id, study_id = open_study(store, "progress", "ladder")
     cells = [{"name": f"cell-{key}", "key": f"p-{key}", "planned_tokens": 100, "n_workers": 2} for key in "abc"]
-    store.write_plan("progress", "ladder", cells)
-    run_id = store.create_run(experiment_id, study_id, "cell-a", "p-a", "/runs/a")
+    write_plan(store, "progress", "ladder", cells)
+    run_id = create_run(store, experiment_id, study_id, "cell-a", "p-a", "/runs/a")
     store.client.log_batch(run_id, params=[Param("planned_tokens", "100")])
     store.client.log_metric(run_id, "train/tokens", 40)
     store.client.log_metric(run_id, "speed/tokens_per_second", 20)
     store.client.log_metric(run_id, "train/loss_nats", 4.5)
     store.set_tags(run_id, {"lmu.status": "running"})
-    other_id, other_study = store.open_study("elsewhere", "ladder")
-    done = store.create_run(other_id, other_study, "cell-b", "p-b", "/runs/b")
+    other_id, other_study = open_study(store, "elsewhere", "ladder")
+    done = create_run(store, other_id, other_study, "cell-b", "p-b", "/runs/b")
     store.set_tags(done, {"lmu.status": "complete"})
     found = {row.key: row for row in rows(store, "progress")}
     assert [found[f"p-{key}"].state for key in "abc"] == ["running", "complete", "planned"]
@@ -210,13 +213,13 @@ def test_progress_rows_have_the_state_of_each_cell(store: Store):
 
 
 def test_retired_run_has_no_key(store: Store, run_id: str, request: pytest.FixtureRequest):
-    store.retire_run(run_id)
-    assert store.find_run(request.node.name) is None
+    retire_run(store, run_id)
+    assert find_run(store, request.node.name) is None
     assert store.client.get_run(run_id).data.tags["lmu.retired_key"] == request.node.name
 
 
 def test_unreachable_store_is_a_failure_and_no_wrong_input(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with pytest.raises(FailedError, match=r"MLflow at http://127\.0\.0\.1:9 .* set MLFLOW_TRACKING_URI") as caught:
-        Store("http://127.0.0.1:9").find_run("k")
+        find_run(Store("http://127.0.0.1:9"), "k")
     assert not isinstance(caught.value, ConfigError)

@@ -1,0 +1,98 @@
+"""Studies in MLflow: the name of an experiment and of a study in, its parent run and the cells that it plans out.
+
+Called by launch, reports, progress and scaling/collect. A study is the parent run of the runs of its cells.
+"""
+
+import json
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlflow.entities import Metric, Run, RunTag
+
+from lmu_dist.records import COMPLETE
+from lmu_dist.tracking import pages
+from lmu_dist.tracking.experiments import open_experiment, set_experiment_tags
+from lmu_dist.tracking.runs import runs_of
+from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.tags import ANSWER, KEY, PARENT, RUN_NAME, STATUS, STUDY
+
+PLAN = "plan.json"  # artifact of a study
+
+
+def open_study(store: Store, experiment: str, study: str) -> tuple[str, str]:
+    """(experiment id, run id) of a study, created if there is none."""
+    with store.one_line_errors():
+        experiment_id = open_experiment(store, experiment)
+        runs = store.client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study}'", max_results=1)
+        run = runs[0] if runs else store.client.create_run(experiment_id, tags={STUDY: study, RUN_NAME: study})
+        return experiment_id, run.info.run_id
+
+
+def write_plan(store: Store, experiment: str, study: str, cells: list[dict[str, Any]]) -> None:
+    """Saves the cells that a study plans to run as an artifact of the study, for `lmu-dist status`."""
+    _, study_id = open_study(store, experiment, study)
+    with store.one_line_errors():
+        store.client.log_dict(study_id, {"cells": cells}, PLAN)
+        store.client.update_run(study_id, status="RUNNING")
+
+
+def read_plans(store: Store, experiment: str, study_id: str | None = None) -> list[dict[str, Any]]:
+    """The cells that the studies of an experiment, or one of them, plan to run."""
+    with store.one_line_errors():
+        found = store.client.get_experiment_by_name(experiment)
+        studies = store.search_runs([found.experiment_id], f"tags.`{STUDY}` LIKE '%'") if found else []
+        cells = list[dict[str, Any]]()
+        for study in studies:
+            if study_id in (None, study.info.run_id) and any(
+                a.path == PLAN for a in store.client.list_artifacts(study.info.run_id)
+            ):
+                with TemporaryDirectory() as folder:
+                    path = store.client.download_artifacts(study.info.run_id, PLAN, folder)
+                    cells += json.loads(Path(path).read_text())["cells"]
+        return cells
+
+
+def cells_of(
+    store: Store, experiment: str, study_id: str | None = None
+) -> tuple[list[Run], dict[str, Run], list[dict[str, Any]]]:
+    """(runs of an experiment; runs of its planned cells in other experiments, by key; planned cells without a run).
+
+    `study_id`: only the cells of this study, those that it started and those that it plans.
+    """
+    own, plan = runs_of(store, experiment), read_plans(store, experiment, study_id)
+    keys, planned_keys = {run.data.tags[KEY] for run in own}, {cell["key"] for cell in plan}
+    missing = {cell["key"]: cell for cell in plan if cell["key"] not in keys}
+    if study_id is not None:
+        own = [run for run in own if run.data.tags.get(PARENT) == study_id or run.data.tags[KEY] in planned_keys]
+    elsewhere = dict[str, Run]()
+    if missing:
+        with store.one_line_errors():
+            others = store.search_runs(store.experiment_ids(), f"tags.`{KEY}` LIKE '%'")
+        # Of several runs with one key keep a complete one, else the first created: the last in this order replaces others.
+        others.sort(key=lambda run: (run.data.tags.get(STATUS) == COMPLETE, -run.info.start_time))
+        elsewhere = {run.data.tags[KEY]: run for run in others if run.data.tags[KEY] in missing}
+    return own, elsewhere, [cell for key, cell in missing.items() if key not in elsewhere]
+
+
+def end_study(store: Store, experiment: str, study: str, status: str = "FINISHED") -> None:
+    """Ends the parent run of a study with a status of MLflow, a table of its cells as description, and its numbers."""
+    experiment_id, study_id = open_study(store, experiment, study)
+    describe_study(store, experiment, study_id)
+    with store.one_line_errors():
+        set_experiment_tags(store, experiment_id)
+        store.client.set_terminated(study_id, status)
+
+
+def describe_study(store: Store, experiment: str, study_id: str) -> None:
+    """Sets the description of a study, with a table of its cells, and its metrics."""
+    own, elsewhere, planned = cells_of(store, experiment, study_id)
+    cells = [*own, *elsewhere.values()]
+    with store.one_line_errors():
+        run = store.client.get_run(study_id)
+        tags = run.data.tags
+        note, numbers = pages.describe_study(tags[STUDY], cells, len(planned), tags.get(ANSWER, ""))
+        now = int(time.time() * 1000)
+        changed = [Metric(k, v, now, 0) for k, v in numbers.items() if run.data.metrics.get(k) != v]
+        store.client.log_batch(study_id, changed, tags=[RunTag(pages.NOTE, note)])

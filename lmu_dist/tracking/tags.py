@@ -1,0 +1,15 @@
+"""The names of the tags of MLflow runs by which they are found and owned. Used by tracking, launch and scaling."""
+
+PARENT = "mlflow.parentRunId"
+RUN_NAME = "mlflow.runName"
+KEY = "lmu.key"  # only the runs of cells have one
+STATUS = "lmu.status"  # see `lmu_dist.records`
+FOLDER = "lmu.folder"
+OWNER_ID = "lmu.place"
+HEARTBEAT = "lmu.alive_ms"
+CLAIM = "lmu.claim"  # a random value, by which a driver that takes over a run sees whether another one does so too
+STUDY = "lmu.study"  # the name of a study; only its parent run has one
+ANSWER = "lmu.answer"  # of a study: the answer of its newest report
+REPORT = "lmu.report"  # of a run that holds a report: the digest of its inputs
+REPORT_ANY_CODE = "lmu.report_any_code"
+STALE = "lmu.stale"
