@@ -136,7 +136,7 @@ class RunRecord:
     precision: str = _param("fp32")
     gradient_precision: str = _param("")  # of the sums of bf16 gradients; "" in fp32, and in older records, where it was bf16
     seed: int = _param(0)
-    validation_rows: str = _param("")  # which rows of the split: "spread" evenly; "": all, or in older records the first ones
+    validation_rows: str = _param("")  # "256 of 300", spread evenly; "": all, or in older records the first ones
     training_flops_per_token: float = _param(math.nan)  # matrix products and FFTs, including the head
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
     data_digest: str = _param("")

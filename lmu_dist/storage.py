@@ -63,7 +63,8 @@ def is_storage_client_error(error: BaseException) -> bool:
 def error_text(error: BaseException | str) -> str:
     """The message of an error, in one line. A full disk, or a used-up quota, is named as such."""
     text = " ".join(str(error).split())
-    match = re.search(rf"({os.strerror(errno.ENOSPC)}|{os.strerror(errno.EDQUOT)})[^:]*(: .*)?", text)
+    full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last one is of SQLite
+    match = re.search(rf"({'|'.join(full)})[^:]*(: .*)?", text)
     if match is not None:
         return f"the disk is full{match[2] or ''}; free some space"
     return text or type(error).__name__

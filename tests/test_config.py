@@ -37,6 +37,11 @@ def test_to_dict_and_parse_are_inverse():
         ("train.lerning_rate=1", r"^train.lerning_rate: unknown key; did you mean train.learning_rate\?$"),
         ("modle.family=lmu", r"^modle: unknown key; did you mean model, as in model.family\?$"),
         ("trian=1", r"^trian: unknown key; did you mean train\?$"),
+        (
+            "tune={families: lmu, n_params: 1, space: {train: {lerning_rate: {log: [1, 2]}}}}",
+            r"^tune.space.train.lerning_rate: write a key that has dots in braces: "
+            r"tune.space=\{train.learning_rate: \{log: ...\}\}$",
+        ),
         ("learningrate=1", r"^learningrate: unknown key; did you mean train.learning_rate\?$"),
         ("batch_tokens=1", r"^batch_tokens: unknown key; did you mean train.batch_tokens\?$"),
         ("xyzzy=1", r"^xyzzy: unknown key; docs/configuration.md has all keys$"),

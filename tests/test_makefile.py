@@ -1,5 +1,6 @@
 """The Makefile refuses a Python of another version, also where an environment is installed already."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,5 +21,6 @@ def test_another_python_is_refused(version: str, is_supported: bool, message: st
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f'#!/bin/sh\n[ "$1" = -V ] && echo "Python {its_version}" && exit 0\nexit {code}\n')
         (tmp_path / name).chmod(0o755)
-    done = subprocess.run(["make", "setup", "PYTHON=./other"], cwd=tmp_path, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}  # of `make test`
+    done = subprocess.run(["make", "setup", "PYTHON=./other"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()[: len(message)]) == (2, message)

@@ -202,6 +202,7 @@ def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert storage.error_text(full) == "the disk is full: '/data/runs/x.bin'; free some space"
     assert storage.error_text(f"OSError: {full}") == "the disk is full: '/data/runs/x.bin'; free some space"
     assert storage.error_text(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))) == "the disk is full; free some space"
+    assert storage.error_text("(sqlite3.OperationalError) database or disk is full") == "the disk is full; free some space"
     assert storage.error_text(ValueError("two\n lines")) == "two lines"
     with pytest.raises(RuntimeError, match="file write failed"), storage.full_disk_errors(tmp_path):
         raise RuntimeError("PytorchStreamWriter: file write failed")

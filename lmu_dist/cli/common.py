@@ -1,13 +1,14 @@
 """Shared by all commands: the command group, common arguments and options, and how relative paths are resolved."""
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from lmu_dist import __version__, show
-from lmu_dist.config import Config, ConfigError, load, with_settings
+from lmu_dist.config import Config, ConfigError, Folder, load, open_folder, parse, with_overrides, with_settings
 from lmu_dist.storage import check_reachable
 
 config_argument = click.argument("config")
@@ -57,15 +58,61 @@ def resolve_path(name: str) -> str:
     return f"{base}/{name}" if "://" in base else os.path.normpath(f"{base}/{name}")
 
 
+def _check_storage(storage: str) -> None:
+    """Raises ConfigError for a relative storage outside of the folder of the command, and for a URI with one slash."""
+    if re.match(r"[a-z][a-z0-9+.-]*:/(?!/)", storage):
+        raise ConfigError(f"storage: {storage} is neither a path nor a URI; a URI has two slashes, as in s3://bucket/runs")
+    path = Path(storage).expanduser()
+    if "://" not in storage and not path.is_absolute() and os.path.normpath(path).split(os.sep)[0] == "..":
+        raise ConfigError(
+            f"storage: {storage} leads out of {base_folder()}, where a job or another machine would not look for it; give the "
+            f"absolute path, such as {os.path.abspath(path)}"
+        )
+
+
 def load_config(path: str, overrides: Sequence[str]) -> Config:
     """Loads a configuration, makes its storage path absolute, and checks that the storage is reachable. Raises ConfigError."""
     from lmu_dist.planning.grid import check_families  # imports torch, which --help does not need
 
     config = load(path, overrides)
+    _check_storage(config.storage)
     config = with_settings(config, {"storage": resolve_path(config.storage)})
     check_families(config)
     check_reachable(config.storage_folder)
     return config
+
+
+def load_config_or_run(name: str, overrides: Sequence[str]) -> Config:
+    """Loads a configuration, or that of a run by what its tables print of it. Raises ConfigError."""
+    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+        return load_config(name, overrides)
+    from lmu_dist.train.checkpoint import newest_intact
+
+    try:
+        folder = run_folder(name)
+    except ConfigError as e:
+        raise ConfigError(f"{name} is neither a YAML file such as jobs/train.yaml nor a run: {e}") from e
+    _, meta, _ = newest_intact(folder)
+    if meta is None:
+        raise ConfigError(f"{folder} has no checkpoint to go on from; give the YAML file of the run")
+    config = with_settings(parse(meta.config), {"storage": str(folder.parent.parent)})
+    return with_overrides(config, overrides)
+
+
+def run_folder(run: str) -> Folder:
+    """Returns the given folder, or the folder of the run in MLflow with this name, key or id."""
+    if "://" in run or Path(run).expanduser().is_dir():
+        return open_folder(run)
+    from lmu_dist.tracking.names import folder_of
+    from lmu_dist.tracking.store import existing_store
+    from lmu_dist.tracking.upload import set_client_limits
+
+    set_client_limits()
+    try:
+        store = existing_store(tracking_uri())
+    except ConfigError as e:
+        raise ConfigError(f"there is no folder {run!r}, and {e}") from e
+    return folder_of(store, run)
 
 
 def tracking_uri() -> str:

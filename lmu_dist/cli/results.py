@@ -10,8 +10,8 @@ from pathlib import Path
 import click
 
 from lmu_dist import show
-from lmu_dist.cli.common import cli, family_option, json_option, print_notes, resolve_path, tracking_uri
-from lmu_dist.config import ConfigError, Folder, open_folder
+from lmu_dist.cli.common import cli, family_option, json_option, print_notes, resolve_path, run_folder, tracking_uri
+from lmu_dist.config import ConfigError, open_folder
 from lmu_dist.storage import local_output_dir
 
 
@@ -198,19 +198,3 @@ def export(run: str, folder: str, family: str | None) -> None:
 
     print_notes(export_model(run_folder(run), open_folder(folder), family))
     print(f"wrote {folder}: model.safetensors, config.json, tokenizer.json; reloaded, and the logits are equal")
-
-
-def run_folder(run: str) -> Folder:
-    """Returns the given folder, or the folder of the run in MLflow with this name, key or id."""
-    if "://" in run or Path(run).expanduser().is_dir():
-        return open_folder(run)
-    from lmu_dist.tracking.names import folder_of
-    from lmu_dist.tracking.store import existing_store
-    from lmu_dist.tracking.upload import set_client_limits
-
-    set_client_limits()
-    try:
-        store = existing_store(tracking_uri())
-    except ConfigError as e:
-        raise ConfigError(f"there is no folder {run!r}, and {e}") from e
-    return folder_of(store, run)

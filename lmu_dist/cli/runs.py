@@ -13,6 +13,7 @@ from lmu_dist.cli.common import (
     config_argument,
     json_option,
     load_config,
+    load_config_or_run,
     overrides_argument,
     print_notes,
     print_precision_note,
@@ -54,9 +55,10 @@ def prepare(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
 def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     """Train one model, on a Ray cluster or on this machine.
 
-    Without a cluster, a local Ray is started. Resumable; a finished run is not repeated.
+    Without a cluster, a local Ray is started. Resumable; a finished run is not repeated. Instead of CONFIG, the name or key of
+    a run goes on with that run.
     """
-    merged = load_config(config, overrides)
+    merged = load_config_or_run(config, overrides)
     print_precision_note(merged)
     from lmu_dist.launch.trainer import train as train_run
 

@@ -136,6 +136,9 @@ def _hint_for(kind: str, given: Any, key: str) -> str:
 def _unknown_key(key: str, path: tuple[Any, ...], name: str, root: type, given: Any) -> str:
     if key in MOVED:
         return f"this key is now {MOVED[key]}"
+    if setting := _setting_in_mapping(path, root):
+        inner = next(iter(given), "log") if isinstance(given, dict) else "log"
+        return f"write a key that has dots in braces: {dotted(path[:-2])}={{{setting}: {{{inner}: ...}}}}"
     if name:
         instead = dotted((*path[:-1], name))
         inner = f", as in {instead}.{next(iter(given))}" if isinstance(given, dict) and given and len(path) == 1 else ""
@@ -151,6 +154,16 @@ def _suggestion(path: tuple[Any, ...], root: type) -> str:
     made = _section_at(path[:-1], root)
     names = [field.name for field in dataclasses.fields(made)] if made else []
     return next(iter(difflib.get_close_matches(str(path[-1]), [*names, *(["include"] if made is root else [])], 1)), "")
+
+
+def _setting_in_mapping(path: Sequence[Any], root: type) -> str:
+    """The setting, such as train.learning_rate, that was split into two keys of a mapping such as tune.space; "" if none was."""
+    made = _section_at(path[:-2], root) if len(path) > 2 else None
+    if made is None or path[-2] in {field.name for field in dataclasses.fields(made)}:
+        return ""
+    if path[-2] not in {field.name for field in dataclasses.fields(root)}:
+        return ""
+    return dotted((path[-2], _suggestion(path[-2:], root) or path[-1]))
 
 
 def _similar(given: Any, allowed: Sequence[str]) -> str:

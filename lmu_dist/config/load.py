@@ -77,6 +77,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return parse(_override(_read(Path(path), {}), overrides))
 
 
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A copy of the configuration with `a.b=c` overrides applied in order. Raises ConfigError as `load` does."""
+    return parse(_override(to_dict(config), overrides))
+
+
 def sources(path: Path) -> list[Path]:
     """The YAML file and all files it includes, recursively. Used to send them to a cluster. Raises ConfigError."""
     found = dict[Path, dict[str, Any]]()

@@ -14,9 +14,9 @@ from typing import Any, cast
 
 from lmu_dist.config import DataConfig
 from lmu_dist.data.documents import BadRecord, BinaryFile, TarMember, UnreadableError
-from lmu_dist.data.formats import MEMBER_FORMATS, format_of, kind_of_content, reason_to_leave_out
-from lmu_dist.data.readers import Record, read_stream
-from lmu_dist.data.streams import buffered, byte_range, decompressed
+from lmu_dist.data.formats import MEMBER_FORMATS, format_of, reason_to_leave_out
+from lmu_dist.data.readers import Record, kind_of_stream, read_stream
+from lmu_dist.data.streams import buffered, byte_range, decompressed, is_full_disk
 
 NO_END = "unreadable: the archive is truncated or damaged, or has no members"
 UNKNOWN = "unknown kind of file"
@@ -54,14 +54,23 @@ def read_members(path: str, members: Sequence[TarMember], data: DataConfig, firs
     with open(path, "rb") as file:
         for member in members:
             location = f"{path}!{member.name}"
-            if member.offset is not None:
-                content = buffered(byte_range(file, member.offset, member.offset + member.size_bytes))
-                yield from _read_content(content, member.name, location, data, first_line)
-                continue
-            file.seek(0)
-            with _open_tar(file, "r:") as (tar, _):
-                content = tar.extractfile(next(info for index, info in enumerate(tar) if index == member.index))
-                yield from _read_content(cast(io.BufferedReader, content), member.name, location, data)
+            try:
+                yield from _read_member(file, member, location, data, first_line)
+            except OSError as e:
+                if is_full_disk(e):  # of temporary files
+                    raise
+                yield BadRecord(f"unreadable: {type(e).__name__}", location)
+
+
+def _read_member(file: BinaryFile, member: TarMember, location: str, data: DataConfig, first_line: int) -> Iterator[Record]:
+    if member.offset is not None:
+        content = buffered(byte_range(file, member.offset, member.offset + member.size_bytes))
+        yield from _read_content(content, member.name, location, data, first_line)
+        return
+    file.seek(0)
+    with _open_tar(file, "r:") as (tar, _):
+        content = tar.extractfile(next(info for index, info in enumerate(tar) if index == member.index))
+        yield from _read_content(cast(io.BufferedReader, content), member.name, location, data)
 
 
 def read_tar_stream(stream: BinaryFile, path: str, data: DataConfig) -> Iterator[Record]:
@@ -101,7 +110,7 @@ def _read_content(
     else:
         try:
             stream = decompressed(content, file_format.compression) if file_format.compression else content
-            kind = file_format.kind if file_format.kind != "unknown" else kind_of_content(stream.peek(512))
+            kind, stream = kind_of_stream(stream, file_format.kind)
             if kind == "tar":
                 yield BadRecord("unknown kind of file: an archive inside an archive", location)
             else:

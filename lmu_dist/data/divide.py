@@ -13,7 +13,7 @@ import pyarrow.parquet
 
 from lmu_dist.config import DataConfig
 from lmu_dist.data.documents import BinaryFile, CorpusShard, UnreadableError
-from lmu_dist.data.formats import Format, reason_to_leave_out
+from lmu_dist.data.formats import Format, binary_format, reason_to_leave_out
 from lmu_dist.data.paths import is_url
 from lmu_dist.data.progress import Progress
 from lmu_dist.data.readers import TEXT_DOCUMENT_BYTES, text_pieces
@@ -82,7 +82,7 @@ def _byte_range_shards(shard: CorpusShard, block_bytes: int, data: DataConfig, i
     first = member.offset or 0 if member else 0
     with open(shard.paths[0], "rb") as file:
         content = buffered(byte_range(file, first, first + shard.size_bytes))
-        if content.peek(4).startswith(tuple(mark for mark, _ in WIDE_MARKS)):
+        if content.peek(4).startswith(tuple(mark for mark, _ in WIDE_MARKS)) or binary_format(content.peek(512)):
             return [shard]
         cuts = _text_cuts(content, block_bytes, shard, data) if is_text else _line_cuts(content, block_bytes)
         bounds = [(0, 1), *((at, line) for at, line in cuts if at < shard.size_bytes), (shard.size_bytes, 0)]

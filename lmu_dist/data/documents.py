@@ -3,12 +3,15 @@
 Used by all readers (data/readers, data/archives, data/hub, data/sources) and by the steps of data/prepare.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 from lmu_dist.config import DataConfig
 
+MAX_FIELDS = 8  # names of fields that a message lists
 EMPTY = ("empty document", "empty line", "empty file")  # reasons that `data.empty: drop` allows
+NO_FIELD, NOT_UTF8, NULS = "no text field", "not UTF-8", "NUL characters: UTF-16 or binary data"
 # How the reasons of records begin that are there for the user to know, and are not bad.
 NOTES = ("left out", "kept as text")  # such as a README beside the data, or a line that could separate documents
 
@@ -17,23 +20,27 @@ NOTES = ("left out", "kept as text")  # such as a README beside the data, or a l
 class Document:
     """One text of the corpus and its location (file:line).
 
-    `split` is the split that the data set itself assigns; None: the split follows from the text.
+    `split` is the split that the data set itself assigns; None: the split follows from the text. `separated` says whether a
+    line `data.document_separator` ended the document; None: it is not of a text file, or there is no such key.
     """
 
     text: str
     location: str
     split: str | None = None
+    separated: bool | None = None
 
 
 @dataclass(frozen=True)
 class BadRecord:
     """A line, row or file that is not read as a document, or a note on one: the reason and the location (file:line).
 
-    A reason that begins with "unreadable" concerns a whole file, or the rest of one.
+    A reason that begins with "unreadable" concerns a whole file, or the rest of one. Records are counted by their reasons;
+    `detail` is what only this one has.
     """
 
     reason: str
     location: str
+    detail: str = field(default="", compare=False)
 
 
 @runtime_checkable
@@ -99,33 +106,70 @@ def counts_as_bad(reason: str, data: DataConfig) -> bool:
     return not (reason.startswith(NOTES) or (data.empty == "drop" and reason in EMPTY))
 
 
-def make_document(value: Any, location: str, split: str | None = None) -> Document | BadRecord:
+def make_record(row: Any, field: str, location: str, split: str | None = None) -> Document | BadRecord:
+    """The document of a row, whose text is in a field, or is the row itself; see `make_document`."""
+    record = make_document(row if isinstance(row, str) else find_field(row, field), location, split)
+    if isinstance(record, BadRecord) and record.reason == NO_FIELD:
+        return replace(record, detail=_description(row, field))
+    return record
+
+
+def list_of_fields(names: Iterable[str]) -> str:
+    """What a row has instead of the field that is missed, for a message."""
+    names = list(names)
+    return f"it has: {', '.join(names[:MAX_FIELDS])}{', ...' if len(names) > MAX_FIELDS else ''}"[:200]
+
+
+def make_document(
+    value: Any, location: str, split: str | None = None, separated: bool | None = None
+) -> Document | BadRecord:
     """A document of a field's value: text, UTF-8 bytes, or a list of these, which is joined by newlines."""
     if not isinstance(value, str):
         try:
             value = _joined_text(value)
         except UnicodeDecodeError:
-            return BadRecord("not UTF-8", location)
+            return BadRecord(NOT_UTF8, location)
         if value is None:
-            return BadRecord("no text field", location)
+            return BadRecord(NO_FIELD, location)
     if not value.strip():
         return BadRecord("empty document", location)
     if "\0" in value and value.count("\0") * 8 > len(value):
-        return BadRecord("NUL characters: UTF-16 or binary data", location)
+        return BadRecord(NULS, location)
     try:
         value.encode()  # a JSON escape can hold half a surrogate pair, which is not valid UTF-8
     except UnicodeEncodeError:
-        return BadRecord("not UTF-8", location)
-    return Document(value, location, split)
+        return BadRecord(NOT_UTF8, location)
+    return Document(value, location, split, separated)
 
 
 def _joined_text(value: Any) -> str | None:
-    """The text of UTF-8 bytes, or of a list of texts; None if the value is something else. Raises UnicodeDecodeError."""
+    """The text of UTF-8 bytes, or of a list of texts, nested or with nulls among them; None if the value is something else.
+
+    Raises UnicodeDecodeError.
+    """
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, list) and all(isinstance(item, str | bytes) for item in value):
-        return "\n".join(item if isinstance(item, str) else item.decode() for item in value)
-    return None
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    texts = [_joined_text(item) for item in value if item is not None]
+    return None if None in texts else "\n".join(text for text in texts if text is not None)
+
+
+def _description(row: Any, field: str) -> str:
+    """What a row without a text field has, for a message."""
+    if not isinstance(row, dict):
+        return f"it is {_kind(row)}"
+    value = find_field(row, field)
+    return list_of_fields(row) if value is None else f"{field} is {_kind(value)}"
+
+
+def _kind(value: Any) -> str:
+    """The kind of a JSON value that is no text."""
+    if isinstance(value, list):
+        return f"a list with {_kind(value[0])} first" if value else "an empty list"
+    if isinstance(value, dict):
+        return f"an object ({list_of_fields(value)})"
+    return "a text" if isinstance(value, str | bytes) else "null" if value is None else "a number or the like"
 
 
 def find_field(row: Any, field: str) -> Any:

@@ -51,6 +51,17 @@ METADATA = re.compile(
 )
 
 
+MAGIC = {  # how files begin that are no text
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "a zip archive": re.compile(rb"PK\x03\x04"),
+    "parquet": re.compile(rb"PAR1\x15"),
+    "a tar": re.compile(rb".{257}ustar[\0 ]", re.DOTALL),
+}
+
+
 @dataclass(frozen=True)
 class Format:
     """What a file holds, and how it is compressed (a value of COMPRESSIONS; "" for not at all).
@@ -88,6 +99,11 @@ def reason_to_leave_out(name: str) -> str | None:
     if CHECKSUMS.fullmatch(base):
         return "left out: checksums"
     return "left out: metadata" if METADATA.fullmatch(base) else None
+
+
+def binary_format(head: bytes) -> str | None:
+    """The compression (a value of COMPRESSIONS), "a tar" or the like, that the first bytes of a file show; None for others."""
+    return next((name for name, magic in MAGIC.items() if magic.match(head)), None)
 
 
 def kind_of_content(head: bytes) -> Kind:

@@ -6,12 +6,14 @@ a slice of a split, such as train[:10%], the library downloads the whole split. 
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
-from lmu_dist.data.documents import BadRecord, CorpusShard, Document, find_field, make_document
+from lmu_dist.data.documents import BadRecord, CorpusShard, Document, make_record
 
 SHARD_ROWS = 20_000  # a data set that is not streamed is read in shards of about as many rows
 SAVED = ("state.json", "dataset_dict.json")  # files of a folder that save_to_disk wrote
@@ -19,7 +21,8 @@ SAVED = ("state.json", "dataset_dict.json")  # files of a folder that save_to_di
 
 def list_dataset(data: DataConfig) -> list[CorpusShard]:
     """The shards of a data set, those of its validation split last. Raises ConfigError if it cannot be loaded."""
-    path = _path(data)
+    _check_validation_split(data)
+    path = dataset_path(data)
     stamp, n_bytes = dataset_stamp(path), sum(file.stat().st_size for file in _local_files(path))
     shards = []
     for split, belongs_to in ((data.dataset_split, None), (data.dataset_validation_split, "validation")):
@@ -58,7 +61,53 @@ def read_dataset(shard: CorpusShard, data: DataConfig) -> Iterator[Document | Ba
         if row is None:
             return
         number += 1
-        yield make_document(find_field(row, data.text_field), f"{data.dataset}/{index}:{number}", shard.split)
+        yield make_record(row, data.text_field, f"{data.dataset}/{index}:{number}", shard.split)
+
+
+def _check_validation_split(data: DataConfig) -> None:
+    """Raises ConfigError if a document could be in both `dataset_split` and `dataset_validation_split`."""
+    if data.dataset_validation_split is None:
+        return
+    for one in map(_slice, data.dataset_split.split("+")):
+        for other in map(_slice, data.dataset_validation_split.split("+")):
+            if not one.is_disjoint(other):
+                raise ConfigError(
+                    f"data.dataset_validation_split: {data.dataset_validation_split} may have documents of data.dataset_split, "
+                    f"{data.dataset_split}; give another split, or slices that do not overlap, such as {one.name}[5%:] and "
+                    f"{one.name}[:5%]"
+                )
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A part of a split: from row `begin` to row `end`, in percent or in rows; a negative number counts from the end."""
+
+    name: str
+    begin: int
+    end: int | None
+    unit: str
+
+    def is_disjoint(self, other: "_Slice") -> bool:
+        """Whether the slices have no row in common, however many rows the split has."""
+        if "all" not in (self.name, other.name) and self.name != other.name:
+            return True
+
+        def is_before(a: _Slice, b: _Slice) -> bool:
+            return a.end is not None and (a.end < 0) == (b.begin < 0) and a.end <= b.begin
+
+        return self.unit == other.unit and (is_before(self, other) or is_before(other, self))
+
+
+def _slice(text: str) -> _Slice:
+    """The slice that a part of a split's name says, such as train[:5%]; the whole split if it cannot be read."""
+    match = re.fullmatch(r"([^\[]+)\[(-?[\d_]+)?(%?):(-?[\d_]+)?(%?)\].*", text.strip())
+    if match is None:
+        return _Slice(text.strip().partition("[")[0], 0, None, "")
+    begin, end = int(match[2] or 0), int(match[4]) if match[4] else None
+    unit = match[3] or match[5]
+    if unit:  # the end of a split is at 100 %
+        begin, end = (n + 100 if n is not None and n < 0 else n for n in (begin, end))
+    return _Slice(match[1], begin or 0, end, unit)
 
 
 def _load(data: DataConfig, split: str) -> Any:
@@ -68,7 +117,7 @@ def _load(data: DataConfig, split: str) -> Any:
 
     disable_progress_bars()
     logging.set_verbosity(logging.CRITICAL)  # it logs what it raises, too
-    path = _path(data)
+    path = dataset_path(data)
     try:
         if any(os.path.isfile(os.path.join(path, name)) for name in SAVED):
             return _saved_split(load_from_disk(path), split)
@@ -95,7 +144,7 @@ def _n_shards(dataset: Any) -> int:
     return max(1, len(dataset) // SHARD_ROWS) if isinstance(dataset, Dataset) else dataset.num_shards
 
 
-def _path(data: DataConfig) -> str:
+def dataset_path(data: DataConfig) -> str:
     """The name on the hub, or the absolute path of a local data set: the processes of a cluster have other working folders."""
     path = os.path.abspath(os.path.expanduser(str(data.dataset)))
     return path if os.path.exists(path) else str(data.dataset)

@@ -16,6 +16,8 @@ from typing_extensions import TypedDict  # pydantic reads that of typing only fr
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, DataConfig, FailedError, Folder, TokenizerConfig
 from lmu_dist.data.documents import CorpusShard
+from lmu_dist.data.hub import dataset_path
+from lmu_dist.data.paths import is_url, list_files, local_path
 from lmu_dist.data.sources import list_shards
 from lmu_dist.data.tokenizer import END_OF_TEXT
 from lmu_dist.records import known_fields
@@ -74,25 +76,29 @@ class Manifest:
 class Location:
     """Where a corpus is or will be: its folder, whether it is prepared, and the shards to prepare it from.
 
-    `shards` is None if the source was not listed. `note` says why, if the source is absent; else it is "".
+    `shards` is None if the source was not listed. `note` says why, if the source is absent; else it is "". `local_files` is the
+    digest of the local files beside URLs, see `_local_digest`.
     """
 
     folder: Folder
     prepared: bool
     shards: list[CorpusShard] | None
     note: str = ""
+    local_files: str = ""
 
 
 def locate(data: DataConfig, storage_folder: Folder) -> Location:
     """Finds the folder of a corpus. Lists local files: a changed file makes another corpus. Raises ConfigError if it cannot.
 
-    A source on a network is listed only once; afterwards the prepared corpus is used as it is. If local files are gone, the
-    corpus that was prepared from them is used.
+    A source on a network is listed only once; afterwards the prepared corpus is used as it is, unless local files in the same
+    list have changed. If local files are gone, the corpus that was prepared from them is used.
     """
-    is_local = not _is_on_network(data)
-    if not is_local and (known := _indexed_folder(data, storage_folder, is_local)) is not None:
-        return Location(known, True, None)
+    local_files = ""
     try:
+        if _is_on_network(data):
+            local_files = _local_digest(data)
+            if (known := _indexed_folder(data, storage_folder, is_local=False, local_files=local_files)) is not None:
+                return Location(known, True, None)
         shards = list_shards(data)
     except (ConfigError, FailedError, OSError) as e:
         if (known := _indexed_folder(data, storage_folder, is_local=True)) is None:
@@ -101,7 +107,7 @@ def locate(data: DataConfig, storage_folder: Folder) -> Location:
         note = f"the source of the corpus cannot be read ({reason}); the tokens that were prepared from it are used: {known}"
         return Location(known, True, None, note)
     folder = corpus_folder(data, storage_folder, shards)
-    return Location(folder, (folder / MANIFEST).exists(), shards)
+    return Location(folder, (folder / MANIFEST).exists(), shards, local_files=local_files)
 
 
 def corpus_folder(data: DataConfig, storage_folder: Folder, shards: list[CorpusShard] | None = None) -> Folder:
@@ -116,9 +122,10 @@ def corpus_folder(data: DataConfig, storage_folder: Folder, shards: list[CorpusS
     return of_format_1 if (of_format_1 / MANIFEST).exists() else folder
 
 
-def remember_folder(data: DataConfig, storage_folder: Folder, folder: Folder) -> None:
+def remember_folder(data: DataConfig, storage_folder: Folder, location: Location) -> None:
     """Writes where the corpus of a configuration is, so that it is found without listing its source."""
-    entry = {"folder": folder.name, "tokenizer_files": _tokenizer_digests(data)}
+    entry = {"folder": location.folder.name, "tokenizer_files": _tokenizer_digests(data)}
+    entry |= {"local_files": location.local_files} if location.local_files else {}
     path = _index_path(data, storage_folder, is_local=not _is_on_network(data))
     if _read_index(path) != entry:
         storage.make_folder(path.parent)
@@ -147,10 +154,15 @@ def read_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
-def _indexed_folder(data: DataConfig, storage_folder: Folder, is_local: bool) -> Folder | None:
-    """The prepared corpus of a configuration according to the index; None if there is none, or if a tokenizer file changed."""
+def _indexed_folder(
+    data: DataConfig, storage_folder: Folder, is_local: bool, local_files: str | None = None
+) -> Folder | None:
+    """The prepared corpus of a configuration according to the index.
+
+    None if there is none, or if a tokenizer file changed, or if `local_files` is given and is not the digest of then.
+    """
     entry = _read_index(_index_path(data, storage_folder, is_local))
-    if entry is None:
+    if entry is None or local_files not in (None, entry.get("local_files", "")):
         return None
     digests = zip(_tokenizer_digests(data), entry["tokenizer_files"], strict=False)
     folder = storage_folder / "data" / entry["folder"]
@@ -159,8 +171,8 @@ def _indexed_folder(data: DataConfig, storage_folder: Folder, is_local: bool) ->
 
 def _index_path(data: DataConfig, storage_folder: Folder, is_local: bool) -> Folder:
     """Path of a configuration's entry in the index. `is_local`: data.dataset, if there is one, is a local path."""
-    files = tuple(f if "://" in f else os.path.abspath(os.path.expanduser(f)) for f in data.files)
-    dataset = os.path.abspath(data.dataset) if data.dataset and is_local else data.dataset
+    files = tuple(f if is_url(f) else os.path.abspath(local_path(f)) for f in data.files)
+    dataset = os.path.abspath(os.path.expanduser(data.dataset)) if data.dataset and is_local else data.dataset
     return storage_folder / "data" / "index" / f"{_digest(_settings(replace(data, files=files, dataset=dataset)))}.json"
 
 
@@ -173,9 +185,17 @@ def _read_index(path: Folder) -> dict[str, Any] | None:
 
 
 def _is_on_network(data: DataConfig) -> bool:
-    if data.source == "huggingface":
-        return not os.path.exists(str(data.dataset))
-    return data.source == "files" and any("://" in pattern for pattern in data.files)
+    if data.source == "huggingface":  # a name on the hub is no path: a local folder that is gone was listed here
+        return not os.path.exists(dataset_path(data)) and not str(data.dataset).startswith(("/", "~", "."))
+    return data.source == "files" and any(map(is_url, data.files))
+
+
+def _local_digest(data: DataConfig) -> str:
+    """A digest of the local files that `data.files` names beside URLs, their sizes and times; "" if it names URLs only."""
+    if not (local := tuple(entry for entry in data.files if not is_url(entry))):
+        return ""
+    files, _ = list_files(replace(data, files=local))
+    return _digest([[file.path, file.stamp] for file in files])
 
 
 def _tokenizer_digests(data: DataConfig) -> list[str | None]:

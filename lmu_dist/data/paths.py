@@ -18,6 +18,7 @@ from lmu_dist.data.documents import BadRecord, UnreadableError
 from lmu_dist.data.formats import KNOWN, format_of, reason_to_leave_out
 from lmu_dist.storage import error_text
 
+LOCAL_SCHEMES = ("file://", "local://")  # URLs of the local file system
 # What file systems call the things that change with the content of a file.
 VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "LastModified", "Last-Modified", "mtime", "updated", "created")
 
@@ -39,7 +40,7 @@ def list_files(data: DataConfig) -> tuple[list[SourceFile], list[BadRecord]]:
     files, notes = dict[str, SourceFile](), list[BadRecord]()
     try:
         for entry in data.files:
-            found, left_out = _list_url(entry) if is_url(entry) else _list_local(entry.removeprefix("file://"))
+            found, left_out = _list_url(entry) if is_url(entry) else _list_local(local_path(entry))
             files |= {file.path: file for file in found}
             notes += left_out
         return _each_once(files, notes, data)
@@ -68,7 +69,13 @@ def _each_once(
 
 def is_url(path: str) -> bool:
     """Whether a path is a URL, which is read by fsspec, and not a path of the local file system."""
-    return "://" in path and not path.startswith("file://")
+    return "://" in path and not path.lower().startswith(LOCAL_SCHEMES)
+
+
+def local_path(entry: str) -> str:
+    """The path that an entry of `data.files` names, if `is_url` is false: without file://, and with the home for ~."""
+    scheme = next((scheme for scheme in LOCAL_SCHEMES if entry.lower().startswith(scheme)), "")
+    return os.path.expanduser(entry[len(scheme) :])
 
 
 def open_file(path: str) -> Any:
@@ -104,17 +111,16 @@ def stamp_of(path: str) -> str:
         return _remote_file(fs, inner, fs.info(inner)).stamp
 
 
-def _list_local(entry: str) -> tuple[list[SourceFile], list[BadRecord]]:
-    path = os.path.expanduser(entry)
+def _list_local(path: str) -> tuple[list[SourceFile], list[BadRecord]]:
     if os.path.isdir(path):
         return _list_folder(path)
     if os.path.lexists(path):  # also a path with brackets, which would be a glob otherwise
         if not os.path.isfile(path):
-            raise ConfigError(f"data.files: {entry} is a broken link, or no regular file; give the path of a file")
+            raise ConfigError(f"data.files: {path} is a broken link, or no regular file; give the path of a file")
         if format_of(path) is None:
-            raise _unknown_type(entry)
+            raise _unknown_type(path)
         return [_local_file(path)], []
-    return _list_glob(entry, sorted(glob.glob(path, recursive=True)))
+    return _list_glob(path, sorted(glob.glob(path, recursive=True)))
 
 
 def _list_glob(entry: str, paths: list[str]) -> tuple[list[SourceFile], list[BadRecord]]:

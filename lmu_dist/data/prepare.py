@@ -6,7 +6,6 @@ join them in a fixed order (data/merge). All files are written atomically. Prepa
 the result is the same byte for byte. Called by launch/corpus.
 """
 
-import errno
 import hashlib
 import json
 from collections.abc import Iterator
@@ -24,15 +23,16 @@ from lmu_dist.data.corpus import Corpus, open_corpus
 from lmu_dist.data.divide import split_shards
 from lmu_dist.data.documents import CorpusShard, Document
 from lmu_dist.data.manifest import MANIFEST, TOKENIZER, locate, remember_folder
-from lmu_dist.data.merge import check_counts, merge_parts
+from lmu_dist.data.merge import DamagedPartsError, check_counts, merge_parts
 from lmu_dist.data.progress import Progress, regularly
 from lmu_dist.data.sources import count_archives, read
 from lmu_dist.data.splits import split_of_document, split_shift
+from lmu_dist.data.streams import is_full_disk
 from lmu_dist.data.task_runner import TaskRunner, run_in_processes
-from lmu_dist.data.tokenize_shard import TokenizeTask, part_path
+from lmu_dist.data.tokenize_shard import PART_FORMAT, TokenizeTask, part_path, read_counts
 
 LAYOUT = "layout"  # file in the folder `parts`: digest of the shards that the parts belong to
-NOTES = "notes"  # file in the folder `parts`: the notes of the tokenizer
+NOTES = "notes"  # file in the folder `parts`: the notes of the tokenizer, and the sha256 of tokenizer.json
 TOKENIZER_TRAINING_BYTES = 64_000_000  # text that a BPE tokenizer is trained on, taken evenly from all shards
 
 
@@ -56,7 +56,7 @@ def prepare(
     corpus = open_corpus(folder, progress)
     if location.shards is not None:
         with suppress(OSError):  # the index only saves time
-            remember_folder(data, storage_folder, folder)
+            remember_folder(data, storage_folder, location)
     return replace(corpus, notes=(*corpus.manifest.notes, *([location.note] if location.note else [])))
 
 
@@ -70,11 +70,16 @@ def _prepare(data: DataConfig, shards: list[CorpusShard], folder: Folder, progre
                 _clean_up(parts, folder)
                 shift = split_shift(data, parts)
                 notes = _ensure_tokenizer(data, parts, folder, progress, shift)
-                counts = _tokenize_missing(data, parts, folder, progress, run_tasks, shift)
-                check_counts(data, sum(len(s.paths) for s in shards), count_archives(shards), counts, folder)
-                merge_parts(data, counts, folder, progress, shift, notes)
+                n_files, n_archives, remade = sum(len(s.paths) for s in shards), count_archives(shards), set[int]()
+                while not (folder / MANIFEST).exists():
+                    counts = _tokenize_missing(data, parts, folder, progress, run_tasks, shift)
+                    try:
+                        check_counts(data, n_files, n_archives, counts, folder)
+                        merge_parts(data, counts, folder, progress, shift, notes)
+                    except DamagedPartsError as e:  # perhaps by a power failure; they are made again, once
+                        _discard(e.indices, folder, remade)
             storage.remove(folder / "parts")
-    except FileNotFoundError:
+    except (FileNotFoundError, FailedError):
         # For a URI the lock holds on this machine only: another machine may have finished the corpus and deleted the parts.
         if not (folder / MANIFEST).exists():
             raise
@@ -82,14 +87,27 @@ def _prepare(data: DataConfig, shards: list[CorpusShard], folder: Folder, progre
         raise ConfigError(f"{folder} is being prepared by another process; wait until it has finished, then start again") from e
 
 
+def _discard(indices: set[int], folder: Folder, remade: set[int]) -> None:
+    """Deletes damaged parts and adds them to `remade`. Raises FailedError if some are in there already."""
+    if again := sorted(remade & indices):
+        path = part_path(folder, again[0], "*")
+        raise FailedError(f"preparing failed: {path} is damaged again after it was made anew; check the disk of {folder}")
+    for index in indices:
+        with suppress(FileNotFoundError):
+            part_path(folder, index, "json").unlink()
+    remade |= indices
+
+
 def _clean_up(shards: list[CorpusShard], folder: Folder) -> None:
-    """Deletes what an interrupted preparation left behind and cannot be used: unfinished parts, and what is of other shards.
+    """Deletes what an interrupted preparation left behind and cannot be used: unfinished parts, and what is of other shards
+    or of a tokenizer that is damaged.
 
     Another version may divide the corpus otherwise. The parts, and the text that the tokenizer is trained on, depend on that.
     """
     parts = folder / "parts"
-    layout = hashlib.sha256(repr(shards).encode()).hexdigest().encode()
-    if not (parts / LAYOUT).is_file() or (parts / LAYOUT).read_bytes() != layout:
+    layout = hashlib.sha256(repr((PART_FORMAT, shards)).encode()).hexdigest().encode()
+    same_layout = (parts / LAYOUT).is_file() and (parts / LAYOUT).read_bytes() == layout
+    if not same_layout or _tokenizer_notes(folder) is None:
         storage.remove(parts)
         if (folder / TOKENIZER).exists():
             (folder / TOKENIZER).unlink()
@@ -105,7 +123,7 @@ def _full_disk_as_error(folder: Folder) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full_disk(e):
             raise
         raise FailedError(f"the disk is full while preparing {folder}; free some space, what is finished is kept") from e
 
@@ -118,8 +136,8 @@ def _ensure_tokenizer(
     A BPE tokenizer is trained on training documents from all shards.
     """
     path, notes_path = folder / TOKENIZER, folder / "parts" / NOTES
-    if path.exists():
-        return tuple(json.loads(notes_path.read_text()))
+    if (known := _tokenizer_notes(folder)) is not None:
+        return known
     budget = TOKENIZER_TRAINING_BYTES // len(shards)
     total, done, phase = sum(s.size_bytes for s in shards), 0, "reading text"
 
@@ -143,9 +161,20 @@ def _ensure_tokenizer(
             tokenizer, notes = vocabulary.make(data.tokenizer, texts)
     else:
         tokenizer, notes = vocabulary.make(data.tokenizer, texts)
-    storage.write_atomic(notes_path, json.dumps(notes).encode())
-    storage.write_atomic(path, tokenizer.to_str().encode())
+    content = tokenizer.to_str().encode()
+    facts = {"notes": notes, "sha256": hashlib.sha256(content).hexdigest()}
+    storage.write_atomic(notes_path, json.dumps(facts).encode())
+    storage.write_atomic(path, content)
     return notes
+
+
+def _tokenizer_notes(folder: Folder) -> tuple[str, ...] | None:
+    """The notes on the tokenizer of an unfinished corpus; None if it is missing, or if it or the notes are damaged."""
+    try:
+        facts = json.loads((folder / "parts" / NOTES).read_bytes())
+        return tuple(facts["notes"]) if storage.digest(folder / TOKENIZER) == facts["sha256"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _tokenize_missing(
@@ -153,13 +182,22 @@ def _tokenize_missing(
 ) -> list[dict[str, Any]]:
     """Tokenizes every shard whose part does not exist yet. Returns the counts of all parts, in the order of the shards."""
     storage.make_folder(folder / "parts")
-    made = {path.name for path in (folder / "parts").glob("*.json")}
+    listed = {path.name for path in (folder / "parts").glob("*.json")}
+    all_counts = [
+        read_counts(folder, i) if part_path(folder, i, "json").name in listed else None for i in range(len(shards))
+    ]
     tasks = (TokenizeTask(data, shard, i, folder, shift=shift) for i, shard in enumerate(shards))
-    todo = [task for task in tasks if part_path(folder, task.index, "json").name not in made]
+    todo = [task for task in tasks if all_counts[task.index] is None]
     total = sum(s.size_bytes for s in shards)
     made_before = total - sum(task.shard.size_bytes for task in todo)
     if todo:
         with closing(run_tasks(todo)) as runner:
             for done, text in runner:
                 progress("tokenizing", made_before + done, total, f"{text / 1e6:,.1f} MB of text" if text else "")
-    return [json.loads(part_path(folder, i, "json").read_text()) for i in range(len(shards))]
+    result = list[dict[str, Any]]()
+    for i, made_before_this in enumerate(all_counts):
+        counts = made_before_this or read_counts(folder, i)
+        if counts is None:
+            raise FailedError(f"preparing failed: {part_path(folder, i, 'json')} cannot be read after it was written")
+        result.append(counts)
+    return result

@@ -10,6 +10,8 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import pyarrow
@@ -17,16 +19,26 @@ import pyarrow.compute
 import pyarrow.parquet
 
 from lmu_dist.config import DataConfig
-from lmu_dist.data.documents import BadRecord, BinaryFile, Document, UnreadableError, find_field, make_document
-from lmu_dist.data.formats import Kind
+from lmu_dist.data.documents import (
+    NO_FIELD,
+    NOT_UTF8,
+    NULS,
+    BadRecord,
+    BinaryFile,
+    Document,
+    UnreadableError,
+    list_of_fields,
+    make_document,
+    make_record,
+)
+from lmu_dist.data.formats import Kind, binary_format, kind_of_content
 from lmu_dist.data.streams import CHUNK_BYTES, buffered, in_utf8, reported
 
 Record = Document | BadRecord
 TEXT_DOCUMENT_BYTES = 16_384  # a longer text file is cut into documents of about this size, at line ends
 MAX_LINE_BYTES = 64_000_000  # a longer JSON line or value is a bad record; reading it whole could exhaust memory
 BOM = codecs.BOM_UTF8
-_SEPARATOR = re.compile(rb"(^|\n)<\|(endoftext|end_of_text)\|>\s*(\n|$)")
-NULS = "NUL characters: UTF-16 or binary data"
+_SEPARATOR = re.compile(rb"(?P<line>^|\n)?<\|(endoftext|end_of_text)\|>(?(line)\s*(\n|$))")
 
 
 def read_stream(
@@ -36,6 +48,8 @@ def read_stream(
 
     Raises UnreadableError if the rest of the stream cannot be read.
     """
+    if kind != "parquet" and first_line == 1 and (found := binary_format(stream.peek(512))):
+        raise UnreadableError(f"unreadable: its name does not say that it is {found}; rename it")
     if kind == "parquet":
         with tempfile.TemporaryFile() as file:  # a parquet file is read from its end
             shutil.copyfileobj(stream, file)
@@ -53,6 +67,14 @@ def read_stream(
         yield from read(stream, location, data.text_field, first_line)
 
 
+def kind_of_stream(stream: io.BufferedReader, kind: Kind) -> tuple[Kind, io.BufferedReader]:
+    """The kind of a decompressed stream, by its first bytes if its name does not say it, and the stream, in UTF-8 then."""
+    if kind == "unknown" and (kind := kind_of_content(stream.peek(512))) != "tar":
+        stream = in_utf8(stream)
+        kind = kind_of_content(stream.peek(512))
+    return kind, stream
+
+
 def _read_json_lines(lines: io.BufferedReader, location: str, text_field: str, first_line: int = 1) -> Iterator[Record]:
     number = first_line - 1
     while line := lines.readline(MAX_LINE_BYTES):
@@ -67,11 +89,11 @@ def _read_json_lines(lines: io.BufferedReader, location: str, text_field: str, f
             # Files with a byte order mark may have been concatenated, so any line can begin with one.
             row = json.loads(line.decode("utf-8-sig" if line.startswith(BOM) else "utf-8"))
         except UnicodeDecodeError:
-            yield BadRecord("not UTF-8", here)
+            yield BadRecord(NOT_UTF8, here)
         except (ValueError, RecursionError):
             yield BadRecord(NULS if b"\0" in line else "broken JSON" if line.strip() else "empty line", here)
         else:
-            yield make_document(find_field(row, text_field), here)
+            yield make_record(row, text_field, here)
 
 
 def _read_json(stream: io.BufferedReader, location: str, text_field: str, first_line: int = 1) -> Iterator[Record]:
@@ -83,7 +105,7 @@ def _read_json(stream: io.BufferedReader, location: str, text_field: str, first_
         return
     number = 0
     for number, row in enumerate(_json_values(whole), 1):
-        yield make_document(find_field(row, text_field), f"{location}[{number}]")
+        yield make_record(row, text_field, f"{location}[{number}]")
     if not number and head[0]:
         yield BadRecord("empty file", location)
 
@@ -177,33 +199,38 @@ def _read_text(
         chunk, rest = chunk[:end], chunk[end:]
         here = f"{location}:{number}"
         number += chunk.count(b"\n")
+        separated = None
         if separator is not None:
-            chunk = _without_separator(chunk, separator.strip().encode())
+            chunk, separated = _without_separator(chunk, separator.strip().encode())
             if not chunk and not separator.strip():  # one of several empty lines
                 continue
         if not is_source and BOM in chunk:
             chunk = (chunk.removeprefix(BOM) if at_line_start else chunk).replace(b"\n" + BOM, b"\n")
-        if separator is None and not is_source and not noted and b"<|end" in piece and _SEPARATOR.search(piece):
+        if separator is None and not is_source and not noted and b"<|end" in piece and (found := _SEPARATOR.search(piece)):
             noted = True
-            yield BadRecord("kept as text: lines <|endoftext|>; set data.document_separator to split there", here)
+            inline = "<|endoftext|> inside lines; put it on lines of its own and"
+            what = "lines <|endoftext|>;" if found["line"] is not None else inline
+            yield BadRecord(f"kept as text: {what} set data.document_separator to split there", here)
         at_line_start = piece.endswith(b"\n")
         if b"\0" in chunk and not is_source:
             yield BadRecord(NULS, here)
             continue
         try:
-            yield make_document(chunk.decode(), here)
+            yield make_document(chunk.decode(), here, separated=separated)
         except UnicodeDecodeError:
-            yield BadRecord("not UTF-8", here)
+            yield BadRecord(NOT_UTF8, here)
     if rest:
-        yield BadRecord("not UTF-8", f"{location}:{number}")
+        yield BadRecord(NOT_UTF8, f"{location}:{number}")
     elif not n_pieces:
         yield BadRecord("empty document", location)
 
 
-def _without_separator(piece: bytes, mark: bytes) -> bytes:
-    """The document of a piece: without its separator line, and without line ends around it."""
-    text, _, last = piece.rstrip(b"\r\n").rpartition(b"\n")
-    return (text if last.strip() == mark else piece).strip(b"\r\n")
+def _without_separator(piece: bytes, mark: bytes) -> tuple[bytes, bool]:
+    """The document of a piece, without its separator line and line ends around it; and whether it has a separator line."""
+    lines = piece.rstrip(b"\r\n") if mark else piece.removesuffix(b"\n")
+    text, _, last = lines.rpartition(b"\n")
+    separated = last.strip() == mark and (bool(mark) or piece.endswith(b"\n"))
+    return (text if separated else piece).strip(b"\r\n"), separated
 
 
 def _incomplete_bytes(chunk: bytes) -> int:
@@ -216,12 +243,45 @@ def _incomplete_bytes(chunk: bytes) -> int:
     return 0
 
 
+class _ParquetSource:
+    """An open file for pyarrow. `error` is what reading the file itself raised, which says nothing of its content."""
+
+    def __init__(self, file: BinaryFile) -> None:
+        self._file = file
+        self.error: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads at most `size` bytes, all if it is negative."""
+        try:
+            return self._file.read(size)
+        except Exception as e:
+            self.error = e
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
+@contextmanager
+def _damage_reported(source: _ParquetSource) -> Iterator[None]:
+    """Turns pyarrow's errors into an UnreadableError. It raises a plain OSError for a damaged page, as a file system may."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as e:
+        if source.error is not None:
+            raise source.error from e
+        raise UnreadableError(f"unreadable: damaged ({type(e).__name__})") from e
+
+
 def read_parquet(
-    source: str | BinaryFile, location: str, text_field: str, row_groups: tuple[int, int] | None = None, first_row: int = 1
+    file: BinaryFile, location: str, text_field: str, row_groups: tuple[int, int] | None = None, first_row: int = 1
 ) -> Iterator[Record]:
     """Yields the records of a parquet file, or of some of its row groups. Raises UnreadableError if it is damaged."""
-    with reported(pyarrow.ArrowException), pyarrow.parquet.ParquetFile(source) as table:
+    source = _ParquetSource(file)
+    with _damage_reported(source), pyarrow.parquet.ParquetFile(source) as table:
         field = _parquet_field(table.schema_arrow, text_field)
+        kind = f"{text_field} is {table.schema_arrow.field(text_field).type}" if text_field in table.schema_arrow.names else ""
+        detail = kind or list_of_fields(table.schema_arrow.names)
         number = first_row - 1
         groups = list(range(*(row_groups or (0, table.num_row_groups))))
         if not table.metadata.num_rows:
@@ -234,7 +294,8 @@ def read_parquet(
                 column = _to_bytes(array)
             for value in column:
                 number += 1
-                yield make_document(value, f"{location}:{number}")
+                record = make_document(value, f"{location}:{number}")
+                yield replace(record, detail=detail) if isinstance(record, BadRecord) and record.reason == NO_FIELD else record
 
 
 def _parquet_field(schema: pyarrow.Schema, text_field: str) -> list[str] | None:
@@ -257,11 +318,20 @@ def _to_bytes(array: pyarrow.Array) -> list[Any]:
     value that is not UTF-8 would spoil the whole batch.
     """
     array = array.storage if isinstance(array, pyarrow.ExtensionArray) else array
-    types, kind = pyarrow.types, array.type
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    value = kind.value_type if is_list or types.is_dictionary(kind) else kind
-    value = value.value_type if types.is_dictionary(value) else value
-    tests = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed_size_binary")
-    if not any(getattr(types, f"is_{name}")(value) for name in tests):
-        return [None] * len(array)
-    return array.cast(pyarrow.list_(pyarrow.large_binary()) if is_list else pyarrow.large_binary()).to_pylist()
+    kind = _bytes_type(array.type)
+    return [None] * len(array) if kind is None else array.cast(kind).to_pylist()
+
+
+def _bytes_type(kind: pyarrow.DataType) -> pyarrow.DataType | None:
+    """The type of bytes, or of lists of these, to which a column of text can be cast; None if it is no text."""
+
+    def is_one_of(names: str) -> bool:
+        return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in names.split())
+
+    if is_one_of("list large_list fixed_size_list list_view large_list_view"):
+        value = _bytes_type(kind.value_type)
+        return None if value is None else pyarrow.list_(value)
+    if is_one_of("dictionary"):
+        return _bytes_type(kind.value_type)
+    texts = "string large_string string_view binary large_binary binary_view fixed_size_binary"
+    return pyarrow.large_binary() if is_one_of(texts) else None

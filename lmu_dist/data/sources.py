@@ -9,17 +9,18 @@ import os
 import platform
 import sysconfig
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
 from lmu_dist.data.archives import NO_END, is_readable_member, list_tar, read_members, read_tar_stream
 from lmu_dist.data.documents import BadRecord, BinaryFile, CorpusShard, Document, UnreadableError
-from lmu_dist.data.formats import KNOWN, MEMBER_FORMATS, Format, format_of, kind_of_content
+from lmu_dist.data.formats import KNOWN, MEMBER_FORMATS, Format, binary_format, format_of
 from lmu_dist.data.hub import dataset_stamp, list_dataset, read_dataset
 from lmu_dist.data.paths import SourceFile, is_url, list_files, network_errors, open_file, stamp_of
-from lmu_dist.data.readers import TEXT_DOCUMENT_BYTES, read_parquet, read_stream
-from lmu_dist.data.streams import CHUNK_BYTES, buffered, byte_range, decompressed
+from lmu_dist.data.readers import TEXT_DOCUMENT_BYTES, kind_of_stream, read_parquet, read_stream
+from lmu_dist.data.streams import CHUNK_BYTES, buffered, byte_range, decompressed, is_full_disk
 
 SHARD_BYTES = 4_000_000  # small files are grouped into shards of about this size
 MIN_DOCUMENTS = 400  # text files that would give fewer documents are cut into shorter ones, so that each split has some
@@ -79,8 +80,8 @@ def check_unchanged(shard: CorpusShard) -> None:
         same = False
     if not same:
         raise FailedError(
-            f"preparing failed: {shard.paths[0]} on {platform.node()} differs from the file that was listed; put the corpus "
-            "where all nodes see the same files, and do not change it while it is prepared; then run the same command again"
+            f"preparing failed: {shard.paths[0]} on {platform.node()} differs from the file that was listed; do not change the "
+            "corpus while it is prepared, and in a cluster put it where all nodes see the same files"
         )
 
 
@@ -105,7 +106,7 @@ def _read(shard: CorpusShard, data: DataConfig) -> Iterator[Document | BadRecord
         yield from read_dataset(shard, data)
         return
     if shard.member == DAMAGED:
-        yield BadRecord(NO_END, shard.paths[0])
+        yield BadRecord(NO_END, shard.paths[0], _misnamed(shard.paths[0]))
         return
     for path in shard.paths:
         try:
@@ -116,6 +117,8 @@ def _read(shard: CorpusShard, data: DataConfig) -> Iterator[Document | BadRecord
         except UnreadableError as e:
             yield BadRecord(str(e), path)
         except OSError as e:
+            if is_full_disk(e):  # of temporary files
+                raise
             yield BadRecord(f"unreadable: {type(e).__name__}", path)
 
 
@@ -132,11 +135,19 @@ def _read_file(path: str, shard: CorpusShard, data: DataConfig) -> Iterator[Docu
             stream = decompressed(file, file_format.compression)
         else:
             stream = buffered(byte_range(file, *shard.byte_range) if shard.byte_range else _chunks(file))
-        kind = file_format.kind if file_format.kind != "unknown" else kind_of_content(stream.peek(512))
+        kind, stream = kind_of_stream(stream, file_format.kind)
         if kind == "tar":
             yield from read_tar_stream(stream, path, data)
         else:
             yield from read_stream(stream, kind, path, data, shard.first_line, shard.document_bytes)
+
+
+def _misnamed(path: str) -> str:
+    """What a file is that is no tar, for a message; "" if its first bytes do not show it."""
+    with suppress(OSError), open(path, "rb") as file:
+        found = binary_format(file.read(512))
+        return f"it is {found}; rename it" if found not in (None, "a tar") else ""
+    return ""
 
 
 def _chunks(file: BinaryFile) -> Iterator[bytes]:

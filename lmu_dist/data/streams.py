@@ -5,6 +5,7 @@ Called by data/sources and data/divide for files, by data/archives for members o
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import lzma
@@ -16,6 +17,7 @@ from typing import Any, cast
 from backports import zstd
 
 from lmu_dist.data.documents import BinaryFile, UnreadableError
+from lmu_dist.data.formats import binary_format, kind_of_content
 
 CHUNK_BYTES = 1 << 17
 # The 4-byte marks come first, because the mark of UTF-32-LE begins with that of UTF-16-LE.
@@ -68,9 +70,21 @@ def byte_range(file: BinaryFile, begin: int, end: int) -> Iterator[bytes]:
 def decompressed(file: BinaryFile, compression: str) -> io.BufferedReader:
     """The content of a compressed file: all gzip members, zstd frames, or bz2 or xz streams, one after the other.
 
-    An empty file has empty content. Reading raises UnreadableError where the file is truncated or damaged.
+    An empty file has empty content. Raises UnreadableError if the first bytes show that the file is something else; reading
+    does where the file is truncated or damaged.
     """
-    return buffered(_gunzip(file) if compression == "gzip" else _decompress(file, compression))
+    head = file.read(512)
+    found = binary_format(head) or ("JSON" if kind_of_content(head) == "json" else None)
+    if found not in (None, compression):
+        raise UnreadableError(f"unreadable: its name says {compression}, but it is {found}; rename it")
+    whole = buffered(_chain(head, file))
+    return buffered(_gunzip(whole) if compression == "gzip" else _decompress(whole, compression))
+
+
+def _chain(head: bytes, file: BinaryFile) -> Iterator[bytes]:
+    yield head
+    while chunk := file.read(CHUNK_BYTES):
+        yield chunk
 
 
 def _gunzip(file: BinaryFile) -> Iterator[bytes]:
@@ -113,6 +127,11 @@ def reported(*types: type[Exception]) -> Iterator[None]:
         raise UnreadableError("unreadable: truncated") from e
     except types as e:
         raise UnreadableError(f"unreadable: damaged ({type(e).__name__})") from e
+
+
+def is_full_disk(error: OSError) -> bool:
+    """Whether the disk is full, or a quota used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def in_utf8(stream: io.BufferedReader) -> io.BufferedReader:

@@ -3,7 +3,9 @@
 Runs in a process of this machine (data/task_runner) or on a node of the cluster (launch/corpus). data/merge joins the parts.
 """
 
+import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +20,8 @@ from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.data.sources import check_unchanged, read
 from lmu_dist.data.splits import SPLITS, split_of_document
 
+PART_FORMAT = 2  # version of the part files
+FILES = ("problems", *(f"{split}.bin" for split in SPLITS))  # of a part, beside the counts
 ENCODE_BYTES = 500_000  # text per call of the tokenizer
 ROUND_TRIP_BYTES = 64_000  # text at the start of every shard that is decoded again, even if the tokenizer cannot lose any
 
@@ -37,13 +41,14 @@ class TokenizeTask:
 def tokenize(task: TokenizeTask, count: Callable[[int], None] = lambda _: None) -> None:
     """Tokenizes one shard to its part files: a token stream per split, the list of bad records, and a JSON file of counts.
 
-    The JSON file is written last; a part is complete when it exists. Calls `count` with the bytes of text of every batch.
+    The JSON file is written last, when the others are on disk; a part is complete when it exists. Calls `count` with the bytes of text of every batch.
     Raises FailedError if the shard's files have changed since they were listed, ConfigError if the tokenizer loses text.
     """
     check_unchanged(task.shard)
     folder, index = task.folder, task.index
     encoder = load_encoder(folder / TOKENIZER, task.data.tokenizer.end_of_text, task.threads)
     counts: dict[str, Any] = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+    counts |= {"separated": 0, "unseparated": 0}  # documents of text files, by whether a separator line ends them
     bad_records: Counter[str] = Counter()
     unchecked_bytes = ROUND_TRIP_BYTES
     with storage.staging_dir(folder / "parts") as local:
@@ -61,12 +66,33 @@ def tokenize(task: TokenizeTask, count: Callable[[int], None] = lambda _: None) 
                     counts[split]["tokens"] += len(ids)
                     counts[split]["bytes"] += n_bytes
                     counts[split]["documents"] += 1
+                    if document.separated is not None:
+                        counts["separated" if document.separated else "unseparated"] += 1
                     batch_bytes += n_bytes
                 unchecked_bytes -= batch_bytes
                 count(batch_bytes)
-        for name in ("problems", *(f"{split}.bin" for split in SPLITS)):
+            for file in (listing, *streams.values()):  # after a power failure, counts that exist must be those of these files
+                file.flush()
+                os.fsync(file.fileno())
+        counts |= {"problems": bad_records, "sha256": {name: storage.digest(local / name) for name in FILES}}
+        for name in FILES:
             storage.move_file(local / name, part_path(folder, index, name))
-    storage.write_atomic(part_path(folder, index, "json"), json.dumps(counts | {"problems": bad_records}).encode())
+    content = json.dumps(counts)
+    checked = {"counts": content, "sha256": hashlib.sha256(content.encode()).hexdigest()}
+    storage.write_atomic(part_path(folder, index, "json"), json.dumps(checked).encode())
+
+
+def read_counts(folder: Folder, index: int) -> dict[str, Any] | None:
+    """The counts of a part: `tokens`, `bytes` and `documents` of each split, `problems` by reason, and `sha256` of each file.
+
+    None if the part is incomplete, or its JSON file damaged.
+    """
+    try:
+        stored = json.loads(part_path(folder, index, "json").read_bytes())
+        intact = hashlib.sha256(stored["counts"].encode()).hexdigest() == stored["sha256"]
+        return json.loads(stored["counts"]) if intact else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def part_path(folder: Folder, index: int, suffix: str) -> Folder:
@@ -81,7 +107,8 @@ def _next_batch(items: Iterator[Document | BadRecord], listing: Any, bad_records
     for item in items:
         if isinstance(item, BadRecord):
             bad_records[item.reason] += 1
-            listing.write(json.dumps({"place": item.location, "problem": item.reason}, ensure_ascii=False) + "\n")
+            row = {"place": item.location, "problem": item.reason} | ({"detail": item.detail} if item.detail else {})
+            listing.write(json.dumps(row, ensure_ascii=False) + "\n")
             continue
         batch.append(item)
         size += len(item.text)

@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def validation_rows(self) -> str:
-        """Which rows of the validation split are evaluated: "spread" evenly over it, or "" if all of them are."""
+        """How many rows, spread evenly over the validation split, are evaluated, as in "256 of 300"; "" if all of them are."""
         return _validation_rows(self.config, self.corpus)
 
     @property
@@ -115,8 +115,9 @@ def key_of(
 
 
 def _validation_rows(config: Config, corpus: Corpus) -> str:
-    n_evaluated = config.train.eval_tokens // config.train.sequence_tokens
-    return "spread" if n_evaluated < corpus.n_rows("validation", config.train.sequence_tokens) else ""
+    n_evaluated = max(1, config.train.eval_tokens // config.train.sequence_tokens)
+    n_rows = corpus.n_rows("validation", config.train.sequence_tokens)
+    return f"{n_evaluated} of {n_rows}" if n_evaluated < n_rows else ""
 
 
 def build_model(config: Config, shape: Shape, device: torch.device) -> LanguageModel:

@@ -73,6 +73,12 @@ def check_store(store: Store, config: Config) -> None:
         logger.warning("%s. The command goes on: it logs to files, and uploads them when MLflow answers", e)
 
 
+def start_study(store: Store, config: Config, study: str) -> None:
+    """Marks the parent run of a study in MLflow as running. Does nothing while MLflow is unavailable."""
+    with suppress(MLflowUnavailableError, ConfigError):  # what is wrong is reported when the run of a cell is made
+        studies.start_study(store, config.experiment, study)
+
+
 def end_study(store: Store, config: Config, study: str, status: str = "FINISHED") -> None:
     """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable."""
     with suppress(MLflowUnavailableError, ConfigError):  # the next start of the command ends it
@@ -84,14 +90,15 @@ def find_finished(
 ) -> FinishedRun | None:
     """The finished run of a cell, read from its folder, or else from MLflow; None if the cell has not ended.
 
-    Entries of its log that MLflow lacks are uploaded, all of them if this store has no such run. `known_run`: the MLflow run,
+    Entries of its log that MLflow lacks are uploaded, all of them if this store has no such run, and none if the run in MLflow
+    is another one of the same cell. `known_run`: the MLflow run,
     if the caller has it. `final_statuses`: a run that ended with another status counts as not ended.
     """
     if record_path(cell).exists():
         if read_record(cell).status not in final_statuses:
             return None
-        record, run_id = read_record(cell), known_run.info.run_id if known_run else open_run(cell, store, study)
-        remarks = upload_log(cell, run_id, store, study)
+        record = read_record(cell)
+        run_id, remarks = _upload_finished(cell, store, study, known_run)
         return FinishedRun(cell, record, run_id or saved_run_id(cell.folder, store.uri) or "", store.uri, True, remarks)
     try:
         run = find_run(store, cell.key)
@@ -100,6 +107,32 @@ def find_finished(
             raise
         return None  # not ended here; it can be trained while MLflow is unavailable
     return finished_in_mlflow(cell, run, store, final_statuses)
+
+
+def _upload_finished(cell: Cell, store: Store, study: str, known_run: Any) -> tuple[str | None, tuple[str, ...]]:
+    """Uploads what MLflow lacks of the run that ended in the cell's folder. Returns the id of the cell's run, and notes."""
+    run = known_run
+    if run is None:
+        with suppress(MLflowUnavailableError):
+            run = find_run(store, cell.key)
+    if run is not None and not _is_run_of(cell, run):
+        run_id = run.info.run_id
+        note = (
+            f"the metrics of {cell.folder} are not in MLflow, which has another run of the cell, from {owner_id_of(run)}; to "
+            f"upload them delete that run (`mlflow runs delete --run-id {run_id}`), then start the same command again"
+        )
+        return run_id, (note,) if any(MetricsLog(cell.folder, run_id).pending()) else ()
+    run_id = known_run.info.run_id if known_run else open_run(cell, store, study)
+    return run_id, upload_log(cell, run_id, store, study)
+
+
+def _is_run_of(cell: Cell, run: Any) -> bool:
+    """Whether an MLflow run is the one that the log in the cell's folder was written for: metrics of two runs do not mix.
+
+    A folder at a URI is one for all owners. A local one may have the same path on two machines.
+    """
+    same_folder = is_remote(cell.folder) and run.data.tags.get(FOLDER) == str(cell.folder)
+    return same_folder or owner_id_of(run) in (None, _owner_id(cell))
 
 
 def finished_in_mlflow(

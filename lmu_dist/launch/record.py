@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from lmu_dist import config as configuration
 from lmu_dist import records
-from lmu_dist.config import Folder
+from lmu_dist.config import ConfigError, Folder
 from lmu_dist.launch.cell import Cell, git_commit
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics, RunRecord
@@ -115,8 +115,12 @@ def record_path(cell: Cell) -> Folder:
 
 
 def read_record(cell: Cell) -> RunRecord:
-    """Reads the record of a cell that has ended."""
-    return RunRecord.from_json(json.loads(record_path(cell).read_text()))
+    """Reads the record of a cell that has ended. Raises ConfigError if the file is damaged."""
+    try:
+        return RunRecord.from_json(json.loads(record_path(cell).read_text()))
+    except (ValueError, TypeError, AttributeError) as e:
+        path = record_path(cell)
+        raise ConfigError(f"{path} is damaged; delete it, and the run goes on from its newest checkpoint") from e
 
 
 def write_record(cell: Cell, record: RunRecord) -> None:

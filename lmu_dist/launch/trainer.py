@@ -4,13 +4,16 @@ Progress goes to callbacks; nothing here prints.
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from lmu_dist.config import Config
+from lmu_dist import records
+from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import make_cell
-from lmu_dist.launch.claim import FinishedRun, OwnerUnresponsiveError
+from lmu_dist.launch.claim import BusyError, FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.run_group import MetricsListener, train_run_group
@@ -20,6 +23,7 @@ from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
 
+STUDY = "train"
 POLL_SECONDS = 5.0  # between two checks whether another driver is still alive
 
 
@@ -42,18 +46,38 @@ def train(
     shape_of(config, vocab_tokens(config))  # refuses an impossible size before the corpus is prepared
     cell = make_cell(config, prepare_corpus(config, progress))
     cell.corpus.tokenizer()
-    if (finished := claim.find_finished(cell, store, "train")) is not None:
+    if (finished := claim.find_finished(cell, store, STUDY)) is not None:
+        claim.end_study(store, config, STUDY, _study_status(finished))
         return finished
-    claim.check_resumable([cell], store, "train")
+    with _ends_study(store, config):
+        claim.check_resumable([cell], store, STUDY)
     deadline = time.monotonic() + HEARTBEAT_TIMEOUT_SECONDS + POLL_SECONDS
     with cluster([config]):
         while True:
             try:
-                [finished] = train_run_group([cell], store, listener=listener)
-                claim.end_study(store, config, "train")
+                with _ends_study(store, config):
+                    claim.start_study(store, config, STUDY)
+                    [finished] = train_run_group([cell], store, STUDY, listener)
+                claim.end_study(store, config, STUDY, _study_status(finished))
                 return finished
             except OwnerUnresponsiveError:
                 if time.monotonic() > deadline:
                     raise
                 progress("waiting for another driver to end or time out", 0, 1)
                 time.sleep(POLL_SECONDS)
+
+
+@contextmanager
+def _ends_study(store: Store, config: Config) -> Iterator[None]:
+    """Ends the study in MLflow if the block raises: as FAILED, or as KILLED after Ctrl-C or SIGTERM."""
+    try:
+        yield
+    except BusyError:
+        raise  # another driver trains the cell, and ends the study
+    except BaseException as e:
+        claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, ConfigError | FailedError) else "KILLED")
+        raise
+
+
+def _study_status(finished: FinishedRun) -> str:
+    return "FAILED" if finished.record.status == records.DIVERGED else "FINISHED"

@@ -230,7 +230,12 @@ class _Driver:
 
     def _read_journal(self) -> list[dict[str, Any]]:
         """The settings that earlier starts of this search have sampled, in order; the search resumes with them."""
-        return json.loads(self.journal.read_text()) if self.journal.exists() else []
+        if not self.journal.exists():
+            return []
+        try:
+            return [dict(settings) for settings in json.loads(self.journal.read_text())]
+        except (ValueError, TypeError) as e:
+            raise ConfigError(f"{self.journal} is damaged; delete it, and the search samples again") from e
 
     def close_interrupted(self) -> None:
         """Closes the MLflow runs of the trials that were started and have not ended, as interrupted."""

@@ -126,7 +126,9 @@ def _upload_group() -> dist.ProcessGroup:
 
 def _local_checkpoint_folder() -> Path:
     """A new local folder for this rank's part of a checkpoint. Deletes those that killed workers of this machine left."""
-    prefix = f"lmu-dist-checkpoint-{platform.node()}-"
+    # Containers that share the folder and a host name have other namespaces of process ids.
+    namespace = Path("/proc/self/ns/pid")
+    prefix = f"lmu-dist-checkpoint-{platform.node()}-{namespace.stat().st_ino if namespace.exists() else 0}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         pid = left.name.removeprefix(prefix).partition("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):

@@ -12,7 +12,7 @@ def open_experiment(store: Store, experiment: str) -> str:
     """The id of an experiment, created if there is none. Raises ConfigError if it was deleted, and the errors of MLflow."""
     found = store.client.get_experiment_by_name(experiment)
     if found is not None and found.lifecycle_stage != "active":
-        raise ConfigError(f"experiment {experiment!r} was deleted in MLflow; restore it there or choose another name")
+        raise ConfigError(f"{_deleted(found)}, or choose another name")
     if found is not None:
         return found.experiment_id
     experiment_id = store.client.create_experiment(experiment, store.artifact_folder(experiment))
@@ -21,12 +21,19 @@ def open_experiment(store: Store, experiment: str) -> str:
 
 
 def find_experiment(store: Store, experiment: str) -> Experiment:
-    """An experiment by its name. Raises ConfigError if there is none, and the errors of MLflow."""
+    """An experiment by its name. Raises ConfigError if there is none or it was deleted, and the errors of MLflow."""
     found = store.client.get_experiment_by_name(experiment)
     if found is None:
         names = ", ".join(e.name for e in store.client.search_experiments(max_results=20))
         raise ConfigError(f"no experiment {experiment!r} in {store.uri}; it has: {names}")
+    if found.lifecycle_stage != "active":
+        raise ConfigError(_deleted(found))
     return found
+
+
+def _deleted(experiment: Experiment) -> str:
+    restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+    return f"experiment {experiment.name!r} was deleted in MLflow; restore it, with its runs, by `{restore}`"
 
 
 def set_experiment_tags(store: Store, experiment_id: str, answer: str = "") -> None:

@@ -43,6 +43,11 @@ def revision_of(path: Path) -> str | None:
     return row[0] if row else None
 
 
+def is_no_database(error: BaseException | None) -> bool:
+    """Whether an error of SQLite says that the file is no database, or a damaged one: waiting does not help."""
+    return getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT)
+
+
 def migrate(path: Path) -> None:
     """Migrates a file of an older MLflow to this one, after copying it to PATH.before-VERSION. Does nothing for other files.
 

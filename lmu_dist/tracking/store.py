@@ -12,17 +12,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from mlflow.entities import Experiment, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
+from lmu_dist import storage
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.tracking import sqlite_file
+from lmu_dist.tracking import address, sqlite_file
 
-OUTAGE_SECONDS = 3.0  # how long a store that did not answer is not asked again
+# How long a store that did not answer is not asked again: three times as long as the caller has waited for it.
+MIN_OUTAGE_SECONDS, MAX_OUTAGE_SECONDS = 3.0, 60.0
+PROBE_SECONDS = 30.0  # a server that has answered less than this ago is not probed first
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -35,16 +37,6 @@ def default_uri(folder: Path) -> str:
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
 
 
-def check_no_password(uri: str) -> None:
-    """Raises ConfigError if a store's URI holds a password: the URI is printed, logged and saved with every run."""
-    parts = urlsplit(uri)
-    if parts.password or "password=" in parts.query:
-        raise ConfigError(
-            "MLFLOW_TRACKING_URI holds a password, and everybody who can see a run could read it; remove it and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD, or a password file)"
-        )
-
-
 class MLflowUnavailableError(FailedError):
     """The MLflow store does not answer, or answers with an error. `reason` is the error alone, without store and advice."""
 
@@ -54,15 +46,17 @@ class MLflowUnavailableError(FailedError):
 class Store:
     """An MLflow tracking store, by URI. Methods raise MLflowUnavailableError when it does not answer.
 
-    An SQLite file that does not exist is created by the first method that is called; see `existing_store`.
+    An SQLite file that does not exist is created by the first method that is called; see `existing_store`. Raises ConfigError
+    if there can be no store at the URI.
     """
 
     def __init__(self, uri: str) -> None:
-        check_no_password(uri)
+        address.check_uri(uri)
         self._file = sqlite_file.path_of(uri)
         # The metrics logger has another working directory, where a relative path would be another file.
         self.uri = uri if self._file is None else f"{sqlite_file.PREFIX}{self._file}"
-        self._outage = (-OUTAGE_SECONDS, "")  # when the store did not answer, and why
+        self._outage = (0.0, "")  # until when the store is not asked, since it did not answer, and why it did not
+        self._answered = -PROBE_SECONDS  # when it has answered last
 
     @functools.cached_property
     def client(self) -> MlflowClient:
@@ -77,17 +71,23 @@ class Store:
             return self.client
 
     def check(self) -> None:
-        """Raises ConfigError if the store cannot be written, MLflowUnavailableError if it does not answer."""
+        """Raises ConfigError if the store can never be written, MLflowUnavailableError if it does not answer."""
         if self._file is not None:
             existing = next(path for path in (self._file, *self._file.parents) if path.exists())
-            if not os.access(existing, os.W_OK):
-                raise ConfigError(f"MLflow's store {self.uri} is not writable; set MLFLOW_TRACKING_URI to another store")
-        with self.one_line_errors():
-            self.client.search_experiments(max_results=1)
+            if not os.access(existing, os.W_OK) or self._file.is_dir():
+                problem = "is a folder" if self._file.is_dir() else "is not writable"
+                raise ConfigError(f"MLflow's store {self.uri} {problem}; set MLFLOW_TRACKING_URI to another store")
+        try:
+            with self.one_line_errors():
+                self.client.search_experiments(max_results=1)
+        except MLflowUnavailableError as e:
+            if sqlite_file.is_no_database(e.__cause__):
+                raise ConfigError(str(e)) from e
+            raise
 
     def check_exists(self) -> None:
         """Raises ConfigError if this is an SQLite file that does not exist: MLflow would create an empty one."""
-        if self._file is not None and not (self._file.exists() and self._file.stat().st_size):
+        if self._file is not None and not (self._file.is_file() and self._file.stat().st_size):
             raise ConfigError(
                 f"there is no MLflow store in {self._file.parent} (looked for {self._file.name}); run this in the folder of "
                 "the study, or set MLFLOW_TRACKING_URI"
@@ -146,13 +146,18 @@ class Store:
 
         A store that did not answer a moment ago is not asked again: the caller would wait for each of many requests.
         """
-        since, reason = self._outage
-        if time.monotonic() - since < OUTAGE_SECONDS:
+        began = time.monotonic()
+        until, reason = self._outage
+        if began < until:
+            raise self._unavailable(reason)
+        if began - self._answered > PROBE_SECONDS and (reason := address.outage_of(self.uri)):
+            self._note_outage(began, reason)
             raise self._unavailable(reason)
         try:
             if self._file is not None:
-                sqlite_file.revision_of(self._file)  # MLflow would wait twenty seconds for a locked file, and longer at first
+                self._check_file(self._file)
             yield
+            self._answered = time.monotonic()
         except (MlflowException, SQLAlchemyError, sqlite3.Error) as e:
             code = e.error_code if isinstance(e, MlflowException) else ""
             if code in ("UNAUTHENTICATED", "PERMISSION_DENIED") or "error code 401" in str(e):
@@ -161,11 +166,24 @@ class Store:
                     "MLFLOW_TRACKING_PASSWORD, or put them into ~/.mlflow/credentials"
                 ) from e
             if code in ("", "INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE"):  # any other code is an answer
-                self._outage = time.monotonic(), one_line(e)
-            raise self._unavailable(one_line(e)) from e
+                self._note_outage(began, one_line(e))
+            raise self._unavailable(one_line(e), e) from e
 
-    def _unavailable(self, reason: str) -> MLflowUnavailableError:
+    def _note_outage(self, began: float, reason: str) -> None:
+        now = time.monotonic()
+        self._outage = now + min(max(MIN_OUTAGE_SECONDS, 3 * (now - began)), MAX_OUTAGE_SECONDS), reason
+        self._answered = -PROBE_SECONDS
+
+    def _check_file(self, file: Path) -> None:
+        """Raises sqlite3.Error if the SQLite file is locked or damaged, or was deleted while it was in use."""
+        if "client" in self.__dict__ and not (file.exists() and file.stat().st_size):
+            raise sqlite3.OperationalError(f"{file} was deleted while it was in use")
+        sqlite_file.revision_of(file)  # MLflow would wait twenty seconds for a locked file, and longer at first
+
+    def _unavailable(self, reason: str, cause: BaseException | None = None) -> MLflowUnavailableError:
         advice = "start it, or set MLFLOW_TRACKING_URI" if self._file is None else "wait, or set MLFLOW_TRACKING_URI"
+        if sqlite_file.is_no_database(cause):
+            advice = "set MLFLOW_TRACKING_URI to another store"
         error = MLflowUnavailableError(f"MLflow at {self.uri} does not answer or fails; {advice}: {reason}")
         error.reason = reason
         return error
@@ -183,6 +201,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, MLflowUnavailableError) and error.reason:
         return error.reason
     text = " ".join(str(error).split())
+    text = re.sub(r"^\(raised as a result of Query-invoked autoflush;[^)]*\) ", "", text)
     text = re.split(r" ?\[SQL: | ?\(Background on this error at: ", text)[0]
     text = re.sub(r"^.*\(Caused by .*: ([^:]+?)[\"')]*$", r"\1", text)
-    return re.sub(r"^\((\w+\.)*\w+Error\) ", "", text)[:300]
+    return storage.error_text(re.sub(r"^\((\w+\.)*\w+Error\) ", "", text)[:300])

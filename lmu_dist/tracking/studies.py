@@ -13,7 +13,7 @@ from mlflow.entities import Metric, Run, RunTag
 
 from lmu_dist.records import COMPLETE
 from lmu_dist.tracking import pages
-from lmu_dist.tracking.experiments import open_experiment, set_experiment_tags
+from lmu_dist.tracking.experiments import find_experiment, open_experiment, set_experiment_tags
 from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import ANSWER, KEY, PARENT, RUN_NAME, STATUS, STUDY
@@ -25,17 +25,29 @@ def open_study(store: Store, experiment: str, study: str) -> tuple[str, str]:
     """(experiment id, run id) of a study, created if there is none."""
     with store.one_line_errors():
         experiment_id = open_experiment(store, experiment)
-        runs = store.client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study}'", max_results=1)
-        run = runs[0] if runs else store.client.create_run(experiment_id, tags={STUDY: study, RUN_NAME: study})
-        return experiment_id, run.info.run_id
+        if (study_id := _find_study(store, experiment_id, study)) is None:
+            study_id = store.client.create_run(experiment_id, tags={STUDY: study, RUN_NAME: study}).info.run_id
+        return experiment_id, study_id
+
+
+def _find_study(store: Store, experiment_id: str, study: str) -> str | None:
+    runs = store.client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study}'", max_results=1)
+    return runs[0].info.run_id if runs else None
+
+
+def start_study(store: Store, experiment: str, study: str) -> None:
+    """Sets the status of the parent run of a study to RUNNING, after creating it if there is none."""
+    _, study_id = open_study(store, experiment, study)
+    with store.one_line_errors():
+        store.client.update_run(study_id, status="RUNNING")
 
 
 def write_plan(store: Store, experiment: str, study: str, cells: list[dict[str, Any]]) -> None:
     """Saves the cells that a study plans to run as an artifact of the study, for `lmu-dist status`."""
+    start_study(store, experiment, study)
     _, study_id = open_study(store, experiment, study)
     with store.one_line_errors():
         store.client.log_dict(study_id, {"cells": cells}, PLAN)
-        store.client.update_run(study_id, status="RUNNING")
 
 
 def read_plans(store: Store, experiment: str, study_id: str | None = None) -> list[dict[str, Any]]:
@@ -77,8 +89,15 @@ def cells_of(
 
 
 def end_study(store: Store, experiment: str, study: str, status: str = "FINISHED") -> None:
-    """Ends the parent run of a study with a status of MLflow, a table of its cells as description, and its numbers."""
-    experiment_id, study_id = open_study(store, experiment, study)
+    """Ends the parent run of a study with a status of MLflow, a table of its cells as description, and its numbers.
+
+    Does nothing if there is no such study. Raises ConfigError if there is no such experiment.
+    """
+    with store.one_line_errors():
+        experiment_id = find_experiment(store, experiment).experiment_id
+        study_id = _find_study(store, experiment_id, study)
+    if study_id is None:
+        return
     describe_study(store, experiment, study_id)
     with store.one_line_errors():
         set_experiment_tags(store, experiment_id)

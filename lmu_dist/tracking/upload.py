@@ -14,7 +14,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from lmu_dist.config import open_folder
+from lmu_dist.config import FailedError, open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import RunIdentity, find_or_create_run
@@ -24,7 +24,7 @@ from lmu_dist.tracking.store import Store, one_line
 from lmu_dist.tracking.tags import HEARTBEAT
 
 MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # any other status: KILLED
-# Error codes of a permanent refusal: a retry gets the same answer. Any other error is taken for an outage, and retried.
+# Error codes of a refusal: while the run is active, a retry gets the same answer. Any other error is retried as an outage.
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 RUN_IS_GONE = "RESOURCE_DOES_NOT_EXIST"
 HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
@@ -52,7 +52,10 @@ def upload(log: MetricsLog, store: Store, identity: RunIdentity | None = None) -
 
 
 def upload_pending(log: MetricsLog, client: MlflowClient) -> None:
-    """Uploads the pending entries of a log, in order. Raises MlflowException in an outage; nothing is lost."""
+    """Uploads the pending entries of a log, in order. Nothing is lost if it fails.
+
+    Raises MlflowException in an outage, FailedError if the run was deleted in MLflow.
+    """
     batch: list[Metric] = []
     batch_end = 0  # byte position in the log
     for position, entry in log.pending():
@@ -77,8 +80,7 @@ def _upload_metrics(log: MetricsLog, client: MlflowClient, batch: list[Metric], 
     try:
         client.log_batch(log.known_run_id, metrics=batch)
     except MlflowException as e:
-        if e.error_code not in REFUSALS:
-            raise
+        _check_refused(e, log, client)
         _upload_one_by_one(log, client, batch)
     log.mark_uploaded(batch_end)
 
@@ -89,8 +91,7 @@ def _upload_one_by_one(log: MetricsLog, client: MlflowClient, batch: list[Metric
         try:
             client.log_batch(log.known_run_id, metrics=[m])
         except MlflowException as e:
-            if e.error_code not in REFUSALS:
-                raise
+            _check_refused(e, log, client)
             log.write_refused({"kind": "metrics", "step": m.step, "values": {m.key: m.value}}, one_line(e))
 
 
@@ -115,9 +116,20 @@ def _upload_entry(log: MetricsLog, client: MlflowClient, entry: dict[str, Any]) 
         elif kind == "end":
             client.set_terminated(run_id, MLFLOW_STATUS.get(entry["status"], "KILLED"))
     except MlflowException as e:
-        if e.error_code not in REFUSALS:
-            raise
+        _check_refused(e, log, client)
         log.write_refused(entry, one_line(e))
+
+
+def _check_refused(error: MlflowException, log: MetricsLog, client: MlflowClient) -> None:
+    """Returns if MLflow refuses an entry for good. Raises the error if it does not, FailedError if the run was deleted.
+
+    MLflow refuses every entry of a deleted run with the code of a wrong entry, and takes them all once it is restored.
+    """
+    if error.error_code not in REFUSALS:
+        raise error
+    if client.get_run(log.known_run_id).info.lifecycle_stage != "active":
+        restore = f"`mlflow runs restore --run-id {log.run_id}` restores it"
+        raise FailedError(f"the run was deleted in MLflow, alone or with its experiment; {restore}") from error
 
 
 def _upload_table(client: MlflowClient, run_id: str, name: str, columns: dict[str, list[Any]]) -> None:

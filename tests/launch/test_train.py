@@ -130,6 +130,8 @@ def test_generate_and_export(undisturbed: FinishedRun, tmp_path: Path, capfd: py
         assert main(["generate", source, "--prompt", "ab cd", "--tokens", "30"]) == 0
         texts.append(capfd.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
+    assert main(["train", undisturbed.cell.name, "--json"]) == 0  # as its table prints it, without the YAML file
+    assert json.loads(capfd.readouterr().out)["run_id"] == undisturbed.run_id
     assert len(texts[0]) > 20
     assert main(["export", run, out]) == 2
     assert "is not an empty folder" in capfd.readouterr().err

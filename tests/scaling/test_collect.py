@@ -180,7 +180,7 @@ def test_models_of_other_widths_are_other_settings(store: Store):
 
 def test_losses_over_other_rows_are_not_compared(store: Store):
     record = make_record("lmu", 10_000, 10**6, 0, 4.0)
-    spread = [replace(record, seed=s, key=f"{s}", validation_rows="spread") for s in (1, 2)]
+    spread = [replace(record, seed=s, key=f"{s}", validation_rows="64 of 100") for s in (1, 2)]
     write_runs_to_mlflow(store.client, "e", [record, *spread])
     found = collect(store, "e")
     assert {run.record.seed for run in found.runs} == {1, 2}

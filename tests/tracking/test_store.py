@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import socket
 import sqlite3
+import time
 from pathlib import Path
 
 import mlflow
@@ -18,15 +20,17 @@ from sqlalchemy import create_engine
 
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
-from lmu_dist.tracking import pages, sqlite_file
+from lmu_dist.tracking import address, pages, sqlite_file
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import RunIdentity, create_run, find_or_create_run
 from lmu_dist.tracking.owner import BusyError
+from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import save_report
 from lmu_dist.tracking.run_file import saved_run_id
-from lmu_dist.tracking.runs import find_run, runs_by_key, runs_with_key
+from lmu_dist.tracking.runs import find_run, records_of, runs_by_key, runs_with_key
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri, existing_store, one_line
 from lmu_dist.tracking.studies import end_study, open_study, write_plan
+from lmu_dist.tracking.tags import STUDY
 from lmu_dist.tracking.upload import MLflowUploader
 
 MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
@@ -91,6 +95,80 @@ def test_commands_that_read_create_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("htp://x", r"^MLFLOW_TRACKING_URI=htp://x: MLflow has no store at htp://; did you mean http://\?; set it to "),
+        ("postgres://u@h/db", r"did you mean postgresql://\?"),
+        ("./mlruns", "this is a folder, and MLflow keeps no runs in folders any more"),
+        ("file:///mlruns", "this is a folder"),
+        ("http:/127.0.0.1:9", "this names no host"),
+        ("http://h:port", "port"),
+        ("sqlite://x.db", "Invalid SQLite URL: sqlite://x.db; set it"),
+        ("postgresql+nothing://u@h/db", "Can't load plugin: sqlalchemy.dialects:postgresql.nothing"),
+    ],
+)
+def test_uri_where_no_store_can_be_is_wrong_input(uri: str, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        existing_store(uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_database_is_wrong_input(tmp_path: Path):
+    (tmp_path / "mlflow.db").write_text("not a database\n" * 100)
+    with pytest.raises(ConfigError, match=r"set MLFLOW_TRACKING_URI to another store: file is not a database$"):
+        Store(default_uri(tmp_path)).check()
+    (tmp_path / "folder" / "mlflow.db").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is a folder; set MLFLOW_TRACKING_URI"):
+        Store(default_uri(tmp_path / "folder")).check()
+
+
+def test_server_that_does_not_answer_costs_seconds_and_is_not_asked_again(monkeypatch: pytest.MonkeyPatch):
+    began = time.monotonic()
+    with pytest.raises(MLflowUnavailableError, match="Connection refused"):
+        Store("postgresql+psycopg://u@127.0.0.1:9/db").check()
+    assert time.monotonic() - began < 5
+    monkeypatch.setattr(address, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("lmu_dist.tracking.store.MIN_OUTAGE_SECONDS", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts connections, and never answers
+        store = Store(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with pytest.raises(MLflowUnavailableError, match="no answer in 0 seconds"):
+            store.check()
+        began = time.monotonic()
+        for _ in range(100):
+            with pytest.raises(MLflowUnavailableError, match="no answer in 0 seconds"):
+                store.check()
+        assert time.monotonic() - began < 2  # asked each time it would be 20 seconds
+        monkeypatch.setattr(address, "outage_of", lambda _: "asked again")
+        messages = list[str]()
+        while time.monotonic() - began < 10 and "asked again" not in (messages or [""])[-1]:
+            with pytest.raises(MLflowUnavailableError) as caught:
+                store.check()
+            messages.append(str(caught.value))
+            time.sleep(0.02)
+        assert messages[-1].endswith("asked again")
+
+
+def test_store_that_is_deleted_while_in_use_is_named(tmp_path: Path, store: Store):
+    store.check()
+    (tmp_path / "mlflow.db").unlink()
+    with pytest.raises(MLflowUnavailableError, match=rf": {tmp_path}/mlflow.db was deleted while it was in use$"):
+        find_run(store, "key")
+
+
+def test_deleted_experiment_is_not_taken_for_an_empty_one(store: Store, monkeypatch, capsys: pytest.CaptureFixture[str]):
+    experiment_id, _ = open_study(store, "e", "train")
+    store.client.delete_experiment(experiment_id)
+    restore = (
+        f"'e' was deleted in MLflow; restore it, with its runs, by `mlflow experiments restore --experiment-id {experiment_id}`"
+    )
+    for read in (rows, records_of):
+        with pytest.raises(ConfigError, match=restore):
+            read(store, "e")
+    with pytest.raises(ConfigError, match=f"{restore}, or choose another name"):
+        open_study(store, "e", "train")
+
+
 def test_locked_store_is_named_at_once_and_uploaded_to_later(tmp_path: Path, store: Store, monkeypatch, capfd):
     monkeypatch.setattr(sqlite_file, "LOCK_SECONDS", 0.05)
     (tmp_path / "run").mkdir()
@@ -151,6 +229,12 @@ def test_search_of_experiments_reads_all_pages(store: Store, monkeypatch: pytest
             "database is locked",
         ),
         ("(psycopg.errors.UndefinedTableError) no table (Background on this error at: https://x)", "no table"),
+        (
+            "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block if this flush is "
+            "occurring prematurely) (sqlite3.OperationalError) no such table: runs\n[SQL: x]",
+            "no such table: runs",
+        ),
+        ("(sqlite3.OperationalError) database or disk is full\n[SQL: x]", "the disk is full; free some space"),
         ("Connection refused\n  by the server", "Connection refused by the server"),
         (
             "API request to http://h:9/api failed with exception HTTPConnectionPool(host='h', port=9): Max retries exceeded "
@@ -183,8 +267,10 @@ def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: S
     note = study.data.tags[pages.NOTE]
     assert note.startswith("The study `ladder`: 3 cells, 2 complete, 1 have not started.")
     assert "| lmu | 3,000 | 1,000 | 7 | complete | 5.5000 |  |" in note
-    end_study(store, "e", "train")  # another study of the experiment has other cells
+    end_study(store, "e", "train")  # there is none
+    assert len(store.search_runs([experiment_id], f"tags.`{STUDY}` LIKE '%'")) == 1
     _, other_id = open_study(store, "e", "train")
+    end_study(store, "e", "train")  # another study of the experiment has other cells
     assert store.client.get_run(other_id).data.metrics["study/cells"] == 0
     page = tmp_path / "report.html"
     page.write_text("<p>")

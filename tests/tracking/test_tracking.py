@@ -180,6 +180,24 @@ def test_refused_entries_are_written_to_a_file(store: Store, run_id: str, metric
     assert [r["kind"] for r in refused] == ["params", "metrics"]
 
 
+def test_entries_of_a_deleted_run_wait_until_it_is_restored(store: Store, run_id: str, metrics_log: MetricsLog, tmp_path: Path):
+    metrics_log.log_metrics(0, {"loss": 1.0})
+    upload_pending(metrics_log, store.client)
+    store.client.delete_run(run_id)
+    metrics_log.log_metrics(1, {"loss": 2.0})
+    for _ in range(2):
+        with pytest.raises(FailedError, match=f"the run was deleted in MLflow, .*`mlflow runs restore --run-id {run_id}`"):
+            upload_pending(metrics_log, store.client)
+        metrics_log.set_tags({"t": "x"})
+    uploader = MLflowUploader(metrics_log, store.uri, interval_seconds=0.02, retry_seconds=0.05)
+    assert "the run was deleted in MLflow" in uploader.close(0.5)
+    assert not (tmp_path / "metrics_log.refused.jsonl").exists()
+    store.client.restore_run(run_id)
+    upload_pending(MetricsLog(tmp_path, run_id), store.client)
+    assert history(store, run_id, "loss") == [(0, 1.0), (1, 2.0)]
+    assert store.client.get_run(run_id).data.tags["t"] == "x"
+
+
 def test_records_are_read_back_unchanged(store: Store, run_id: str, metrics_log: MetricsLog):
     assert record_of(store.client.get_run(run_id)) is None
     metrics_log.log_params(RECORD.columns("params"))
