@@ -157,13 +157,13 @@ def _suggestion(path: tuple[Any, ...], root: type) -> str:
 
 
 def _setting_in_mapping(path: Sequence[Any], root: type) -> str:
-    """The setting, such as train.learning_rate, that was split into two keys of a mapping such as tune.space; "" if none was."""
+    """The setting, such as train.learning_rate, that was split into keys of a mapping such as tune.space; "" if none was."""
     made = _section_at(path[:-2], root) if len(path) > 2 else None
     if made is None or path[-2] in {field.name for field in dataclasses.fields(made)}:
         return ""
     if path[-2] not in {field.name for field in dataclasses.fields(root)}:
         return ""
-    return dotted((path[-2], _suggestion(path[-2:], root) or path[-1]))
+    return dotted((path[-2], _suggestion(tuple(path[-2:]), root) or path[-1]))
 
 
 def _similar(given: Any, allowed: Sequence[str]) -> str:

@@ -120,9 +120,7 @@ def list_of_fields(names: Iterable[str]) -> str:
     return f"it has: {', '.join(names[:MAX_FIELDS])}{', ...' if len(names) > MAX_FIELDS else ''}"[:200]
 
 
-def make_document(
-    value: Any, location: str, split: str | None = None, separated: bool | None = None
-) -> Document | BadRecord:
+def make_document(value: Any, location: str, split: str | None = None, separated: bool | None = None) -> Document | BadRecord:
     """A document of a field's value: text, UTF-8 bytes, or a list of these, which is joined by newlines."""
     if not isinstance(value, str):
         try:

@@ -1,6 +1,7 @@
 """File formats of a corpus: the name of a file in, what it holds and how it is compressed out.
 
-FORMATS and COMPRESSIONS are the only tables of suffixes. Called by data/paths, data/archives, data/sources and data/divide.
+FORMATS and COMPRESSIONS are the only tables of suffixes. Called by data/paths, data/streams, data/readers, data/archives,
+data/sources and data/divide.
 """
 
 import re

@@ -14,6 +14,7 @@ from typing import Any
 
 from lmu_dist.config import ConfigError, DataConfig, FailedError
 from lmu_dist.data.documents import BadRecord, CorpusShard, Document, make_record
+from lmu_dist.data.streams import is_full_disk
 
 SHARD_ROWS = 20_000  # a data set that is not streamed is read in shards of about as many rows
 SAVED = ("state.json", "dataset_dict.json")  # files of a folder that save_to_disk wrote
@@ -50,9 +51,11 @@ def read_dataset(shard: CorpusShard, data: DataConfig) -> Iterator[Document | Ba
     while True:
         try:
             row = next(rows, None)
-        except OSError as e:  # the hub is unreachable: not a bad record, the command can be run again
-            raise FailedError(f"reading shard {index} of {data.dataset} failed: {_one_line(e, 200)}") from e
         except Exception as e:  # each reader of the library has its own exception types
+            if isinstance(e, OSError) and is_full_disk(e):
+                raise
+            if isinstance(e, OSError) and not shard.stamp:  # the hub is unreachable: the command can be run again
+                raise FailedError(f"reading shard {index} of {data.dataset} failed: {_one_line(e, 200)}") from e
             files = f"read them with data.source=files data.files=[{shard.paths[0]}]"
             raise ConfigError(
                 f"data.dataset: cannot read {data.dataset!r} after row {number} of shard {index}, split {split!r}: "

@@ -154,9 +154,7 @@ def read_manifest(folder: Folder) -> Manifest:
     return manifest
 
 
-def _indexed_folder(
-    data: DataConfig, storage_folder: Folder, is_local: bool, local_files: str | None = None
-) -> Folder | None:
+def _indexed_folder(data: DataConfig, storage_folder: Folder, is_local: bool, local_files: str | None = None) -> Folder | None:
     """The prepared corpus of a configuration according to the index.
 
     None if there is none, or if a tokenizer file changed, or if `local_files` is given and is not the digest of then.

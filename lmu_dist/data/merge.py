@@ -65,8 +65,8 @@ def check_counts(data: DataConfig, n_files: int, n_archives: int, counts: list[d
             )
     if sum(c["unseparated"] for c in counts) and not sum(c["separated"] for c in counts):
         raise ConfigError(
-            f"data.document_separator: no line of the text files is {data.document_separator!r}; correct it (it must be a line of "
-            "its own, and lines must end in LF or CRLF), or take it out"
+            f"data.document_separator: no line of the text files is {data.document_separator!r}; correct it (it must be a line "
+            "of its own, and lines must end in LF or CRLF), or take it out"
         )
     if not n_documents:
         why = f" ({_listed(reasons)}; first: {first(reasons)})" if reasons else ""

@@ -21,6 +21,8 @@ from lmu_dist.storage import error_text
 LOCAL_SCHEMES = ("file://", "local://")  # URLs of the local file system
 # What file systems call the things that change with the content of a file.
 VERSIONS = ("ETag", "etag", "md5Hash", "generation", "blob_id", "LastModified", "Last-Modified", "mtime", "updated", "created")
+# How the classes of errors of Python, aiohttp and botocore are called that say that a server does not answer.
+UNREACHABLE = {"ConnectionError", "TimeoutError", "ClientConnectionError", "HTTPClientError"}
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class SourceFile:
 def list_files(data: DataConfig) -> tuple[list[SourceFile], list[BadRecord]]:
     """All files that `data.files` names, sorted by path, each once; and notes on what was left out.
 
-    Raises ConfigError if an entry names nothing, or names a file of an unknown type; nothing has been read by then.
+    Raises ConfigError if an entry names nothing, or names a file of an unknown type; nothing has been read by then. Raises
+    FailedError if a server does not answer.
     """
     files, notes = dict[str, SourceFile](), list[BadRecord]()
     try:
@@ -212,7 +215,8 @@ def _list_url(entry: str) -> tuple[list[SourceFile], list[BadRecord]]:
     except ConfigError:
         raise
     except Exception as e:  # each client of a store has its own exception types
-        raise ConfigError(f"data.files: cannot list {entry}: {error_text(e)[:200]}") from e
+        error = FailedError if {c.__name__ for c in type(e).__mro__} & UNREACHABLE else ConfigError
+        raise error(f"data.files: cannot list {entry}: {error_text(e)[:200]}") from e
     if not files:
         raise ConfigError(f"data.files: {entry} has no file of a known type ({KNOWN})")
     return files, notes

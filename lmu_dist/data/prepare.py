@@ -22,7 +22,7 @@ from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.corpus import Corpus, open_corpus
 from lmu_dist.data.divide import split_shards
 from lmu_dist.data.documents import CorpusShard, Document
-from lmu_dist.data.manifest import MANIFEST, TOKENIZER, locate, remember_folder
+from lmu_dist.data.manifest import MANIFEST, TOKENIZER, Location, locate, remember_folder
 from lmu_dist.data.merge import DamagedPartsError, check_counts, merge_parts
 from lmu_dist.data.progress import Progress, regularly
 from lmu_dist.data.sources import count_archives, read
@@ -41,13 +41,16 @@ def prepare(
     storage_folder: Folder,
     progress: Progress = lambda *_: None,
     run_tasks: TaskRunner = run_in_processes,
+    location: Location | None = None,
 ) -> Corpus:
     """Prepares a corpus below `storage_folder` and opens it. If it is already prepared, only opens it.
+
+    `location` is that of the corpus, if the caller knows it; else the source is listed here.
 
     Raises ConfigError if too much of the corpus cannot be read, if the tokenizer does not give text back, if a prepared file is
     damaged, or if another process is preparing it.
     """
-    location = locate(data, storage_folder)
+    location = location or locate(data, storage_folder)
     folder = location.folder
     if not location.prepared or (folder / "parts").exists():
         assert location.shards is not None or location.prepared
@@ -183,9 +186,7 @@ def _tokenize_missing(
     """Tokenizes every shard whose part does not exist yet. Returns the counts of all parts, in the order of the shards."""
     storage.make_folder(folder / "parts")
     listed = {path.name for path in (folder / "parts").glob("*.json")}
-    all_counts = [
-        read_counts(folder, i) if part_path(folder, i, "json").name in listed else None for i in range(len(shards))
-    ]
+    all_counts = [read_counts(folder, i) if part_path(folder, i, "json").name in listed else None for i in range(len(shards))]
     tasks = (TokenizeTask(data, shard, i, folder, shift=shift) for i, shard in enumerate(shards))
     todo = [task for task in tasks if all_counts[task.index] is None]
     total = sum(s.size_bytes for s in shards)

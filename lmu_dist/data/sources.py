@@ -30,7 +30,10 @@ DAMAGED = "(damaged or empty archive)"  # stands for the member of a tar archive
 
 
 def list_shards(data: DataConfig) -> list[CorpusShard]:
-    """All shards of a corpus in a fixed order. Raises ConfigError if there is nothing to read."""
+    """All shards of a corpus in a fixed order.
+
+    Raises ConfigError if there is nothing to read, FailedError if a server does not answer.
+    """
     if data.source == "huggingface":
         return list_dataset(data)
     files, notes = (_stdlib_files(), []) if data.source == "python-stdlib" else list_files(data)

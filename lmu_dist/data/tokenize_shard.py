@@ -41,8 +41,9 @@ class TokenizeTask:
 def tokenize(task: TokenizeTask, count: Callable[[int], None] = lambda _: None) -> None:
     """Tokenizes one shard to its part files: a token stream per split, the list of bad records, and a JSON file of counts.
 
-    The JSON file is written last, when the others are on disk; a part is complete when it exists. Calls `count` with the bytes of text of every batch.
-    Raises FailedError if the shard's files have changed since they were listed, ConfigError if the tokenizer loses text.
+    The JSON file is written last, when the others are on disk; a part is complete when it exists. Calls `count` with the bytes
+    of text of every batch. Raises FailedError if the shard's files have changed since they were listed, ConfigError if the
+    tokenizer loses text.
     """
     check_unchanged(task.shard)
     folder, index = task.folder, task.index

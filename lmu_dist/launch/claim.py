@@ -283,6 +283,22 @@ def _take_over(cell: Cell, run_id: str, store: Store) -> None:
     time.sleep(CLAIM_SECONDS)
     if store.get_tag(run_id, CLAIM) != claim:
         raise BusyError(f"{cell.name} was taken over by another driver; wait for it")
+    if not is_remote(cell.folder) and MetricsLog.exists(cell.folder):
+        _leave_out_logged(cell, run_id, store.last_steps(run_id))
+
+
+def _leave_out_logged(cell: Cell, run_id: str, last_steps: dict[str, int]) -> None:
+    """Leaves the steps that another owner has logged to MLflow out of the cell's own log, where they are pending or come again.
+
+    `last_steps`: the last step of each metric in MLflow.
+    """
+    log = MetricsLog(cell.folder, run_id, last_steps)
+    position = 0  # in bytes, after the last of the steps that MLflow has
+    for end, entry in log.pending():
+        if entry["kind"] == "metrics" and all(entry["step"] <= last_steps.get(key, -1) for key in entry["values"]):
+            position = end
+    if position:
+        log.mark_uploaded(position)
 
 
 def _is_running_elsewhere(cell: Cell, run: Any) -> bool:

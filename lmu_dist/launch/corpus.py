@@ -12,7 +12,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.corpus import Corpus
-from lmu_dist.data.manifest import is_prepared
+from lmu_dist.data.manifest import locate
 from lmu_dist.data.prepare import prepare
 from lmu_dist.data.progress import Progress
 from lmu_dist.data.task_runner import run_in_processes
@@ -30,11 +30,12 @@ def prepare_corpus(config: Config, progress: Progress = lambda *_: None) -> Corp
     Prepares it on all nodes if there is a cluster to connect to, else on this machine.
     """
     check_writable(config.storage_folder)
-    if address_of(config) is None or is_prepared(config.data, config.storage_folder):
-        corpus = prepare(config.data, config.storage_folder, progress, run_in_processes)
+    location = locate(config.data, config.storage_folder)
+    if address_of(config) is None or location.prepared:
+        corpus = prepare(config.data, config.storage_folder, progress, run_in_processes, location)
     else:
         with connected(config):
-            corpus = prepare(config.data, config.storage_folder, progress, run_as_ray_tasks)
+            corpus = prepare(config.data, config.storage_folder, progress, run_as_ray_tasks, location)
     for note in corpus.notes:
         logger.warning("%s", note)
     return corpus

@@ -87,9 +87,9 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
                 driver.forget(cell)
             driver.run(storage.local_state_dir(config.storage_folder) / "tune")
             notes = wait_for_release()
-    except BaseException:
+    except BaseException as e:
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
-        claim.end_study(store, config, STUDY, "KILLED")
+        claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
     _write_plan(store, cells)  # again, if MLflow was unavailable at the start
     claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED")

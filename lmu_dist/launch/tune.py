@@ -94,12 +94,12 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
             check_state_api()
             results = [driver.run() for driver in drivers]
             notes = wait_for_release()
-    except BaseException:
+    except BaseException as e:
         for driver in drivers:
             driver.close_interrupted()
-        claim.end_study(store, config, STUDY, "KILLED")
+        claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
-    claim.end_study(store, config, STUDY)
+    claim.end_study(store, config, STUDY, "FAILED" if any(result.failures for result in results) else "FINISHED")
     return results, notes
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock
 
 from lmu_dist import storage
-from lmu_dist.config import Config, ConfigError, Folder, to_dict
+from lmu_dist.config import Config, ConfigError, FailedError, Folder, to_dict
 from lmu_dist.data.manifest import locate, read_manifest
 from lmu_dist.data.tokenizer import configured_vocab_size
 from lmu_dist.models import accounting, registry
@@ -157,7 +157,7 @@ class Plan:
 
 def vocab_tokens(config: Config) -> int:
     """Vocabulary size of the prepared corpus, or of the tokenizer's settings if no corpus is prepared."""
-    with suppress(ConfigError):  # the corpus is not on this machine
+    with suppress(ConfigError, FailedError):  # the corpus is not on this machine, or its server does not answer
         corpus = locate(config.data, config.storage_folder)
         if corpus.prepared:
             return read_manifest(corpus.folder).vocab_tokens

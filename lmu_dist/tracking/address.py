@@ -72,7 +72,7 @@ def outage_of(uri: str) -> str:
         # A list of hosts, or a socket's folder in the query, is left to the database's client.
         elif scheme in PORTS and parts.hostname and "," not in parts.netloc and "host=" not in parts.query:
             socket.create_connection((parts.hostname, parts.port or PORTS[scheme]), CONNECT_SECONDS).close()
-    except (OSError, http.client.HTTPException) as e:
+    except (OSError, ValueError, http.client.HTTPException) as e:  # ValueError: a host that cannot be encoded
         error = e.reason if isinstance(e, urllib.error.URLError) else e
         if isinstance(error, TimeoutError):
             return f"no answer in {ANSWER_SECONDS if scheme in HTTP else CONNECT_SECONDS:.0f} seconds"

@@ -1,6 +1,7 @@
 """Tests of corpus preparation: tokens and splits, restart after kills with the same bytes, counts of bad records."""
 
 import errno
+import gzip
 import io
 import json
 import os
@@ -583,9 +584,16 @@ def test_parts_of_other_shards_are_not_used(corpus_glob: str, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(
-    "name", ["000000.json", "000001.train.bin", "000001.validation.bin", "000002.problems", "notes", "../tokenizer.json"]
+    ("name", "damage"),
+    [
+        ("000000.json", "cut"),
+        ("000001.train.bin", "changed"),
+        ("000001.validation.bin", "cut"),
+        ("000001.problems", "gone"),
+        ("notes", "gone"),
+        ("../tokenizer.json", "cut"),
+    ],
 )
-@pytest.mark.parametrize("damage", ["cut", "changed", "gone"])
 def test_damaged_parts_are_made_again(name: str, damage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("lmu_dist.data.sources.SHARD_BYTES", 1)  # a shard for every file
     write_corpus(tmp_path / "c", n_documents=300, n_files=3)
@@ -637,7 +645,7 @@ def test_every_spelling_of_a_local_file_sees_its_changes(tmp_path: Path, monkeyp
         for n in (100, 100, 150):
             path.write_text("".join(f'{{"text": "document {i}"}}\n' for i in range(n)))
             os.utime(path, (n, n))
-            if "memory" in data.files[0:1].__repr__() and n_documents:  # a URL is listed once, as long as nothing else changes
+            if len(data.files) == 2 and n_documents:  # a URL is listed once, as long as nothing else changes
                 memory.pipe("/mixed/b.jsonl", b'{"text": "of a server"}\n' * (2 if n == 100 else 1))
             n_documents.append(sum(split["documents"] for split in prepare_here(data, tmp_path / "s").manifest.splits.values()))
         added = data.source == "files" and len(data.files) == 2
@@ -645,6 +653,60 @@ def test_every_spelling_of_a_local_file_sees_its_changes(tmp_path: Path, monkeyp
         path.unlink()
         [note] = prepare_here(data, tmp_path / "s").notes
         assert note.startswith("the source of the corpus cannot be read"), settings
+
+
+@pytest.mark.parametrize(
+    ("text", "is_accepted"),
+    [
+        ("document {i}\n<|endoftext|>\n", True),
+        ("document {i}\r\n<|endoftext|>\r\n", True),
+        ("document {i}\n<endoftext>\n", False),
+        ("document {i}<|endoftext|>", False),
+        ("document {i}\r<|endoftext|>\r", False),
+    ],
+)
+def test_separator_that_never_occurs_is_an_error(text: str, is_accepted: bool, tmp_path: Path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes("".join(text.format(i=f"{i} {name}") for i in range(100)).encode())
+    files = (str(tmp_path / "*.txt"),)
+    data = DataConfig(
+        source="files", files=files, document_separator="<|endoftext|>", tokenizer=TokenizerConfig(vocab_tokens=257)
+    )
+    if is_accepted:
+        assert sum(split["documents"] for split in prepare_here(data, tmp_path).manifest.splits.values()) == 200
+    else:
+        with pytest.raises(ConfigError, match=r"data\.document_separator: no line of the text files is '<\|endoftext\|>'"):
+            prepare_here(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "schön"}\n'.encode("latin-1") * 9,
+            "not UTF-8.*; convert the files to UTF-8, such as by iconv -f",
+        ),
+        (
+            "a.txt",
+            "schön\n".encode("utf-16-le") * 9,
+            "NUL characters.*; convert the files to UTF-8, such as by iconv -f UTF-16LE",
+        ),
+        ("a.jsonl", gzip.compress(b'{"text": "a"}\n'), "1 of 1 files .*name does not say that it is gzip; rename it"),
+        ("a.tar", gzip.compress(b"a"), r"1 of 1 archives .*a\.tar unreadable: .* \(it is gzip; rename it\)"),
+        ("a.txt.gz", b'{"text": "a"}\n', "1 of 1 files .*name says gzip, but it is JSON; rename it"),
+        ("a.tar.gz", bytes(257) + b"ustar\0" + bytes(999), "1 of 1 files .*name says gzip, but it is a tar; rename it"),
+        ("a.jsonl", b'{"body": "a", "n": 1}\n', r"\(it has: body, n\); set data\.text_field to the field that holds the text"),
+        ("a.jsonl", b'{"text": [{"role": "user"}]}\n', r"\(text is a list with an object \(it has: role\) first\)"),
+        ("a.json", b'{"data": [{"text": "a"}]}', r"\(it has: data\)"),
+    ],
+)
+def test_message_on_an_unreadable_corpus_says_what_it_is(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    data = DataConfig(source="files", files=(str(tmp_path / name),), tokenizer=TokenizerConfig(vocab_tokens=257))
+    with pytest.raises(ConfigError, match=message) as error:
+        prepare_here(data, tmp_path)
+    assert "set data.text_field" not in str(error.value) or "no text field" in str(error.value)
 
 
 def test_corpus_without_text_is_an_error(tmp_path: Path):

@@ -319,8 +319,9 @@ def test_file_that_grows_while_it_is_read_is_an_error(tmp_path: Path):
     next(reading)
     with path.open("ab") as file:
         file.write(JSONL)
-    with pytest.raises(FailedError, match=r"a\.jsonl on .* differs from the file that was listed"):
+    with pytest.raises(FailedError, match=r"a\.jsonl on .* differs from the file that was listed") as error:
         list(reading)
+    assert "same command" not in str(error.value)  # the command line adds it
 
 
 COMPRESS = {".gz": gzip.compress, ".zst": zstd.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
@@ -436,6 +437,9 @@ def test_parts_of_a_large_file_hold_its_documents_in_order(tmp_path: Path, name:
         pyarrow.array([t.encode() for t in TEXTS] + [None]),
         pyarrow.array([t.split("\n") for t in TEXTS] + [None]),
         pyarrow.array([t.split("\n") for t in TEXTS] + [None], pyarrow.large_list(pyarrow.large_string())),
+        pyarrow.array([t.split("\n") for t in TEXTS] + [None], pyarrow.list_view(pyarrow.string())),
+        pyarrow.array([[*t.split("\n"), None] for t in TEXTS] + [None]),
+        pyarrow.array([[[line] for line in t.split("\n")] for t in TEXTS] + [None]),
     ],
     ids=lambda column: str(column.type),
 )
@@ -467,6 +471,18 @@ def test_json_files_hold_an_array_or_a_record_per_line(tmp_path: Path, content: 
     if content.startswith("["):
         (tmp_path / "a.JSON").write_text(content.rstrip()[:-1])
         assert items(str(tmp_path / "a.JSON"))[-1].reason.startswith("unreadable: truncated")
+
+
+def test_json_texts_may_be_bare_or_in_nested_lists(tmp_path: Path):
+    (tmp_path / "a.json").write_text(json.dumps(["one", {"text": ["t", None, ["wo"]]}]))
+    (tmp_path / "b.jsonl").write_text('"three"\n')
+    assert [i.text for i in items(str(tmp_path / "*"))] == ["one", "t\nwo", "three"]
+
+
+def test_separators_inside_lines_are_noted(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>two\n")
+    [note] = [i.reason for i in items(str(tmp_path / "a.txt")) if isinstance(i, BadRecord)]
+    assert note.startswith("kept as text: <|endoftext|> inside lines; put it on lines of its own")
 
 
 def test_long_json_array_is_read_in_pieces(tmp_path: Path):
@@ -545,6 +561,8 @@ def test_files_of_a_web_server(tmp_path: Path):
                 items(f"{url}/b.jsonl")
         finally:
             server.shutdown()
+    with pytest.raises(FailedError, match=r"cannot list .*a\.jsonl\.gz: "):  # the server is down: no fault of the input
+        items(f"{url}/a.jsonl.gz")
 
 
 def test_separator_lines_of_text_files(tmp_path: Path):
@@ -602,6 +620,14 @@ def test_damaged_hugging_face_json_is_one_line(tmp_path: Path, second: dict | No
     with pytest.raises(ConfigError, match=r"data\.dataset: cannot (read|load) .*") as error:
         _ = [item for shard in list_shards(data) for item in read(shard, data)]
     assert "\n" not in str(error.value)
+
+
+def test_damaged_hugging_face_parquet_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "train.parquet").write_bytes(damaged_parquet())
+    data = DataConfig(source="huggingface", dataset=str(tmp_path))
+    with pytest.raises(ConfigError, match="repair its files"):
+        _ = [item for shard in list_shards(data) for item in read(shard, data)]
 
 
 def test_revision_of_a_hugging_face_data_set(monkeypatch: pytest.MonkeyPatch):

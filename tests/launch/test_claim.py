@@ -21,6 +21,7 @@ from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.runs import runs_of, runs_with_key
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri
 from lmu_dist.tracking.studies import open_study
+from lmu_dist.tracking.upload import upload_pending
 from lmu_dist.train import checkpoint
 from lmu_dist.train.checkpoint import Meta
 
@@ -251,3 +252,26 @@ def test_train_ends_its_study_however_it_ends(cell: Cell, tmp_path: Path, monkey
     write_ended(cell, records.COMPLETE)
     trainer.train(cell.config, uri)  # as if an earlier command was killed before it ended the study
     assert (status(), len(seen)) == ("FINISHED", 4)
+
+
+def test_run_that_is_taken_over_and_back_has_each_step_once(cell: Cell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(claim, "CLAIM_SECONDS", 0.01)
+    store, other = Store(default_uri(tmp_path)), with_storage(cell, tmp_path / "storage-2")
+    run_id = claim.open_run(cell, store, "train")
+
+    def log_steps(folder: Path, steps: range, last_steps: dict[str, int] | None = None) -> MetricsLog:
+        log = MetricsLog(folder, run_id, last_steps)
+        for step in steps:
+            log.log_metrics(step, {"loss": float(step)})
+        return log
+
+    upload_pending(log_steps(cell.folder, range(3)), store.client)
+    log_steps(cell.folder, range(3, 6))  # not uploaded: the machine died
+    store.set_tags(run_id, {"lmu.alive_ms": "0"})
+    assert claim.open_run(other, store, "train") == run_id
+    upload_pending(log_steps(other.folder, range(1, 8), store.last_steps(run_id)), store.client)
+    store.set_tags(run_id, {"lmu.alive_ms": "0"})
+    assert claim.open_run(cell, store, "train") == run_id
+    upload_pending(log_steps(cell.folder, range(4, 10)), store.client)  # from its own checkpoint
+    points = store.client.get_metric_history(run_id, "loss")
+    assert [(m.step, m.value) for m in points] == [(step, float(step)) for step in range(10)]

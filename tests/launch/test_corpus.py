@@ -32,9 +32,11 @@ def test_two_nodes_and_one_machine_give_the_same_bytes(corpus_glob: str, tmp_pat
     monkeypatch.setattr("lmu_dist.data.sources.SHARD_BYTES", 1)  # a shard for every file
     data = {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}}
     config: Config = parse({"storage": str(tmp_path / "cluster_corpus"), "data": data, "cluster": {"address": address}})
-    steps = []
+    steps, listings = [], []
+    monkeypatch.setattr("lmu_dist.data.manifest.list_shards", lambda data: listings.append(data) or list_shards(data))
     cluster_corpus = prepare_corpus(config, lambda activity, done, *_: steps.append((activity, done)))
     assert not ray.is_initialized()
+    assert len(listings) == 1
     assert len([activity for activity, _ in steps if activity == "tokenizing"]) == 4
     local_corpus = prepare(
         DataConfig(source="files", files=(corpus_glob,), tokenizer=TokenizerConfig(vocab_tokens=400)), tmp_path / "local"
