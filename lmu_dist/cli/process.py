@@ -3,14 +3,16 @@
 import errno
 import os
 import select
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from lmu_dist.storage import is_storage_client_error
+from lmu_dist.storage import FULL_BYTES, is_storage_client_error
 
 # Packages whose errors mean that something outside of this project failed, and in what.
 OUTSIDE = {"grpc": "Ray", "mlflow": "MLflow", "ray": "Ray", "sqlalchemy": "a database", "sqlite3": "an SQLite database"}
@@ -113,7 +115,8 @@ def system_failure(error: OSError) -> str:
     """What the operating system refused, where, and what to do, as the beginning of a line."""
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full{where}; free some space"
+        folder = next((f for f in (tempfile.gettempdir(), os.getcwd()) if shutil.disk_usage(f).free < FULL_BYTES), "")
+        return f"the disk is full{where or (folder and f': {folder}')}; free some space"
     return f"{error.strerror or ' '.join(str(error).split())[:300] or type(error).__name__}{where}; correct this"
 
 

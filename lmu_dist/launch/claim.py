@@ -75,13 +75,14 @@ def check_store(store: Store, config: Config) -> None:
 
 def start_study(store: Store, config: Config, study: str) -> None:
     """Marks the parent run of a study in MLflow as running. Does nothing while MLflow is unavailable."""
-    with suppress(MLflowUnavailableError, ConfigError):  # what is wrong is reported when the run of a cell is made
+    with suppress(MLflowUnavailableError, ConfigError, OSError):  # what is wrong is reported when the run of a cell is made
         studies.start_study(store, config.experiment, study)
 
 
 def end_study(store: Store, config: Config, study: str, status: str = "FINISHED") -> None:
     """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable."""
-    with suppress(MLflowUnavailableError, ConfigError):  # the next start of the command ends it
+    # The next start of the command ends it. MLflow's client writes temporary files, and its artifacts may be on another disk.
+    with suppress(MLflowUnavailableError, ConfigError, OSError):
         studies.end_study(store, config.experiment, study, status)
 
 

@@ -256,7 +256,7 @@ def _reset(cell: Cell, store: Store) -> None:
 
 
 def _write_plan(store: Store, cells: Sequence[Cell]) -> None:
-    with suppress(MLflowUnavailableError):
+    with suppress(MLflowUnavailableError, OSError):  # of the disk of temporary files or artifacts
         write_plan(store, cells[0].config.experiment, STUDY, [_plan_row(cell) for cell in cells])
 
 
