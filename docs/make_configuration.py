@@ -51,7 +51,7 @@ lmu-dist train jobs/train.yaml train.tokens=2e6 model.family=transformer
   mistake.
 - **`null`** means not set. Where the meaning says `None:`, it explains what happens then.
 - **Relative paths** of `storage` are relative to `LMU_DIST_HOME`, or to the current folder if that is not set. A path such as
-  `../runs` that leads out of `LMU_DIST_HOME`, or out of the home folder of a job, is refused.
+  `../runs` that leads out of that folder is refused; give the absolute path.
 
 A file needs only the keys that differ from the defaults. N is the number of parameters without embeddings; losses are in nats
 per token.

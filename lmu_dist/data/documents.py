@@ -13,7 +13,7 @@ MAX_FIELDS = 8  # names of fields that a message lists
 EMPTY = ("empty document", "empty line", "empty file")  # reasons that `data.empty: drop` allows
 NO_FIELD, NOT_UTF8, NULS = "no text field", "not UTF-8", "NUL characters: UTF-16 or binary data"
 # How the reasons of records begin that are there for the user to know, and are not bad.
-NOTES = ("left out", "kept as text")  # such as a README beside the data, or a line that could separate documents
+NOTES = ("left out", "kept as text")  # such as a README among the data files, or a line that could separate documents
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SHORT_SUFFIXES = {
 NO_TEXT = (".csv", ".tsv", ".html", ".xml", ".warc", ".wet", ".wat", ".sql", ".pdf", ".arrow", ".npy", ".zip", ".parquet")
 KNOWN = f"{' '.join(FORMATS)}, all but .parquet also with {' '.join(COMPRESSIONS)}"
 
-# Files that lie beside data, in a folder, an archive or the matches of a glob. They are left out by their whole name:
+# Files that lie among data files, in a folder, an archive or the matches of a glob. They are left out by their whole name:
 # license.jsonl and lorem_ipsum.txt are data.
 DOCUMENTATION = re.compile(r"(readme|licen[cs]e|copying|changelog)([-_.][a-z]{2,8})?\.txt", re.IGNORECASE)
 DOCUMENTATION_WITHOUT_FORMAT = re.compile(
@@ -90,7 +90,7 @@ def format_of(name: str, formats: Mapping[str, Kind] = FORMATS) -> Format | None
 
 
 def reason_to_leave_out(name: str) -> str | None:
-    """Why a file beside the data is not read, by its name alone; None if it may be data."""
+    """Why a file among the data files is not read, from its name only; None if it may be data."""
     base = name.rstrip("/").rpartition("/")[2]
     if base.startswith("._") or "__MACOSX/" in name:
         return "left out: AppleDouble (metadata of macOS)"

@@ -77,7 +77,7 @@ class Location:
     """Where a corpus is or will be: its folder, whether it is prepared, and the shards to prepare it from.
 
     `shards` is None if the source was not listed. `note` says why, if the source is absent; else it is "". `local_files` is the
-    digest of the local files beside URLs, see `_local_digest`.
+    digest of the local files in a list with URLs, see `_local_digest`.
     """
 
     folder: Folder
@@ -189,7 +189,7 @@ def _is_on_network(data: DataConfig) -> bool:
 
 
 def _local_digest(data: DataConfig) -> str:
-    """A digest of the local files that `data.files` names beside URLs, their sizes and times; "" if it names URLs only."""
+    """A digest of the local files that `data.files` names together with URLs, their sizes and times; "" if there are none."""
     if not (local := tuple(entry for entry in data.files if not is_url(entry))):
         return ""
     files, _ = list_files(replace(data, files=local))

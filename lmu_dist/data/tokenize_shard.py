@@ -21,7 +21,7 @@ from lmu_dist.data.sources import check_unchanged, read
 from lmu_dist.data.splits import SPLITS, split_of_document
 
 PART_FORMAT = 2  # version of the part files
-FILES = ("problems", *(f"{split}.bin" for split in SPLITS))  # of a part, beside the counts
+FILES = ("problems", *(f"{split}.bin" for split in SPLITS))  # of a part; a JSON file has the counts
 ENCODE_BYTES = 500_000  # text per call of the tokenizer
 ROUND_TRIP_BYTES = 64_000  # text at the start of every shard that is decoded again, even if the tokenizer cannot lose any
 

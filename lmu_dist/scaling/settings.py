@@ -1,4 +1,4 @@
-"""The settings of a run: what `tune` may vary, that is all that decides a loss beside family, size, budget, seed and data.
+"""The settings of a run: what `tune` may vary. Together with family, size, budget, seed and data they decide the loss.
 
 Takes the record of a run and its params in MLflow. For collect, which compares only runs with the same settings.
 """

@@ -38,7 +38,7 @@ def default_uri(folder: Path) -> str:
 
 
 class MLflowUnavailableError(FailedError):
-    """The MLflow store does not answer, or answers with an error. `reason` is the error alone, without store and advice."""
+    """The MLflow store does not answer, or answers with an error. `reason` is the error without store and advice."""
 
     reason = ""
 

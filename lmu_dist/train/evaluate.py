@@ -17,7 +17,7 @@ from lmu_dist.train.engine import Engine
 def evaluated_rows(rows: TokenDataset, n_tokens: int) -> Integer[np.ndarray, "rows"]:
     """Numbers of the rows that stand for a split: about `n_tokens` tokens, at least one row, spread evenly over the split.
 
-    The start of a split alone may be a single source: documents keep the order of the corpus files.
+    The start of a split may come from a single source: documents keep the order of the corpus files.
     """
     n_rows = min(len(rows), max(1, n_tokens // rows.sequence_tokens))
     return np.arange(n_rows, dtype=np.int64) * len(rows) // n_rows

@@ -523,7 +523,7 @@ def test_paths_are_folders_existing_names_or_globs(tmp_path: Path, monkeypatch: 
         ("a.txt license.jsonl notice_2019.txt lorem_ipsum.txt united_state_law.json readme.jsonl.zst changes.txt", False),
     ],
 )
-def test_files_beside_the_data_are_left_out_by_their_whole_name(names: str, is_left_out: bool):
+def test_files_among_the_data_are_left_out_by_their_whole_name(names: str, is_left_out: bool):
     assert {name: bool(reason_to_leave_out(name)) for name in names.split()} == dict.fromkeys(names.split(), is_left_out)
 
 

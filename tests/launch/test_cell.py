@@ -45,7 +45,7 @@ def make_config(folder: Path, **model: object) -> Config:
 def test_key_is_unchanged(tmp_path: Path, corpus: Corpus):
     """If the key changes although the losses do not, all finished runs are trained again.
 
-    List a new key of `train` in cell.ADDED_TRAIN_KEYS with the value that changes nothing. If a default or anything else that
+    List a new key of `train` in config.ADDED_TRAIN_KEYS with the value that changes nothing. If a default or anything else that
     moves losses changes, raise a version and update the key here.
     """
     config = make_config(tmp_path)
