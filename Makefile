@@ -33,8 +33,8 @@ run: setup ## run a small scaling study on this machine (16 cells on Ray, ZeRO 1
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
 	$(BIN)/lmu-dist report quickstart -o report
 
-test: setup ## run the fast tests, about twenty minutes on two cores
-	$(BIN)/pytest -m 'not slow'
+test: setup ## run the fast tests in two processes, about ten minutes on two cores
+	$(BIN)/pytest -m 'not slow' -n 2
 
 test-all: setup ## run all tests, also the slow ones
 	$(BIN)/pytest

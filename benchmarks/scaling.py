@@ -26,10 +26,10 @@ import torch
 from lmu_dist.config import Config, parse, with_settings
 from lmu_dist.data.batches import row_indices
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch.cell import make_cell
 from lmu_dist.launch.cluster import cluster
-from lmu_dist.launch.run_group import MALLOC_SETTINGS
+from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.trainer import train
+from lmu_dist.launch.workers import MALLOC_SETTINGS
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.records import TRAIN_LOSS
 from lmu_dist.tracking.store import default_uri
@@ -48,7 +48,7 @@ def configured(storage: Path, n_params: float, tokens_per_worker: int) -> Config
             "storage": str(storage),
             "experiment": "scaling",
             "model": {"n_params": int(n_params)},
-            "train": {"learning_rate": 1e-4, "warmup_tokens": 0, **rows},
+            "train": {"learning_rate": 1e-4, "warmup_tokens": 0, "log_every_steps": 1, **rows},
             "cluster": {"n_workers": 1, "checkpoint_every_steps": 10**9},
         }
     )

@@ -23,7 +23,7 @@ from typing import Any
 import tables
 import torch
 
-from lmu_dist.launch.run_group import MALLOC_SETTINGS
+from lmu_dist.launch.workers import MALLOC_SETTINGS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent

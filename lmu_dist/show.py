@@ -35,6 +35,7 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 KEY_CHARACTERS = 12  # of a key, as in the names of runs; `generate` and `export` take it
 PROCESS_BYTES = 0.8e9  # resident memory of a worker without a model, for PyTorch, DeepSpeed and Ray
+LONG = 500  # rows of a table that is printed plainly
 FEW = 200  # things, of which each has a line of its own when it is done
 WRAPPED_CHARACTERS = 20  # width of a column whose text is wrapped
 TABLE_WIDTH_WITHOUT_TERMINAL = 400  # in characters, for output to a file or a pipe
@@ -146,13 +147,14 @@ def print_status(rows: "Callable[[], list[Row]]", live: bool) -> None:
     with Live(refresh_per_second=2, screen=False) as screen:
         while True:
             now = rows()
-            screen.update(_status_table(now), refresh=True)
+            screen.update(_status_table(now, max(1, screen.console.height - 3)), refresh=True)
             if all(row.state in ENDED for row in now):
                 return
             time.sleep(2)
 
 
-def _status_table(rows: "Sequence[Row]") -> Table:
+def _status_table(rows: "Sequence[Row]", max_rows: int | None = None) -> Table:
+    """The table of the cells, of which the first `max_rows` are shown: those that have ended are the last."""
     names = ("cell", "state", "tokens", "of", "loss", "tokens/s", "workers", "attempts", "ETA", "remark")
     cells = [
         (
@@ -167,11 +169,13 @@ def _status_table(rows: "Sequence[Row]") -> Table:
             _duration(row.eta_seconds),
             row.remark,
         )
-        for row in rows
+        for row in rows[:max_rows]
     ]
     table = _fitted_table(names, cells, ("attempts", "workers", "remark", "tokens/s", "of", "ETA"))
     done = sum(row.state in ENDED for row in rows)
-    table.caption = f"{done} of {len(rows)} cells ended{f'; {table.caption}' if table.caption else ''}"
+    captions = [f"{done} of {len(rows)} cells ended", str(table.caption) if table.caption else ""]
+    captions += [f"{len(rows) - len(cells)} more cells: --once prints all"] if len(cells) < len(rows) else []
+    table.caption = "; ".join(filter(None, captions))
     return table
 
 
@@ -336,10 +340,27 @@ def _result_console() -> Console:
 
 
 def _print_table(table: Table) -> None:
+    if table.row_count > LONG:
+        _print_plainly(table)
+        return
     out = _result_console()
     Console(highlight=False, markup=False, emoji=False, width=None if out.is_terminal else TABLE_WIDTH_WITHOUT_TERMINAL).print(
         table
     )
+
+
+def _print_plainly(table: Table) -> None:
+    """Prints a table of thousands of rows, for which rich takes seconds. Nothing is wrapped."""
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    for texts, column in zip(columns, table.columns, strict=True):
+        width = max(map(cell_len, texts))
+        for i, text in enumerate(texts):
+            padding = " " * (width - cell_len(text))
+            texts[i] = text + padding if column.justify == "left" else padding + text
+    for line in zip(*columns, strict=True):
+        print("  ".join(line).rstrip())
+    if table.caption:
+        print(table.caption)
 
 
 def _number(value: float | None, form: str) -> str:

@@ -188,6 +188,25 @@ def upload_file(local: Path, to: Folder) -> None:
         to.fs.put_file(str(local), to.path)
 
 
+def copy_file(path: Folder, to: Folder) -> None:
+    """Copies a file inside a storage. At a URI the server copies it: no byte comes to this machine."""
+    if isinstance(path, Path) or isinstance(to, Path):
+        assert isinstance(path, Path)
+        upload_file(path, to)
+    else:
+        path.fs.cp_file(path.path, to.path)
+
+
+def n_bytes(folder: Folder) -> int:
+    """The bytes of all files in a folder; 0 if it does not exist."""
+    if isinstance(folder, Path):
+        return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    if not folder.exists():
+        return 0
+    total: Any = folder.fs.du(folder.path)
+    return total
+
+
 def open_for_seeking(path: Folder) -> Any:
     """Opens a file to read small parts of it. At a URI a part is read together with at most 1 MiB that follows it."""
     return open(path, "rb") if isinstance(path, Path) else path.fs.open(path.path, "rb", block_size=1 << 20)

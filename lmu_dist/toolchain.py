@@ -42,3 +42,9 @@ def configure_extension_builds() -> None:
     # Ray starts a worker by its interpreter's full path. ninja is in the same folder, which need not be on PATH.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     cpp_extension.FileBaton = FlockBaton  # pyright: ignore[reportPrivateImportUsage]
+
+
+def build_folder() -> Path:
+    """The folder in which extensions are built, or the folder in which it will be made."""
+    folder = Path(cpp_extension.get_default_build_root())
+    return next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,8 +1,9 @@
-"""Fixtures shared by all tests: a small corpus, an S3 bucket, and simulated machines."""
+"""What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how two processes divide the tests."""
 
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from lmu_dist.tracking.store import Store
 
 # Set before Ray or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -20,6 +25,33 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
+# The tests of `launch` that start no Ray. The others share one process, because two Rays would need more than two cores.
+WITHOUT_RAY = {f"tests/launch/test_{name}.py" for name in ("cell", "claim", "clean", "cluster", "imports", "work_queue")}
+
+
+def group_of(nodeid: str) -> str:
+    """The tests that `pytest -n 2` runs in one process: those that start Ray, and those of each other file."""
+    path = nodeid.split("::", 1)[0]
+    return "Ray" if path.startswith("tests/launch/") and path not in WITHOUT_RAY else path
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile."""
+    items.sort(key=lambda item: group_of(item.nodeid) != "Ray")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Divides the tests between the processes of `pytest -n 2` by their groups, in the order of collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByGroup(config, log)
 
 
 def write_corpus(folder: Path, n_documents: int = 400, n_files: int = 4, seed: int = 0) -> list[Path]:
@@ -49,6 +81,21 @@ def corpus_glob(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return str(folder / "*.jsonl")
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[Path], Store]":
+    """A function that makes an empty MLflow store in a folder. It copies a file, which MLflow needs seconds to create."""
+    from lmu_dist.tracking.store import Store, default_uri
+
+    template = tmp_path_factory.mktemp("new_store")
+    Store(default_uri(template)).check()
+
+    def copy_to(folder: Path) -> Store:
+        shutil.copy(template / "mlflow.db", folder)
+        return Store(default_uri(folder))
+
+    return copy_to
 
 
 @pytest.fixture(scope="session")

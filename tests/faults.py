@@ -51,9 +51,9 @@ train:
   eval_every_tokens: 64_000
   eval_tokens: 2048
 cluster: {n_workers: 1, checkpoint_every_steps: 50}
-ladder: {families: [transformer], n_params: [3000], tokens: [102_400, 204_800], seeds: [0]}
+ladder: {families: [transformer], n_params: [3000], tokens: [51_200, 102_400], seeds: [0, 1]}
 """
-STEPS = (400, 800)  # of the two cells, which share a trunk
+TRUNK_STEPS = 440  # of the two cells of a seed, which share the first 160
 MOST_SECONDS = 300.0
 WENT_ON = "went on"  # the outcome of a command that a fault did not stop
 Table = dict[str, tuple[str, int, float, float, int]]  # key: status, tokens, losses in nats, number of points of the curve
@@ -93,10 +93,12 @@ class Study:
         """Uses an MLflow server at this port instead of a file."""
         self.uri = self.environment["MLFLOW_TRACKING_URI"] = f"http://127.0.0.1:{port}"
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Starts lmu-dist, by default the ladder."""
+    def start(self, *arguments: str, n_cpus: int | None = None, output: str = "output") -> subprocess.Popen[str]:
+        """Starts lmu-dist, by default the ladder, on all CPUs or on some."""
         command = [sys.executable, "-m", "lmu_dist.cli", *(arguments or ("ladder", str(self.root / "job.yaml")))]
-        log = (self.root / "output").open("w")
+        if n_cpus is not None:
+            command = ["taskset", "--cpu-list", f"0-{n_cpus - 1}", *command]
+        log = (self.root / output).open("w")
         return subprocess.Popen(
             command,
             cwd=self.home,
@@ -262,7 +264,7 @@ def _(study: Study) -> str:
 
 @scenario("disk-full-second-cell", home=64)
 def _(study: Study) -> str:
-    return disk_full(study, "home", lambda: study.steps_logged() >= STEPS[0] + 60, 20_000)
+    return disk_full(study, "home", lambda: study.steps_logged() >= TRUNK_STEPS + 60, 20_000)
 
 
 @scenario("disk-full-checkpoint", tmp=64)
@@ -275,7 +277,7 @@ def _(study: Study) -> str:
     return disk_full(study, "mlflow", lambda: study.steps_logged() >= 120)
 
 
-@scenario("disk-full-cache", cache=1)
+@scenario("disk-full-cache", cache=64)
 def _(study: Study) -> str:
     filler = fill(study.root / "cache")
     code = study.finish(study.start())
@@ -293,8 +295,8 @@ def train_ladder(study: Study) -> None:
 
 
 def interrupt_at(study: Study, n_steps: int) -> None:
-    """Runs the ladder up to a step and interrupts it."""
-    process = study.start()
+    """Runs the first trunk of the ladder up to a step and interrupts it."""
+    process = study.start(n_cpus=1)
     study.wait_until(lambda: study.steps_logged() >= n_steps, process)
     os.kill(process.pid, signal.SIGINT)
     study.finish(process)
@@ -353,7 +355,7 @@ def _(study: Study) -> str:
 @scenario("log-torn")
 def _(study: Study) -> str:
     interrupt_at(study, 180)
-    [log] = study.home.glob("runs/*/*/metrics_log.jsonl")
+    log = max(study.home.glob("runs/*/*/metrics_log.jsonl"), key=lambda path: path.stat().st_size)
     lines = log.read_bytes().splitlines(keepends=True)
     middle = next(i for i, line in enumerate(lines) if b'"tags"' in line and i > 3)
     lines[middle] = lines[middle][:20] + b"\n"
@@ -409,7 +411,7 @@ def _(study: Study) -> str:
 
 @scenario("mlflow-locked-at-end")
 def _(study: Study) -> str:
-    return lock_at(study, sum(STEPS) - 320 - 40)
+    return lock_at(study, 2 * TRUNK_STEPS - 60)
 
 
 @scenario("mlflow-file-deleted")
@@ -498,7 +500,7 @@ def _(study: Study) -> str:
 def _(study: Study) -> str:
     server = Server(study)
     server.start()
-    return run_once(study, server.stop, lambda: study.steps_logged() >= sum(STEPS) - 320 - 40, server.start)
+    return run_once(study, server.stop, lambda: study.steps_logged() >= 2 * TRUNK_STEPS - 60, server.start)
 
 
 @scenario("mlflow-server-slow")
@@ -548,6 +550,49 @@ def signalled(study: Study, name: str, number: int, n_steps: int = 120) -> str:
     code = study.finish(process)
     if code in (0, -signal.SIGKILL):
         return WENT_ON if code == 0 else "killed"
+    return f"exit {code}: {study.message()}"
+
+
+@scenario("worker-killed-in-the-second-trunk")
+def _(study: Study) -> str:
+    process = study.start(n_cpus=1)  # so that one group of workers trains both trunks
+    study.wait_until(lambda: study.steps_logged() >= TRUNK_STEPS + 120, process)
+    os.kill(study.process_named("RayTrainWorker").pid, signal.SIGKILL)
+    return WENT_ON if study.finish(process) == 0 else f"exit: {study.message()}"
+
+
+@scenario("two-drivers")
+def _(study: Study) -> str:
+    processes = [study.start(n_cpus=1, output=name) for name in ("output", "output-of-the-second")]
+    codes = [study.finish(process) for process in processes]
+    return WENT_ON if codes == [0, 0] else f"exit {codes}: {study.message()}"
+
+
+GREEDY = """
+import torch
+from lmu_dist.models.families.transformer import Transformer
+
+class Greedy(Transformer):
+    name = "greedy"
+    title = "greedy"
+
+    def mixer(self, shape, options):
+        mixer = super().mixer(shape, options)
+        if shape.vocab_tokens == 400:  # not in the checks of a new family
+            mixer.register_forward_hook(lambda *_: torch.empty(2**50) and None)
+        return mixer
+"""
+
+
+@scenario("run-out-of-memory")
+def _(study: Study) -> str:
+    (study.root / "greedy.py").write_text(GREEDY)
+    families = f"ladder.families=[transformer, {study.root}/greedy.py:Greedy]"
+    overrides = (families, "ladder.seeds=[0]", "cluster.max_failures=1")
+    # Of the two trunks, one at a time, the first fails.
+    code = study.finish(study.start("ladder", str(study.root / "job.yaml"), *overrides, n_cpus=1))
+    if len(list(study.home.glob("runs/transformer-*/*/record.json"))) != 2:
+        raise BrokenError(f"the other family was not trained: {study.output()}")
     return f"exit {code}: {study.message()}"
 
 

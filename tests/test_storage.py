@@ -18,7 +18,8 @@ from lmu_dist.config import ConfigError, DataConfig, Folder, TokenizerConfig, lo
 from lmu_dist.data.prepare import prepare
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.train import checkpoint, reshard
-from lmu_dist.train.checkpoint import Meta, folder_name, newest_intact, prune, upload, write_manifest, write_weights
+from lmu_dist.train.checkpoint import Meta, folder_name, newest_intact, prune, upload, write_manifest
+from lmu_dist.train.weights import write_weights
 
 # aiohttp keeps a connection open until the process ends.
 pytestmark = pytest.mark.filterwarnings("ignore")

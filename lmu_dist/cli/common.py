@@ -86,13 +86,13 @@ def load_config_or_run(name: str, overrides: Sequence[str]) -> Config:
     """Loads a configuration, or that of a run by what its tables print of it. Raises ConfigError."""
     if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
         return load_config(name, overrides)
-    from lmu_dist.train.checkpoint import newest_intact
+    from lmu_dist.train.kept_weights import newest_model
 
     try:
         folder = run_folder(name)
     except ConfigError as e:
         raise ConfigError(f"{name} is neither a YAML file such as jobs/train.yaml nor a run: {e}") from e
-    _, meta, _ = newest_intact(folder)
+    _, meta, _ = newest_model(folder)
     if meta is None:
         raise ConfigError(f"{folder} has no checkpoint to go on from; give the YAML file of the run")
     config = with_settings(parse(meta.config), {"storage": str(folder.parent.parent)})

@@ -24,8 +24,8 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 
     On a terminal the table is updated until all cells have ended.
     """
-    from lmu_dist.report.write import stale_reports
     from lmu_dist.tracking.progress import rows
+    from lmu_dist.tracking.reports import reports_of
     from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
@@ -35,6 +35,10 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
         show.print_json([asdict(row) for row in rows(store, experiment)])
     else:
         show.print_status(lambda: rows(store, experiment), live=not once)
+        if not reports_of(store, experiment):
+            return
+        from lmu_dist.report.write import stale_reports  # imports torch and matplotlib, which takes seconds
+
         print_notes(
             [
                 f"report {run_id} is stale: the finished runs of the experiment have changed since"

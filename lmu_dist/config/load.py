@@ -60,6 +60,12 @@ class Config:
                 f"cluster.n_workers ({workers}) must not be more than the {rows} rows of a batch "
                 "(train.batch_tokens / train.sequence_tokens)"
             )
+        if self.ladder is None and self.cluster.has_ranks_on_one_gpu:  # the cells of a ladder have their own n_workers
+            raise ValueError(
+                f"cluster.gpus_per_worker={self.cluster.gpus_per_worker:g} would put several of the {workers} workers of a run "
+                "on one GPU, which NCCL refuses; set cluster.n_workers=1 (in a ladder, by ladder.workers), or "
+                "cluster.gpus_per_worker=1"
+            )
         return self
 
 

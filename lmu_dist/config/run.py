@@ -9,6 +9,9 @@ from pydantic.dataclasses import dataclass
 
 from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive, Section, Share, Texts
 
+CURVE_POINTS = 1000  # about as many points of a training curve as a plot can show
+LEAST_GPU_SHARE = 0.01  # of a worker; Ray counts in steps of 0.0001, and each process takes some memory of the GPU
+
 
 @dataclass(frozen=True, config=STRICT)
 class TokenizerConfig:
@@ -102,6 +105,9 @@ class TrainConfig:
     )
     eval_every_tokens: Count = 500_000  # training tokens between evaluations
     eval_tokens: Count = 262_144  # tokens per evaluation, spread evenly over the validation split; all of it if it is shorter
+    log_every_steps: Count | None = (
+        None  # optimizer steps between two points of the training curves in MLflow; None: a curve has at most some 1,000 points
+    )
 
     @property
     def float32_gradients(self) -> bool:
@@ -133,6 +139,14 @@ class TrainConfig:
         """Number of optimizer steps between evaluations."""
         return max(1, self.eval_every_tokens // self.batch_tokens)
 
+    def is_logged(self, step: int, fork_step: int = 0) -> bool:
+        """Whether the training curves have a point at this step, 0 .. n_steps - 1, of a run whose first step is `fork_step`.
+
+        The first step and the last one do. It depends on nothing else, so a run that resumes logs the same steps.
+        """
+        every = self.log_every_steps or -(-self.n_steps // CURVE_POINTS)
+        return step % every == 0 or step in (fork_step, self.n_steps - 1)
+
     @model_validator(mode="after")
     def _consistent(self) -> "TrainConfig":
         if self.batch_tokens % self.sequence_tokens:
@@ -145,6 +159,8 @@ class TrainConfig:
 # Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
 # left out of the key of a cell, so that finished runs keep their keys.
 ADDED_TRAIN_KEYS: dict[str, Any] = {"gradient_precision": "bf16"}
+# Keys of `train` that change no loss: they are not in the key of a cell, and may change when a run resumes.
+PASSIVE_TRAIN_KEYS = frozenset({"log_every_steps"})
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -156,7 +172,9 @@ class ClusterConfig:
     min_workers: Count | None = None  # elastic: run with as few as this many workers; None: wait for all
     wait_seconds: Natural = 0  # seconds to wait at the start until an autoscaling cluster has the resources for the workers
     cpus_per_worker: Count = 1  # CPUs reserved for each worker
-    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0  # GPUs of each worker
+    gpus_per_worker: Annotated[float, Field(ge=0, le=1)] = (
+        0  # GPUs of each worker: 0, 1, or a share of one such as 0.25, with which four runs of one worker are on a GPU
+    )
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"  # Ray's strategy: few nodes, many, or a node each
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1  # DeepSpeed ZeRO stage: what is sharded over the workers
     micro_batch_rows: Count | None = None  # rows per forward pass (gradient accumulation); None: the worker's whole share
@@ -167,9 +185,22 @@ class ClusterConfig:
     max_failures: Natural = 3  # restarts of a run after lost workers, before it fails
     checkpoint_every_steps: Count = 100  # optimizer steps between checkpoints
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # newest intact checkpoints to keep per run
+    keep_optimizer_state: bool = (
+        True  # false: of a run that has ended only the weights are kept, and of its trunk's branch points those still needed
+    )
+
+    @property
+    def has_ranks_on_one_gpu(self) -> bool:
+        """Whether several workers of one run may be on the same GPU, where NCCL fails: "Duplicate GPU detected".
+
+        Ray puts a share of a GPU on one GPU, as many as it holds; so workers with more than half a GPU have one for themselves.
+        """
+        return 0 < self.gpus_per_worker <= 0.5 and self.n_workers > 1 and self.placement != "STRICT_SPREAD"
 
     @model_validator(mode="after")
     def _consistent(self) -> "ClusterConfig":
+        if 0 < self.gpus_per_worker < LEAST_GPU_SHARE:
+            raise ValueError(f"gpus_per_worker must be 0, or {LEAST_GPU_SHARE:g} to 1, not {self.gpus_per_worker:g}")
         if self.min_workers and self.min_workers > self.n_workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not be more than n_workers ({self.n_workers})")
         if self.offload and not self.zero_stage:

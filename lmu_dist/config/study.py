@@ -166,7 +166,7 @@ class AssumedLaw:
 class PlanConfig:
     """Assumptions of `plan` about machines, prices and scaling laws."""
 
-    worker_memory_bytes: Positive = 80e9  # memory of a worker (its GPU), in bytes
+    worker_memory_bytes: Positive = 80e9  # memory of a GPU, or of a worker on CPUs, in bytes; a share of a GPU has its share
     flops_per_second: Positive | None = None  # executed training FLOP/s per worker; None: measured by `plan --calibrate`
     price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
     law: Annotated[AssumedLaw, Section] = AssumedLaw()  # assumed scaling law of the baseline family

@@ -3,9 +3,10 @@
 Called by data/prepare and data/task_runner; launch has the type in the signatures of its commands.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from lmu_dist import background
 
 PROGRESS_SECONDS = 0.5  # between two calls of a Progress, at most, while work goes on
 Progress = Callable[..., None]  # called with: activity, amount done (in data: bytes), total amount, optional text
@@ -14,17 +15,6 @@ Progress = Callable[..., None]  # called with: activity, amount done (in data: b
 @contextmanager
 def regularly(report: Callable[[], None]) -> Iterator[None]:
     """Calls `report` every PROGRESS_SECONDS from a thread, and once at the end."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(PROGRESS_SECONDS):
-            report()
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
+    with background.repeated(report, PROGRESS_SECONDS):
         yield
-    finally:
-        ended.set()
-        thread.join()
     report()

@@ -6,7 +6,6 @@ Starts one Ray Train run for each number of workers and measures a few seconds p
 import json
 import platform
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,17 +19,18 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from lmu_dist import storage
+from lmu_dist import background, storage
 from lmu_dist.config import Config, Folder, with_settings
 from lmu_dist.data.batches import Batch
 from lmu_dist.data.progress import Progress
-from lmu_dist.launch.cell import build_model
+from lmu_dist.launch import process_group
 from lmu_dist.launch.cluster import check_before_start, cluster
-from lmu_dist.launch.run_group import run_workers
+from lmu_dist.launch.workers import run_workers
 from lmu_dist.models import accounting, registry
 from lmu_dist.planning.cost import CALIBRATION, StepTime, step_settings, vocab_tokens, write_calibration
 from lmu_dist.planning.grid import GridCell, families_of, grid
 from lmu_dist.toolchain import configure_extension_builds
+from lmu_dist.train.model import build_model
 
 SECONDS = 4.0  # of measurement per model size
 FIRST_STEPS = 5  # warm-up, not counted
@@ -76,31 +76,25 @@ def _report_measured(
     path: Folder, cells: list[GridCell], progress: Callable[[float, float, str], None], done: int, total: int
 ) -> Iterator[None]:
     """Calls `progress` for each cell when it is measured, from a background thread, until the block ends."""
-    stop = threading.Event()
+    reported = 0
 
-    def poll() -> None:
-        reported, ended = 0, False
-        while not ended:
-            ended = stop.wait(POLL_SECONDS)
-            with suppress(OSError):  # the workers report an error of the storage
-                measured = _read_measured(path)
-                for cell, result in list(zip(cells, measured, strict=False))[reported:]:
-                    reported += 1
-                    size = f"{cell.shape.family}, N = {result.n_params:,}"
-                    progress(done + reported, total, f"{size}: {result.step_seconds * 1000:,.1f} ms per step")
+    def report() -> None:
+        nonlocal reported
+        with suppress(OSError):  # the workers report an error of the storage
+            for cell, result in list(zip(cells, _read_measured(path), strict=False))[reported:]:
+                reported += 1
+                size = f"{cell.shape.family}, N = {result.n_params:,}"
+                progress(done + reported, total, f"{size}: {result.step_seconds * 1000:,.1f} ms per step")
 
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
+    with background.repeated(report, POLL_SECONDS):
         yield
-    finally:
-        stop.set()
-        thread.join()
+    report()
 
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Measures every cell. Runs on every worker; rank 0 writes the results."""
     configure_extension_builds()
+    process_group.join()
     cells: list[GridCell] = arguments["cells"]
     for source in arguments["sources"]:
         registry.register(source)

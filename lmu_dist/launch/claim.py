@@ -18,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lmu_dist import records
-from lmu_dist.config import Config, ConfigError, FailedError
+from lmu_dist.config import Config, ConfigError, FailedError, Folder
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.metrics_logger import metrics_log_lock
 from lmu_dist.launch.record import Outcome, log_result, read_record, record_of_cell, record_path, write_record
@@ -26,10 +26,11 @@ from lmu_dist.records import RunRecord
 from lmu_dist.storage import is_remote, local_state_dir, make_folder
 from lmu_dist.tracking import studies
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.new_run import RunIdentity, create_run_of
+from lmu_dist.tracking.new_run import create_run_of
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS, BusyError, heartbeat_now, owner_id_of
 from lmu_dist.tracking.run_file import save_run_id, saved_run_id
-from lmu_dist.tracking.runs import find_run, record_of
+from lmu_dist.tracking.run_identity import RunIdentity
+from lmu_dist.tracking.runs import KnownRuns, find_run, record_of
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, one_line
 from lmu_dist.tracking.tags import CLAIM, FOLDER, HEARTBEAT, OWNER_ID
 from lmu_dist.tracking.upload import MLflowUploader, upload
@@ -79,11 +80,14 @@ def start_study(store: Store, config: Config, study: str) -> None:
         studies.start_study(store, config.experiment, study)
 
 
-def end_study(store: Store, config: Config, study: str, status: str = "FINISHED") -> None:
-    """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable."""
+def end_study(store: Store, config: Config, study: str, status: str = "FINISHED", known: KnownRuns | None = None) -> None:
+    """Ends the parent run of a study in MLflow, with a table of its cells. Does nothing while MLflow is unavailable.
+
+    `known`: the runs of the cells, if the caller has just read them.
+    """
     # The next start of the command ends it. MLflow's client writes temporary files, and its artifacts may be on another disk.
     with suppress(MLflowUnavailableError, ConfigError, OSError):
-        studies.end_study(store, config.experiment, study, status)
+        studies.end_study(store, config.experiment, study, status, known)
 
 
 def find_finished(
@@ -116,7 +120,7 @@ def _upload_finished(cell: Cell, store: Store, study: str, known_run: Any) -> tu
     if run is None:
         with suppress(MLflowUnavailableError):
             run = find_run(store, cell.key)
-    if run is not None and not _is_run_of(cell, run):
+    if run is not None and not is_run_of(cell, run, owner_id(cell)):
         run_id = run.info.run_id
         note = (
             f"the metrics of {cell.folder} are not in MLflow, which has another run of the cell, from {owner_id_of(run)}; to "
@@ -127,25 +131,30 @@ def _upload_finished(cell: Cell, store: Store, study: str, known_run: Any) -> tu
     return run_id, upload_log(cell, run_id, store, study)
 
 
-def _is_run_of(cell: Cell, run: Any) -> bool:
+def is_run_of(cell: Cell, run: Any, own_id: str) -> bool:
     """Whether an MLflow run is the one that the log in the cell's folder was written for: metrics of two runs do not mix.
 
-    A folder at a URI is one for all owners. A local one may have the same path on two machines.
+    A folder at a URI is one for all owners. A local one may have the same path on two machines. `own_id`: the `owner_id` here.
     """
-    same_folder = is_remote(cell.folder) and run.data.tags.get(FOLDER) == str(cell.folder)
-    return same_folder or owner_id_of(run) in (None, _owner_id(cell))
+    if owner_id_of(run) in (None, own_id):
+        return True
+    return is_remote(cell.config.storage_folder) and run.data.tags.get(FOLDER) == str(cell.folder)
 
 
 def finished_in_mlflow(
-    cell: Cell, run: Any, store: Store, final_statuses: Sequence[str] = FINAL_STATUSES
+    cell: Cell, run: Any, store: Store, final_statuses: Sequence[str] = FINAL_STATUSES, is_here: bool | None = None
 ) -> FinishedRun | None:
-    """The finished run of a cell by its MLflow run; None if there is no such run or it has not ended."""
+    """The finished run of a cell by its MLflow run; None if there is no such run or it has not ended.
+
+    `is_here`: whether the cell's folder exists, if the caller knows.
+    """
     record = record_of(run) if run else None
     if run is None or record is None or record.status not in final_statuses:
         return None
     run_folder = run.data.tags.get(FOLDER)
     note = f"MLflow has this run as ended in {run_folder}, which is not here; to train it again delete the run in MLflow"
-    return FinishedRun(cell, record, run.info.run_id, store.uri, True, () if cell.folder.is_dir() else (note,))
+    is_here = cell.folder.is_dir() if is_here is None else is_here
+    return FinishedRun(cell, record, run.info.run_id, store.uri, True, () if is_here else (note,))
 
 
 def upload_log(cell: Cell, run_id: str | None, store: Store, study: str) -> tuple[str, ...]:
@@ -243,7 +252,7 @@ def notes(skipped: Sequence[str], not_uploaded: str, of_log: Sequence[str] = ())
 
 def run_identity(cell: Cell, study: str) -> RunIdentity:
     """The identity of a cell's MLflow run, with which it is found or created."""
-    return RunIdentity(cell.config.experiment, study, cell.name, cell.key, str(cell.folder), _owner_id(cell))
+    return RunIdentity(cell.config.experiment, study, cell.name, cell.key, str(cell.folder), owner_id(cell))
 
 
 def open_run(cell: Cell, store: Store, study: str) -> str | None:
@@ -260,7 +269,7 @@ def open_run(cell: Cell, store: Store, study: str) -> str | None:
             raise OwnerUnresponsiveError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it")
         if run is not None:
             run_id = run.info.run_id
-            if owner_id_of(run) not in (None, _owner_id(cell)):
+            if owner_id_of(run) not in (None, owner_id(cell)):
                 _take_over(cell, run_id, store)
         else:
             run_id = create_run_of(store, run_identity(cell, study))
@@ -280,7 +289,7 @@ def _can_start_without_mlflow(cell: Cell, store: Store) -> bool:
 def _take_over(cell: Cell, run_id: str, store: Store) -> None:
     """Takes over a run that another owner abandoned. Raises BusyError if another driver takes it over at the same moment."""
     claim = uuid.uuid4().hex
-    store.set_tags(run_id, {CLAIM: claim, FOLDER: str(cell.folder), OWNER_ID: _owner_id(cell), HEARTBEAT: heartbeat_now()})
+    store.set_tags(run_id, {CLAIM: claim, FOLDER: str(cell.folder), OWNER_ID: owner_id(cell), HEARTBEAT: heartbeat_now()})
     time.sleep(CLAIM_SECONDS)
     if store.get_tag(run_id, CLAIM) != claim:
         raise BusyError(f"{cell.name} was taken over by another driver; wait for it")
@@ -307,7 +316,7 @@ def _is_running_elsewhere(cell: Cell, run: Any) -> bool:
     tags = run.data.tags
     heartbeat, ended = float(tags.get(HEARTBEAT, "0")) / 1000, tags.get("lmu.status") in records.ENDED
     is_recent = time.time() - heartbeat < HEARTBEAT_TIMEOUT_SECONDS
-    return not ended and owner_id_of(run) not in (None, _owner_id(cell)) and is_recent
+    return not ended and owner_id_of(run) not in (None, owner_id(cell)) and is_recent
 
 
 def check_not_running_elsewhere(cell: Cell, run: Any) -> None:
@@ -316,7 +325,7 @@ def check_not_running_elsewhere(cell: Cell, run: Any) -> None:
         raise BusyError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it, or stop it there")
 
 
-def _owner_id(cell: Cell) -> str:
+def owner_id(cell: Cell) -> str:
     """The id that all drivers with the same file locks share. The first of them writes it to a file next to the locks."""
     folder = local_state_dir(cell.config.storage_folder)
     make_folder(folder)
@@ -332,12 +341,17 @@ def _owner_id(cell: Cell) -> str:
 def _is_owner(cell: Cell, run_id: str | None, store: Store) -> bool:
     """Whether the run belongs to this owner id. True while MLflow is unavailable, or has no such run."""
     try:
-        return run_id is None or store.get_tag(run_id, OWNER_ID) in (None, "", _owner_id(cell))
+        return run_id is None or store.get_tag(run_id, OWNER_ID) in (None, "", owner_id(cell))
     except MLflowUnavailableError:
         return True
 
 
 def _trunk_lock(cell: Cell, timeout_seconds: float) -> FileLock:
-    folder = local_state_dir(cell.trunk_folder)
+    return trunk_lock(cell.trunk_folder, timeout_seconds)
+
+
+def trunk_lock(trunk_folder: Folder, timeout_seconds: float) -> FileLock:
+    """The lock of a trunk's folder against other drivers, not locked yet."""
+    folder = local_state_dir(trunk_folder)
     make_folder(folder)
     return FileLock(folder / "lock", timeout=timeout_seconds)

@@ -183,7 +183,7 @@ def _check_all_fit(configs: Sequence[Config]) -> None:
         _check_fits(config, nodes)
 
 
-def _worker_resources(config: Config) -> dict[str, int]:
+def _worker_resources(config: Config) -> dict[str, float]:
     """The resources of one worker."""
     wanted = {"CPU": config.cluster.cpus_per_worker, "GPU": config.cluster.gpus_per_worker}
     return {name: n for name, n in wanted.items() if n}
@@ -195,15 +195,28 @@ def _capacity(config: Config, nodes: Sequence[Mapping[str, float]]) -> int:
 
 
 def _workers_on_node(config: Config, node: Mapping[str, float]) -> int:
-    return min(int(node.get(name, 0) // n) for name, n in _worker_resources(config).items())
+    return min(_n_shares(node.get(name, 0), n) for name, n in _worker_resources(config).items())
+
+
+def _n_shares(available: float, each: float) -> int:
+    """How many workers have `each` of a resource. A share below 1, as of a GPU, is a share of one unit: it never spans two."""
+    # In units of 0.0001, as Ray counts: 1 // 0.1 is 9.
+    unit, share = round(available * 10_000), round(each * 10_000)
+    return int(available) * (10_000 // share) if each < 1 else unit // share
 
 
 def _check_fits(config: Config, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raises ConfigError if the nodes can never hold the workers of a run."""
     wanted, resources, n_fitting = config.cluster, _worker_resources(config), _capacity(config, nodes)
     needed = wanted.min_workers or wanted.n_workers
+    if "GPU" in resources and not any(node.get("GPU", 0) for node in nodes):
+        raise ConfigError(
+            f"cluster.gpus_per_worker={wanted.gpus_per_worker:g}, but Ray has no GPU on its {len(nodes)} nodes; set "
+            "cluster.gpus_per_worker=0 to train on CPUs, or use a cluster with GPUs (one with an autoscaler needs "
+            "cluster.wait_seconds)"
+        )
     if n_fitting < needed:
-        each = " and ".join(f"{n} {name}" for name, n in resources.items())
+        each = " and ".join(f"{n:g} {name}" for name, n in resources.items())
         total = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in resources)
         raise ConfigError(
             f"cluster.n_workers={wanted.n_workers} with {each} each does not fit on the cluster, which can hold {n_fitting} "

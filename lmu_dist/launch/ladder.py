@@ -1,10 +1,10 @@
 """The driver of `lmu-dist ladder`: trains every missing cell of a grid exactly once, in Ray Tune trials. Returns the records.
 
-A trial trains one trunk: the cells that share their steps before the decay. Which cells have ended is read from their folders
+A trial is a group of workers that takes one trunk after the other from a queue: the cells that share their steps before the
+decay. Which cells have ended is read from their folders
 and from MLflow only, so the same command resumes a ladder after any failure. Progress goes to callbacks.
 """
 
-import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -12,41 +12,49 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from filelock import Timeout
 from ray import tune
+from ray.exceptions import RayError
 
 from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
-from lmu_dist.launch.cell import BRANCH_POINTS, Cell, at_half_rate, make_cell
-from lmu_dist.launch.claim import BusyError, FinishedRun
+from lmu_dist.launch.cell import BRANCH_POINTS, Cell
+from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
+from lmu_dist.launch.finished import find_all_finished
+from lmu_dist.launch.ladder_trial import STUDY, train_work_items
+from lmu_dist.launch.metrics_logger import start_metrics_logger
+from lmu_dist.launch.new_cell import at_half_rate, make_cell
 from lmu_dist.launch.record import record_path
-from lmu_dist.launch.run_group import train_run_group
 from lmu_dist.launch.trials import (
     Slots,
     TrialCallback,
     check_state_api,
     driver_environment,
     error_message,
+    head_node_id,
     run_trials,
     wait_for_release,
 )
-from lmu_dist.models import registry
+from lmu_dist.launch.work_queue import WorkItem, WorkState, start_work_queue
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
-from lmu_dist.tracking.runs import find_run, retire_run, runs_by_key
+from lmu_dist.tracking.ended_rows import keep_rows
+from lmu_dist.tracking.runs import KnownRuns, find_known_runs, find_run, retire_run
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.studies import write_plan
+from lmu_dist.tracking.tags import STATUS
 from lmu_dist.tracking.upload import set_client_limits
 from lmu_dist.train import VERSION
 
-STUDY = "ladder"
 CLOSING_SECONDS = 30.0  # timeout of an interrupted ladder for closing its MLflow runs
-PROGRESS_SECONDS = 60.0  # between two updates of the progress bar where these cost requests to an object store
 POLL_SECONDS = 5.0  # between two checks whether another driver has finished
+STATE_SECONDS = 10.0  # how long the queue may take to say what is running
+NO_RECORD = "its trial ended without a record"
 
 
 @dataclass(frozen=True)
@@ -68,16 +76,19 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     set_client_limits()
     store = Store(tracking_uri)
     claim.check_store(store, config)
-    check_before_start([planned.config for planned in grid(config, vocab_tokens(config))[0]])
+    n_vocab = vocab_tokens(config)
+    planned, _ = grid(config, n_vocab)
+    check_before_start([cell.config for cell in planned])
     corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
-    planned, _ = grid(config, corpus.manifest.vocab_tokens)
+    if corpus.manifest.vocab_tokens != n_vocab:  # it was not prepared before
+        planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
     cells_to_rerun = [_cell_with_key(cells, key) for key in rerun]
     _write_plan(store, cells)
     driver = _Driver(cells, store, progress)
     if not cells_to_rerun and not driver.missing():
-        claim.end_study(store, config, STUDY)
+        claim.end_study(store, config, STUDY, known=driver.runs_for_study())
         return driver.result(())
     try:
         with cluster([cell.config for cell in cells]):
@@ -92,7 +103,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
     _write_plan(store, cells)  # again, if MLflow was unavailable at the start
-    claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED")
+    claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED", driver.runs_for_study())
     return driver.result(notes)
 
 
@@ -103,16 +114,20 @@ class _Driver:
         self.cells, self.store, self.progress = cells, store, progress
         self.finished: dict[str, FinishedRun] = {}  # by key
         self.failures: dict[str, str] = {}
-        self.work_items: list[tuple[Cell, ...]] = []
-        self.running: set[int] = set()  # indices of work items whose trial has started and not ended; a trial that died stays
-        self.mlflow_runs: dict[str, Any] = {}  # by key
-        self._last_progress = -PROGRESS_SECONDS
+        self.work_items: Sequence[WorkItem] = ()
+        self.work = WorkState()  # of these items
+        self.queue: Any = None  # the WorkQueue that hands them out
+        self.known_runs: KnownRuns | None = None  # those that MLflow had at the last refresh; None: it did not answer
+        self.mlflow_runs: dict[str, Any] = {}  # those of the last answer, by key
+        self._ended: set[str] = set()  # keys of cells that have ended since the last refresh
+        self._asked: tuple[Sequence[WorkItem], Any] | None = None  # work items, and the answer to come of their queue
         self._refresh()
         self.finished_before = frozenset(self.finished)
 
     def forget(self, cell: Cell) -> None:
         """Marks a cell as missing."""
         self.finished.pop(cell.key, None)
+        self._ended.discard(cell.key)
         forgotten = (cell.key, at_half_rate(cell).key)
         self.mlflow_runs = {key: run for key, run in self.mlflow_runs.items() if key not in forgotten}
         self.finished_before -= {cell.key}
@@ -128,78 +143,115 @@ class _Driver:
     def run(self, scratch: Path) -> None:
         """Trains trunks until each cell has ended or failed. Waits for trunks that another driver is training."""
         n_slots = capacity(self.cells[0].config)
+        head = head_node_id()
+        metrics_logger = start_metrics_logger(self.store.uri, head)
         while trunks := self.missing():
-            self.work_items, self.running = [tuple(trunk) for trunk in trunks], set()
             # A run with cluster.min_workers may get fewer workers than n_workers.
-            sizes = [min(n_slots, work_item[0].config.cluster.n_workers) for work_item in self.work_items]
+            items = [WorkItem(tuple(trunk), min(n_slots, trunk[0].config.cluster.n_workers)) for trunk in trunks]
+            self.work_items, self.queue = items, start_work_queue(items, head)
             results = run_trials(
-                _run_trunk,
-                {"work_items": self.work_items, "tracking_uri": self.store.uri, "environment": driver_environment()},
+                train_work_items,
+                {
+                    "config": self.cells[0].config,
+                    "tracking_uri": self.store.uri,
+                    "environment": driver_environment(),
+                    "metrics_logger": metrics_logger,
+                    "queue": self.queue,
+                },
                 scratch,
-                tune.TuneConfig(search_alg=Slots(sizes, n_slots), num_samples=len(sizes), reuse_actors=True),
-                callbacks=[TrialCallback(self._trial_started, self._trial_ended, self.report_progress)],
+                tune.TuneConfig(search_alg=Slots(self._reserve, n_slots), num_samples=len(items), reuse_actors=True),
+                callbacks=[TrialCallback(on_tick=self.report_progress)],
             )
+            self._update_work()
             self.close(records.FAILED, CLOSING_SECONDS)
             self._refresh()
-            busy = False
-            for result in results:
-                if (result.metrics or {}).get("busy"):
-                    busy = True
-                    continue
-                assert result.config is not None
-                message = error_message(result) or "its trial ended without a record"
-                work_item = self.work_items[result.config["index"]]
-                self.failures |= {cell.name: message for cell in work_item if cell.key not in self.finished}
-            if busy:
+            self._note_failures(results)
+            if self.work.busy:
                 self.report_progress("waiting for another driver, or for MLflow")
                 time.sleep(POLL_SECONDS)
                 self._refresh()
 
+    def _reserve(self, group: str, n_free: int) -> int | None:
+        return ray.get(self.queue.reserve.remote(group, n_free))
+
+    def _update_work(self) -> None:
+        """Asks the queue which work items are running and which have ended."""
+        with suppress(RayError):  # the cluster was lost: the last answer holds
+            answer: ray.ObjectRef[WorkState] = self.queue.state.remote()
+            self.work = ray.get(answer, timeout=STATE_SECONDS)
+
+    def _note_failures(self, results: Sequence[Any]) -> None:
+        """Notes why cells that were tried have no record: what their trials say, or why these died."""
+        of_trials = {result.config["group"]: error_message(result) for result in results if result.config}
+        for index in {*self.work.ended, *self.work.running} - self.work.busy:
+            message = self.work.ended.get(index) or of_trials.get(self.work.running.get(index, "")) or NO_RECORD
+            cells = self.work_items[index].cells
+            self.failures |= {cell.name: message for cell in cells if cell.key not in self.finished}
+
     def _refresh(self) -> None:
         """Reads from MLflow and the cells' folders which cells have ended, by this driver or another."""
-        first = self.cells[0]
-        with suppress(MLflowUnavailableError):  # keep the runs of the last refresh
-            self.mlflow_runs = runs_by_key(self.store, first.corpus.manifest.data_digest, VERSION)
-        for cell in self.cells:
-            if cell.key not in self.finished and (run := self._finished_run(cell)) is not None:
-                self.finished[cell.key] = run
+        first = self.cells[0].config, self.cells[0].corpus.manifest.data_digest
+        self.known_runs = None
+        with suppress(MLflowUnavailableError):  # keep the runs of the last refresh, by key
+            self.known_runs = find_known_runs(self.store, first[0].experiment, first[1], VERSION)
+            self.mlflow_runs = self.known_runs.by_key()
+            if self.known_runs.own:
+                keep_rows(self.store, first[0].experiment, self.known_runs.own)
+        unknown = [cell for cell in self.cells if cell.key not in self.finished]
+        self.finished |= find_all_finished(unknown, self.store, STUDY, self.mlflow_runs)
+        self._ended = set()
 
-    def _finished_run(self, cell: Cell) -> FinishedRun | None:
-        """The finished run of a cell; of its retry, if the cell diverged."""
-        run = self._finished_attempt(cell)
-        if run is None or run.record.status != records.DIVERGED:
-            return run
-        return self._finished_attempt(at_half_rate(cell))
+    def runs_for_study(self) -> KnownRuns | None:
+        """The runs of the last refresh; None if MLflow did not answer, or got the end of a run only since."""
+        ended = (self.mlflow_runs.get(run.cell.key) for run in self.finished.values())
+        is_up_to_date = all(run is not None and run.data.tags.get(STATUS) in records.ENDED for run in ended)
+        return self.known_runs if is_up_to_date else None
 
-    def _finished_attempt(self, cell: Cell) -> FinishedRun | None:
-        mlflow_run = self.mlflow_runs.get(cell.key)
-        if record_path(cell).exists():
-            return claim.find_finished(cell, self.store, STUDY, mlflow_run)
-        return claim.finished_in_mlflow(cell, mlflow_run, self.store)
+    def note_ended(self, cells: Iterable[Cell]) -> None:
+        """Notes for the progress that cells of this ladder have ended, with whatever status."""
+        self._ended.update(cell.key for cell in cells if cell.key not in self.finished)
 
     def report_progress(self, remark: str = "") -> None:
-        """Updates the progress bar; less often for a storage at a URI, where it costs a request per cell."""
-        interval = PROGRESS_SECONDS if storage.is_remote(self.cells[0].folder) else 0
-        if not remark and time.monotonic() - self._last_progress < interval:
-            return
-        self._last_progress = time.monotonic()
-        ended = sum(1 for cell in self.cells if cell.key in self.finished or record_path(cell).exists())
+        """Updates the progress bar by what is known of the cells, which costs no file of those that have ended."""
+        self._ask_queue()
+        ended = len(self.finished) + len(self._ended)
         self.progress("ladder", ended, len(self.cells), f"{ended} of {len(self.cells)} cells ended {remark}".strip())
+
+    def _ask_queue(self) -> None:
+        """Notes the cells that have ended since the queue was asked last, and asks it again. Waits for no answer."""
+        if self.queue is None:
+            return
+        if self._asked is not None and ray.wait([self._asked[1]], timeout=0)[0]:
+            items, answer = self._asked
+            with suppress(RayError):  # the cluster was lost: the last answer holds
+                state: WorkState = ray.get(answer)
+                if items is self.work_items:
+                    self.work = state  # for `close`, if the ladder is interrupted
+                for index, error in state.ended.items():
+                    self.note_ended(() if error or index in state.busy else items[index].cells)
+                for index in state.running:
+                    self._note_records(items[index].cells)
+            self._asked = None
+        if self._asked is None:
+            self._asked = self.work_items, self.queue.state.remote()
+
+    def _note_records(self, cells: Sequence[Cell]) -> None:
+        """Notes which cells of a trunk that is running have ended, the shortest first. At a URI each would be a request."""
+        if storage.is_remote(cells[0].config.storage_folder):
+            return
+        for cell in cells:
+            if cell.key not in self._ended:
+                if not record_path(cell).exists():
+                    return
+                self.note_ended([cell])
 
     def close(self, status: str, timeout_seconds: float) -> None:
         """Closes the MLflow runs of trials that died or were interrupted, because their workers cannot."""
         deadline = time.monotonic() + timeout_seconds
-        for cell in (cell for index in self.running for cell in self.work_items[index]):
+        for cell in (cell for index in self.work.running for cell in self.work_items[index].cells):
             for attempt in (cell, at_half_rate(cell)):
                 with suppress(ConfigError, FailedError, Timeout, OSError):
                     claim.close_run(attempt, self.store, STUDY, status, max(1.0, deadline - time.monotonic()))
-
-    def _trial_started(self, trial: Any) -> None:
-        self.running.add(trial.config["index"])
-
-    def _trial_ended(self, trial: Any, died: bool) -> None:
-        if not died:  # the runs of a trial that died are still open; `close` closes them
-            self.running.discard(trial.config["index"])
 
     def result(self, notes: Iterable[str]) -> LadderResult:
         """The result of the ladder, with further notes."""
@@ -207,28 +259,6 @@ class _Driver:
         runs = tuple(replace(run, already_done=key in self.finished_before) for key, run in finished)
         run_notes = dict.fromkeys(note for run in runs for note in run.notes)
         return LadderResult(runs, self.failures, (*run_notes, *notes))
-
-
-def _run_trunk(
-    params: dict[str, Any], work_items: list[tuple[Cell, ...]], tracking_uri: str, environment: dict[str, str]
-) -> dict[str, Any]:
-    """The function of a trial: trains the cells of one trunk, then retries those that diverged at half the learning rate."""
-    os.environ.update(environment)
-    set_client_limits()
-    cells = work_items[params["index"]]
-    try:
-        if (source := cells[0].family_source) is not None:
-            registry.register(source)
-        store = Store(tracking_uri)
-        finished = train_run_group(cells, store, STUDY)
-        diverged = [at_half_rate(f.cell) for f in finished if f.record.status == records.DIVERGED]
-        if diverged:
-            train_run_group(diverged, store, STUDY)
-    except (BusyError, MLflowUnavailableError):
-        return {"busy": True}
-    except (ConfigError, FailedError, OSError) as e:
-        return {"error": storage.error_text(e)}
-    return {"busy": False}
 
 
 def _cell_with_key(cells: list[Cell], key: str) -> Cell:

@@ -1,4 +1,4 @@
-"""The only writer of the metrics logs of some runs: a Ray actor on the node of their driver.
+"""The only writer of the metrics logs of a driver's runs: a Ray actor on the node of the processes that claim the runs.
 
 Rank 0 of the workers calls it without waiting; it appends to the runs' logs and uploads them to MLflow. So workers need no
 MLflow, no credentials and no disk shared with the driver, and the actor outlives them.
@@ -6,21 +6,25 @@ MLflow, no credentials and no disk shared with the driver, and the actor outlive
 
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from ray.actor import ActorProxy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lmu_dist import storage
 from lmu_dist.config import FailedError, Folder
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.new_run import RunIdentity
-from lmu_dist.tracking.upload import MLflowUploader, set_client_limits
+from lmu_dist.tracking.run_identity import RunIdentity
+
+if TYPE_CHECKING:  # imports MLflow, which workers and Ray Train's controllers do not need: it takes a second and 60 MB
+    from lmu_dist.tracking.upload import MLflowUploader
 
 CHECK_SECONDS = 2.0  # between two checks of a RemoteRunLogger whether its entries could be written
+LOCK_SECONDS = 120.0  # how long the actor of a driver that was killed may stay alive
 
 
 class LoggedRun(NamedTuple):
@@ -40,105 +44,119 @@ class UploadState(NamedTuple):
 
 
 class MetricsLogger:
-    """The actor. Its methods are those of RunLogger, with the index of the run first.
+    """The actor. A run's log is opened by the first call for it and closed by `close`.
 
-    When a call has returned, its entry is in the log, and after `flush` on the disk; a call other than log_metrics also copies
-    the log to a run's folder at a URI. Ray runs the calls of one caller in order.
+    When a call has returned, its entry is in the log, and after `flush` on the disk. If the process is killed, Ray starts it
+    again and repeats the calls that were not answered, possibly after later ones: a MetricsLog writes no entry twice.
     """
 
-    def __init__(self, runs: list[LoggedRun], uri: str, environment: dict[str, str]) -> None:
+    def __init__(self, uri: str, environment: dict[str, str]) -> None:
+        from lmu_dist.tracking.upload import set_client_limits
+
         # Passed as an argument, since the dashboard would show a runtime environment, and this one holds credentials.
         os.environ.update(environment)
         set_client_limits()
-        # The actor of a driver that was killed a moment ago may still be alive; two writers would log everything twice.
-        self._locks = [metrics_log_lock(run.folder) for run in runs]
-        for lock in self._locks:
-            lock.acquire(timeout=120)
-        self._logs = [MetricsLog(run.folder, run.run_id, run.last_steps) for run in runs]
-        self._uploaders = [MLflowUploader(log, uri, run.identity) for log, run in zip(self._logs, runs, strict=True)]
-        self._latest: dict[str, float] = {}
+        self._uri = uri
+        self._runs: dict[str, _OpenRun] = {}  # by folder
 
     @ray.method
-    def start_run(self, run_index: int) -> None:
-        """Sets the status of the MLflow run to RUNNING."""
-        with self._writing(run_index) as log:
-            log.start_run()
+    def is_free(self, run: LoggedRun) -> bool:
+        """Opens the log of a run. Returns False while another process writes it: the actor of a driver that was just killed."""
+        try:
+            self._open(run, timeout_seconds=0)
+        except Timeout:
+            return False
+        return True
 
     @ray.method
-    def start_attempt(self, run_index: int, attempt_id: str, tags: Mapping[str, Any]) -> None:
-        """Counts a start of the run's workers in the tag `lmu.attempt`, once per id, and sets further tags."""
-        with self._writing(run_index) as log:
-            log.start_attempt(attempt_id, tags)
-
-    @ray.method
-    def log_params(self, run_index: int, values: Mapping[str, Any]) -> None:
-        """Logs constants of the run."""
-        with self._writing(run_index) as log:
-            log.log_params(values)
-
-    @ray.method
-    def log_metrics(self, run_index: int, step: int, values: Mapping[str, float]) -> None:
-        """Logs metric values of a step, except those already logged."""
-        with suppress(FailedError):  # see _writing
-            self._logs[run_index].log_metrics(step, values)
-        self._latest |= {"step": step, **values}
-
-    @ray.method
-    def set_tags(self, run_index: int, values: Mapping[str, Any]) -> None:
-        """Sets tags."""
-        with self._writing(run_index) as log:
-            log.set_tags(values)
-
-    @ray.method
-    def log_dataset(self, run_index: int, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
-        """Logs the dataset the run trains on."""
-        with self._writing(run_index) as log:
-            log.log_dataset(name, digest, source, profile)
-
-    @ray.method
-    def log_table(self, run_index: int, name: str, columns: Mapping[str, list[Any]]) -> None:
-        """Logs a table as artifacts name.json and name.csv."""
-        with self._writing(run_index) as log:
-            log.log_table(name, columns)
-
-    @ray.method
-    def end_run(self, run_index: int, status: str) -> None:
-        """Ends the MLflow run with a status of `lmu_dist.records`."""
-        with self._writing(run_index) as log:
-            log.end_run(status)
-
-    @ray.method
-    def flush(self, run_index: int) -> None:
-        """Waits until all entries are on the disk, and at a URI also in storage. Raises FailedError if one is not."""
-        self._logs[run_index].flush()
-        self._logs[run_index].copy_to_storage()
-
-    @ray.method
-    def check(self, run_index: int) -> None:
-        """Raises FailedError if an entry of the run's current attempt could not be written."""
-        self._logs[run_index].check()
-
-    @ray.method
-    def latest(self) -> dict[str, float]:
-        """The newest value of every metric, and its step."""
-        return self._latest
-
-    @ray.method
-    def close(self, timeout_seconds: float) -> list[UploadState]:
-        """Uploads the pending entries of all logs. Returns what MLflow has of each run."""
-        deadline = time.monotonic() + timeout_seconds
-        errors = [uploader.close(max(0.1, deadline - time.monotonic())) for uploader in self._uploaders]
-        for log in self._logs:
-            log.copy_to_storage()
-        return [UploadState(error, log.notes()) for error, log in zip(errors, self._logs, strict=True)]
-
-    @contextmanager
-    def _writing(self, run_index: int) -> Iterator[MetricsLog]:
+    def log(self, run: LoggedRun, method: str, *arguments: Any) -> None:
+        """Calls a method of RunLogger for a run. At a URI its log is copied to storage, unless it is a metric."""
+        log = self._open(run).log
         # The caller does not wait for the answer, and Ray would print the traceback of an error that nobody asks for. The log
         # remembers that an entry could not be written: `check` and `flush` raise it.
         with suppress(FailedError):
-            yield self._logs[run_index]
-        self._logs[run_index].copy_to_storage()
+            getattr(log, method)(*arguments)
+        if method == "log_metrics":
+            step, values = arguments
+            self._runs[str(run.folder)].latest.update({"step": step, **values})
+        else:
+            log.copy_to_storage()
+
+    @ray.method
+    def flush(self, run: LoggedRun) -> None:
+        """Waits until all entries are on the disk, and at a URI also in storage. Raises FailedError if one is not."""
+        log = self._open(run).log
+        log.flush()
+        log.copy_to_storage()
+
+    @ray.method
+    def check(self, run: LoggedRun) -> None:
+        """Raises FailedError if an entry of the run's current attempt could not be written."""
+        self._open(run).log.check()
+
+    @ray.method
+    def latest(self, folders: Sequence[Folder]) -> dict[str, float]:
+        """The newest value of every metric, and its step, of the last of these runs that has logged one."""
+        latest = [self._runs[str(folder)].latest for folder in folders if str(folder) in self._runs]
+        return next((values for values in reversed(latest) if values), {})
+
+    @ray.method
+    def upload_rest(self, run: LoggedRun) -> UploadState:
+        """Starts the upload of the last entries of a run. Returns what MLflow has of it now, without waiting."""
+        opened = self._open(run)
+        return UploadState(opened.uploader.upload_rest(), opened.log.notes())
+
+    @ray.method
+    def close(self, run: LoggedRun) -> None:
+        """Closes the log of a run. What is not uploaded stays in the log, for the next start of its cell."""
+        opened = self._open(run)
+        opened.uploader.cancel()
+        opened.log.copy_to_storage()
+        opened.lock.release()
+        del self._runs[str(run.folder)]
+
+    def _open(self, run: LoggedRun, timeout_seconds: float = LOCK_SECONDS) -> "_OpenRun":
+        from lmu_dist.tracking.upload import MLflowUploader
+
+        name = str(run.folder)
+        if name not in self._runs:
+            lock = metrics_log_lock(run.folder)
+            lock.acquire(timeout=timeout_seconds)
+            log = MetricsLog(run.folder, run.run_id, run.last_steps)
+            self._runs[name] = _OpenRun(lock, log, MLflowUploader(log, self._uri, run.identity), {})
+        return self._runs[name]
+
+
+class _OpenRun(NamedTuple):
+    lock: FileLock  # two writers would log everything twice
+    log: MetricsLog
+    uploader: "MLflowUploader"
+    latest: dict[str, float]
+
+
+def start_metrics_logger(uri: str, node_id: str) -> ActorProxy[MetricsLogger]:
+    """Starts the actor on a node; the driver's credentials for MLflow and object stores go with it."""
+    node: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    actor_class = ray.remote(num_cpus=0, scheduling_strategy=node, max_restarts=100, max_task_retries=3)(MetricsLogger)
+    return actor_class.remote(uri, {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "AWS_"))})
+
+
+def close_logs(actor: ActorProxy[MetricsLogger], runs: Sequence[LoggedRun], timeout_seconds: float) -> list[UploadState]:
+    """Closes the logs of some runs when their entries are in MLflow, or the time is over. Returns what MLflow has of each run.
+
+    If MLflow fails, it waits no longer than OUTAGE_TIMEOUT_SECONDS. Raises RayError if the actor is gone.
+    """
+    from lmu_dist.tracking.upload import OUTAGE_TIMEOUT_SECONDS, STILL_RUNNING
+
+    began = time.monotonic()
+    while True:
+        states = ray.get([actor.upload_rest.remote(run) for run in runs])
+        missing, seconds = {state.not_uploaded for state in states} - {""}, time.monotonic() - began
+        if not missing or seconds > (timeout_seconds if missing == {STILL_RUNNING} else OUTAGE_TIMEOUT_SECONDS):
+            break
+        time.sleep(0.1)
+    ray.get([actor.close.remote(run) for run in runs])
+    return states
 
 
 class RemoteRunLogger:
@@ -147,53 +165,60 @@ class RemoteRunLogger:
     `log_metrics` raises FailedError some seconds after an entry could not be written, because the disk is full or broken.
     """
 
-    def __init__(self, actor: ActorProxy[MetricsLogger], run_index: int) -> None:
-        self._actor, self._run_index = actor, run_index
-        self._check: ray.ObjectRef[None] | None = None
+    def __init__(self, actor: ActorProxy[MetricsLogger], run: LoggedRun) -> None:
+        self._actor, self._run = actor, run
+        self._unanswered: list[ray.ObjectRef[None]] = []
         self._last_check = time.monotonic()
 
     def start_run(self) -> None:
         """Sets the status of the MLflow run to RUNNING."""
-        self._actor.start_run.remote(self._run_index)
+        self._log("start_run")
 
     def start_attempt(self, attempt_id: str, tags: Mapping[str, Any]) -> None:
         """Counts a start of the run's workers in the tag `lmu.attempt`, once per id, and sets further tags."""
-        self._actor.start_attempt.remote(self._run_index, attempt_id, tags)
+        self._log("start_attempt", attempt_id, tags)
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Logs constants of the run."""
-        self._actor.log_params.remote(self._run_index, values)
+        self._log("log_params", values)
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Logs metric values of a step, except those already logged."""
-        self._actor.log_metrics.remote(self._run_index, step, values)
+        self._log("log_metrics", step, values)
         if time.monotonic() - self._last_check > CHECK_SECONDS:
-            if self._check is not None:
-                ray.get(self._check)
-            self._check, self._last_check = self._actor.check.remote(self._run_index), time.monotonic()
+            answered, self._unanswered = ray.wait(self._unanswered, num_returns=len(self._unanswered), timeout=0)
+            ray.get(answered)
+            self._unanswered.append(self._actor.check.remote(self._run))
+            self._last_check = time.monotonic()
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags."""
-        self._actor.set_tags.remote(self._run_index, values)
+        self._log("set_tags", values)
 
     def log_dataset(self, name: str, digest: str, source: str, profile: Mapping[str, Any]) -> None:
         """Logs the dataset the run trains on."""
-        self._actor.log_dataset.remote(self._run_index, name, digest, source, profile)
+        self._log("log_dataset", name, digest, source, profile)
 
     def log_table(self, name: str, columns: Mapping[str, list[Any]]) -> None:
         """Logs a table as artifacts name.json and name.csv."""
-        self._actor.log_table.remote(self._run_index, name, columns)
+        self._log("log_table", name, columns)
 
     def end_run(self, status: str) -> None:
         """Ends the MLflow run with a status of `lmu_dist.records`."""
-        self._actor.end_run.remote(self._run_index, status)
+        self._log("end_run", status)
 
     def flush(self) -> None:
         """Waits until every entry logged so far is on the actor's disk.
 
         Raises FailedError if one could not be written, RayError if the actor is gone.
         """
-        ray.get(self._actor.flush.remote(self._run_index))  # calls of one caller run in order, so the earlier ones are done
+        # Each call by itself: if the actor was killed meanwhile, Ray may repeat them after `flush`.
+        ray.get(self._unanswered)
+        self._unanswered = []
+        ray.get(self._actor.flush.remote(self._run))
+
+    def _log(self, method: str, *arguments: Any) -> None:
+        self._unanswered.append(self._actor.log.remote(self._run, method, *arguments))
 
 
 def metrics_log_lock(folder: Folder) -> FileLock:

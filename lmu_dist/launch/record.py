@@ -10,11 +10,12 @@ from lmu_dist import config as configuration
 from lmu_dist import records
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.launch.cell import Cell, git_commit
-from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics, RunRecord
 from lmu_dist.storage import write_atomic
 from lmu_dist.tracking.run_logger import RunLogger
 from lmu_dist.train import VERSION, checkpoint
+
+RECORD = "record.json"
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ def log_start(cell: Cell, logger: RunLogger) -> None:
     """Logs what is known before the first step: params, tags and the dataset."""
     config, manifest = configuration.to_dict(cell.config), cell.corpus.manifest
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
+    for key in configuration.PASSIVE_TRAIN_KEYS:  # MLflow refuses a param that changes, and these may when a run resumes
+        del constants[f"train.{key}"]
     logger.start_run()
     logger.log_params(constants | record_of_cell(cell, None).columns("params"))
     logger.set_tags({"lmu.status": records.WAITING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})
-    appearance = registry.family_of(cell.shape).appearance()
-    logger.set_tags({"lmu.retry_of": cell.retry_of, "lmu.family_appearance": json.dumps(asdict(appearance))})
+    logger.set_tags({"lmu.retry_of": cell.retry_of, "lmu.family_appearance": json.dumps(asdict(cell.appearance))})
     logger.log_dataset(manifest.source[:500], manifest.data_digest, str(cell.corpus.folder), {"splits": manifest.splits})
 
 
@@ -64,7 +66,7 @@ def log_result(record: RunRecord, evaluation: EvalMetrics | None, logger: RunLog
 def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
     """The RunRecord of a run. Without an outcome: of a run that is about to start, with NaN for its losses."""
     train = cell.config.train
-    counts, flops = accounting.parameters(cell.shape), accounting.flops(cell.shape)
+    counts, flops = cell.parameters, cell.flops
     evaluation = outcome.evaluation if outcome else None
     nan = float("nan")
     return RunRecord(
@@ -111,7 +113,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
 
 def record_path(cell: Cell) -> Folder:
     """The path of record.json. The cell has ended if and only if this file exists."""
-    return cell.folder / "record.json"
+    return cell.folder / RECORD
 
 
 def read_record(cell: Cell) -> RunRecord:

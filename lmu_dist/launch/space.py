@@ -9,8 +9,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from ray.tune.search.optuna import OptunaSearch
 
 from lmu_dist.config import Range, TrainConfig, TuneConfig
-
-LOSS, TOKENS = "val_loss_nats", "tokens"  # keys of a trial's reports
+from lmu_dist.launch.tune_report import TOKENS
 
 
 def settings(params: dict[str, Any]) -> dict[str, Any]:

@@ -7,16 +7,21 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import ray
+
 from lmu_dist import records
 from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
-from lmu_dist.launch.cell import make_cell
+from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
-from lmu_dist.launch.run_group import MetricsListener, train_run_group
+from lmu_dist.launch.metrics_logger import start_metrics_logger
+from lmu_dist.launch.new_cell import make_cell
+from lmu_dist.launch.work_queue import start_work_queue
+from lmu_dist.launch.worker_group import MetricsListener, OneTrunk, Services, train_run_groups
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import shape_of
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
@@ -57,7 +62,7 @@ def train(
             try:
                 with _ends_study(store, config):
                     claim.start_study(store, config, STUDY)
-                    [finished] = train_run_group([cell], store, STUDY, listener)
+                    finished = _train(cell, store, listener)
                 claim.end_study(store, config, STUDY, _study_status(finished))
                 return finished
             except OwnerUnresponsiveError:
@@ -65,6 +70,14 @@ def train(
                     raise
                 progress("waiting for another driver to end or time out", 0, 1)
                 time.sleep(POLL_SECONDS)
+
+
+def _train(cell: Cell, store: Store, listener: MetricsListener) -> FinishedRun:
+    node_id, source = ray.get_runtime_context().get_node_id(), OneTrunk([cell])
+    services = Services(store, STUDY, start_metrics_logger(store.uri, node_id), start_work_queue([], node_id))
+    train_run_groups(source, f"train-{time.time_ns():x}", cell.config, services, listener)
+    [finished] = source.result()
+    return finished
 
 
 @contextmanager

@@ -7,10 +7,9 @@ and the number of concurrent trials is limited here by slots, one for each worke
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.state import list_actors, list_placement_groups
 from ray.util.state.exception import RayStateApiException
 
+from lmu_dist import background
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.tracking.store import one_line
 
@@ -35,39 +35,44 @@ REAP_SECONDS = 10.0  # between two searches for leaked placement groups
 
 
 class Slots(Searcher):
-    """A Tune search algorithm that suggests each work item once, by its index: the first one that fits into the free slots."""
+    """A Tune search algorithm whose trials are groups of workers: a new one when a work item fits into the free slots."""
 
-    def __init__(self, n_workers: Sequence[int], n_slots: int) -> None:
+    def __init__(self, reserve: Callable[[str, int], int | None], n_slots: int) -> None:
+        """`reserve`: that of a work list, see launch/work_queue."""
         super().__init__(metric=None, mode=None)
-        assert max(n_workers) <= n_slots
-        self._n_workers, self._free_slots = list(n_workers), n_slots
-        self._queue, self._slots_of_trial = list(range(len(n_workers))), dict[str, int]()
+        self._reserve, self._free_slots = reserve, n_slots
+        self._slots_of_trial = dict[str, int]()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
         """Required by Searcher; there is nothing to set."""
         return True
 
     def suggest(self, trial_id: str) -> Any:
-        """The index of the first work item that fits into the free slots; None while none fits."""
-        if not self._queue:
-            return Searcher.FINISHED
-        for index in self._queue:
-            if self._n_workers[index] <= self._free_slots:
-                self._queue.remove(index)
-                self._slots_of_trial[trial_id] = self._n_workers[index]
-                self._free_slots -= self._n_workers[index]
-                return {"index": index}
-        return None
+        """A group for the first work item that fits into the free slots; None while none fits."""
+        if not (n_workers := self._reserve(trial_id, self._free_slots)):
+            return None if n_workers == 0 else Searcher.FINISHED
+        self._slots_of_trial[trial_id] = n_workers
+        self._free_slots -= n_workers
+        return {"group": trial_id, "n_workers": n_workers}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Frees the slots of a trial, whether it succeeded or not."""
         self._free_slots += self._slots_of_trial.pop(trial_id, 0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles nothing: Tune pickles its search algorithm into a snapshot, which is not used."""
+        return {}
 
     def save(self, checkpoint_path: str) -> None:
         """Saves nothing: a ladder that starts again reads which cells have ended."""
 
     def restore(self, checkpoint_path: str) -> None:
         """Restores nothing."""
+
+
+def head_node_id() -> str:
+    """The id of the node on which trials run."""
+    return next(node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
 
 
 def check_state_api() -> None:
@@ -108,7 +113,7 @@ def run_trials(
         run_config=tune.RunConfig(name=name, storage_path=str(scratch), verbose=0, callbacks=list(callbacks)),
     )
     try:
-        with _Reaper().running():
+        with background.repeated(_Reaper().remove_leaked_if_possible, REAP_SECONDS):
             return list(tuner.fit())  # pyright: ignore[reportArgumentType]
     except (RayError, TuneError, ConnectionError) as e:
         raise FailedError(f"the cluster was lost: {one_line(e)}") from e
@@ -139,7 +144,10 @@ class TrialCallback(tune.Callback):
     """A Tune callback that calls on_start with a trial, on_end with a trial and whether it died, and on_tick regularly."""
 
     def __init__(
-        self, on_start: Callable[[Any], None], on_end: Callable[[Any, bool], None], on_tick: Callable[[], None]
+        self,
+        on_start: Callable[[Any], None] = lambda _: None,
+        on_end: Callable[[Any, bool], None] = lambda *_: None,
+        on_tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._on_start, self._on_end, self._on_tick, self._last_tick = on_start, on_end, on_tick, 0.0
 
@@ -191,23 +199,10 @@ class _Reaper:
             remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
         self._suspects = empty
 
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """Calls `remove_leaked` every REAP_SECONDS from a background thread until the block ends."""
-        stop = threading.Event()
-
-        def reap() -> None:
-            while not stop.wait(REAP_SECONDS):
-                with suppress(*STATE_ERRORS):  # the next call may succeed
-                    self.remove_leaked()
-
-        thread = threading.Thread(target=reap, name="reaper", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+    def remove_leaked_if_possible(self) -> None:
+        """Like `remove_leaked`; does nothing while the State API does not answer, since the next call may succeed."""
+        with suppress(*STATE_ERRORS):
+            self.remove_leaked()
 
 
 def _reserved_groups() -> list[str]:

@@ -10,35 +10,38 @@ import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from filelock import Timeout
 from ray import tune as ray_tune
-from ray.tune.integration.ray_train import TuneReportCallback
 
 from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, flatten, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim, space
-from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
+from lmu_dist.launch.metrics_logger import start_metrics_logger
+from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, read_record, record_path
-from lmu_dist.launch.run_group import train_run_group
-from lmu_dist.launch.space import LOSS, TOKENS
 from lmu_dist.launch.trials import (
     TrialCallback,
     check_state_api,
     driver_environment,
     error_message,
+    head_node_id,
     run_trials,
     wait_for_release,
 )
+from lmu_dist.launch.tune_report import LOSS, TOKENS, ReportEvaluations
+from lmu_dist.launch.work_queue import start_work_queue
+from lmu_dist.launch.worker_group import OneTrunk, Services, train_run_groups
 from lmu_dist.models import registry
-from lmu_dist.models.registry import FamilySource
+from lmu_dist.models.family_source import FamilySource
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid, unset_unknown_options
 from lmu_dist.records import RunRecord
@@ -92,7 +95,9 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
     try:
         with cluster([config]):
             check_state_api()
-            results = [driver.run() for driver in drivers]
+            head = head_node_id()
+            services = Services(store, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], head))
+            results = [driver.run(services) for driver in drivers]
             notes = wait_for_release()
     except BaseException as e:
         for driver in drivers:
@@ -147,7 +152,7 @@ class _Driver:
             except ConfigError as e:
                 raise ConfigError(f"tune.space: {settings} is an invalid configuration: {e}") from e
 
-    def run(self) -> SearchResult:
+    def run(self, services: Services) -> SearchResult:
         """Runs the search and returns its result."""
         self.report_progress()
         max_concurrent = max(1, capacity(self.base) // self.base.cluster.n_workers)
@@ -156,7 +161,7 @@ class _Driver:
             {
                 "base": self.base,
                 "corpus": self.corpus,
-                "tracking_uri": self.store.uri,
+                "services": services,
                 "environment": driver_environment(),
                 "final_statuses": self.final_statuses,
                 "sources": registry.sources({self.family}),
@@ -246,20 +251,11 @@ class _Driver:
                     claim.close_run(cell, self.store, STUDY, records.INTERRUPTED, CLOSING_SECONDS)
 
 
-class _ReportEvaluations(TuneReportCallback):
-    """Forwards the workers' reports of evaluations, and no other reports, to Tune."""
-
-    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Called by Ray Train for every report of the workers."""
-        if metrics and LOSS in metrics[0]:
-            super().after_report(run_context, metrics, None)
-
-
 def _run_trial(
     params: dict[str, Any],
     base: Config,
     corpus: Corpus,
-    tracking_uri: str,
+    services: Services,
     environment: dict[str, str],
     final_statuses: tuple[str, ...],
     sources: tuple[FamilySource, ...],
@@ -270,25 +266,27 @@ def _run_trial(
     try:
         for source in sources:
             registry.register(source)
-        store = Store(tracking_uri)
+        services = replace(services, store=(store := Store(services.store.uri)))  # with a connection of its own
         cell = _cell(base, space.settings(params), corpus)
         with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
             run = find_run(store, cell.key)
             if run is not None:
                 for tokens, loss in validation_losses(store, run.info.run_id, cell.config.train.batch_tokens):
                     ray_tune.report({TOKENS: tokens, LOSS: loss})
-        finished = _train_when_free(cell, store, final_statuses)
+        finished = _train_when_free(cell, services, final_statuses)
     except (ConfigError, FailedError, OSError) as e:
         return {"error": storage.error_text(e), TOKENS: 0, LOSS: DIVERGED_LOSS}
     record = finished.record
     return {TOKENS: record.tokens, LOSS: DIVERGED_LOSS if record.status == records.DIVERGED else record.val_loss_nats}
 
 
-def _train_when_free(cell: Cell, store: Store, final_statuses: tuple[str, ...]) -> FinishedRun:
+def _train_when_free(cell: Cell, services: Services, final_statuses: tuple[str, ...]) -> FinishedRun:
     """Trains a cell. Waits while another driver is training it or MLflow is unavailable."""
     while True:
+        source, name = OneTrunk([cell]), f"tune-{cell.key[:12]}-{time.time_ns():x}"
+        train_run_groups(source, name, cell.config, services, callbacks=[ReportEvaluations()], final_statuses=final_statuses)
         try:
-            [finished] = train_run_group([cell], store, STUDY, callbacks=[_ReportEvaluations()], final_statuses=final_statuses)
+            [finished] = source.result()
             return finished
         except (BusyError, MLflowUnavailableError):
             time.sleep(5)

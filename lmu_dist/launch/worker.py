@@ -1,7 +1,7 @@
 """The training function of a Ray Train worker: builds data, model and engine, runs the loop, logs metrics, saves checkpoints.
 
-Started by launch/run_group with a RunGroup: cells that share a trunk. Rank 0 logs through launch/metrics_logger; every rank
-uploads its own checkpoint files.
+Started by launch/worker_group. It takes one RunGroup after the other, cells that share a trunk, from launch/work_queue. Rank 0
+logs through launch/metrics_logger; every rank uploads its own checkpoint files.
 """
 
 import functools
@@ -11,14 +11,12 @@ import os
 import platform
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import psutil
+import ray
 import ray.train
 import ray.train.torch
 import ray.util
@@ -26,77 +24,74 @@ import torch
 import torch.distributed as dist
 from ray.actor import ActorProxy
 
-from lmu_dist import config as configuration
 from lmu_dist import records, storage
-from lmu_dist.config import Folder
+from lmu_dist.config import ClusterConfig, Folder
 from lmu_dist.data.batches import TokenDataset
-from lmu_dist.launch.cell import BRANCH_POINTS, Cell, build_model
+from lmu_dist.launch import process_group, start_point
+from lmu_dist.launch.cell import BRANCH_POINTS, Cell
+from lmu_dist.launch.collectives import all_ranks, broadcast_from_rank0, patient_group
+from lmu_dist.launch.curves import TrainingCurves
 from lmu_dist.launch.metrics_logger import MetricsLogger, RemoteRunLogger
 from lmu_dist.launch.record import Outcome, log_result, record_of_cell, record_path, write_record
+from lmu_dist.launch.start_point import StartPoint, find_start_point, state_for_cell
+from lmu_dist.launch.work_queue import RunGroup, WorkQueue
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics
-from lmu_dist.toolchain import configure_extension_builds
-from lmu_dist.train import VERSION, checkpoint
+from lmu_dist.toolchain import build_folder, configure_extension_builds
+from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
+from lmu_dist.train.model import build_model
 from lmu_dist.train.schedule import phase
-
-UPLOAD_TIMEOUT_SECONDS = 6 * 3600.0  # how long ranks wait for the upload of another rank's part of a checkpoint
-
-
-@dataclass(frozen=True)
-class RunGroup:
-    """Cells that one group of workers trains one after the other: the argument of `train_worker`."""
-
-    cells: tuple[Cell, ...]  # of one trunk, fewest tokens first
-    metrics_logger: ActorProxy[MetricsLogger]
-    report_to_tune: bool  # whether Ray Tune gets a report of every evaluation
+from lmu_dist.train.weights import write_weights
 
 
-class StartPoint(NamedTuple):
-    """Where the training of a cell starts: from a checkpoint of the cell, from a branch point of its trunk, or at step 0."""
-
-    checkpoint_folder: Folder | None  # None: start at step 0
-    is_own_checkpoint: bool  # of this cell, not of another cell of the trunk
-    state: checkpoint.Meta
-    attempt_id: str  # unique: no other attempt of any run has it
-
-
-def train_worker(arguments: dict[str, RunGroup]) -> None:
-    """Trains the cells of a group, each from its newest intact checkpoint until it completes or diverges.
+def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[MetricsLogger], group: str) -> None:
+    """Trains run groups, one after the other, until the queue has no more for this group of workers.
 
     Collective: runs on every rank.
     """
-    group = arguments["group"]
+    # Imported here because importing DeepSpeed takes four seconds, and drivers import this file without using it.
+    from lmu_dist.train.engine import free_memory
+
     configure_extension_builds()
-    # Imported here because importing DeepSpeed takes four seconds, and the driver imports this file without using it.
+    process_group.join()
+    rank = dist.get_rank()
+
+    def next_run_group() -> RunGroup | None:
+        return ray.get(queue.next_run_group.remote(group))
+
+    while (run_group := broadcast_from_rank0(next_run_group, rank, patient_group())) is not None:
+        _train_run_group(run_group, metrics_logger, rank)
+        free_memory()
+    dist.destroy_process_group()
+
+
+def _train_run_group(group: RunGroup, metrics_logger: ActorProxy[MetricsLogger], rank: int) -> None:
+    """Trains the cells of a group, each from its newest intact checkpoint until it completes or diverges. Collective."""
     from lmu_dist.train.engine import Engine
 
-    first, rank = group.cells[0], ray.train.get_context().get_world_rank()
+    first = group.cells[0]
     if first.family_source is not None:
         registry.register(first.family_source)
-    device = ray.train.torch.get_device()
-    torch.set_num_threads(first.config.cluster.cpus_per_worker)
+    device = _device(first.config.cluster)
     engine: Engine | None = None
     trunk_divergence: Outcome | None = None  # of a cell that diverged before its decay; later cells take the same steps
-    for index, cell in enumerate(group.cells):
+    for cell, logged_run in zip(group.cells, group.runs, strict=True):
         if broadcast_from_rank0(lambda cell=cell: record_path(cell).exists(), rank):
             continue  # ended before the workers were started again
-        start = _find_start_point(cell)
+        start = find_start_point(cell)
         if engine is not None and start.checkpoint_folder is None:
             engine.close()
             engine = None
         peak_flops = _peak_flops(cell.config.train.precision, device)  # before there is an engine
         if engine is None:
-            engine = Engine(build_model(cell.config, cell.shape, device), cell.config.train, cell.config.cluster, device)
+            with storage.full_disk_errors(build_folder()):  # what it compiles
+                engine = Engine(build_model(cell.config, cell.shape, device), cell.config.train, cell.config.cluster, device)
         if start.checkpoint_folder is not None:
-            _load(engine, start)
-        run = _CellRun(group, index, engine, rank, start.attempt_id, peak_flops)
-        if trunk_divergence is not None and not start.is_own_checkpoint:
-            # This cell would take the same steps and diverge at the same step.
-            state = trunk_divergence.state
-            outcome = replace(trunk_divergence, state=_state_for_cell(state, cell, fork_step=state.step))
-        else:
-            outcome = run.train(replace(start.state, world_size=dist.get_world_size()))
+            start_point.load(engine, start)
+        logger = RemoteRunLogger(metrics_logger, logged_run) if rank == 0 else None
+        run = _CellRun(cell, engine, rank, logger, start.attempt_id, peak_flops, group.report_to_tune)
+        outcome = _train_cell(run, start, trunk_divergence)
         if outcome.status == records.DIVERGED:
             # An aborted step leaves gradients and a micro-batch count in the engine; loading a checkpoint does not reset them.
             engine.close()
@@ -104,6 +99,25 @@ def train_worker(arguments: dict[str, RunGroup]) -> None:
             if outcome.state.step < cell.config.train.decay_start:
                 trunk_divergence = outcome
         run.end(outcome)
+    if engine is not None:
+        engine.close()
+
+
+def _device(cluster: ClusterConfig) -> torch.device:
+    """The device of this worker, limited to its share: Ray counts shares of CPUs and GPUs and enforces none."""
+    device = ray.train.torch.get_device()
+    if device.type == "cuda" and cluster.gpus_per_worker < 1:
+        torch.cuda.set_per_process_memory_fraction(cluster.gpus_per_worker, device)
+    torch.set_num_threads(cluster.cpus_per_worker)
+    return device
+
+
+def _train_cell(run: "_CellRun", start: StartPoint, trunk_divergence: Outcome | None) -> Outcome:
+    """Trains a cell, unless a cell of its trunk has diverged at a step that this one would take too."""
+    if trunk_divergence is None or start.is_own_checkpoint:
+        return run.train(replace(start.state, world_size=dist.get_world_size()))
+    state = trunk_divergence.state
+    return replace(trunk_divergence, state=state_for_cell(state, run.cell, fork_step=state.step))
 
 
 @functools.cache
@@ -114,14 +128,6 @@ def _peak_flops(precision: str, device: torch.device) -> float:
     of_all = torch.tensor(matmul_peak(precision, device), dtype=torch.float64, device=device)
     dist.all_reduce(of_all)
     return of_all.item()
-
-
-@functools.cache
-def _upload_group() -> dist.ProcessGroup:
-    """The process group in which ranks wait for each other's uploads, which may take longer than a step. Collective."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=UPLOAD_TIMEOUT_SECONDS))
-    assert isinstance(group, dist.ProcessGroup)
-    return group
 
 
 def _local_checkpoint_folder() -> Path:
@@ -139,11 +145,19 @@ def _local_checkpoint_folder() -> Path:
 class _CellRun:
     """The training of one cell on this rank."""
 
-    def __init__(self, group: RunGroup, index: int, engine: Any, rank: int, attempt_id: str, peak_flops: float) -> None:
-        self.cell, self.report_to_tune = group.cells[index], group.report_to_tune
-        self.engine, self.rank, self.attempt_id = engine, rank, attempt_id
-        self.peak_flops = peak_flops  # measured FLOP/s of all workers, see matmul_peak
-        self.logger = RemoteRunLogger(group.metrics_logger, index) if rank == 0 else None
+    def __init__(
+        self,
+        cell: Cell,
+        engine: Any,
+        rank: int,
+        logger: RemoteRunLogger | None,
+        attempt_id: str,
+        peak_flops: float,
+        report_to_tune: bool,
+    ) -> None:
+        """`logger`: on rank 0 only. `peak_flops`: measured FLOP/s of all workers, see matmul_peak."""
+        self.cell, self.engine, self.rank, self.logger = cell, engine, rank, logger
+        self.attempt_id, self.peak_flops, self.report_to_tune = attempt_id, peak_flops, report_to_tune
         self.world_size = dist.get_world_size()
         self.uploader, self.upload_to = checkpoint.Uploader(), None  # the folder that the running upload's checkpoint goes to
         corpus, sequence_tokens = self.cell.corpus, self.cell.config.train.sequence_tokens
@@ -163,14 +177,17 @@ class _CellRun:
         stream = train_rows(
             engine, self.rows, train, config.seed, state.step, lambda: state.val_losses, self.rank, self.world_size
         )
+        curves = self.logger and TrainingCurves(self.logger.log_metrics, train, state.fork_step, flops, self.peak_flops)
         for metrics in stream:
             self.uploader.raise_error()
-            if self.logger is not None:
-                self.logger.log_metrics(metrics.step, metrics.values(train.batch_tokens, flops, self.peak_flops))
+            if curves is not None:
+                curves.add(metrics)
             seconds = state.training_seconds + metrics.step_seconds
             mean = running_mean(state.mean_loss_nats, metrics.loss_nats if metrics.finite else math.nan)
             state = replace(state, train_loss_nats=metrics.loss_nats, training_seconds=seconds)
             if rule := divergence_reason(train, mean, state.best_mean_loss_nats):
+                if curves is not None:
+                    curves.log_last()
                 return Outcome(records.DIVERGED, "undecayed", rule, state)
             best = min(mean, state.best_mean_loss_nats)
             state = replace(state, step=metrics.step + 1, mean_loss_nats=mean, best_mean_loss_nats=best)
@@ -181,6 +198,8 @@ class _CellRun:
             check_now = evaluate_now or save_now or branch_point_now
             if check_now and not math.isfinite(self.validate(state.step, train.sequence_tokens).loss_nats):
                 # The step was finite, but the new weights give no finite loss: they must not become the last good checkpoint.
+                if curves is not None:
+                    curves.log_last()
                 return Outcome(records.DIVERGED, "undecayed", "non-finite loss", state)
             if evaluate_now:
                 state = self.evaluate(state)
@@ -216,7 +235,7 @@ class _CellRun:
     def has_branch_point(self, state: checkpoint.Meta) -> bool:
         """Whether the trunk already has a branch point at this step, from an earlier attempt."""
         folder = self.cell.trunk_folder / BRANCH_POINTS
-        _, found = checkpoint.newest_branch_point(folder, state.step, state.zero_stage, _ranks())
+        _, found = checkpoint.newest_branch_point(folder, state.step, state.zero_stage, all_ranks())
         return found is not None and found.step == state.step
 
     def evaluate(self, state: checkpoint.Meta) -> checkpoint.Meta:
@@ -247,7 +266,7 @@ class _CellRun:
                 self.engine.save(local)
                 weights = self.engine.weights()
                 if self.rank == 0:
-                    checkpoint.write_weights(local, state, weights)
+                    write_weights(local, state, weights)
         except BaseException:
             shutil.rmtree(local, ignore_errors=True)
             raise
@@ -260,7 +279,7 @@ class _CellRun:
         if self.upload_to is None:
             return
         self.uploader.wait()
-        dist.barrier(_upload_group())  # until the files of all ranks are in storage
+        dist.barrier(patient_group())  # until the files of all ranks are in storage
         if self.rank == 0 and self.upload_to == self.cell.folder:
             checkpoint.prune(self.upload_to, self.cell.config.cluster.keep_checkpoints)
         self.upload_to = None
@@ -275,87 +294,3 @@ class _CellRun:
         self.logger.end_run(outcome.status)
         self.logger.flush()
         write_record(self.cell, record)
-
-
-def _load(engine: Any, start: StartPoint) -> None:
-    """Loads a checkpoint, of any number of workers. At stage 0 it is downloaded first, once per node."""
-    folder = start.checkpoint_folder
-    assert folder is not None
-    if start.state.zero_stage > 0 or isinstance(folder, Path):
-        engine.load(folder)
-        return
-    # Named by IP address, as Ray counts local ranks: workers at one address share a disk, and several nodes may share one too.
-    name = f"lmu-dist-{start.attempt_id}-{ray.util.get_node_ip_address()}"
-    local, is_first = Path(tempfile.gettempdir()) / name, os.environ["LOCAL_RANK"] == "0"
-    try:
-        if is_first:
-            checkpoint.download_shared_shards(folder, local)
-        dist.barrier()
-        engine.load(local)
-        dist.barrier()
-    finally:
-        if is_first:
-            shutil.rmtree(local, ignore_errors=True)
-
-
-def _ranks() -> checkpoint.Ranks:
-    """All workers, which check checkpoints together."""
-
-    def gather(mine: Any) -> list[Any]:
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
-        return everyone
-
-    return checkpoint.Ranks(dist.get_rank(), dist.get_world_size(), gather)
-
-
-def _find_start_point(cell: Cell) -> StartPoint:
-    """The cell's newest intact checkpoint; else the latest usable branch point of its trunk; else step 0. Collective."""
-    ranks, cluster = _ranks(), cell.config.cluster
-    attempt_id = ranks.on_first(lambda: f"{time.time_ns():x}")
-    folder, state, _ = checkpoint.newest_intact(cell.folder, ranks)
-    if state is not None:
-        return StartPoint(folder, True, state, attempt_id)
-    if cell.config.train.schedule == "wsd":
-        branch_points, decay_start = cell.trunk_folder / BRANCH_POINTS, cell.config.train.decay_start
-        folder, state = checkpoint.newest_branch_point(branch_points, decay_start, cluster.zero_stage, ranks)
-        if state is not None and state.key == cell.key:
-            return StartPoint(folder, True, state, attempt_id)
-        if state is not None:
-            return StartPoint(folder, False, _state_for_cell(state, cell, fork_step=state.step), attempt_id)
-    manifest = cell.corpus.manifest
-    fresh = checkpoint.Meta(
-        step=0,
-        key=cell.key,
-        world_size=dist.get_world_size(),
-        zero_stage=cluster.zero_stage,
-        data_digest=manifest.data_digest,
-        tokenizer_digest=manifest.tokenizer_digest,
-        code_digest=cell.code_digest,
-        family_version=cell.family_version,
-        train_version=VERSION,
-        config=configuration.to_dict(cell.config),
-        shape=cell.shape.to_dict(),
-    )
-    return StartPoint(None, False, fresh, attempt_id)
-
-
-def _state_for_cell(state: checkpoint.Meta, cell: Cell, fork_step: int) -> checkpoint.Meta:
-    """The state of one cell of a trunk, changed into the state of another cell that branches off at `fork_step`."""
-    return replace(state, key=cell.key, config=configuration.to_dict(cell.config), fork_step=fork_step)
-
-
-def broadcast_from_rank0(compute: Callable[[], Any], rank: int) -> Any:
-    """Calls `compute` on rank 0 and returns its result on every rank. A ConfigError is raised on every rank, so that none waits
-    forever for another.
-    """
-    result_and_error: list[Any] = [None, None]
-    if rank == 0:
-        try:
-            result_and_error[0] = compute()
-        except configuration.ConfigError as e:
-            result_and_error[1] = str(e)
-    dist.broadcast_object_list(result_and_error)
-    if result_and_error[1] is not None:
-        raise configuration.ConfigError(result_and_error[1])
-    return result_and_error[0]

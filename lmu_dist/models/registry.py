@@ -12,9 +12,8 @@ import pkgutil
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from functools import cache
-from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,29 +28,12 @@ from lmu_dist.config.types import ConfigError
 from lmu_dist.models import families as built_in_families
 from lmu_dist.models.family import Family
 from lmu_dist.models.family_checks import USER_MODULE, check_imports, check_sublayers, family_from_class
+from lmu_dist.models.family_source import FamilySource
 from lmu_dist.models.shape import Shape
 
 ENTRY_POINTS = "lmu_dist.families"
 FILE = re.compile(r"(?P<path>.+\.py):(?P<name>[A-Za-z_]\w*)")
-_user_families: dict[str, tuple["FamilySource", Family]] = {}  # by reference; of this process
-
-
-@dataclass(frozen=True)
-class FamilySource:
-    """The text of a family in a user's file, for processes without access to the file."""
-
-    reference: str  # absolute path:CLASS
-    text: str
-
-    @property
-    def path(self) -> Path:
-        """Path of the file on the machine where it was read."""
-        return Path(self.reference.rpartition(":")[0])
-
-    @property
-    def digest(self) -> str:
-        """sha256 of the text, 12 digits: the version of the family."""
-        return sha256(self.text.encode()).hexdigest()[:12]
+_user_families: dict[str, tuple[FamilySource, Family]] = {}  # by reference; of this process
 
 
 def find(reference: str) -> Family:

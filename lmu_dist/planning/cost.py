@@ -103,7 +103,7 @@ class CellCost:
     flops_kaplan: float  # 6 N per token
     memory_bytes: tuple[float, float, float, float]  # peak memory of a worker at ZeRO stages 0 .. 3
     host_bytes: float  # of each GPU worker in the CPU's memory, for an offloaded optimizer
-    smallest_stage: int | None  # smallest ZeRO stage that fits plan.worker_memory_bytes; None: none fits
+    smallest_stage: int | None  # smallest ZeRO stage that fits the worker's plan.worker_memory_bytes; None: none fits
     zero_stage: int
     step_seconds: float | None
     seconds: float | None
@@ -280,6 +280,7 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
     steps, seconds_each = train.n_steps - shared_steps, step_seconds(cell, calibration)
     micro_rows = config.cluster.micro_batch_rows or -(-train.batch_rows // workers)
     memory = accounting.worker_bytes(shape, micro_rows, train, config.cluster)
+    available_bytes = config.plan.worker_memory_bytes * (config.cluster.gpus_per_worker or 1)
     seconds = seconds_each * steps if seconds_each is not None else None
     return CellCost(
         family=shape.family,
@@ -299,7 +300,7 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
         flops_kaplan=steps * train.batch_tokens * flops.training_kaplan,
         memory_bytes=memory,
         host_bytes=accounting.host_bytes(shape, train, config.cluster),
-        smallest_stage=next((s for s in STAGES if memory[s] <= config.plan.worker_memory_bytes), None),
+        smallest_stage=next((s for s in STAGES if memory[s] <= available_bytes), None),
         zero_stage=config.cluster.zero_stage,
         step_seconds=seconds_each,
         seconds=seconds,

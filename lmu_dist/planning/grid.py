@@ -3,15 +3,17 @@
 Learning rate, batch, warm-up and workers of a size are computed only here. Called by launch/ladder and planning/cost.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
 from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.models import accounting, registry
+from lmu_dist.models.family import Family as FamilyOfModels
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
 
@@ -39,16 +41,26 @@ def shape_of(config: Config, vocab_tokens: int) -> Shape:
 
     Raises ConfigError if no widths give model.n_params, or if the family does not have one of the keys under `model`.
     """
-    model, train = config.model, config.train
-    family = registry.find(model.family)
+    model = config.model
+    options = json.dumps(dict(model.options), sort_keys=True)
+    return _shape(
+        registry.find(model.family), model.n_params, vocab_tokens, config.train.sequence_tokens, model.n_blocks, options
+    )
+
+
+@lru_cache(maxsize=4096)
+def _shape(
+    family: FamilyOfModels, n_params: int, vocab_tokens: int, sequence_tokens: int, n_blocks: int, options: str
+) -> Shape:
+    """The widths of a size, which the cells of all its seeds and budgets share. `options`: the family's keys, as JSON."""
     try:
         return shape_for(
             family,
-            model.n_params,
+            n_params,
             vocab_tokens=vocab_tokens,
-            sequence_tokens=train.sequence_tokens,
-            n_blocks=model.n_blocks,
-            options=registry.options_of(family, model.options),
+            sequence_tokens=sequence_tokens,
+            n_blocks=n_blocks,
+            options=registry.options_of(family, json.loads(options)),
         )
     except ConfigError:
         raise

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from lmu_dist.config import ADDED_TRAIN_KEYS, TrainConfig
+from lmu_dist.config import ADDED_TRAIN_KEYS, PASSIVE_TRAIN_KEYS, TrainConfig
 from lmu_dist.models import registry
 from lmu_dist.records import RunRecord
 
@@ -17,6 +17,7 @@ WIDTH = "width."  # start of the keys of widths
 Settings = tuple[tuple[str, str | float], ...]  # (dotted key, value), sorted by key
 # Keys of `model` and `train` that tell cells apart, that are compared elsewhere, or that change no loss of a complete run.
 NOT_SETTINGS = frozenset({"model.family", "model.n_params", "train.tokens", "train.sequence_tokens", "train.divergence_factor"})
+NOT_SETTINGS |= {f"train.{key}" for key in PASSIVE_TRAIN_KEYS}
 
 
 def settings_of(record: RunRecord, params: Mapping[str, str]) -> Settings:

@@ -1,6 +1,8 @@
 """Finds, creates and describes experiments in MLflow: a name in, an id out. Called by studies, runs, reports and cli/ui."""
 
-from mlflow.entities import Experiment
+from collections.abc import Iterable
+
+from mlflow.entities import Experiment, Run
 
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking import pages
@@ -16,7 +18,7 @@ def open_experiment(store: Store, experiment: str) -> str:
     if found is not None:
         return found.experiment_id
     experiment_id = store.client.create_experiment(experiment, store.artifact_folder(experiment))
-    set_experiment_tags(store, experiment_id)
+    set_experiment_tags(store, experiment_id, runs=())
     return experiment_id
 
 
@@ -36,10 +38,14 @@ def _deleted(experiment: Experiment) -> str:
     return f"experiment {experiment.name!r} was deleted in MLflow; restore it, with its runs, by `{restore}`"
 
 
-def set_experiment_tags(store: Store, experiment_id: str, answer: str = "") -> None:
-    """Sets the description and the view of an experiment, but replaces no description that somebody else wrote."""
+def set_experiment_tags(store: Store, experiment_id: str, answer: str = "", runs: Iterable[Run] | None = None) -> None:
+    """Sets the description and the view of an experiment, but replaces no description that somebody else wrote.
+
+    `runs`: the runs of its cells, if the caller has them.
+    """
     existing = store.client.get_experiment(experiment_id).tags
-    families = {run.data.params.get("family", "") for run in store.search_runs([experiment_id], f"tags.`{KEY}` LIKE '%'")}
+    runs = store.search_runs([experiment_id], f"tags.`{KEY}` LIKE '%'") if runs is None else runs
+    families = {run.data.params.get("family", "") for run in runs}
     for key, value in pages.experiment_tags(experiment_id, families - {""}, answer).items():
         ours = pages.OURS in existing.get(key, "") and answer
         if key not in existing or (key == pages.VIEW_TAG and existing[key] != value) or (key == pages.NOTE and ours):

@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """A RunLogger that appends to a file: entries in order, each once. Thread-safe.
+    """A RunLogger that appends to a file: each entry once. Thread-safe.
 
     A metric is written for a key and step only the first time. A run that resumes from a checkpoint repeats steps that were
-    already logged, and MLflow would show each repeated point twice.
+    already logged, and MLflow would show each repeated point twice. Steps may come in any order: if the process of the log is
+    killed, Ray repeats the calls that were not answered after later ones.
 
     If an entry cannot be written, because the disk is full or broken, the method raises FailedError, and so do `flush` and all
     calls of `log_metrics` until the next attempt. So the steps in the log have no gap: an attempt goes on from a checkpoint,
@@ -40,13 +42,15 @@ class MetricsLog:
     def __init__(self, folder: Folder, run_id: str | None, last_steps: Mapping[str, int] | None = None) -> None:
         """`run_id`: None while MLflow has no run yet, see `assign_run`.
 
-        `last_steps`: the last step of each metric that MLflow has and this file may lack.
+        `last_steps`: the last step of each metric that MLflow has and this file may lack. These steps and those before them
+        are not logged again.
         """
         self._local = storage.local_state_dir(folder)
         self._remote_folder = folder / "metrics_log" if storage.is_remote(folder) else None
         self.path = self._local / "metrics_log.jsonl"
         self._lock, self._writer_id = threading.Lock(), uuid.uuid4().hex[:8]
-        self._last_steps, self._attempt_ids = dict(last_steps or {}), set[str]()
+        self._last_steps, self._steps = dict(last_steps or {}), defaultdict[str, set[int]](set)
+        self._attempt_ids = set[str]()
         self._failure: FailedError | None = None
         self.attempts, self.n_damaged, self._n_refused = 0, 0, 0
         storage.make_folder(self._local)
@@ -121,11 +125,11 @@ class MetricsLog:
         self._append({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metric values of a step. A value already logged for its key at this or a later step is dropped."""
+        """Logs metric values of a step. A value already logged for its key and step is dropped."""
         self.check()
         # MLflow turns infinity into the largest finite number, which would read as a loss.
-        new = {k: float(v) if math.isfinite(v) else math.nan for k, v in values.items() if step > self._last_steps.get(k, -1)}
-        if new:
+        finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
+        if new := {key: value for key, value in finite.items() if not self._is_logged(key, step)}:
             self._append({"kind": "metrics", "step": step, "time_ms": int(time.time() * 1000), "values": new})
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
@@ -232,6 +236,9 @@ class MetricsLog:
             self._size += len(line)
             self._update_state(entry)
 
+    def _is_logged(self, key: str, step: int) -> bool:
+        return step in self._steps[key] or step <= self._last_steps.get(key, -1)
+
     def _failed(self, error: OSError) -> FailedError:
         return FailedError(storage.error_text(OSError(error.errno, error.strerror, str(self.path))))
 
@@ -240,11 +247,12 @@ class MetricsLog:
         return f"{self.n_damaged} {lines} damaged in {self.path}; the metrics of such a line are missing in MLflow"
 
     def _update_state(self, entry: dict[str, Any]) -> None:
-        """Updates the last step of each metric and the number of attempts by an entry of the file."""
+        """Updates the steps of each metric and the number of attempts by an entry of the file."""
         if entry["kind"] == "last_steps":
             self._last_steps |= entry["steps"]
         if entry["kind"] == "metrics":
-            self._last_steps |= dict.fromkeys(entry["values"], entry["step"])
+            for key in entry["values"]:
+                self._steps[key].add(entry["step"])
         if "lmu.attempt" in entry.get("values", {}) and (attempt_id := entry.get("attempt_id", "")) not in self._attempt_ids:
             self.attempts += 1
             if attempt_id:  # earlier versions wrote none

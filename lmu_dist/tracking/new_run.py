@@ -3,26 +3,13 @@
 Called by launch/claim and upload.
 """
 
-from dataclasses import dataclass
-
 from lmu_dist.records import WAITING
 from lmu_dist.tracking.owner import BusyError, heartbeat_now, owner_id_of
+from lmu_dist.tracking.run_identity import RunIdentity
 from lmu_dist.tracking.runs import find_run, runs_with_key
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import open_study
 from lmu_dist.tracking.tags import FOLDER, HEARTBEAT, KEY, OWNER_ID, PARENT, RUN_NAME, STATUS
-
-
-@dataclass(frozen=True)
-class RunIdentity:
-    """What is known of a cell's MLflow run before MLflow has it: enough to find it by its key, or to create it."""
-
-    experiment: str
-    study: str
-    name: str
-    key: str
-    folder: str
-    owner_id: str  # of the drivers that share file locks with this one
 
 
 def find_or_create_run(store: Store, identity: RunIdentity) -> str:

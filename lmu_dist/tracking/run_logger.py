@@ -18,7 +18,7 @@ class RunLogger(Protocol):
         """Logs constants of the run."""
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metric values of a step. A value already logged for its key at this or a later step is dropped."""
+        """Logs metric values of a step. A value already logged for its key and step is dropped."""
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags. The last value of a tag replaces the ones before."""

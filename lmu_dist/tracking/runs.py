@@ -4,12 +4,14 @@ Called by launch, scaling, report and studies. The run of a cell has the tag KEY
 goes through MetricsLog and MLflowUploader.
 """
 
+from dataclasses import dataclass
+
 from mlflow.entities import Run
 
 from lmu_dist.records import POSITION_LOSS, VAL_LOSS, RunRecord
 from lmu_dist.tracking.experiments import find_experiment
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import KEY, STATUS
+from lmu_dist.tracking.tags import KEY, RETIRED_KEY, STATUS
 
 
 def find_run(store: Store, key: str) -> Run | None:
@@ -36,12 +38,33 @@ def records_of(store: Store, experiment: str) -> dict[str, RunRecord]:
     return {run_id: record for run_id, record in found.items() if record is not None}
 
 
-def runs_by_key(store: Store, data_digest: str, train_version: int) -> dict[str, Run]:
-    """The runs of a corpus and a training version, in any experiment, by key; of two with one key, the first created."""
-    with store.one_line_errors():
-        made_with = f"params.data_digest = '{data_digest}' AND params.train_version = '{train_version}'"
-        found = store.search_runs(store.experiment_ids(), f"tags.`{KEY}` LIKE '%' AND {made_with}")
+@dataclass(frozen=True)
+class KnownRuns:
+    """The runs of cells that MLflow had at one moment: those of an experiment, and some of other experiments."""
+
+    own: list[Run]
+    elsewhere: list[Run] | None = None  # None: not asked for
+
+    def by_key(self) -> dict[str, Run]:
+        """The runs by key; of two with one key, the first created."""
+        found = [*self.own, *(self.elsewhere or ())]
         return {run.data.tags[KEY]: run for run in sorted(found, key=lambda run: run.info.start_time, reverse=True)}
+
+
+def find_known_runs(store: Store, experiment: str, data_digest: str, train_version: int) -> KnownRuns:
+    """All runs of cells of an experiment, and those of a corpus and a training version in other experiments.
+
+    Each run is read once, since reading them is what takes time: a second or more for a thousand.
+    """
+    with store.one_line_errors():
+        found = store.client.get_experiment_by_name(experiment)
+        own_ids = [found.experiment_id] if found is not None and found.lifecycle_stage == "active" else []
+        other_ids = [experiment_id for experiment_id in store.experiment_ids() if experiment_id not in own_ids]
+        made_with = f"params.data_digest = '{data_digest}' AND params.train_version = '{train_version}'"
+        return KnownRuns(
+            store.search_runs(own_ids, f"tags.`{KEY}` LIKE '%'") if own_ids else [],
+            store.search_runs(other_ids, f"tags.`{KEY}` LIKE '%' AND {made_with}") if other_ids else [],
+        )
 
 
 def record_of(run: Run) -> RunRecord | None:
@@ -70,6 +93,6 @@ def retire_run(store: Store, run_id: str) -> None:
     """Moves the key of a run to the tag lmu.retired_key, so that its cell can be trained again. The run stays in MLflow."""
     with store.one_line_errors():
         run = store.client.get_run(run_id)
-        store.client.set_tag(run_id, "lmu.retired_key", run.data.tags[KEY])
+        store.client.set_tag(run_id, RETIRED_KEY, run.data.tags[KEY])
         store.client.set_tag(run_id, STATUS, "retired")
         store.client.delete_tag(run_id, KEY)

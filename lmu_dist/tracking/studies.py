@@ -5,6 +5,7 @@ Called by launch, reports, progress and scaling/collect. A study is the parent r
 
 import json
 import time
+from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,7 +15,7 @@ from mlflow.entities import Metric, Run, RunTag
 from lmu_dist.records import COMPLETE
 from lmu_dist.tracking import pages
 from lmu_dist.tracking.experiments import find_experiment, open_experiment, set_experiment_tags
-from lmu_dist.tracking.runs import runs_of
+from lmu_dist.tracking.runs import KnownRuns, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import ANSWER, KEY, PARENT, RUN_NAME, STATUS, STUDY
 
@@ -67,46 +68,57 @@ def read_plans(store: Store, experiment: str, study_id: str | None = None) -> li
 
 
 def cells_of(
-    store: Store, experiment: str, study_id: str | None = None
+    store: Store, experiment: str, study_id: str | None = None, known: KnownRuns | None = None
 ) -> tuple[list[Run], dict[str, Run], list[dict[str, Any]]]:
     """(runs of an experiment; runs of its planned cells in other experiments, by key; planned cells without a run).
 
-    `study_id`: only the cells of this study, those that it started and those that it plans.
+    `study_id`: only the cells of this study, those that it started and those that it plans. `known`: the runs, if the caller
+    has just read them.
     """
-    own, plan = runs_of(store, experiment), read_plans(store, experiment, study_id)
+    own, plan = known.own if known else runs_of(store, experiment), read_plans(store, experiment, study_id)
     keys, planned_keys = {run.data.tags[KEY] for run in own}, {cell["key"] for cell in plan}
     missing = {cell["key"]: cell for cell in plan if cell["key"] not in keys}
     if study_id is not None:
         own = [run for run in own if run.data.tags.get(PARENT) == study_id or run.data.tags[KEY] in planned_keys]
-    elsewhere = dict[str, Run]()
-    if missing:
-        with store.one_line_errors():
-            others = store.search_runs(store.experiment_ids(), f"tags.`{KEY}` LIKE '%'")
-        # Of several runs with one key keep a complete one, else the first created: the last in this order replaces others.
-        others.sort(key=lambda run: (run.data.tags.get(STATUS) == COMPLETE, -run.info.start_time))
-        elsewhere = {run.data.tags[KEY]: run for run in others if run.data.tags[KEY] in missing}
+    elsewhere = planned_elsewhere(store, experiment, missing, known.elsewhere if known else None)
     return own, elsewhere, [cell for key, cell in missing.items() if key not in elsewhere]
 
 
-def end_study(store: Store, experiment: str, study: str, status: str = "FINISHED") -> None:
+def planned_elsewhere(store: Store, experiment: str, keys: Collection[str], runs: list[Run] | None = None) -> dict[str, Run]:
+    """The runs of cells with these keys in other experiments, by key. `runs`: those of other experiments, if they are known."""
+    if not keys:
+        return {}
+    if runs is None:
+        with store.one_line_errors():
+            own_id = find_experiment(store, experiment).experiment_id
+            other_ids = [experiment_id for experiment_id in store.experiment_ids() if experiment_id != own_id]
+            runs = store.search_runs(other_ids, f"tags.`{KEY}` LIKE '%'") if other_ids else []
+    # Of several runs with one key keep a complete one, else the first created: the last in this order replaces others.
+    runs = sorted(runs, key=lambda run: (run.data.tags.get(STATUS) == COMPLETE, -run.info.start_time))
+    return {run.data.tags[KEY]: run for run in runs if run.data.tags[KEY] in keys}
+
+
+def end_study(store: Store, experiment: str, study: str, status: str = "FINISHED", known: KnownRuns | None = None) -> None:
     """Ends the parent run of a study with a status of MLflow, a table of its cells as description, and its numbers.
 
-    Does nothing if there is no such study. Raises ConfigError if there is no such experiment.
+    Does nothing if there is no such study. Raises ConfigError if there is no such experiment. `known`: the runs of the cells,
+    if the caller has just read them.
     """
     with store.one_line_errors():
         experiment_id = find_experiment(store, experiment).experiment_id
         study_id = _find_study(store, experiment_id, study)
     if study_id is None:
         return
-    describe_study(store, experiment, study_id)
+    known = known or KnownRuns(runs_of(store, experiment))
+    describe_study(store, experiment, study_id, known)
     with store.one_line_errors():
-        set_experiment_tags(store, experiment_id)
+        set_experiment_tags(store, experiment_id, runs=known.own)
         store.client.set_terminated(study_id, status)
 
 
-def describe_study(store: Store, experiment: str, study_id: str) -> None:
-    """Sets the description of a study, with a table of its cells, and its metrics."""
-    own, elsewhere, planned = cells_of(store, experiment, study_id)
+def describe_study(store: Store, experiment: str, study_id: str, known: KnownRuns | None = None) -> None:
+    """Sets the description of a study, with a table of its cells, and its metrics. `known`: see `end_study`."""
+    own, elsewhere, planned = cells_of(store, experiment, study_id, known)
     cells = [*own, *elsewhere.values()]
     with store.one_line_errors():
         run = store.client.get_run(study_id)

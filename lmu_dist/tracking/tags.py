@@ -3,6 +3,7 @@
 PARENT = "mlflow.parentRunId"
 RUN_NAME = "mlflow.runName"
 KEY = "lmu.key"  # only the runs of cells have one
+RETIRED_KEY = "lmu.retired_key"  # the key of a run whose cell is trained again; it has no KEY any more
 STATUS = "lmu.status"  # see `lmu_dist.records`
 FOLDER = "lmu.folder"
 OWNER_ID = "lmu.place"

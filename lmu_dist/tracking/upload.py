@@ -17,9 +17,10 @@ from mlflow.tracking import MlflowClient
 from lmu_dist.config import FailedError, open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.new_run import RunIdentity, find_or_create_run
+from lmu_dist.tracking.new_run import find_or_create_run
 from lmu_dist.tracking.owner import heartbeat_now
 from lmu_dist.tracking.run_file import save_run_id
+from lmu_dist.tracking.run_identity import RunIdentity
 from lmu_dist.tracking.store import Store, one_line
 from lmu_dist.tracking.tags import HEARTBEAT
 
@@ -30,6 +31,7 @@ RUN_IS_GONE = "RESOURCE_DOES_NOT_EXIST"
 HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
 OUTAGE_TIMEOUT_SECONDS = 15.0  # how long `close` waits for an MLflow that has not answered before either
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
+STILL_RUNNING = "the upload is still running"
 
 
 def upload(log: MetricsLog, store: Store, identity: RunIdentity | None = None) -> None:
@@ -154,14 +156,14 @@ class MLflowUploader:
         """`identity`: with which the thread finds or creates the MLflow run of a log that has none yet."""
         self._log, self._store, self._identity = log, Store(uri), identity
         self._interval, self._retry = interval_seconds, retry_seconds
-        self._stop = threading.Event()
+        self._stop, self._cancelled = threading.Event(), threading.Event()
         self.last_error = ""
         self._thread = threading.Thread(target=self._run, name="mlflow-uploader", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         last_heartbeat = 0.0
-        while True:
+        while not self._cancelled.is_set():
             closing = self._stop.is_set()
             try:
                 upload(self._log, self._store, self._identity)
@@ -173,13 +175,30 @@ class MLflowUploader:
                 self.last_error = one_line(e) or type(e).__name__
             if closing and not self.last_error:
                 return
-            self._stop.wait(self._retry if self.last_error else self._interval) if not closing else time.sleep(self._retry)
+            if closing:
+                self._cancelled.wait(self._retry)
+            else:
+                self._stop.wait(self._retry if self.last_error else self._interval)
+
+    def upload_rest(self) -> str:
+        """Asks the thread to upload the pending entries and to stop, and does not wait for it.
+
+        Returns "" when all are in MLflow, else why not yet.
+        """
+        self._stop.set()
+        return (self.last_error or STILL_RUNNING) if any(self._log.pending()) else ""
+
+    def cancel(self) -> None:
+        """Stops the thread after the request that it waits for. The log keeps what is not uploaded."""
+        self._stop.set()
+        self._cancelled.set()
 
     def close(self, timeout_seconds: float) -> str:
         """Uploads the pending entries, then stops. Returns "" when all are in MLflow, else why not; the log keeps the rest."""
         self._stop.set()
         self._thread.join(min(timeout_seconds, OUTAGE_TIMEOUT_SECONDS) if self.last_error else timeout_seconds)
-        return (self.last_error or "the upload is still running") if any(self._log.pending()) else ""
+        self.cancel()
+        return self.upload_rest()
 
 
 def set_client_limits() -> None:

@@ -12,19 +12,16 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-
-import safetensors.torch
-from torch import Tensor
 
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.records import known_fields
 
-META, WEIGHTS = "meta.json", "model.safetensors"
+META = "meta.json"
 MANIFEST = "manifest-"
 SHARDS = "zero"  # DeepSpeed's folder inside a checkpoint
 BLOCK_BYTES = 1 << 24  # files are hashed in blocks, so that ranks can share the work on a large file
@@ -118,12 +115,6 @@ class Block(NamedTuple):
     sha256: str
 
 
-def write_weights(folder: Path, meta: Meta, weights: dict[str, Tensor]) -> None:
-    """Adds the weights and meta.json to rank 0's part of a checkpoint."""
-    safetensors.torch.save_file(weights, folder / WEIGHTS)
-    (folder / META).write_text(json.dumps(asdict(meta)))
-
-
 def write_manifest(folder: Path, rank: int, world_size: int) -> None:
     """Completes a rank's part of a checkpoint with a manifest, which lists every file with its size in bytes and sha256.
 
@@ -135,7 +126,7 @@ def write_manifest(folder: Path, rank: int, world_size: int) -> None:
         digests = [storage.digest(path, begin, end) for begin, end in _block_limits(size, BLOCK_BYTES)]
         listing[str(path.relative_to(folder))] = size, digests if len(digests) > 1 else digests[0]
     manifest = {"world_size": world_size, "block_bytes": BLOCK_BYTES, "files": listing}
-    (folder / _manifest_name(rank)).write_text(json.dumps(manifest))
+    (folder / manifest_name(rank)).write_text(json.dumps(manifest))
 
 
 def upload(folder: Path, to: Folder) -> None:
@@ -182,9 +173,9 @@ def verify(folder: Folder, digests: bool = True, ranks: Ranks = SINGLE_PROCESS) 
 
     Every rank hashes about the same number of bytes. With `digests=False` only sizes are checked.
     """
-    n_writers: int = ranks.on_first(lambda: _read_json(folder / _manifest_name(0))["world_size"])
+    n_writers: int = ranks.on_first(lambda: _read_json(folder / manifest_name(0))["world_size"])
     mine = range(ranks.rank, n_writers, ranks.size)
-    manifests = ranks.on_each(lambda: {writer: _read_json(folder / _manifest_name(writer)) for writer in mine})
+    manifests = ranks.on_each(lambda: {writer: _read_json(folder / manifest_name(writer)) for writer in mine})
     by_writer = {writer: manifest for some in manifests for writer, manifest in some.items()}
     blocks = [block for writer in range(n_writers) for block in _blocks(by_writer[writer])]
     ranks.on_each(lambda: _check(folder, share_of(blocks, ranks.rank, ranks.size), digests))
@@ -248,7 +239,7 @@ def newest_branch_point(
 
     A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped.
     """
-    for folder in _list_checkpoints(branch_points, ranks):
+    for folder in list_checkpoints(branch_points, ranks):
         if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]
             continue
         with suppress(CheckpointError):
@@ -265,7 +256,7 @@ def newest_intact(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> tuple[Fo
     intact and at least one is damaged: training from scratch would overwrite what a person might still restore.
     """
     skipped, damaged = list[str](), False
-    for folder in _list_checkpoints(run_folder, ranks):
+    for folder in list_checkpoints(run_folder, ranks):
         try:
             return folder, verify(folder, ranks=ranks), skipped
         except CheckpointError as e:
@@ -282,7 +273,7 @@ def newest_intact(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> tuple[Fo
 def prune(run_folder: Folder, keep: int) -> None:
     """Deletes all checkpoints older than the `keep` newest intact ones. Newer damaged ones are kept for inspection."""
     n_intact = 0
-    for folder in _list_checkpoints(run_folder):
+    for folder in list_checkpoints(run_folder):
         if n_intact >= keep:
             storage.remove(folder)
             continue
@@ -291,7 +282,7 @@ def prune(run_folder: Folder, keep: int) -> None:
             n_intact += 1
 
 
-def _list_checkpoints(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> list[Folder]:
+def list_checkpoints(run_folder: Folder, ranks: Ranks = SINGLE_PROCESS) -> list[Folder]:
     """Checkpoint folders, intact or not, newest first: by step, then by attempt, whose id is its start time in hex."""
     names = ranks.on_first(lambda: [path.name for path in run_folder.glob("step-*")])
     found = [(match.groups(), name) for name in names if (match := NAME.match(name))]
@@ -305,12 +296,8 @@ def download_shared_shards(folder: Folder, to: Path) -> None:
             storage.download_file(path, to / SHARDS / path.name)
 
 
-def read_weights(folder: Folder) -> dict[str, Tensor]:
-    """Weights of a checkpoint by parameter name. Reads safetensors; nothing is unpickled."""
-    return safetensors.torch.load((folder / WEIGHTS).read_bytes())
-
-
-def _manifest_name(rank: int) -> str:
+def manifest_name(rank: int) -> str:
+    """The name of the manifest of a rank."""
     return f"{MANIFEST}{rank:05d}.json"
 
 

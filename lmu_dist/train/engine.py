@@ -4,6 +4,7 @@ The only module that imports DeepSpeed. It needs an initialized process group: R
 Built by launch/worker.
 """
 
+import ctypes
 import gc
 import math
 import re
@@ -242,8 +243,13 @@ def _zero_settings(model: LanguageModel, train: TrainConfig, cluster: ClusterCon
 
 
 def free_memory() -> None:
-    """Frees unreachable objects, which DeepSpeed's engines leave in reference cycles, and the GPU memory that torch keeps."""
+    """Frees unreachable objects, which DeepSpeed's engines leave in reference cycles, and memory that torch and malloc keep.
+
+    Otherwise the peak memory of a small run would be that of the larger run before it.
+    """
     gc.collect()
+    with suppress(OSError, AttributeError):  # glibc only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

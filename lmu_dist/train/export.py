@@ -19,12 +19,13 @@ from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.models import registry
 from lmu_dist.models.family import Family
+from lmu_dist.models.family_source import FAMILY_CODE
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
-from lmu_dist.train import checkpoint
+from lmu_dist.train.kept_weights import newest_model
+from lmu_dist.train.weights import WEIGHTS, read_weights
 
 CONFIG = "config.json"
-FAMILY_CODE = "family.py"  # copy of a user's own family
 
 
 @dataclass(frozen=True)
@@ -84,17 +85,17 @@ def _find_family(folder: Folder, shape: Shape, reference: str | None) -> Family:
 
 
 def _read_export(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    return json.loads((folder / CONFIG).read_text()), checkpoint.read_weights(folder), []
+    return json.loads((folder / CONFIG).read_text()), read_weights(folder), []
 
 
 def _read_run(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    path, meta, skipped = checkpoint.newest_intact(folder)
+    path, meta, skipped = newest_model(folder)
     if path is None or meta is None:
         raise ConfigError("; ".join([*skipped, f"no complete checkpoint in {folder}; train the run first"]))
     metadata = {"shape": meta.shape, "step": meta.step, "key": meta.key, "tokenizer_digest": meta.tokenizer_digest}
     metadata |= {"data_digest": meta.data_digest, "code_digest": meta.code_digest, "training": meta.config}
     metadata |= {"family_version": meta.family_version}
-    return metadata, checkpoint.read_weights(path), skipped
+    return metadata, read_weights(path), skipped
 
 
 def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[s
         raise ConfigError(f"{to} exists and is not an empty folder; give the name of a new folder")
     trained = load_trained_model(run_folder, family)
     storage.make_folder(to)
-    storage.write_atomic(to / checkpoint.WEIGHTS, safetensors.torch.save(trained.model.state_dict()))
+    storage.write_atomic(to / WEIGHTS, safetensors.torch.save(trained.model.state_dict()))
     storage.write_atomic(to / TOKENIZER, trained.tokenizer.to_str().encode())
     storage.write_atomic(
         to / CONFIG, json.dumps(trained.metadata | {"shape": trained.model.shape.to_dict()}, indent=1).encode()

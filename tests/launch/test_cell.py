@@ -10,9 +10,12 @@ from lmu_dist.config import Config, parse, with_settings
 from lmu_dist.config.run import TrainConfig
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import cell as cells
-from lmu_dist.launch.cell import Cell, at_half_rate, make_cell
+from lmu_dist.launch import new_cell as cells
+from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.new_cell import at_half_rate, make_cell
+from lmu_dist.launch.record import log_start
 from lmu_dist.models import registry
+from lmu_dist.tracking.metrics_log import MetricsLog
 
 PLAIN_FAMILY = """
 from lmu_dist.models.family import Family
@@ -58,8 +61,9 @@ def test_key_is_unchanged(tmp_path: Path, corpus: Corpus):
 def test_key_does_not_depend_on_workers_storage_and_form(tmp_path: Path, corpus: Corpus):
     base = make_config(tmp_path)
     same = {"cluster.n_workers": 1, "cluster.zero_stage": 3, "storage": str(tmp_path / "elsewhere"), "model.form": "fft"}
-    same |= {"model.max_reduced_order": 10}  # above what this small model has
-    assert make_cell(with_settings(base, same), corpus).key == make_cell(base, corpus).key
+    same |= {"model.max_reduced_order": 10, "train.log_every_steps": 7}  # the first: above what this small model has
+    changed, unchanged = make_cell(with_settings(base, same), corpus), make_cell(base, corpus)
+    assert (changed.key, changed.trunk) == (unchanged.key, unchanged.trunk)
     for other in ({"model.theta_tokens": 16}, {"train.beta2": 0.9}, {"seed": 1}, {"model.n_params": 3100}):
         assert make_cell(with_settings(base, other), corpus).key != make_cell(base, corpus).key
 
@@ -140,3 +144,12 @@ def test_key_of_a_users_family_depends_on_its_text_and_not_on_its_path(tmp_path:
     registry.register(changed.family_source)
     assert at_half_rate(changed).retry_of == changed.key
     assert replace(first, family_source=None).folder == first.folder
+
+
+def test_a_setting_that_may_change_when_a_run_goes_on_is_no_param(tmp_path: Path, corpus: Corpus):
+    """MLflow refuses all params of a request if one of them changes."""
+    log = MetricsLog(tmp_path / "log", "run")
+    log_start(make_cell(make_config(tmp_path), corpus), log)
+    [params] = [entry["values"] for _, entry in log.pending() if entry["kind"] == "params"]
+    in_train = {key.removeprefix("train.") for key in params if key.startswith("train.")}
+    assert in_train == TrainConfig.__dataclass_fields__.keys() - {"log_every_steps"}

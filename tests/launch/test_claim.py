@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
+from unittest.mock import ANY, MagicMock
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ from lmu_dist.config import Config, ConfigError, FailedError, parse, with_settin
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim, trainer
-from lmu_dist.launch.cell import Cell, make_cell
+from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
-from lmu_dist.launch.ladder import _run_trunk
+from lmu_dist.launch.ladder_trial import WorkItems
+from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, write_record
+from lmu_dist.launch.run_group import ClaimedRunGroup
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.runs import runs_of, runs_with_key
@@ -24,6 +28,7 @@ from lmu_dist.tracking.studies import open_study
 from lmu_dist.tracking.upload import upload_pending
 from lmu_dist.train import checkpoint
 from lmu_dist.train.checkpoint import Meta
+from lmu_dist.train.weights import WEIGHTS, write_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -129,7 +134,16 @@ def test_trunk_at_a_uri_waits_while_mlflow_is_unavailable(cell: Cell, monkeypatc
     cell = make_cell(with_settings(cell.config, {"storage": "memory://runs"}), cell.corpus)
     with pytest.raises(MLflowUnavailableError):  # where only MLflow excludes other drivers
         claim.check_store(Store(UNREACHABLE), cell.config)
-    assert _run_trunk({"index": 0}, [(cell,)], UNREACHABLE, {}) == {"busy": True}
+    metrics_logger: Any = None  # not reached
+    with pytest.raises(MLflowUnavailableError) as raised:
+        ClaimedRunGroup([cell], Store(UNREACHABLE), "ladder", metrics_logger)
+    queue = MagicMock()
+    queue.take.remote.return_value = (7, (cell,))
+    monkeypatch.setattr("lmu_dist.launch.ladder_trial.ray.get", lambda answer: answer)
+    items = WorkItems("group", 2, queue)
+    assert items.next() == (cell,)
+    items.failed([cell], raised.value)  # busy: the ladder comes back to it
+    queue.end.remote.assert_called_once_with(7, ANY, True)
 
 
 def test_local_run_starts_and_ends_while_mlflow_is_unavailable(cell: Cell, tmp_path: Path, monkeypatch):
@@ -177,10 +191,10 @@ def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, t
     store.set_tags(run_id, {"lmu.status": records.RUNNING})
     folder = cell.folder / checkpoint.folder_name(10, 1, "a")
     folder.mkdir()
-    checkpoint.write_weights(folder, Meta(10, cell.key, 1, 1, "d", "t", "c", {}, {}), {"weight": torch.ones(3)})
+    write_weights(folder, Meta(10, cell.key, 1, 1, "d", "t", "c", {}, {}), {"weight": torch.ones(3)})
     checkpoint.write_manifest(folder, 0, 1)
     assert claim.check_resumable([cell], store, "train") == {cell.key: []}
-    (folder / checkpoint.WEIGHTS).write_bytes(bytes((folder / checkpoint.WEIGHTS).stat().st_size))
+    (folder / WEIGHTS).write_bytes(bytes((folder / WEIGHTS).stat().st_size))
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged, and no older checkpoint of the run is intact"):
         claim.check_resumable([cell], store, "train")
     run = store.client.get_run(run_id)
@@ -224,15 +238,15 @@ def test_train_ends_its_study_however_it_ends(cell: Cell, tmp_path: Path, monkey
     def status() -> str:
         return store.client.get_run(open_study(store, "claims", "train")[1]).info.status
 
-    def train_that(end: Callable[[], list[FinishedRun]]) -> None:
-        def train_run_group(*_: object) -> list[FinishedRun]:
+    def train_that(end: Callable[[], FinishedRun]) -> None:
+        def train_cell(*_: object) -> FinishedRun:
             seen.append(status())
             return end()
 
-        monkeypatch.setattr(trainer, "train_run_group", train_run_group)
+        monkeypatch.setattr(trainer, "_train", train_cell)
         trainer.train(cell.config, uri)
 
-    def fail(error: BaseException) -> list[FinishedRun]:
+    def fail(error: BaseException) -> FinishedRun:
         raise error
 
     monkeypatch.setattr(trainer, "check_before_start", lambda _: None)
@@ -246,7 +260,7 @@ def test_train_ends_its_study_however_it_ends(cell: Cell, tmp_path: Path, monkey
     diverged = claim.find_finished(cell, store, "train")
     assert diverged is not None
     record_path(cell).unlink()
-    train_that(lambda: [diverged])
+    train_that(lambda: diverged)
     assert seen == ["RUNNING"] * 4
     assert status() == "FAILED"
     write_ended(cell, records.COMPLETE)

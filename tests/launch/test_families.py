@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lmu_dist.launch.run_group import FAMILY_CODE
+from lmu_dist.models.family_source import FAMILY_CODE
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/gated_linear_attention.py:GatedLinearAttention"

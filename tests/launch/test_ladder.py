@@ -19,8 +19,8 @@ from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load, with_settings
 from lmu_dist.launch.calibrate import calibrate
-from lmu_dist.launch.cell import at_half_rate
 from lmu_dist.launch.ladder import LadderResult, ladder
+from lmu_dist.launch.new_cell import at_half_rate
 from lmu_dist.launch.trainer import train
 from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord

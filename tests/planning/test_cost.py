@@ -1,8 +1,6 @@
 """Plans: FLOPs of shared trunks are counted once; times come from the calibration; memory by ZeRO stage."""
 
 import json
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -138,21 +136,22 @@ def test_memory_by_zero_stage_and_smallest_stage_that_fits(tmp_path: Path):
 
 
 @pytest.mark.parametrize("job", sorted(JOBS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_job_can_be_planned_and_fits_in_memory(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = [str(job), f"storage={tmp_path}", "--json"]
-    assert main(["plan", *arguments]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    for cell in printed["cells"]:
+def test_every_job_can_be_planned_in_seconds_and_fits_in_memory(job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    began = time.process_time()
+    assert main(["plan", str(job), f"storage={tmp_path}", "--json"]) == 0
+    assert time.process_time() - began < 15  # orders6, of 112 cells from N = 1e3 to 1e9: 8 s of one core
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert len(cells) == 112 or job.stem != "orders6"
+    for cell in cells:
         assert cell["smallest_stage"] is not None
         assert cell["smallest_stage"] <= cell["zero_stage"]
 
 
-def test_planning_six_orders_of_magnitude_takes_seconds(tmp_path: Path):
-    start = time.monotonic()
-    command = [sys.executable, "-m", "lmu_dist.cli", "plan", str(JOBS / "orders6.yaml"), f"storage={tmp_path}"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - start < 15  # 3.7 s on an idle machine
-    assert "112 cells" in output
+def test_plan_prints_the_number_of_cells_and_the_assumed_factor(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["plan", str(JOBS / "cpu_ladder.yaml"), f"storage={tmp_path}", "ladder.families=[lmu, transformer]"]
+    assert main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "56 cells" in output
     assert "token-efficiency factor, assumed 10" in output
 
 

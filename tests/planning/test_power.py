@@ -2,8 +2,8 @@
 
 import pytest
 
-from lmu_dist.config import Config, parse, with_settings
-from lmu_dist.planning.power import estimate_power
+from lmu_dist.config import parse, with_settings
+from lmu_dist.planning.power import PowerEstimate, estimate_power
 
 WIDE = parse(
     {
@@ -16,22 +16,27 @@ WIDE = parse(
 )
 
 
-def interval_width(config: Config, name: str) -> float:
-    low, high = estimate_power(config).intervals[name]
+@pytest.fixture(scope="module")
+def wide() -> PowerEstimate:
+    return estimate_power(WIDE)
+
+
+def interval_width(estimate: PowerEstimate, name: str) -> float:
+    low, high = estimate.intervals[name]
     return high - low
 
 
-def test_intervals_contain_the_assumed_values_and_widen_with_noise():
-    estimate = estimate_power(WIDE)
-    for name, (low, high) in estimate.intervals.items():
-        assert low < estimate.assumed[name] < high
-    assert set(estimate.intervals) == {"alpha", "beta", "efficiency_factor"}
-    noisy = with_settings(WIDE, {"plan.noise": 0.02})
-    assert interval_width(noisy, "beta") > 2 * interval_width(WIDE, "beta")
+def test_intervals_contain_the_assumed_values_and_widen_with_noise(wide: PowerEstimate):
+    for name, (low, high) in wide.intervals.items():
+        assert low < wide.assumed[name] < high
+    assert set(wide.intervals) == {"alpha", "beta", "efficiency_factor"}
+    noisy = estimate_power(with_settings(WIDE, {"plan.noise": 0.02}))
+    assert interval_width(noisy, "beta") > 2 * interval_width(wide, "beta")
 
 
-def test_more_seeds_narrow_the_intervals():
-    assert interval_width(with_settings(WIDE, {"ladder.seeds": [0, 1, 2, 3]}), "beta") < 0.75 * interval_width(WIDE, "beta")
+def test_more_seeds_narrow_the_intervals(wide: PowerEstimate):
+    more = estimate_power(with_settings(WIDE, {"ladder.seeds": [0, 1, 2, 3]}))
+    assert interval_width(more, "beta") < 0.75 * interval_width(wide, "beta")
 
 
 def test_no_factor_if_budgets_span_less_than_the_factor():
@@ -47,6 +52,6 @@ def test_remark_if_the_grid_is_too_small_for_a_law():
     assert "cannot determine a law" in estimate.lines()[0]
 
 
-def test_estimate_is_deterministic_and_depends_little_on_the_seed():
-    assert estimate_power(WIDE) == estimate_power(WIDE)
-    assert estimate_power(WIDE).intervals["alpha"] == pytest.approx(estimate_power(WIDE, seed=1).intervals["alpha"], rel=0.2)
+def test_estimate_is_deterministic_and_depends_little_on_the_seed(wide: PowerEstimate):
+    assert estimate_power(WIDE) == wide
+    assert wide.intervals["alpha"] == pytest.approx(estimate_power(WIDE, seed=1).intervals["alpha"], rel=0.2)

@@ -1,20 +1,21 @@
 """Fixtures: a simulated ladder in an MLflow store and its report, made once for all tests of the report."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.report.write import ReportFiles, write_report
-from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.tracking.store import Store
 
 EXPERIMENT = "quickstart"
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    store = Store(default_uri(tmp_path_factory.mktemp("reported")))
+def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> Store:
+    store = new_store(tmp_path_factory.mktemp("reported"))
     write_runs_to_mlflow(store.client, EXPERIMENT, simulate_study(seeds=(0, 1), noise=0.004), curves=True)
     bad = make_record("lmu", 10_000, 10**6, 5, 4.0, status="diverged", stop_rule="loss is nan at step 7")
     write_runs_to_mlflow(store.client, EXPERIMENT, [bad, make_record("lmu", 10_000, 10**6, 6, 4.0, phase="undecayed")])
@@ -23,7 +24,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="session")
 def written(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ReportFiles:
-    return write_report(store, EXPERIMENT, tmp_path_factory.mktemp("report"), False, lambda *_: None, n_resamples=200)
+    return write_report(store, EXPERIMENT, tmp_path_factory.mktemp("report"), False, lambda *_: None, n_resamples=100)
 
 
 @pytest.fixture

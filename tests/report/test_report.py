@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
 from lmu_dist.tracking.reports import reports_of
-from lmu_dist.tracking.store import Store, default_uri
+from lmu_dist.tracking.store import Store
 
 
 def ignore_progress(*_: object) -> None:
@@ -95,9 +96,9 @@ def test_the_commands_on_the_page_reproduce_its_numbers(
 
 
 def test_a_report_is_stale_after_the_runs_change(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    store = Store(default_uri(tmp_path))
+    store = new_store(tmp_path)
     write_runs_to_mlflow(store.client, "e", [make_record(family, 10_000, 10**6, 0, 4.0) for family in ("lmu", "transformer")])
     first = write_report(store, "e", tmp_path / "a", False, ignore_progress)
     again = write_report(store, "e", tmp_path / "b", False, ignore_progress)
@@ -116,9 +117,9 @@ def test_a_report_is_stale_after_the_runs_change(
 
 
 def test_a_study_without_the_base_family_gives_no_answer(
-    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    store = Store(default_uri(tmp_path))
+    store = new_store(tmp_path)
     write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     assert main(["report", "e", "-o", str(tmp_path / "r")]) == 0
@@ -131,8 +132,10 @@ def test_a_study_without_the_base_family_gives_no_answer(
     assert not (tmp_path / "r2").exists()
 
 
-def test_unwritable_folder_and_failed_upload(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
-    store = Store(default_uri(tmp_path))
+def test_unwritable_folder_and_failed_upload(
+    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    store = new_store(tmp_path)
     write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     (tmp_path / "file").touch()
@@ -149,8 +152,8 @@ def test_unwritable_folder_and_failed_upload(tmp_path: Path, capsys: pytest.Capt
     assert [store.client.get_run(run_id).info.status for run_id, _, _ in reports_of(store, "e")] == ["FAILED"]
 
 
-def test_reports_of_deleted_runs_are_stale(tmp_path: Path):
-    store = Store(default_uri(tmp_path))
+def test_reports_of_deleted_runs_are_stale(tmp_path: Path, new_store: Callable[[Path], Store]):
+    store = new_store(tmp_path)
     ids = write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     made = write_report(store, "e", tmp_path / "r", False, ignore_progress)
     store.client.delete_run(ids[0])
@@ -189,8 +192,8 @@ def test_the_answer_is_for_the_largest_size_and_mentions_others(written: ReportF
     )
 
 
-def test_one_common_loss_gives_no_interval(tmp_path: Path):
-    store = Store(default_uri(tmp_path))
+def test_one_common_loss_gives_no_interval(tmp_path: Path, new_store: Callable[[Path], Store]):
+    store = new_store(tmp_path)
     losses = {("lmu", 10**6): 4.0, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}
     write_runs_to_mlflow(
         store.client, "e", [make_record(family, 10_000, tokens, 0, loss) for (family, tokens), loss in losses.items()]

@@ -112,13 +112,13 @@ def test_the_fit_of_a_noisy_table_has_a_lower_objective_than_the_truth():
 
 def test_fitting_and_resampling_are_fast():
     rows = grid(HOFFMANN, 0.003, 16, 15)
-    started_at = time.monotonic()
+    started_at = time.process_time()
     found = fit(Chinchilla, rows)
     assert diagnose(found, rows).passed
-    assert time.monotonic() - started_at < 1
-    started_at = time.monotonic()
+    assert time.process_time() - started_at < 1
+    started_at = time.process_time()
     fit_resamples(found, rows, bootstrap_weights([str(i) for i in range(240)], 100))
-    assert time.monotonic() - started_at < 6  # a thousand in less than a minute
+    assert time.process_time() - started_at < 6  # a thousand in less than a minute
 
 
 def constant_loss(n: np.ndarray, d: np.ndarray) -> np.ndarray:

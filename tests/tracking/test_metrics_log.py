@@ -142,3 +142,15 @@ def test_opening_a_log_does_not_cut_what_its_writer_is_writing(tmp_path: Path):
     path.write_bytes(whole + b'{"kind": "met')  # the writer is in the middle of a line
     assert losses(MetricsLog(tmp_path, "r")) == [(0, 0.0)]
     assert path.read_bytes() == whole + b'{"kind": "met'
+
+
+def test_steps_in_any_order_are_each_logged_once(tmp_path: Path):
+    # Of a recorder that was killed Ray repeats the calls that were not answered, after calls that came later.
+    log = MetricsLog(tmp_path, "r")
+    for step in (0, 3, 1, 2, 1, 3):
+        log.log_metrics(step, {"loss": float(step)})
+    assert losses(log) == [(0, 0.0), (3, 3.0), (1, 1.0), (2, 2.0)]
+    again = MetricsLog(tmp_path, "r")  # the process that was started again
+    for step in (2, 4):
+        again.log_metrics(step, {"loss": float(step)})
+    assert [step for step, _ in losses(again)] == [0, 3, 1, 2, 4]

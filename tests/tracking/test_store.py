@@ -1,10 +1,10 @@
 """The MLflow store of other versions, locked, missing, large; and a run that MLflow learns of after it has started."""
 
 import json
-import shutil
 import socket
 import sqlite3
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -22,12 +22,13 @@ from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking import address, pages, sqlite_file
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.new_run import RunIdentity, create_run, find_or_create_run
+from lmu_dist.tracking.new_run import create_run, find_or_create_run
 from lmu_dist.tracking.owner import BusyError
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import save_report
 from lmu_dist.tracking.run_file import saved_run_id
-from lmu_dist.tracking.runs import find_run, records_of, runs_by_key, runs_with_key
+from lmu_dist.tracking.run_identity import RunIdentity
+from lmu_dist.tracking.runs import find_known_runs, find_run, records_of, runs_with_key
 from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri, existing_store, one_line
 from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.tags import STUDY
@@ -36,17 +37,9 @@ from lmu_dist.tracking.upload import MLflowUploader
 MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
 
 
-@pytest.fixture(scope="module")
-def empty_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("empty")
-    Store(default_uri(folder)).check()  # takes MLflow seconds
-    return folder / "mlflow.db"
-
-
 @pytest.fixture
-def store(tmp_path: Path, empty_file: Path) -> Store:
-    shutil.copy(empty_file, tmp_path)
-    return Store(default_uri(tmp_path))
+def store(tmp_path: Path, new_store: Callable[[Path], Store]) -> Store:
+    return new_store(tmp_path)
 
 
 def make_file_of_revision(path: Path, revision: str) -> None:
@@ -184,9 +177,11 @@ def test_locked_store_is_named_at_once_and_uploaded_to_later(tmp_path: Path, sto
         with pytest.raises(MLflowUnavailableError, match="database is locked"):
             find_run(store, "key")  # not asked again
         uploader = MLflowUploader(log, store.uri, identity, interval_seconds=0.02, retry_seconds=0.05)
-        assert "database is locked" in uploader.close(0.3)
+        while not uploader.last_error:
+            time.sleep(0.01)
+        assert "database is locked" in uploader.last_error
         connection.rollback()
-    assert uploader.close(30) == ""
+    assert uploader.close(60) == ""
     monkeypatch.setattr(store, "_outage", (-100.0, ""))
     [run] = runs_with_key(store, "key")
     assert saved_run_id(tmp_path / "run", store.uri) == run.info.run_id == log.run_id
@@ -217,7 +212,7 @@ def test_search_of_experiments_reads_all_pages(store: Store, monkeypatch: pytest
     monkeypatch.setattr(MlflowClient, "search_experiments", search)
     monkeypatch.setattr(MlflowClient, "search_runs", lambda self, ids, *_, **__: searched.append(ids) or PagedList([], None))
     find_run(store, "k")
-    runs_by_key(store, "digest", 1)
+    find_known_runs(store, "new", "digest", 1)
     assert searched == [["1", "2", "3"]] * 2
 
 

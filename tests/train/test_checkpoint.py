@@ -11,7 +11,6 @@ from virtual_ranks import on_ranks
 from lmu_dist import storage
 from lmu_dist.train import checkpoint
 from lmu_dist.train.checkpoint import (
-    WEIGHTS,
     CheckpointError,
     Meta,
     Uploader,
@@ -19,12 +18,11 @@ from lmu_dist.train.checkpoint import (
     newest_branch_point,
     newest_intact,
     prune,
-    read_weights,
     upload,
     verify,
     write_manifest,
-    write_weights,
 )
+from lmu_dist.train.weights import WEIGHTS, read_weights, write_weights
 
 
 @pytest.fixture(autouse=True)

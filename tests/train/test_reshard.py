@@ -14,8 +14,9 @@ from lmu_dist import storage
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.train import checkpoint, reshard
-from lmu_dist.train.checkpoint import SHARDS, WEIGHTS, CheckpointError, Meta, folder_name
+from lmu_dist.train.checkpoint import SHARDS, CheckpointError, Meta, folder_name
 from lmu_dist.train.reshard import Layout, copies, read
+from lmu_dist.train.weights import WEIGHTS, write_weights
 
 RANKS = 64
 
@@ -68,7 +69,7 @@ def test_rank_hashes_and_reads_at_most_twice_its_share_of_a_large_checkpoint(
         local = tmp_path / f"rank-{rank}"
         write_stage3_shards(local / SHARDS, saved, rank)
         if rank == 0:
-            checkpoint.write_weights(local, Meta(100, "key", RANKS, 3, "data", "tokenizer", "code", {}, {}), {})
+            write_weights(local, Meta(100, "key", RANKS, 3, "data", "tokenizer", "code", {}, {}), {})
             with open(local / WEIGHTS, "r+b") as file:
                 file.truncate(4 * n_parameters)
         checkpoint.write_manifest(local, rank, RANKS)

@@ -1,0 +1,176 @@
+"""The work of a driver, and where its groups of workers get it: a Ray actor on the node of the driver or of its trials.
+
+A work item is the cells of one trunk. A group of workers belongs to a process that claims runs, such as a trial of a ladder.
+That process takes work items here, and gives run groups to rank 0 of its workers here, because neither can call the other.
+Called by worker_group, worker, ladder and trials.
+"""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import ray
+from ray.actor import ActorProxy
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.metrics_logger import LoggedRun
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Cells that a group of workers trains one after the other."""
+
+    cells: tuple[Cell, ...]  # of one trunk, fewest tokens first
+    runs: tuple[LoggedRun, ...]  # of the cells
+    report_to_tune: bool  # whether Ray Tune gets a report of every evaluation
+
+
+class WorkItem(NamedTuple):
+    """The cells of a trunk that are missing, and how many workers train them."""
+
+    cells: tuple[Cell, ...]
+    n_workers: int
+
+
+@dataclass
+class WorkState:
+    """What a driver knows of its work items, by index."""
+
+    running: dict[int, str] = field(default_factory=dict)  # name of the group of workers that has the item
+    ended: dict[int, str] = field(default_factory=dict)  # "" or why it failed
+    busy: set[int] = field(default_factory=set)  # of those that ended: another driver has it, or MLflow is unavailable
+
+
+class WorkList:
+    """Work items in order. A new group of workers reserves its first one; it then takes all that need as many workers."""
+
+    def __init__(self, items: Sequence[WorkItem]) -> None:
+        self._items, self._reserved = items, dict[str, int]()
+        self._pending = dict.fromkeys(range(len(items)))  # in order
+        self._state = WorkState()
+
+    def reserve(self, group: str, n_free: int) -> int | None:
+        """Reserves the first item that fits for a new group, if `n_free` workers can be started.
+
+        Returns how many workers the group must have; 0 while none fits, None if no item is left.
+        """
+        for index in self._pending:
+            if (n_workers := self._items[index].n_workers) <= n_free:
+                del self._pending[index]
+                self._reserved[group] = index
+                self._state.running[index] = group
+                return n_workers
+        return 0 if self._pending else None
+
+    def take(self, group: str, n_workers: int) -> tuple[int, tuple[Cell, ...]] | None:
+        """The index and the cells of the group's next item; None if no item for so many workers is left."""
+        index = self._reserved.pop(group, None)
+        if index is None:
+            index = next((i for i in self._pending if self._items[i].n_workers == n_workers), None)
+        if index is None:
+            return None
+        self._pending.pop(index, None)
+        self._state.running[index] = group
+        return index, self._items[index].cells
+
+    def end(self, index: int, error: str = "", busy: bool = False) -> None:
+        """Notes that an item has ended: its cells have records, or why they have not."""
+        self._state.running.pop(index, None)
+        self._state.ended[index] = error
+        if busy:
+            self._state.busy.add(index)
+
+    def state(self) -> WorkState:
+        """Which items are running and which have ended."""
+        return self._state
+
+
+class WorkQueue:
+    """The actor: the work list, and a meeting point for each group of workers and the process that claims its runs."""
+
+    def __init__(self, items: Sequence[WorkItem]) -> None:
+        self._list = WorkList(items)
+        self._meetings = defaultdict[str, Meeting](Meeting)  # by the name of the group
+
+    @ray.method
+    async def reserve(self, group: str, n_free: int) -> int | None:
+        """See WorkList."""
+        return self._list.reserve(group, n_free)
+
+    @ray.method
+    async def take(self, group: str, n_workers: int) -> tuple[int, tuple[Cell, ...]] | None:
+        """See WorkList."""
+        return self._list.take(group, n_workers)
+
+    @ray.method
+    async def end(self, index: int, error: str, busy: bool) -> None:
+        """See WorkList."""
+        self._list.end(index, error, busy)
+
+    @ray.method
+    async def state(self) -> WorkState:
+        """See WorkList."""
+        return self._list.state()
+
+    @ray.method
+    async def next_run_group(self, group: str) -> RunGroup | None:
+        """Called by rank 0 of the workers: waits for the next run group; None if there is no more."""
+        return await self._meetings[group].ask()
+
+    @ray.method
+    async def workers_are_ready(self, group: str) -> bool:
+        """Waits until the workers ask for a run group. False if the group was closed."""
+        return await self._meetings[group].wait_for_question()
+
+    @ray.method
+    async def give(self, group: str, run_group: RunGroup | None) -> None:
+        """Answers the workers."""
+        self._meetings[group].answer(run_group)
+
+    @ray.method
+    async def close(self, group: str) -> None:
+        """Ends `workers_are_ready` of a group."""
+        self._meetings[group].close()
+
+
+class Meeting:
+    """Where the workers of a group ask for a run group, and the process that claims runs answers."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self._question: asyncio.Future[RunGroup | None] | None = None
+        self._closed = False
+
+    async def ask(self) -> RunGroup | None:
+        """Waits for the answer."""
+        # If the workers were started again, the question of the dead ones is replaced.
+        self._question = asyncio.get_running_loop().create_future()
+        self._changed.set()
+        return await self._question
+
+    async def wait_for_question(self) -> bool:
+        """Waits until the workers ask. False if the meeting was closed."""
+        while self._question is None and not self._closed:
+            self._changed.clear()
+            await self._changed.wait()
+        return not self._closed
+
+    def answer(self, run_group: RunGroup | None) -> None:
+        """Answers the question of the living workers."""
+        if self._question is not None and not self._question.done():
+            self._question.set_result(run_group)
+        self._question = None
+
+    def close(self) -> None:
+        """Ends `wait_for_question`."""
+        self._closed = True
+        self._changed.set()
+
+
+def start_work_queue(items: Sequence[WorkItem], node_id: str) -> ActorProxy[WorkQueue]:
+    """Starts the actor on a node."""
+    node: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=node)(WorkQueue).remote(items)

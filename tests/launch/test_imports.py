@@ -1,0 +1,63 @@
+"""Which processes do without torch: those that claim and record runs on the head, where each live trial has several."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+from lmu_dist.config import parse
+from lmu_dist.data.prepare import prepare
+from lmu_dist.launch.new_cell import make_cell
+from lmu_dist.tracking.metrics_log import MetricsLog
+
+FAMILY = """
+from lmu_dist.models.family import Family
+from lmu_dist.models.mixers.feed_forward import FeedForward
+
+class Plain(Family):
+    title = "Plain words"
+
+    def mixer(self, shape, options):
+        return FeedForward(shape.d_model, shape.d_model)
+"""
+ON_THE_HEAD = """
+import json, pickle, sys
+from pathlib import Path
+
+import lmu_dist.launch.ladder_trial
+import lmu_dist.launch.tune_report
+from lmu_dist.launch.record import log_start, read_record, record_of_cell, write_record
+from lmu_dist.tracking.metrics_log import MetricsLog
+
+cell = pickle.loads(Path(sys.argv[1]).read_bytes())
+log_start(cell, MetricsLog(cell.folder, None))
+write_record(cell, record_of_cell(cell, None))
+assert read_record(cell).key == cell.key
+print(json.dumps([name for name in ("torch", "deepspeed", "safetensors", "jaxtyping", "datasets") if name in sys.modules]))
+"""
+
+
+def test_trial_controller_and_recorder_import_no_torch(tmp_path: Path, corpus_glob: str):
+    """They unpickle a cell, also one of a user's own family, log its constants and write its record."""
+    (tmp_path / "plain.py").write_text(FAMILY)
+    config = parse(
+        {
+            "storage": str(tmp_path / "runs"),
+            "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
+            "model": {"n_params": 3000, "family": f"{tmp_path / 'plain.py'}:Plain"},
+            "train": {"tokens": 25_600, "batch_tokens": 256, "sequence_tokens": 32, "warmup_tokens": 2560},
+        }
+    )
+    cell = make_cell(config, prepare(config.data, config.storage_folder))
+    (tmp_path / "cell").write_bytes(pickle.dumps(cell))
+    command = [sys.executable, "-c", ON_THE_HEAD, str(tmp_path / "cell")]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == []
+    record = json.loads((cell.folder / "record.json").read_text())
+    assert (record["family"], record["n_params"]) == ("plain", cell.parameters.non_embedding)
+    assert record["training_flops_per_token"] == cell.flops.training > 0
+    tags = [entry["values"] for _, entry in MetricsLog(cell.folder, None).pending() if entry["kind"] == "tags"]
+    [appearance] = [values["lmu.family_appearance"] for values in tags if "lmu.family_appearance" in values]
+    assert json.loads(appearance)["title"] == "Plain words"

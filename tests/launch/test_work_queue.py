@@ -1,0 +1,103 @@
+"""Work items: groups of different sizes never use more slots than there are, each item is taken once, and nothing starves."""
+
+import asyncio
+import pickle
+import random
+
+from ray.tune.search import Searcher
+
+from lmu_dist.launch.trials import Slots
+from lmu_dist.launch.work_queue import Meeting, RunGroup, WorkItem, WorkList
+
+
+def work_list(sizes: list[int]) -> WorkList:
+    return WorkList([WorkItem((), size) for size in sizes])
+
+
+def test_first_fitting_item_starts_a_group_and_slots_are_freed():
+    work = work_list([4, 1, 2, 4])
+    slots = Slots(work.reserve, n_slots=4)
+    assert slots.suggest("a") == {"group": "a", "n_workers": 4}
+    assert slots.suggest("b") is None
+    slots.on_trial_complete("a", error=True)
+    assert slots.suggest("b") == {"group": "b", "n_workers": 1}
+    assert slots.suggest("c") == {"group": "c", "n_workers": 2}
+    assert slots.suggest("d") is None
+    slots.on_trial_complete("b")
+    slots.on_trial_complete("b")  # a second call changes nothing
+    assert slots.suggest("d") is None
+    slots.on_trial_complete("c")
+    assert slots.suggest("d") == {"group": "d", "n_workers": 4}
+    assert slots.suggest("e") == Searcher.FINISHED
+
+
+def test_search_algorithm_is_pickled_without_the_driver():
+    assert pickle.loads(pickle.dumps(Slots(lambda *_: None, n_slots=4))).suggest  # Tune does so; a lambda cannot be pickled
+
+
+def test_group_takes_the_item_it_was_started_for_and_then_those_of_its_size():
+    work = work_list([2, 1, 2, 2])
+    assert work.reserve("a", 2) == 2
+    assert work.reserve("b", 1) == 1
+    assert work.take("b", 1) == (1, ())
+    assert work.take("b", 1) is None
+    assert work.take("a", 2) == (0, ())
+    work.end(0)
+    assert work.take("a", 2) == (2, ())
+    assert (work.state().running, work.state().ended) == ({1: "b", 2: "a"}, {0: ""})
+
+
+def test_item_of_a_group_that_never_took_it_counts_as_running():
+    work = work_list([1])
+    work.reserve("a", 1)
+    assert work.state().running == {0: "a"}  # so the driver says that its trial died, and does not wait for it
+
+
+def test_random_sizes_all_run_and_never_exceed_the_slots():
+    rng = random.Random(0)
+    for _ in range(50):
+        sizes = [rng.choice([1, 2, 4, 8]) for _ in range(30)]
+        work = work_list(sizes)
+        slots, groups, trained = Slots(work.reserve, n_slots=8), dict[str, int](), list[int]()
+        for turn in range(10_000):
+            suggestion = slots.suggest(f"t{turn}")
+            if suggestion == Searcher.FINISHED and not groups:
+                break
+            if isinstance(suggestion, dict):
+                groups[suggestion["group"]] = suggestion["n_workers"]
+            else:
+                group = rng.choice(sorted(groups))
+                item = work.take(group, groups[group])
+                if item is not None:
+                    assert sizes[item[0]] == groups[group]
+                    trained.append(item[0])
+                    work.end(item[0])
+                else:
+                    del groups[group]
+                    slots.on_trial_complete(group, error=rng.random() < 0.2)
+            assert sum(groups.values()) <= 8
+        assert sorted(trained) == list(range(30))
+
+
+def test_workers_that_start_again_get_the_answer_to_their_new_question():
+    async def scenario() -> None:
+        meeting, run_group = Meeting(), RunGroup((), (), report_to_tune=False)
+        waiting = asyncio.create_task(meeting.wait_for_question())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        dead = asyncio.create_task(meeting.ask())  # these workers are killed before they are answered
+        assert await waiting
+        alive = asyncio.create_task(meeting.ask())
+        await asyncio.sleep(0)
+        meeting.answer(run_group)
+        assert await alive is run_group
+        assert not dead.done()
+        dead.cancel()
+        last = asyncio.create_task(meeting.ask())
+        assert await meeting.wait_for_question()
+        meeting.answer(None)
+        assert await last is None
+        meeting.close()
+        assert not await meeting.wait_for_question()
+
+    asyncio.run(scenario())
