@@ -26,14 +26,17 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
-# The tests of `launch` that start no Ray. The others share one process, because two Rays would need more than two cores.
-WITHOUT_RAY = {f"tests/launch/test_{name}.py" for name in ("cell", "claim", "clean", "cluster", "imports", "work_queue")}
+# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
+WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "finished", "imports", "work_queue")
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that `pytest -n 2` runs in one process: those that start Ray, and those of each other file."""
+    """The tests that `pytest -n 2` runs in one process: those that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
-    return "Ray" if path.startswith("tests/launch/") and path not in WITHOUT_RAY else path
+    folder, _, module = path.rpartition("/test_")
+    if folder == "tests/launch" and module.removesuffix(".py") not in WITHOUT_RAY:
+        return "Ray"
+    return folder if folder == "tests/report" else path  # so that the report is written once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,8 +10,8 @@ import logging
 import platform
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,19 +177,27 @@ def upload_log(cell: Cell, run_id: str | None, store: Store, study: str) -> tupl
 
 
 def close_run(
-    cell: Cell, store: Store, study: str, outcome: str | Outcome, timeout_seconds: float = EXIT_TIMEOUT_SECONDS
+    cell: Cell,
+    store: Store,
+    study: str,
+    outcome: str | Outcome,
+    timeout_seconds: float = EXIT_TIMEOUT_SECONDS,
+    release_log: Callable[[Folder], None] = lambda _: None,
 ) -> None:
     """Closes the MLflow run of a cell whose workers are dead. A status closes it until a later start; an Outcome ends the cell.
 
-    Waits until the driver and the metrics logger of the run have exited; raises Timeout if they do not. Entries that MLflow
-    does not take in time stay in the metrics log.
+    Waits until the process that claimed the run has exited and nobody writes its log; raises Timeout if they do not. Entries
+    that MLflow does not take in time stay in the metrics log. `release_log` makes a metrics logger that lives on close the log.
     """
     run_id = saved_run_id(cell.folder, store.uri)
     if run_id is None and not MetricsLog.exists(cell.folder):
         return  # it was never started
     if not _is_owner(cell, run_id, store):
         return
-    with _trunk_lock(cell, timeout_seconds), metrics_log_lock(cell.folder).acquire(timeout=timeout_seconds):
+    with ExitStack() as locks:
+        locks.enter_context(_trunk_lock(cell, timeout_seconds))
+        release_log(cell.folder)
+        locks.enter_context(metrics_log_lock(cell.folder).acquire(timeout=timeout_seconds))
         if record_path(cell).exists():
             return
         log = MetricsLog(cell.folder, run_id)

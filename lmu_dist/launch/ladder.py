@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.finished import find_all_finished
 from lmu_dist.launch.ladder_trial import STUDY, train_work_items
-from lmu_dist.launch.metrics_logger import start_metrics_logger
+from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import at_half_rate, make_cell
 from lmu_dist.launch.record import record_path
 from lmu_dist.launch.trials import (
@@ -117,6 +118,7 @@ class _Driver:
         self.work_items: Sequence[WorkItem] = ()
         self.work = WorkState()  # of these items
         self.queue: Any = None  # the WorkQueue that hands them out
+        self.metrics_logger: Any = None  # of all runs
         self.known_runs: KnownRuns | None = None  # those that MLflow had at the last refresh; None: it did not answer
         self.mlflow_runs: dict[str, Any] = {}  # those of the last answer, by key
         self._ended: set[str] = set()  # keys of cells that have ended since the last refresh
@@ -144,7 +146,7 @@ class _Driver:
         """Trains trunks until each cell has ended or failed. Waits for trunks that another driver is training."""
         n_slots = capacity(self.cells[0].config)
         head = head_node_id()
-        metrics_logger = start_metrics_logger(self.store.uri, head)
+        self.metrics_logger = start_metrics_logger(self.store.uri, head)
         while trunks := self.missing():
             # A run with cluster.min_workers may get fewer workers than n_workers.
             items = [WorkItem(tuple(trunk), min(n_slots, trunk[0].config.cluster.n_workers)) for trunk in trunks]
@@ -155,7 +157,7 @@ class _Driver:
                     "config": self.cells[0].config,
                     "tracking_uri": self.store.uri,
                     "environment": driver_environment(),
-                    "metrics_logger": metrics_logger,
+                    "metrics_logger": self.metrics_logger,
                     "queue": self.queue,
                 },
                 scratch,
@@ -247,11 +249,11 @@ class _Driver:
 
     def close(self, status: str, timeout_seconds: float) -> None:
         """Closes the MLflow runs of trials that died or were interrupted, because their workers cannot."""
-        deadline = time.monotonic() + timeout_seconds
+        deadline, release = time.monotonic() + timeout_seconds, partial(release_log, self.metrics_logger)
         for cell in (cell for index in self.work.running for cell in self.work_items[index].cells):
             for attempt in (cell, at_half_rate(cell)):
                 with suppress(ConfigError, FailedError, Timeout, OSError):
-                    claim.close_run(attempt, self.store, STUDY, status, max(1.0, deadline - time.monotonic()))
+                    claim.close_run(attempt, self.store, STUDY, status, max(1.0, deadline - time.monotonic()), release)
 
     def result(self, notes: Iterable[str]) -> LadderResult:
         """The result of the ladder, with further notes."""

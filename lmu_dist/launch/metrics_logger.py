@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ray
 from filelock import FileLock, Timeout
 from ray.actor import ActorProxy
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lmu_dist import storage
@@ -58,10 +59,12 @@ class MetricsLogger:
         set_client_limits()
         self._uri = uri
         self._runs: dict[str, _OpenRun] = {}  # by folder
+        self._closed = set[str]()  # folders whose runs are not opened again by a call of their dying workers
 
     @ray.method
     def is_free(self, run: LoggedRun) -> bool:
         """Opens the log of a run. Returns False while another process writes it: the actor of a driver that was just killed."""
+        self._closed.discard(str(run.folder))
         try:
             self._open(run, timeout_seconds=0)
         except Timeout:
@@ -71,6 +74,8 @@ class MetricsLogger:
     @ray.method
     def log(self, run: LoggedRun, method: str, *arguments: Any) -> None:
         """Calls a method of RunLogger for a run. At a URI its log is copied to storage, unless it is a metric."""
+        if str(run.folder) in self._closed:
+            return
         log = self._open(run).log
         # The caller does not wait for the answer, and Ray would print the traceback of an error that nobody asks for. The log
         # remembers that an entry could not be written: `check` and `flush` raise it.
@@ -107,13 +112,13 @@ class MetricsLogger:
         return UploadState(opened.uploader.upload_rest(), opened.log.notes())
 
     @ray.method
-    def close(self, run: LoggedRun) -> None:
-        """Closes the log of a run. What is not uploaded stays in the log, for the next start of its cell."""
-        opened = self._open(run)
-        opened.uploader.cancel()
-        opened.log.copy_to_storage()
-        opened.lock.release()
-        del self._runs[str(run.folder)]
+    def close(self, folder: Folder) -> None:
+        """Closes the log of a run, if it is open. What is not uploaded stays in the log, for the next start of its cell."""
+        self._closed.add(str(folder))
+        if (opened := self._runs.pop(str(folder), None)) is not None:
+            opened.uploader.cancel()
+            opened.log.copy_to_storage()
+            opened.lock.release()
 
     def _open(self, run: LoggedRun, timeout_seconds: float = LOCK_SECONDS) -> "_OpenRun":
         from lmu_dist.tracking.upload import MLflowUploader
@@ -155,8 +160,15 @@ def close_logs(actor: ActorProxy[MetricsLogger], runs: Sequence[LoggedRun], time
         if not missing or seconds > (timeout_seconds if missing == {STILL_RUNNING} else OUTAGE_TIMEOUT_SECONDS):
             break
         time.sleep(0.1)
-    ray.get([actor.close.remote(run) for run in runs])
+    ray.get([actor.close.remote(run.folder) for run in runs])
     return states
+
+
+def release_log(actor: ActorProxy[MetricsLogger], folder: Folder) -> None:
+    """Closes the log of a run whose trial or workers have died, so that another process can write it."""
+    if ray.is_initialized():  # else the actor is dead too
+        with suppress(RayError):
+            ray.get(actor.close.remote(folder))
 
 
 class RemoteRunLogger:

@@ -18,7 +18,15 @@ from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.launch import claim, clean
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
-from lmu_dist.launch.metrics_logger import LOCK_SECONDS, LoggedRun, MetricsLogger, RemoteRunLogger, UploadState, close_logs
+from lmu_dist.launch.metrics_logger import (
+    LOCK_SECONDS,
+    LoggedRun,
+    MetricsLogger,
+    RemoteRunLogger,
+    UploadState,
+    close_logs,
+    release_log,
+)
 from lmu_dist.launch.record import log_start, read_record, record_path
 from lmu_dist.launch.work_queue import RunGroup
 from lmu_dist.models.family_source import FAMILY_CODE
@@ -46,6 +54,7 @@ class ClaimedRunGroup:
         """`final_statuses`: a run that ended with another status is continued."""
         self._store, self._metrics_logger, self.all_cells = store, metrics_logger, tuple(cells)
         self._skipped_checkpoints = claim.check_resumable(cells, store, study)
+        self.runs: tuple[LoggedRun, ...] = ()
         self._lock = ExitStack()
         self._lock.enter_context(claim.exclusive_lock(cells[0]))
         try:
@@ -61,6 +70,8 @@ class ClaimedRunGroup:
             )
             self._log_start()
         except BaseException:
+            for run in self.runs:
+                release_log(self._metrics_logger, run.folder)
             self._lock.close()
             raise
 

@@ -8,16 +8,18 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from filelock import Timeout
 from ray import tune as ray_tune
 
 from lmu_dist import records, storage
-from lmu_dist.config import Config, ConfigError, FailedError, Family, TuneConfig, flatten, to_dict, with_settings
+from lmu_dist.config import Config, ConfigError, FailedError, Family, Folder, TuneConfig, flatten, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim, space
@@ -25,7 +27,7 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
-from lmu_dist.launch.metrics_logger import start_metrics_logger
+from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, read_record, record_path
 from lmu_dist.launch.trials import (
@@ -130,6 +132,7 @@ class _Driver:
         self.family_name = registry.find(family).name
         self.n_params, self.corpus, self.store, self.progress = n_params, corpus, store, progress
         self.n_trials = self.tune.n_trials
+        self.release_log: Callable[[Folder], None] = lambda _: None  # until there is a metrics logger
         self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
         self.final_statuses = (*claim.FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else claim.FINAL_STATUSES
@@ -155,6 +158,7 @@ class _Driver:
     def run(self, services: Services) -> SearchResult:
         """Runs the search and returns its result."""
         self.report_progress()
+        self.release_log = partial(release_log, services.metrics_logger)
         max_concurrent = max(1, capacity(self.base) // self.base.cluster.n_workers)
         results = run_trials(
             _run_trial,
@@ -214,7 +218,7 @@ class _Driver:
         if "error" in report:
             return  # the trial returned, and its run is closed
         if not report:
-            claim.close_run(cell, self.store, STUDY, records.FAILED)
+            claim.close_run(cell, self.store, STUDY, records.FAILED, release_log=self.release_log)
             return
         # Without a state the trial was stopped while it reported the evaluations of an earlier start, which left a checkpoint.
         state = (
@@ -225,7 +229,8 @@ class _Driver:
         if state is None:
             raise FailedError(f"{cell.name} was stopped before it had a checkpoint")
         rule = f"ASHA: not in the best 1/{self.tune.reduction_factor} of its rung at {report[TOKENS]:,} tokens"
-        claim.close_run(cell, self.store, STUDY, Outcome(records.STOPPED_EARLY, "undecayed", rule, state))
+        outcome = Outcome(records.STOPPED_EARLY, "undecayed", rule, state)
+        claim.close_run(cell, self.store, STUDY, outcome, release_log=self.release_log)
 
     def _write_journal(self, settings: dict[str, Any]) -> None:
         if self.tune.search == "optuna" and settings not in self.samples:
@@ -248,7 +253,7 @@ class _Driver:
         for _, cell in self.started.values():
             if not record_path(cell).exists():
                 with suppress(ConfigError, FailedError, Timeout, OSError):
-                    claim.close_run(cell, self.store, STUDY, records.INTERRUPTED, CLOSING_SECONDS)
+                    claim.close_run(cell, self.store, STUDY, records.INTERRUPTED, CLOSING_SECONDS, self.release_log)
 
 
 def _run_trial(

@@ -242,7 +242,11 @@ class _Feeder:
             self._retries = self._source.retry(current.finished())
 
         def close() -> None:
-            finished = current.close(status)
+            try:
+                finished = current.close(status)
+            except Exception as e:  # noqa: BLE001 - nobody asks for the result of this function
+                self._source.failed(current.all_cells, e)
+                return
             if len(finished) == len(current.all_cells):
                 self._source.ended(finished)
             else:

@@ -115,7 +115,8 @@ def test_a_run_that_has_ended_keeps_its_weights_and_its_trunk_what_is_still_need
     folder, meta, skipped = newest_model(first.folder)
     assert (folder, meta and meta.step, skipped) == (first.folder / WEIGHTS_ONLY, 20, [])
     assert read_weights(first.folder / WEIGHTS_ONLY).keys() == weights.keys()
-    assert sorted(path.name for path in (first.folder / WEIGHTS_ONLY).iterdir()) == ["manifest-00000.json", "meta.json", WEIGHTS]
+    kept = sorted(path.name for path in (first.folder / WEIGHTS_ONLY).iterdir())
+    assert kept == ["manifest-00000.json", "meta.json", WEIGHTS]
     export(first.folder, tmp_path / "exported")  # loads the model, verifies it, and loads it again
     clean.after_run(cells)  # changes nothing more
     assert newest_model(first.folder)[0] == first.folder / WEIGHTS_ONLY
