@@ -26,7 +26,6 @@ from lmu_dist.models.accounting import flops, parameters
 from lmu_dist.models.families.lmu import LMUOptions
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.sizing import shape_for
-from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train.engine import Engine
 from lmu_dist.train.evaluate import evaluate, evaluated_rows
 from lmu_dist.train.loop import train_rows
@@ -89,7 +88,6 @@ def main() -> None:
     parser.add_argument("--storage", type=Path, help="folder of the prepared corpus; default: a temporary one")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    configure_extension_builds()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     train = TrainConfig(
         tokens=args.tokens,

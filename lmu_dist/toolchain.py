@@ -1,6 +1,6 @@
 """Setup for just-in-time builds of torch C++ extensions, DeepSpeed's and ours: finds ninja and makes the build lock crash-safe.
 
-Called by launch/worker and launch/calibrate before they load the engine, and by models/kernels.
+Called by train/engine and models/kernels before they build, and by launch/worker.
 """
 
 import os

@@ -12,15 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lmu_dist.toolchain import configure_extension_builds
-
 # The ranks are forked from a server that has imported these, which takes a new process five seconds of a core.
 multiprocessing.set_forkserver_preload(["deepspeed", "torch._dynamo", "lmu_dist.train.engine", "lmu_dist.models.lm"])
 
 
 def _run_rank(rank: int, world_size: int, folder: str, backend: str, task: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {"DS_ACCELERATOR": "cuda" if backend == "nccl" else "cpu", "LOCAL_RANK": str(rank)}
-    configure_extension_builds()  # another ninja than that of the workers would build DeepSpeed's collectives again each time
     torch.set_num_threads(1)
     gc.freeze()  # searches for tensors need not visit the objects of the imports
     dist.init_process_group(backend, f"file://{folder}/store", rank=rank, world_size=world_size)
@@ -40,5 +37,5 @@ def spawn_ranks(world_size: int, task: Callable[..., Any], *arguments: Any, back
     method = "spawn" if backend == "nccl" else "forkserver"  # CUDA does not work in a forked process
     with tempfile.TemporaryDirectory() as folder:
         run = (world_size, folder, backend, task, arguments)
-        torch.multiprocessing.start_processes(_run_rank, run, nprocs=world_size, start_method=method)
+        torch.multiprocessing.start_processes(_run_rank, run, nprocs=world_size, start_method=method)  # pyright: ignore[reportPrivateImportUsage]
         return torch.load(Path(folder) / "result", weights_only=False)

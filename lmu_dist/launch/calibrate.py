@@ -29,7 +29,6 @@ from lmu_dist.launch.workers import run_workers
 from lmu_dist.models import accounting, registry
 from lmu_dist.planning.cost import CALIBRATION, StepTime, step_settings, vocab_tokens, write_calibration
 from lmu_dist.planning.grid import GridCell, families_of, grid
-from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train.model import build_model
 
 SECONDS = 4.0  # of measurement per model size
@@ -93,7 +92,6 @@ def _report_measured(
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Measures every cell. Runs on every worker; rank 0 writes the results."""
-    configure_extension_builds()
     process_group.join()
     cells: list[GridCell] = arguments["cells"]
     for source in arguments["sources"]:

@@ -14,9 +14,10 @@ from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, with_settings
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
+from lmu_dist.launch.feeder import Services
 from lmu_dist.launch.metrics_logger import MetricsLogger
 from lmu_dist.launch.work_queue import WorkQueue
-from lmu_dist.launch.worker_group import Services, train_run_groups
+from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.tracking.store import MLflowUnavailableError, Store
 from lmu_dist.tracking.upload import set_client_limits
 

@@ -203,6 +203,10 @@ class RemoteRunLogger:
             self._unanswered.append(self._actor.check.remote(self._run))
             self._last_check = time.monotonic()
 
+    def log_curve(self, name: str, values: Sequence[float]) -> None:
+        """Logs the values of a metric at the steps 1, 2, and so on."""
+        self._log("log_curve", name, list(values))
+
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags."""
         self._log("set_tags", values)

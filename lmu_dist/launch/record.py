@@ -56,10 +56,8 @@ def log_result(record: RunRecord, evaluation: EvalMetrics | None, logger: RunLog
     logger.log_metrics(record.steps, record.columns("metrics"))
     if evaluation:
         curve = evaluation.position_loss_nats
-        positions = list(range(1, len(curve) + 1))
-        for position, loss in zip(positions, curve, strict=True):
-            logger.log_metrics(position, {records.POSITION_LOSS: loss})
-        logger.log_table("position_loss", {"position": positions, "loss_nats": list(curve)})
+        logger.log_curve(records.POSITION_LOSS, curve)
+        logger.log_table("position_loss", {"position": list(range(1, len(curve) + 1)), "loss_nats": list(curve)})
     logger.set_tags(record.columns("tags"))
 
 

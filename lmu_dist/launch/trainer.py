@@ -18,10 +18,12 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
+from lmu_dist.launch.feeder import MetricsListener, Services
 from lmu_dist.launch.metrics_logger import start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.work_queue import start_work_queue
-from lmu_dist.launch.worker_group import MetricsListener, OneTrunk, Services, train_run_groups
+from lmu_dist.launch.work_source import OneTrunk
+from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import shape_of
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS

@@ -27,6 +27,7 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
+from lmu_dist.launch.feeder import Services
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, read_record, record_path
@@ -41,7 +42,8 @@ from lmu_dist.launch.trials import (
 )
 from lmu_dist.launch.tune_report import LOSS, TOKENS, ReportEvaluations
 from lmu_dist.launch.work_queue import start_work_queue
-from lmu_dist.launch.worker_group import OneTrunk, Services, train_run_groups
+from lmu_dist.launch.work_source import OneTrunk
+from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.models import registry
 from lmu_dist.models.family_source import FamilySource
 from lmu_dist.planning.cost import vocab_tokens

@@ -37,7 +37,7 @@ from lmu_dist.launch.start_point import StartPoint, find_start_point, state_for_
 from lmu_dist.launch.work_queue import RunGroup, WorkQueue
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics
-from lmu_dist.toolchain import build_folder, configure_extension_builds
+from lmu_dist.toolchain import build_folder
 from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
 from lmu_dist.train.model import build_model
@@ -53,7 +53,6 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
     # Imported here because importing DeepSpeed takes four seconds, and drivers import this file without using it.
     from lmu_dist.train.engine import free_memory
 
-    configure_extension_builds()
     process_group.join()
     rank = dist.get_rank()
 

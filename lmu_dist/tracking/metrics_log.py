@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,11 @@ class MetricsLog:
         finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
         if new := {key: value for key, value in finite.items() if not self._is_logged(key, step)}:
             self._append({"kind": "metrics", "step": step, "time_ms": int(time.time() * 1000), "values": new})
+
+    def log_curve(self, name: str, values: Sequence[float]) -> None:
+        """Logs the values of a metric at the steps 1, 2, and so on."""
+        for step, value in enumerate(values, 1):
+            self.log_metrics(step, {name: value})
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags, as text. The last value of a tag replaces the ones before."""

@@ -1,6 +1,6 @@
 """The interface through which a run is logged: params, metrics, tags and tables in. Called by launch/record and worker."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 
@@ -19,6 +19,9 @@ class RunLogger(Protocol):
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Logs metric values of a step. A value already logged for its key and step is dropped."""
+
+    def log_curve(self, name: str, values: Sequence[float]) -> None:
+        """Logs the values of a metric at the steps 1, 2, and so on."""
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         """Sets tags. The last value of a tag replaces the ones before."""

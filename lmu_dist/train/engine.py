@@ -25,6 +25,7 @@ from lmu_dist.config import ClusterConfig, Folder, TrainConfig
 from lmu_dist.data.batches import Batch
 from lmu_dist.models.accounting import bucket_size, executed_stage, overlaps_communication
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
 
@@ -33,6 +34,7 @@ class Engine:
     """A LanguageModel under ZeRO stage 0 to 3 with Adam, on this rank's device. Methods are collective: all ranks call them."""
 
     def __init__(self, model: LanguageModel, train: TrainConfig, cluster: ClusterConfig, device: torch.device) -> None:
+        configure_extension_builds()  # DeepSpeed compiles its collectives
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.device = device
         self.batch_rows, largest_share = train.batch_rows, -(-train.batch_rows // dist.get_world_size())
