@@ -5,6 +5,7 @@ logs through launch/metrics_logger; every rank uploads its own checkpoint files.
 """
 
 import functools
+import gc
 import json
 import math
 import os
@@ -51,9 +52,10 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
     Collective: runs on every rank.
     """
     # Imported here because importing DeepSpeed takes four seconds, and drivers import this file without using it.
-    from lmu_dist.train.engine import free_memory
+    from lmu_dist.train import engine as _
 
     process_group.join()
+    gc.freeze()  # to free an engine takes a search for unreachable objects, half a second if it visits those of all imports
     rank = dist.get_rank()
 
     def next_run_group() -> RunGroup | None:
@@ -61,7 +63,6 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
 
     while (run_group := broadcast_from_rank0(next_run_group, rank, patient_group())) is not None:
         _train_run_group(run_group, metrics_logger, rank)
-        free_memory()
     dist.destroy_process_group()
 
 
