@@ -30,8 +30,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@touch $@
 
 run: setup ## run a small scaling study on this machine (16 cells on Ray, ZeRO 1, MLflow) and write its report
-	$(BIN)/lmu-dist ladder jobs/quickstart.yaml
-	$(BIN)/lmu-dist report quickstart -o report
+	$(BIN)/lmu-dist ladder jobs/quickstart.yaml --report report
 
 test: setup ## run the fast tests in two processes, about ten minutes on two cores
 	$(BIN)/pytest -m 'not slow' -n 2

@@ -42,7 +42,7 @@ CUT_SECONDS = 30.0
 SMALL = (
     "data.tokenizer.vocab_tokens=400 train.sequence_tokens=32 train.batch_tokens=256 train.warmup_tokens=2560 "
     "train.eval_every_tokens=64_000 train.eval_tokens=2048 ladder.families=[lmu,transformer] ladder.n_params=[3000] "
-    "ladder.tokens=[64_000,256_000] cluster.checkpoint_every_steps=100"
+    "ladder.seeds=[0] ladder.tokens=[64_000,256_000] cluster.checkpoint_every_steps=100"
 )
 Table = dict[tuple[str, int, int, int], tuple[str, int, float]]  # family, N, planned tokens, seed: status, tokens, nats
 
@@ -56,7 +56,8 @@ class NamespaceCluster:
 
     def __init__(self, whole: bool, postgres: bool) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="lmu-netns-"))
-        self.overrides = ["cluster.placement=STRICT_SPREAD"]  # the relative storage is below the token's folder
+        # The relative storage is below the token's folder.
+        self.overrides = ["cluster.n_workers=2", "cluster.placement=STRICT_SPREAD"]
         if not whole:
             write_corpus(self.folder / "corpus")
             self.overrides += ["data.source=files", f"data.files=[{self.folder}/corpus/*.jsonl]", *SMALL.split()]
@@ -273,7 +274,7 @@ RESTARTING = ("node-killed", "head-restarted")  # scenarios that must cost an at
 def main() -> int:
     """Runs the scenarios given, `plain` first: the results of the others must equal its results bit for bit."""
     parser = ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--whole", action="store_true", help="run all of jobs/quickstart.yaml, eight minutes per scenario")
+    parser.add_argument("--whole", action="store_true", help="run all of jobs/quickstart.yaml, some minutes per scenario")
     parser.add_argument("--postgres", action="store_true", help="run MLflow on PostgreSQL, with passwords")
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO", help=", ".join(SCENARIOS))
     asked = parser.parse_args()

@@ -20,6 +20,7 @@ from lmu_dist.cli.common import (
     resolve_path,
     tracking_uri,
 )
+from lmu_dist.cli.results import write_report_files
 from lmu_dist.config import open_folder
 from lmu_dist.storage import local_output_dir
 from lmu_dist.tracking.pages import ui_hint
@@ -93,8 +94,9 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
     metavar="KEY",
     help="Repeat the finished cell with this key (or start of a key) or name. Not needed to continue after an interruption.",
 )
+@click.option("--report", metavar="FOLDER", help="Then write the report of the experiment, as the command report does.")
 @json_option
-def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_json: bool) -> int:
+def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], report: str | None, as_json: bool) -> int:
     """Train every missing cell of a grid, each exactly once.
 
     A grid is families x sizes x token budgets x seeds. Resumable.
@@ -115,6 +117,10 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], as_j
         show.print_json({"cells": cells, "failures": result.failures})
     else:
         show.print_ladder(result, tracking_uri())
+    if report is not None and result.finished:
+        written = write_report_files(merged.experiment, report)
+        if not as_json:
+            show.print_report(written, open_folder(resolve_path(report)))
     return 1 if result.failures else 0
 
 

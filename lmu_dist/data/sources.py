@@ -5,6 +5,7 @@ several small files, a large file, a member of a tar, or a shard of a Hugging Fa
 each other. Called by data/manifest, which lists them, and by data/splits, data/prepare and data/tokenize_shard, which read.
 """
 
+import functools
 import os
 import platform
 import sysconfig
@@ -158,6 +159,7 @@ def _chunks(file: BinaryFile) -> Iterator[bytes]:
         yield chunk
 
 
+@functools.cache  # a command lists them twice
 def _stdlib_files() -> list[SourceFile]:
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [str(p) for p in sorted(root.rglob("*.py")) if "site-packages" not in p.parts]

@@ -6,6 +6,7 @@ logs through launch/metrics_logger; every rank uploads its own checkpoint files.
 
 import functools
 import gc
+import importlib
 import json
 import math
 import os
@@ -52,7 +53,7 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
     Collective: runs on every rank.
     """
     # Imported here because importing DeepSpeed takes four seconds, and drivers import this file without using it.
-    from lmu_dist.train import engine as _
+    importlib.import_module("lmu_dist.train.engine")
 
     process_group.join()
     gc.freeze()  # to free an engine takes a search for unreachable objects, half a second if it visits those of all imports
