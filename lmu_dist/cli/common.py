@@ -4,12 +4,16 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lmu_dist import __version__, show
 from lmu_dist.config import Config, ConfigError, Folder, load, open_folder, parse, with_overrides, with_settings
-from lmu_dist.storage import check_reachable
+from lmu_dist.storage import check_reachable, local_output_dir
+
+if TYPE_CHECKING:
+    from lmu_dist.report.write import ReportFiles
 
 config_argument = click.argument("config")
 overrides_argument = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
@@ -152,3 +156,14 @@ def print_notes(notes: Sequence[str]) -> None:
     """Prints notes for the user to stderr."""
     for note in notes:
         show.console.print(f"note: {note}")
+
+
+def write_report_files(experiment: str, output: str, any_code: bool = False) -> "ReportFiles":
+    """Writes the report of an experiment to a folder, and shows the progress."""
+    from lmu_dist.report.write import write_report
+    from lmu_dist.tracking.store import existing_store
+    from lmu_dist.tracking.upload import set_client_limits
+
+    set_client_limits()
+    with show.progress_bars() as bars, local_output_dir(open_folder(resolve_path(output))) as folder:
+        return write_report(existing_store(tracking_uri()), experiment, folder, any_code, bars.update)

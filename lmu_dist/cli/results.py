@@ -6,17 +6,21 @@ Heavy modules are imported inside the functions, so that --help is fast.
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from lmu_dist import show
-from lmu_dist.cli.common import cli, family_option, json_option, print_notes, resolve_path, run_folder, tracking_uri
+from lmu_dist.cli.common import (
+    cli,
+    family_option,
+    json_option,
+    print_notes,
+    resolve_path,
+    run_folder,
+    tracking_uri,
+    write_report_files,
+)
 from lmu_dist.config import ConfigError, open_folder
-from lmu_dist.storage import local_output_dir
-
-if TYPE_CHECKING:
-    from lmu_dist.report.write import ReportFiles
 
 
 @cli.command()
@@ -66,17 +70,6 @@ def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
         show.print_json(written.results_json)
     else:
         show.print_report(written, open_folder(resolve_path(output)))
-
-
-def write_report_files(experiment: str, output: str, any_code: bool = False) -> "ReportFiles":
-    """Writes the report of an experiment to a folder, and shows the progress."""
-    from lmu_dist.report.write import write_report
-    from lmu_dist.tracking.store import existing_store
-    from lmu_dist.tracking.upload import set_client_limits
-
-    set_client_limits()
-    with show.progress_bars() as bars, local_output_dir(open_folder(resolve_path(output))) as folder:
-        return write_report(existing_store(tracking_uri()), experiment, folder, any_code, bars.update)
 
 
 @cli.command()

@@ -19,8 +19,8 @@ from lmu_dist.cli.common import (
     print_precision_note,
     resolve_path,
     tracking_uri,
+    write_report_files,
 )
-from lmu_dist.cli.results import write_report_files
 from lmu_dist.config import open_folder
 from lmu_dist.storage import local_output_dir
 from lmu_dist.tracking.pages import ui_hint

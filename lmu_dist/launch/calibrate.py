@@ -57,7 +57,7 @@ def calibrate(config: Config, progress: Progress = lambda *_: None) -> Folder:
                 out = scratch / "measured.json"
                 with _report_measured(out, group, partial(progress, "measuring"), done, len(distinct)):
                     arguments = {"cells": group, "sources": sources, "out": out}
-                    run_workers(_measure_worker, arguments, group[0].config, scratch / "run")
+                    run_workers(_measure_worker, arguments, group[0].config, scratch / "run", config.cluster.max_failures)
                 write_calibration(config.storage_folder, _read_measured(out))
             finally:
                 storage.remove(scratch)

@@ -362,4 +362,4 @@ def trunk_lock(trunk_folder: Folder, timeout_seconds: float) -> FileLock:
     """The lock of a trunk's folder against other drivers, not locked yet."""
     folder = local_state_dir(trunk_folder)
     make_folder(folder)
-    return FileLock(folder / "lock", timeout=timeout_seconds)
+    return FileLock(folder / "lock", timeout=timeout_seconds, thread_local=False)

@@ -1,8 +1,8 @@
 """The driver of `lmu-dist ladder`: trains every missing cell of a grid exactly once, in Ray Tune trials. Returns the records.
 
 A trial is a group of workers that takes one trunk after the other from a queue: the cells that share their steps before the
-decay. Which cells have ended is read from their folders
-and from MLflow only, so the same command resumes a ladder after any failure. Progress goes to callbacks.
+decay. Which cells have ended is read from their folders and from MLflow only, so the same command resumes a ladder after any
+failure. Progress goes to callbacks.
 """
 
 import time
@@ -148,23 +148,12 @@ class _Driver:
         head = head_node_id()
         self.metrics_logger = start_metrics_logger(self.store.uri, head)
         while trunks := self.missing():
-            # A run with cluster.min_workers may get fewer workers than n_workers.
-            items = [WorkItem(tuple(trunk), min(n_slots, trunk[0].config.cluster.n_workers)) for trunk in trunks]
-            self.work_items, self.queue = items, start_work_queue(items, head)
-            results = run_trials(
-                train_work_items,
-                {
-                    "config": self.cells[0].config,
-                    "tracking_uri": self.store.uri,
-                    "environment": driver_environment(),
-                    "metrics_logger": self.metrics_logger,
-                    "queue": self.queue,
-                },
-                scratch,
-                tune.TuneConfig(search_alg=Slots(self._reserve, n_slots), num_samples=len(items), reuse_actors=True),
-                callbacks=[TrialCallback(on_tick=self.report_progress)],
-            )
-            self._update_work()
+            items = [WorkItem(tuple(trunk), trunk[0].config.cluster.n_workers) for trunk in trunks]
+            self.work_items, self.queue, self.work = items, start_work_queue(items, n_slots, head), WorkState()
+            try:
+                results = self._run_trials(scratch, n_slots)
+            finally:
+                self._update_work()  # also for `close`, if the ladder is interrupted
             self.close(records.FAILED, CLOSING_SECONDS)
             self._refresh()
             self._note_failures(results)
@@ -172,6 +161,21 @@ class _Driver:
                 self.report_progress("waiting for another driver, or for MLflow")
                 time.sleep(POLL_SECONDS)
                 self._refresh()
+
+    def _run_trials(self, scratch: Path, n_slots: int) -> list[Any]:
+        return run_trials(
+            train_work_items,
+            {
+                "config": self.cells[0].config,
+                "tracking_uri": self.store.uri,
+                "environment": driver_environment(),
+                "metrics_logger": self.metrics_logger,
+                "queue": self.queue,
+            },
+            scratch,
+            tune.TuneConfig(search_alg=Slots(self._reserve, n_slots), num_samples=len(self.work_items), reuse_actors=True),
+            callbacks=[TrialCallback(on_tick=self.report_progress)],
+        )
 
     def _reserve(self, group: str, n_free: int) -> int | None:
         return ray.get(self.queue.reserve.remote(group, n_free))
@@ -227,8 +231,6 @@ class _Driver:
             items, answer = self._asked
             with suppress(RayError):  # the cluster was lost: the last answer holds
                 state: WorkState = ray.get(answer)
-                if items is self.work_items:
-                    self.work = state  # for `close`, if the ladder is interrupted
                 for index, error in state.ended.items():
                     self.note_ended(() if error or index in state.busy else items[index].cells)
                 for index in state.running:

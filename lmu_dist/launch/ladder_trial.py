@@ -14,7 +14,7 @@ from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, with_settings
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
-from lmu_dist.launch.feeder import Services
+from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import MetricsLogger
 from lmu_dist.launch.work_queue import WorkQueue
 from lmu_dist.launch.worker_group import train_run_groups
@@ -80,7 +80,11 @@ class WorkItems:
         if cell.retry_of or index not in self._retried:
             ray.get(self._queue.end.remote(index, "", False))
 
-    def failed(self, cells: Sequence[Cell], error: Exception) -> None:
+    def put_back(self, cells: Sequence[Cell]) -> None:
+        """Gives an item back to the queue."""
+        ray.get(self._queue.put_back.remote(self._index_of_trunk[cells[0].trunk]))
+
+    def failed(self, cells: Sequence[Cell], error: BaseException) -> None:
         """Tells the queue why an item was not trained."""
         index, busy = self._index_of_trunk[cells[0].trunk], isinstance(error, BusyError | MLflowUnavailableError)
         ray.get(self._queue.end.remote(index, storage.error_text(error), busy))

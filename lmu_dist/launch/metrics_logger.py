@@ -73,31 +73,29 @@ class MetricsLogger:
 
     @ray.method
     def log(self, run: LoggedRun, method: str, *arguments: Any) -> None:
-        """Calls a method of RunLogger for a run. At a URI its log is copied to storage, unless it is a metric."""
-        if str(run.folder) in self._closed:
+        """Calls a method of RunLogger for a run."""
+        if (opened := self._open(run)) is None:
             return
-        log = self._open(run).log
         # The caller does not wait for the answer, and Ray would print the traceback of an error that nobody asks for. The log
         # remembers that an entry could not be written: `check` and `flush` raise it.
         with suppress(FailedError):
-            getattr(log, method)(*arguments)
+            getattr(opened.log, method)(*arguments)
         if method == "log_metrics":
             step, values = arguments
-            self._runs[str(run.folder)].latest.update({"step": step, **values})
-        else:
-            log.copy_to_storage()
+            opened.latest.update({"step": step, **values})
 
     @ray.method
     def flush(self, run: LoggedRun) -> None:
         """Waits until all entries are on the disk, and at a URI also in storage. Raises FailedError if one is not."""
-        log = self._open(run).log
-        log.flush()
-        log.copy_to_storage()
+        if (opened := self._open(run)) is not None:
+            opened.log.flush()
+            opened.log.copy_to_storage()
 
     @ray.method
     def check(self, run: LoggedRun) -> None:
         """Raises FailedError if an entry of the run's current attempt could not be written."""
-        self._open(run).log.check()
+        if (opened := self._open(run)) is not None:
+            opened.log.check()
 
     @ray.method
     def latest(self, folders: Sequence[Folder]) -> dict[str, float]:
@@ -109,7 +107,7 @@ class MetricsLogger:
     def upload_rest(self, run: LoggedRun) -> UploadState:
         """Starts the upload of the last entries of a run. Returns what MLflow has of it now, without waiting."""
         opened = self._open(run)
-        return UploadState(opened.uploader.upload_rest(), opened.log.notes())
+        return UploadState("", []) if opened is None else UploadState(opened.uploader.upload_rest(), opened.log.notes())
 
     @ray.method
     def close(self, folder: Folder) -> None:
@@ -117,8 +115,10 @@ class MetricsLogger:
         self._closed.add(str(folder))
         if (opened := self._runs.pop(str(folder), None)) is not None:
             opened.uploader.cancel()
-            opened.log.copy_to_storage()
-            opened.lock.release()
+            try:
+                opened.log.copy_to_storage()
+            finally:
+                opened.lock.release()
 
     def _open(self, run: LoggedRun, timeout_seconds: float = LOCK_SECONDS) -> "_OpenRun":
         from lmu_dist.tracking.upload import MLflowUploader
@@ -241,4 +241,4 @@ def metrics_log_lock(folder: Folder) -> FileLock:
     """The file lock that a process holds while it writes the metrics log of a run."""
     local = storage.local_state_dir(folder)
     storage.make_folder(local)
-    return FileLock(local / "metrics_log.lock")
+    return FileLock(local / "metrics_log.lock", thread_local=False)

@@ -12,7 +12,7 @@ import ray
 from ray.actor import ActorProxy
 from ray.exceptions import RayError
 
-from lmu_dist import storage
+from lmu_dist import records, storage
 from lmu_dist.config import FailedError
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.launch import claim, clean
@@ -70,9 +70,10 @@ class ClaimedRunGroup:
             )
             self._log_start()
         except BaseException:
-            for run in self.runs:
-                release_log(self._metrics_logger, run.folder)
-            self._lock.close()
+            try:
+                self._end_unfinished(records.INTERRUPTED)
+            finally:
+                self._release()
             raise
 
     def _log_start(self) -> None:
@@ -111,23 +112,35 @@ class ClaimedRunGroup:
         """
         states = [UploadState("the process that uploads the metrics is gone", [])] * len(self.runs)
         try:
+            self._end_unfinished(status)
             with suppress(RayError):
-                for cell, run in zip(self.cells, self.runs, strict=True):
-                    if not record_path(cell).exists():
-                        logger = RemoteRunLogger(self._metrics_logger, run)
-                        logger.set_tags({"lmu.status": status})
-                        logger.end_run(status)
-                        with suppress(FailedError):  # the disk is full: the error of the workers is the one to report
-                            logger.flush()
                 states = close_logs(self._metrics_logger, self.runs, claim.UPLOAD_TIMEOUT_SECONDS)
             clean.after_run(self.all_cells)
         finally:
-            self._lock.close()
+            self._release()
         notes = {
             cell.key: claim.notes(self._skipped_checkpoints[cell.key], state.not_uploaded, state.notes)
             for cell, state in zip(self.cells, states, strict=True)
         }
         return [replace(run, notes=notes.get(run.cell.key, run.notes)) for run in self.finished()]
+
+    def _end_unfinished(self, status: str) -> None:
+        """Ends the MLflow runs of the cells that have no record."""
+        for cell, run in zip(self.cells if self.runs else (), self.runs, strict=True):
+            # The disk is full or a storage fails: the error of the workers is the one to report.
+            with suppress(RayError, FailedError):
+                if not record_path(cell).exists():
+                    logger = RemoteRunLogger(self._metrics_logger, run)
+                    logger.set_tags({"lmu.status": status})
+                    logger.end_run(status)
+                    logger.flush()
+
+    def _release(self) -> None:
+        try:
+            for run in self.runs:
+                release_log(self._metrics_logger, run.folder)
+        finally:
+            self._lock.close()
 
 
 def _prepare_folder(cell: Cell) -> None:

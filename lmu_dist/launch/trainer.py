@@ -18,7 +18,7 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
-from lmu_dist.launch.feeder import MetricsListener, Services
+from lmu_dist.launch.dispatcher import MetricsListener, Services
 from lmu_dist.launch.metrics_logger import start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.work_queue import start_work_queue
@@ -76,7 +76,7 @@ def train(
 
 def _train(cell: Cell, store: Store, listener: MetricsListener) -> FinishedRun:
     node_id, source = ray.get_runtime_context().get_node_id(), OneTrunk([cell])
-    services = Services(store, STUDY, start_metrics_logger(store.uri, node_id), start_work_queue([], node_id))
+    services = Services(store, STUDY, start_metrics_logger(store.uri, node_id), start_work_queue([], 0, node_id))
     train_run_groups(source, f"train-{time.time_ns():x}", cell.config, services, listener)
     [finished] = source.result()
     return finished

@@ -40,7 +40,7 @@ class Slots(Searcher):
     def __init__(self, reserve: Callable[[str, int], int | None], n_slots: int) -> None:
         """`reserve`: that of a work list, see launch/work_queue."""
         super().__init__(metric=None, mode=None)
-        self._reserve, self._free_slots = reserve, n_slots
+        self._reserve, self._n_slots, self._free_slots = reserve, n_slots, n_slots
         self._slots_of_trial = dict[str, int]()
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict, **spec: Any) -> bool:
@@ -51,8 +51,8 @@ class Slots(Searcher):
         """A group for the first work item that fits into the free slots; None while none fits."""
         if not (n_workers := self._reserve(trial_id, self._free_slots)):
             return None if n_workers == 0 else Searcher.FINISHED
-        self._slots_of_trial[trial_id] = n_workers
-        self._free_slots -= n_workers
+        self._slots_of_trial[trial_id] = min(n_workers, self._n_slots)  # fewer with cluster.min_workers
+        self._free_slots -= self._slots_of_trial[trial_id]
         return {"group": trial_id, "n_workers": n_workers}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

@@ -27,7 +27,7 @@ from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
-from lmu_dist.launch.feeder import Services
+from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, read_record, record_path
@@ -100,7 +100,7 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
         with cluster([config]):
             check_state_api()
             head = head_node_id()
-            services = Services(store, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], head))
+            services = Services(store, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], 0, head))
             results = [driver.run(services) for driver in drivers]
             notes = wait_for_release()
     except BaseException as e:

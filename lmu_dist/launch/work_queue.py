@@ -47,8 +47,9 @@ class WorkState:
 class WorkList:
     """Work items in order. A new group of workers reserves its first one; it then takes all that need as many workers."""
 
-    def __init__(self, items: Sequence[WorkItem]) -> None:
-        self._items, self._reserved = items, dict[str, int]()
+    def __init__(self, items: Sequence[WorkItem], n_slots: int) -> None:
+        """`n_slots`: how many workers the cluster can hold; a run with cluster.min_workers may get fewer than it asks for."""
+        self._items, self._n_slots, self._reserved = items, n_slots, dict[str, int]()
         self._pending = dict.fromkeys(range(len(items)))  # in order
         self._state = WorkState()
 
@@ -58,7 +59,7 @@ class WorkList:
         Returns how many workers the group must have; 0 while none fits, None if no item is left.
         """
         for index in self._pending:
-            if (n_workers := self._items[index].n_workers) <= n_free:
+            if min(n_workers := self._items[index].n_workers, self._n_slots) <= n_free:
                 del self._pending[index]
                 self._reserved[group] = index
                 self._state.running[index] = group
@@ -76,6 +77,11 @@ class WorkList:
         self._state.running[index] = group
         return index, self._items[index].cells
 
+    def put_back(self, index: int) -> None:
+        """Makes an item that was taken, and not tried, the next one to take."""
+        self._state.running.pop(index, None)
+        self._pending = {index: None} | self._pending
+
     def end(self, index: int, error: str = "", busy: bool = False) -> None:
         """Notes that an item has ended: its cells have records, or why they have not."""
         self._state.running.pop(index, None)
@@ -89,11 +95,11 @@ class WorkList:
 
 
 class WorkQueue:
-    """The actor: the work list, and a meeting point for each group of workers and the process that claims its runs."""
+    """The actor: the work list, and a rendezvous point for each group of workers and the process that claims its runs."""
 
-    def __init__(self, items: Sequence[WorkItem]) -> None:
-        self._list = WorkList(items)
-        self._meetings = defaultdict[str, Meeting](Meeting)  # by the name of the group
+    def __init__(self, items: Sequence[WorkItem], n_slots: int) -> None:
+        self._list = WorkList(items, n_slots)
+        self._rendezvous = defaultdict[str, Rendezvous](Rendezvous)  # by the name of the group
 
     @ray.method
     async def reserve(self, group: str, n_free: int) -> int | None:
@@ -104,6 +110,11 @@ class WorkQueue:
     async def take(self, group: str, n_workers: int) -> tuple[int, tuple[Cell, ...]] | None:
         """See WorkList."""
         return self._list.take(group, n_workers)
+
+    @ray.method
+    async def put_back(self, index: int) -> None:
+        """See WorkList."""
+        self._list.put_back(index)
 
     @ray.method
     async def end(self, index: int, error: str, busy: bool) -> None:
@@ -118,59 +129,60 @@ class WorkQueue:
     @ray.method
     async def next_run_group(self, group: str) -> RunGroup | None:
         """Called by rank 0 of the workers: waits for the next run group; None if there is no more."""
-        return await self._meetings[group].ask()
+        return await self._rendezvous[group].request()
 
     @ray.method
     async def workers_are_ready(self, group: str) -> bool:
         """Waits until the workers ask for a run group. False if the group was closed."""
-        return await self._meetings[group].wait_for_question()
+        return await self._rendezvous[group].wait_for_request()
 
     @ray.method
-    async def give(self, group: str, run_group: RunGroup | None) -> None:
+    async def assign(self, group: str, run_group: RunGroup | None) -> None:
         """Answers the workers."""
-        self._meetings[group].answer(run_group)
+        self._rendezvous[group].reply(run_group)
 
     @ray.method
     async def close(self, group: str) -> None:
         """Ends `workers_are_ready` of a group."""
-        self._meetings[group].close()
+        self._rendezvous[group].close()
 
 
-class Meeting:
+class Rendezvous:
     """Where the workers of a group ask for a run group, and the process that claims runs answers."""
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
-        self._question: asyncio.Future[RunGroup | None] | None = None
+        self._request: asyncio.Future[RunGroup | None] | None = None
         self._closed = False
 
-    async def ask(self) -> RunGroup | None:
+    async def request(self) -> RunGroup | None:
         """Waits for the answer."""
-        # If the workers were started again, the question of the dead ones is replaced.
-        self._question = asyncio.get_running_loop().create_future()
+        if self._request is not None and not self._request.done():
+            self._request.set_result(None)  # of workers that died: nobody reads it
+        self._request = asyncio.get_running_loop().create_future()
         self._changed.set()
-        return await self._question
+        return await self._request
 
-    async def wait_for_question(self) -> bool:
-        """Waits until the workers ask. False if the meeting was closed."""
-        while self._question is None and not self._closed:
+    async def wait_for_request(self) -> bool:
+        """Waits until the workers ask. False if the rendezvous was closed."""
+        while self._request is None and not self._closed:
             self._changed.clear()
             await self._changed.wait()
         return not self._closed
 
-    def answer(self, run_group: RunGroup | None) -> None:
-        """Answers the question of the living workers."""
-        if self._question is not None and not self._question.done():
-            self._question.set_result(run_group)
-        self._question = None
+    def reply(self, run_group: RunGroup | None) -> None:
+        """Answers the request of the living workers."""
+        if self._request is not None and not self._request.done():
+            self._request.set_result(run_group)
+        self._request = None
 
     def close(self) -> None:
-        """Ends `wait_for_question`."""
+        """Ends `wait_for_request`."""
         self._closed = True
         self._changed.set()
 
 
-def start_work_queue(items: Sequence[WorkItem], node_id: str) -> ActorProxy[WorkQueue]:
+def start_work_queue(items: Sequence[WorkItem], n_slots: int, node_id: str) -> ActorProxy[WorkQueue]:
     """Starts the actor on a node."""
     node: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=node)(WorkQueue).remote(items)
+    return ray.remote(num_cpus=0, scheduling_strategy=node)(WorkQueue).remote(items, n_slots)

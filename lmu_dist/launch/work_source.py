@@ -1,4 +1,4 @@
-"""Where a group of workers gets its work, and what it reports. Implemented by ladder_trial; used by worker_group and feeder."""
+"""Where a group of workers gets its work, and what it reports. Implemented by ladder_trial; used by the dispatcher."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -22,8 +22,11 @@ class WorkSource(Protocol):
     def ended(self, finished: Sequence[FinishedRun]) -> None:
         """The cells of a trunk have ended, and MLflow has their metrics or cannot be reached."""
 
-    def failed(self, cells: Sequence[Cell], error: Exception) -> None:
+    def failed(self, cells: Sequence[Cell], error: BaseException) -> None:
         """The cells of a trunk could not be trained."""
+
+    def put_back(self, cells: Sequence[Cell]) -> None:
+        """The cells of a trunk were not tried: another group of workers may have them."""
 
 
 class OneTrunk:
@@ -32,7 +35,7 @@ class OneTrunk:
     def __init__(self, cells: Sequence[Cell]) -> None:
         self._cells: Sequence[Cell] | None = cells
         self._finished: Sequence[FinishedRun] = ()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
 
     def next(self) -> Sequence[Cell] | None:
         """The cells, once."""
@@ -47,9 +50,12 @@ class OneTrunk:
         """Keeps the result."""
         self._finished = finished
 
-    def failed(self, cells: Sequence[Cell], error: Exception) -> None:
+    def failed(self, cells: Sequence[Cell], error: BaseException) -> None:
         """Keeps the error."""
         self._error = error
+
+    def put_back(self, cells: Sequence[Cell]) -> None:
+        """Nothing is claimed ahead of one trunk."""
 
     def result(self) -> Sequence[FinishedRun]:
         """The finished runs of the cells. Raises the error with which they failed."""

@@ -1,8 +1,8 @@
 """A group of Ray Train workers that stays alive and trains one run group after the other: work in, finished runs out.
 
-The process that calls `train_run_groups` claims the runs: it is the driver of `train`, or a trial of ladder or tune. Its main
-thread runs Ray Train; another one claims the next run group when the workers need it (launch/feeder). So between two run groups
-nothing starts: processes, imports, process group and compiled operators stay.
+The process that calls `train_run_groups` claims the runs: it is the driver of `train`, or a trial of ladder or tune. One
+thread runs Ray Train; another one claims the next run group when the workers need it (launch/dispatcher). So between two run
+groups nothing starts: processes, imports, process group and compiled operators stay.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 from lmu_dist import background, records, storage
 from lmu_dist.config import Config, FailedError
 from lmu_dist.launch import claim
-from lmu_dist.launch.feeder import Feeder, MetricsListener, Services
+from lmu_dist.launch.dispatcher import Dispatcher, MetricsListener, Services
 from lmu_dist.launch.work_source import WorkSource
 from lmu_dist.launch.workers import run_workers
 
@@ -33,21 +33,21 @@ def train_run_groups(
     starts. Needs a connection to a Ray cluster. `name` is unique among all groups; `config` says what the workers need.
     `callbacks` of Ray Train get a report of every evaluation. Raises FailedError if workers cannot be started.
     """
-    feeder = Feeder(source, name, services, bool(callbacks), final_statuses)
+    dispatcher = Dispatcher(source, name, services, bool(callbacks), final_statuses)
     folder = config.storage_folder / "ray_train" / name
     arguments = {"queue": services.queue, "metrics_logger": services.metrics_logger, "group": name}
     status = records.INTERRUPTED
     try:
-        with feeder.feeding(), background.repeated(lambda: feeder.poll(listener), POLL_SECONDS):
-            while not feeder.is_done:
+        with dispatcher.dispatching(), background.repeated(lambda: dispatcher.poll(listener), POLL_SECONDS):
+            while dispatcher.has_work():
                 try:
-                    run_workers(_train, arguments, config, folder, callbacks)
+                    run_workers(_train, arguments, config, folder, 0, callbacks)
                 except FailedError as e:
                     status = records.FAILED
-                    feeder.note_failure(e)
+                    dispatcher.note_failure(e)
                     status = records.INTERRUPTED
     finally:
-        feeder.close(status)
+        dispatcher.close(status)
         storage.remove(folder)
 
 

@@ -69,12 +69,14 @@ def run_workers(
     arguments: dict[str, Any],
     config: Config,
     folder: Folder,
+    max_failures: int,
     callbacks: Sequence[Any] = (),
 ) -> None:
     """Runs a training function with Ray Train until it returns, on the workers that `config.cluster` asks for.
 
-    The function joins the process group itself (launch/process_group). Ray keeps its files in `folder`. Raises FailedError, and
-    CannotStartError if that would not change by another attempt.
+    After workers failed they are started again, `max_failures` times. The function joins the process group itself
+    (launch/process_group). Ray keeps its files in `folder`. Raises FailedError, and CannotStartError if another attempt
+    would not change that.
     """
     cluster = config.cluster
     resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
@@ -105,8 +107,7 @@ def run_workers(
             storage_path=str(folder.parent) if isinstance(folder, Path) else folder.parent.path,
             # The fsspec client that is used everywhere else: pyarrow's own reads fewer of the environment's settings.
             storage_filesystem=None if isinstance(folder, Path) else PyFileSystem(FSSpecHandler(folder.fs)),
-            # Failures of workers are counted per run group, not per group of workers: see `_Feeder.note_failure`.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=20 if cluster.min_workers else 3),
+            failure_config=FailureConfig(max_failures=max_failures, controller_failure_limit=20 if cluster.min_workers else 3),
             worker_runtime_env={"env_vars": environment},
             callbacks=list(callbacks),
         ),

@@ -31,6 +31,7 @@ RUN_IS_GONE = "RESOURCE_DOES_NOT_EXIST"
 HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
 OUTAGE_TIMEOUT_SECONDS = 15.0  # how long `close` waits for an MLflow that has not answered before either
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
+CANCEL_SECONDS = 1.0  # how long `cancel` waits for the thread
 STILL_RUNNING = "the upload is still running"
 
 
@@ -189,9 +190,10 @@ class MLflowUploader:
         return (self.last_error or STILL_RUNNING) if any(self._log.pending()) else ""
 
     def cancel(self) -> None:
-        """Stops the thread after the request that it waits for. The log keeps what is not uploaded."""
+        """Stops the thread after the entries that it is uploading. The log keeps what is not uploaded."""
         self._stop.set()
         self._cancelled.set()
+        self._thread.join(CANCEL_SECONDS)
 
     def close(self, timeout_seconds: float) -> str:
         """Uploads the pending entries, then stops. Returns "" when all are in MLflow, else why not; the log keeps the rest."""

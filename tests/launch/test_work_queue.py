@@ -7,11 +7,11 @@ import random
 from ray.tune.search import Searcher
 
 from lmu_dist.launch.trials import Slots
-from lmu_dist.launch.work_queue import Meeting, RunGroup, WorkItem, WorkList
+from lmu_dist.launch.work_queue import Rendezvous, RunGroup, WorkItem, WorkList
 
 
-def work_list(sizes: list[int]) -> WorkList:
-    return WorkList([WorkItem((), size) for size in sizes])
+def work_list(sizes: list[int], n_slots: int = 8) -> WorkList:
+    return WorkList([WorkItem((), size) for size in sizes], n_slots)
 
 
 def test_first_fitting_item_starts_a_group_and_slots_are_freed():
@@ -32,7 +32,7 @@ def test_first_fitting_item_starts_a_group_and_slots_are_freed():
 
 
 def test_search_algorithm_is_pickled_without_the_driver():
-    assert pickle.loads(pickle.dumps(Slots(lambda *_: None, n_slots=4))).suggest  # Tune does so; a lambda cannot be pickled
+    pickle.dumps(Slots(lambda *_: None, n_slots=4))  # Tune does so; a lambda cannot be pickled
 
 
 def test_group_takes_the_item_it_was_started_for_and_then_those_of_its_size():
@@ -51,6 +51,22 @@ def test_item_of_a_group_that_never_took_it_counts_as_running():
     work = work_list([1])
     work.reserve("a", 1)
     assert work.state().running == {0: "a"}  # so the driver says that its trial died, and does not wait for it
+
+
+def test_item_that_was_put_back_is_the_next_to_take():
+    work = work_list([1, 1, 1])
+    work.reserve("a", 1)
+    assert [work.take("a", 1), work.take("a", 1)] == [(0, ()), (1, ())]  # the second one is claimed ahead; then the group fails
+    work.put_back(1)
+    assert (work.reserve("b", 1), work.take("b", 1), work.take("b", 1)) == (1, (1, ()), (2, ()))
+
+
+def test_elastic_group_takes_the_slots_that_there_are_and_asks_ray_for_all_workers():
+    work = work_list([8], n_slots=4)
+    slots = Slots(work.reserve, n_slots=4)
+    assert slots.suggest("a") == {"group": "a", "n_workers": 8}
+    slots.on_trial_complete("a")
+    assert slots.suggest("b") == Searcher.FINISHED
 
 
 def test_random_sizes_all_run_and_never_exceed_the_slots():
@@ -79,25 +95,24 @@ def test_random_sizes_all_run_and_never_exceed_the_slots():
         assert sorted(trained) == list(range(30))
 
 
-def test_workers_that_start_again_get_the_answer_to_their_new_question():
+def test_workers_that_start_again_get_the_answer_to_their_new_request():
     async def scenario() -> None:
-        meeting, run_group = Meeting(), RunGroup((), (), report_to_tune=False)
-        waiting = asyncio.create_task(meeting.wait_for_question())
+        rendezvous, run_group = Rendezvous(), RunGroup((), (), report_to_tune=False)
+        waiting = asyncio.create_task(rendezvous.wait_for_request())
         await asyncio.sleep(0)
         assert not waiting.done()
-        dead = asyncio.create_task(meeting.ask())  # these workers are killed before they are answered
+        dead = asyncio.create_task(rendezvous.request())  # these workers are killed before they are answered
         assert await waiting
-        alive = asyncio.create_task(meeting.ask())
+        alive = asyncio.create_task(rendezvous.request())
         await asyncio.sleep(0)
-        meeting.answer(run_group)
+        rendezvous.reply(run_group)
         assert await alive is run_group
-        assert not dead.done()
-        dead.cancel()
-        last = asyncio.create_task(meeting.ask())
-        assert await meeting.wait_for_question()
-        meeting.answer(None)
+        assert await dead is None
+        last = asyncio.create_task(rendezvous.request())
+        assert await rendezvous.wait_for_request()
+        rendezvous.reply(None)
         assert await last is None
-        meeting.close()
-        assert not await meeting.wait_for_question()
+        rendezvous.close()
+        assert not await rendezvous.wait_for_request()
 
     asyncio.run(scenario())

@@ -12,21 +12,20 @@ from dataclasses import dataclass
 
 import ray
 from ray.actor import ActorProxy
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from lmu_dist import background, records
-from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.config import FailedError
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError
 from lmu_dist.launch.metrics_logger import MetricsLogger
 from lmu_dist.launch.run_group import ClaimedRunGroup
 from lmu_dist.launch.work_queue import WorkQueue
 from lmu_dist.launch.work_source import WorkSource
 from lmu_dist.launch.workers import CannotStartError
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, one_line
+from lmu_dist.tracking.store import Store, one_line
 
 AHEAD_SECONDS = 5.0  # before the end of a run group, when the next one is claimed. Until then other groups may take it.
-MOST_START_FAILURES = 3  # of workers that failed before they asked for work
+GONE = "the process that records metrics is gone"
 N_CLOSERS = 8  # run groups whose last metrics are uploaded at the same time, in an outage of MLflow
 
 MetricsListener = Callable[[dict[str, float]], None]  # called about once a second with the newest metrics, if there are any
@@ -50,7 +49,7 @@ def _seconds_left(claimed: ClaimedRunGroup, latest: dict[str, float]) -> float:
     return (train.n_steps - 1 - latest["step"]) * train.batch_tokens / latest[records.TOKENS_PER_SECOND]
 
 
-class Feeder:
+class Dispatcher:
     """Gives run groups to the workers of one group, in a thread of its own, and closes those that have ended."""
 
     def __init__(
@@ -59,18 +58,17 @@ class Feeder:
         self._source, self._name, self._services = source, name, services
         self._report_to_tune, self._final_statuses = report_to_tune, final_statuses
         self._state = threading.RLock()  # of the attributes below
-        self.is_done = False  # whether the source has no more, or this object has failed
         self._error: Exception | None = None
         self._current: ClaimedRunGroup | None = None
         self._ahead: ClaimedRunGroup | None = None  # claimed while the current one is about to end
         self._retries = list[Sequence[Cell]]()
-        self._n_failures = 0  # of the current run group, or of workers that have none
+        self._n_failures = 0  # of the current run group
         self._closers = ThreadPoolExecutor(N_CLOSERS, thread_name_prefix="close-runs")
 
     @contextmanager
-    def feeding(self) -> Iterator[None]:
+    def dispatching(self) -> Iterator[None]:
         """Answers the workers, in a thread, until the block ends. Raises what the thread raised."""
-        with background.running(self._answer_workers):
+        with background.running(self._serve_workers):
             try:
                 yield
             finally:
@@ -79,19 +77,22 @@ class Feeder:
         if self._error is not None:
             raise self._error
 
-    def _answer_workers(self) -> None:
+    def has_work(self) -> bool:
+        """Whether there is a run group to train. It is claimed, so that workers are started for it and not in vain."""
+        with self._state:
+            return self._error is None and self._next() is not None
+
+    def _serve_workers(self) -> None:
         queue = self._services.queue
         try:
             while ray.get(queue.workers_are_ready.remote(self._name)):
                 with self._state:
                     current = self._next()
-                    ray.get(queue.give.remote(self._name, current and current.run_group(self._report_to_tune)))
+                    ray.get(queue.assign.remote(self._name, current and current.run_group(self._report_to_tune)))
         except Exception as e:  # noqa: BLE001 - the workers would wait for ever
-            is_ray_error = isinstance(e, RayError)
-            self._error = FailedError(f"the process that records metrics is gone: {one_line(e)}") if is_ray_error else e
-            self.is_done = True
+            self._error = FailedError(f"{GONE}: {one_line(e)}") if isinstance(e, RayError) else e
             with suppress(RayError):
-                ray.get(queue.give.remote(self._name, None))
+                ray.get(queue.assign.remote(self._name, None))
 
     def poll(self, listener: MetricsListener) -> None:
         """Gives the newest metrics to the listener, and claims the next run group if the current one is about to end."""
@@ -104,31 +105,31 @@ class Feeder:
                 listener(newest)
             if _seconds_left(current, ray.get(latest.remote([current.runs[-1].folder]))) < AHEAD_SECONDS:
                 with self._state:
-                    if self._current is current and self._ahead is None:
+                    if self._current is current and self._ahead is None and not self._retries:
                         self._ahead = self._claim_from_source()
 
     def note_failure(self, error: FailedError) -> None:
         """Notes that the workers failed. Raises the error if they cannot be started again."""
         with self._state:
-            self._n_failures += 1
-            current = self._current
-            is_fatal = isinstance(error, CannotStartError)
+            current, is_fatal = self._current, isinstance(error, CannotStartError)
             if current is not None and not current.has_ended:
+                self._n_failures += 1
                 if is_fatal or self._n_failures > current.cells[0].config.cluster.max_failures:
                     self._end_current(records.FAILED, error)
-                    self._n_failures = 0
-                if is_fatal:
-                    raise error
-            elif is_fatal or self._n_failures > MOST_START_FAILURES:
+            if is_fatal:
                 raise error
 
     def close(self, status: str) -> None:
-        """Ends the current run group with this status, if it has not ended, and waits until all are closed."""
+        """Ends the current run group with this status, if it has not ended, and waits until all are closed.
+
+        A run group that was claimed ahead goes back to the source.
+        """
         with self._state:
-            for claimed in (self._current, self._ahead):
-                if claimed is not None:
-                    self._close_later(claimed, status)
-            self._current = self._ahead = None
+            if self._current is not None:
+                self._end_current(status)
+            if self._ahead is not None:
+                self._close_later(self._ahead, records.INTERRUPTED, put_back=True)
+                self._ahead = None
         self._closers.shutdown()
 
     def _next(self) -> ClaimedRunGroup | None:
@@ -137,18 +138,19 @@ class Feeder:
             if not self._current.has_ended:
                 return self._current
             self._end_current(records.COMPLETE)
-        self._n_failures = 0
-        while self._retries and self._current is None:
-            self._current = self._claim(self._retries.pop(0))
-        if self._current is None:
-            self._current, self._ahead = self._ahead, None
-        if self._current is None:
-            self._current = self._claim_from_source()
-        self.is_done = self._current is None
+        while self._current is None:
+            if self._retries:
+                self._current = self._claim(self._retries.pop(0))
+            elif self._ahead is not None:
+                self._current, self._ahead = self._ahead, None
+            elif (cells := self._source.next()) is not None:
+                self._current = self._claim(cells)
+            else:
+                break
         return self._current
 
     def _claim_from_source(self) -> ClaimedRunGroup | None:
-        """Claims the first run group of the source that can be claimed and has something to train; None if there is none."""
+        """The first run group of the source that can be claimed and has something to train; None if there is none."""
         while (cells := self._source.next()) is not None:
             if (claimed := self._claim(cells)) is not None:
                 return claimed
@@ -158,8 +160,11 @@ class Feeder:
         services = self._services
         try:
             claimed = ClaimedRunGroup(cells, services.store, services.study, services.metrics_logger, self._final_statuses)
-        except (BusyError, MLflowUnavailableError, ConfigError, FailedError, OSError) as e:
-            self._source.failed(cells, e)
+        except RayActorError as e:
+            self._source.failed(cells, FailedError(GONE))
+            raise FailedError(f"{GONE}: {one_line(e)}") from e
+        except Exception as e:  # noqa: BLE001 - clients of object stores raise errors of their own
+            self._source.failed(cells, e.cause if isinstance(e, RayTaskError) else e)
             return None
         if claimed.cells:
             return claimed
@@ -167,13 +172,15 @@ class Feeder:
         return None
 
     def _end_current(self, status: str, error: Exception | None = None) -> None:
-        current, self._current = self._current, None
+        current, self._current, self._n_failures = self._current, None, 0
         assert current is not None
         self._close_later(current, status, error)
 
-    def _close_later(self, claimed: ClaimedRunGroup, status: str, error: Exception | None = None) -> None:
+    def _close_later(
+        self, claimed: ClaimedRunGroup, status: str, error: Exception | None = None, put_back: bool = False
+    ) -> None:
         """Closes a run group, in another thread: the upload of its last metrics may take longer than a small run."""
-        if claimed.has_ended and (retry := self._source.retry(claimed.finished())):
+        if status == records.COMPLETE and (retry := self._source.retry(claimed.finished())):
             self._retries.append(retry)
 
         def close() -> None:
@@ -182,7 +189,9 @@ class Feeder:
             except Exception as e:  # noqa: BLE001 - nobody asks for the result of this function
                 self._source.failed(claimed.all_cells, e)
                 return
-            if len(finished) == len(claimed.all_cells):
+            if put_back:
+                self._source.put_back(claimed.all_cells)
+            elif len(finished) == len(claimed.all_cells):
                 self._source.ended(finished)
             else:
                 self._source.failed(claimed.all_cells, error or FailedError("it was interrupted"))
