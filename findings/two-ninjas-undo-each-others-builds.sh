@@ -4,8 +4,9 @@
 #
 # Guess, before it was run: ninja 1.13 reads the build log of 1.11, finds every output newer than its inputs and every command
 # unchanged, and has nothing to do; and the same the other way round.
-# Found with ninja 1.11.1.4 and 1.13.0 of PyPI: each runs every command again after the other, and says nothing that explains it
-# without `-d explain`. @FOUND@
+# Found with ninja 1.11.1.4 and 1.13.0 of PyPI: each runs every command again after the other. 1.13.0 warns that the build log is too
+# old and starts over. 1.11.1.4 reads the newer log without a word, does not find its own hashes of the commands there, and says
+# only with `-d explain` that the command line changed, which it did not.
 # Why it matters here: torch.utils.cpp_extension runs whichever ninja is first on PATH. Workers and tests that found different ones
 # compiled DeepSpeed's CPU collectives anew in turn, 20 to 40 s each time.
 #
@@ -33,4 +34,6 @@ build() {
 { build 1.11.1.4; build 1.11.1.4; build 1.13.0; build 1.13.0; build 1.11.1.4; } | tee ../out
 [ "$(grep -c 'no work to do' ../out)" = 2 ]
 [ "$(grep -c '\[1/1\]' ../out)" = 3 ]
+grep -q 'result: 1.13.0: .*build log version is too old; starting over' ../out
+grep -q 'result: 1.11.1.4: ninja explain: command line changed for output' ../out
 echo "as found"

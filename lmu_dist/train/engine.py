@@ -1,6 +1,6 @@
 """DeepSpeed engine: a LanguageModel in; optimizer steps, losses and ZeRO-sharded checkpoints out.
 
-The only module that imports DeepSpeed. It needs an initialized process group: workers make it (launch/process_group), tests make their own.
+The only module that imports DeepSpeed. It needs an initialized process group: workers and tests make one.
 Built by launch/worker.
 """
 
