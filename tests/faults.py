@@ -136,6 +136,7 @@ class Study:
         text = " ".join(self.output().split())
         lines = {line.strip() for line in re.split(r"lmu-dist: |failed: \S+: ", text)[1:]}
         lines = {re.split(r" \d+ cells ended, | run the same command again to continue with", line)[0] for line in lines}
+        lines = {re.sub(r"'/[^']*/", "'.../", line) for line in lines}  # two runs that fail at once have files of their own
         if len(lines) != 1:
             raise BrokenError(f"{len(lines)} messages instead of one: {self.output()}")
         return lines.pop()
