@@ -1,4 +1,4 @@
-"""Work in a thread beside a block of code: a function in, a context manager out. Called by data and launch."""
+"""Runs a function in a background thread while a block of code runs. Called by data and launch."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -267,7 +267,7 @@ def open_run(cell: Cell, store: Store, study: str) -> str | None:
     """The id of the cell's MLflow run: the one it has, or a new one under the study of its experiment.
 
     If MLflow is unavailable, returns the id from an earlier start, or else None: the metrics log is uploaded later. Raises
-    MLflowUnavailableError instead if no file lock could tell whether another driver is training the cell. Raises BusyError if a
+    MLflowUnavailableError instead if no file lock shows whether another driver is training the cell. Raises BusyError if a
     driver with another storage is.
     """
     make_folder(cell.folder)

@@ -1,4 +1,4 @@
-"""What the ranks of a run do together beside training: broadcasts, waits and checks. Called by worker and start_point."""
+"""Collective operations of the ranks other than training: broadcasts, waits and checks. Called by worker and start_point."""
 
 import functools
 from collections.abc import Callable
