@@ -136,7 +136,9 @@ class Study:
         text = " ".join(self.output().split())
         lines = {line.strip() for line in re.split(r"lmu-dist: |failed: \S+: ", text)[1:]}
         lines = {re.split(r" \d+ cells ended, | run the same command again to continue with", line)[0] for line in lines}
-        lines = {re.sub(r"'/[^']*/", "'.../", line) for line in lines}  # two runs that fail at once have files of their own
+        # Two runs that fail at once have files of their own: in folders of their own, or different ones of the same full disk.
+        lines = {re.sub(r"'/[^']*/", "'.../", line) for line in lines}
+        lines = {re.sub(r"(the disk is full): '[^']*'", r"\1: ...", line) for line in lines}
         if len(lines) != 1:
             raise BrokenError(f"{len(lines)} messages instead of one: {self.output()}")
         return lines.pop()
