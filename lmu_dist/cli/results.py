@@ -1,11 +1,10 @@
-"""Commands that use finished runs: status, report, fit, generate, export.
+"""Commands that use finished runs: status, report, generate, export.
 
 Heavy modules are imported inside the functions, so that --help is fast.
 """
 
 from dataclasses import asdict
 from itertools import islice
-from pathlib import Path
 
 import click
 
@@ -70,45 +69,6 @@ def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
         show.print_json(written.results_json)
     else:
         show.print_report(written, open_folder(resolve_path(output)))
-
-
-@cli.command()
-@click.argument("table", type=click.Path(path_type=Path))
-@click.option("--n", "n_params", required=True, metavar="COL", help="Column with the number of parameters.")
-@click.option("--d", "tokens", required=True, metavar="COL", help="Column with the training tokens.")
-@click.option("--loss", required=True, metavar="COL", help="Column with the final loss in nats per token.")
-@click.option("--law", type=click.Choice(["chinchilla", "kaplan", "gadre"]), default="chinchilla", show_default=True)
-@click.option(
-    "--where", multiple=True, metavar="COND", help="Use only rows with 'col=value', or != < <= > >=. May be repeated."
-)
-@click.option(
-    "--resamples",
-    default=1000,
-    show_default=True,
-    type=click.IntRange(100),
-    help="Number of bootstrap refits for the intervals.",
-)
-@json_option
-def fit(
-    table: Path, n_params: str, tokens: str, loss: str, law: str, where: tuple[str, ...], resamples: int, as_json: bool
-) -> int:
-    """Fit a scaling law to a CSV TABLE with one row per finished run.
-
-    Exit code 3: the table does not determine the law.
-    """
-    from lmu_dist.scaling.as_json import fit_to_json
-    from lmu_dist.scaling.laws import FORMS
-    from lmu_dist.scaling.table import read_table
-    from lmu_dist.scaling.validate import fit_and_validate
-
-    rows, numbers, left_out = read_table(table, n_params, tokens, loss, where)
-    result = fit_and_validate(FORMS[law], rows, n_resamples=resamples)
-    if as_json:
-        facts = fit_to_json(result, [str(number) for number in numbers])
-        show.print_json(facts | {"left_out": [asdict(out) for out in left_out]})
-    else:
-        show.print_fit(result, numbers, left_out)
-    return 0 if result.law else 3
 
 
 @cli.command()
