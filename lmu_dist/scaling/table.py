@@ -6,6 +6,7 @@ import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -29,24 +30,42 @@ COMPARISONS = {
 
 @dataclass(frozen=True)
 class Rows:
-    """A table of finished runs: parameters, training tokens, loss in nats; one entry per run."""
+    """A table of finished runs: parameters, training tokens, loss in nats; one entry per run.
+
+    `unique_tokens` has the distinct tokens of each run's data set, and `run` the run of each row, where they are known.
+    """
 
     n_params: Floats
     tokens: Floats
     loss: Floats
+    unique_tokens: Floats | None = None
+    run: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.loss)
 
     def where(self, keep: NDArray[np.bool_]) -> "Rows":
         """Returns the rows selected by a mask."""
-        return Rows(self.n_params[keep], self.tokens[keep], self.loss[keep])
+        unique = None if self.unique_tokens is None else self.unique_tokens[keep]
+        run = None if self.run is None else tuple(compress(self.run, keep))
+        return Rows(self.n_params[keep], self.tokens[keep], self.loss[keep], unique, run)
 
     def duplicate_groups(self) -> list[str]:
-        """Returns, per row, the index of the first equal row as text: rows that occur twice count as one run."""
-        first = dict[tuple[float, float, float], str]()
-        triples = zip(self.n_params.tolist(), self.tokens.tolist(), self.loss.tolist(), strict=True)
-        return [first.setdefault(triple, str(i)) for i, triple in enumerate(triples)]
+        """Returns, per row, the index of the first row of its group as text. What is in one group counts as one run.
+
+        Equal rows are in one group, and so are rows of one run.
+        """
+        columns = [self.n_params, self.tokens, self.loss, *([] if self.unique_tokens is None else [self.unique_tokens])]
+        first, group = dict[object, int](), list[int]()
+        for i, row in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
+            keys = [row, *([] if self.run is None else [self.run[i]])]
+            earlier = sorted({group[first[key]] for key in keys if key in first})
+            group.append(earlier[0] if earlier else i)
+            if len(earlier) > 1:  # this row joins two groups
+                group = [earlier[0] if g in earlier else g for g in group]
+            for key in keys:
+                first.setdefault(key, i)
+        return [str(i) for i in group]
 
 
 @dataclass(frozen=True)
@@ -57,13 +76,20 @@ class LeftOutRows:
     rows: tuple[int, ...]
 
 
-def rows_from_columns(n_params: ArrayLike, tokens: ArrayLike, loss: ArrayLike) -> Rows:
+def rows_from_columns(
+    n_params: ArrayLike,
+    tokens: ArrayLike,
+    loss: ArrayLike,
+    unique_tokens: ArrayLike | None = None,
+    run: Sequence[str] | None = None,
+) -> Rows:
     """Returns a table made from columns. Raises ValueError unless all values are positive and finite."""
-    rows = Rows(*(np.asarray(v, np.float64) for v in (n_params, tokens, loss)))
-    for column in (rows.n_params, rows.tokens, rows.loss):
+    n, d, y = (np.asarray(v, np.float64) for v in (n_params, tokens, loss))
+    unique = None if unique_tokens is None else np.asarray(unique_tokens, np.float64)
+    for column in (n, d, y, *([] if unique is None else [unique])):
         if not (np.all(column > 0) and np.all(np.isfinite(column))):
             raise ValueError("sizes, tokens and losses must be positive numbers")
-    return rows
+    return Rows(n, d, y, unique, None if run is None else tuple(run))
 
 
 def size_bins(values: Floats) -> Floats:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.table import MAX_ROWS, read_table, size_bins
+from lmu_dist.scaling.table import MAX_ROWS, read_table, rows_from_columns, size_bins
 
 HEADER = "N,D,loss,data\n"
 
@@ -96,3 +96,22 @@ def test_size_bins_group_similar_sizes():
     assert list(size_bins(values)) == [7990, 39000, 7990, 39000, 7990]
     dense = np.geomspace(1e6, 1e9, 500)  # steps of 1.4 %: neighbours are similar, the ends are not
     assert 100 < len(set(size_bins(dense))) < 150
+
+
+def test_equal_rows_and_rows_of_one_run_are_one_group():
+    n, d, loss = [1.0, 1, 2, 2, 3, 1], [1.0] * 6, [3.0, 3, 2, 2.5, 1, 3]
+    assert rows_from_columns(n, d, loss).duplicate_groups() == ["0", "0", "2", "3", "4", "0"]
+    rows = rows_from_columns(n, d, loss, run=["a", "b", "c", "c", "d", "d"])
+    assert rows.duplicate_groups() == ["0", "0", "2", "2", "0", "0"]  # the last row equals the first and is of the fifth's run
+    selected = rows.where(np.array([True, False, True, True, False, False]))
+    assert (selected.run, selected.duplicate_groups()) == (("a", "c", "c"), ["0", "1", "1"])
+
+
+def test_rows_that_differ_in_unique_tokens_are_not_equal():
+    rows = rows_from_columns([1, 1, 1], [2, 2, 2], [3, 3, 3], unique_tokens=[2, 1, 2])
+    assert rows.duplicate_groups() == ["0", "1", "0"]
+    kept = rows.where(np.array([False, True, True]))
+    assert kept.unique_tokens is not None
+    assert list(kept.unique_tokens) == [1, 2]
+    with pytest.raises(ValueError, match="positive"):
+        rows_from_columns([1], [2], [3], unique_tokens=[0])
