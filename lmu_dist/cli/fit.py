@@ -5,6 +5,7 @@ Heavy modules are imported inside the functions, so that --help is fast.
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -18,6 +19,11 @@ from lmu_dist.cli.common import cli, json_option
 @click.option("--d", "tokens", required=True, metavar="COL", help="Column with the training tokens.")
 @click.option("--loss", required=True, metavar="COL", help="Column with the final loss in nats per token.")
 @click.option("--law", type=click.Choice(["chinchilla", "kaplan", "gadre"]), default="chinchilla", show_default=True)
+@click.option("--unique", "unique_tokens", metavar="COL", help="Column with the unique tokens of each run's data.")
+@click.option("--run", metavar="COL", help="Column that names the run: only the last row of each run is used.")
+@click.option(
+    "--decimal", type=click.Choice([".", ","]), help="Decimal mark of the numbers, where a table does not show which it is."
+)
 @click.option(
     "--where", multiple=True, metavar="COND", help="Use only rows with 'col=value', or != < <= > >=. May be repeated."
 )
@@ -30,22 +36,34 @@ from lmu_dist.cli.common import cli, json_option
 )
 @json_option
 def fit(
-    table: Path, n_params: str, tokens: str, loss: str, law: str, where: tuple[str, ...], resamples: int, as_json: bool
+    table: Path,
+    n_params: str,
+    tokens: str,
+    loss: str,
+    law: str,
+    unique_tokens: str | None,
+    run: str | None,
+    decimal: Literal[".", ","] | None,
+    where: tuple[str, ...],
+    resamples: int,
+    as_json: bool,
 ) -> int:
-    """Fit a scaling law to a CSV TABLE with one row per finished run.
+    """Fit a scaling law to a TABLE with one row per finished run.
 
-    Exit code 3: the table does not determine the law.
+    TABLE is a file in CSV or other delimited text, JSON, JSON lines, Parquet or Feather, which may be compressed, or - for
+    standard input. Columns are given by name, or by number from 1. Numbers may be written as 18.9M, 1,234,567 or 4,61; rows
+    without a number are left out and listed. Exit code 3: the table does not determine the law.
     """
     from lmu_dist.scaling.as_json import fit_to_json
     from lmu_dist.scaling.laws import FORMS
-    from lmu_dist.scaling.table import read_table
+    from lmu_dist.scaling.read_table import read_table
     from lmu_dist.scaling.validate import fit_and_validate
 
-    rows, numbers, left_out = read_table(table, n_params, tokens, loss, where)
-    result = fit_and_validate(FORMS[law], rows, n_resamples=resamples)
+    read = read_table(table, n_params, tokens, loss, where, unique_tokens=unique_tokens, run=run, decimal=decimal)
+    result = fit_and_validate(FORMS[law], read.rows, n_resamples=resamples)
     if as_json:
-        facts = fit_to_json(result, [str(number) for number in numbers])
-        show.print_json(facts | {"left_out": [asdict(out) for out in left_out]})
+        facts = fit_to_json(result, [str(number) for number in read.numbers])
+        show.print_json(facts | {"left_out": [asdict(out) for out in read.left_out]})
     else:
-        show.print_fit(result, numbers, left_out)
+        show.print_fit(result, read.numbers, read.left_out)
     return 0 if result.law else 3

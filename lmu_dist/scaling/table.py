@@ -1,31 +1,15 @@
-"""Tables for fitting laws: columns or a CSV file in, checked `Rows` out. Used by the report and by `lmu-dist fit`."""
+"""Tables for fitting laws: columns in, checked `Rows` out. The report makes them; scaling/read_table reads them from files."""
 
-import csv
-import math
-import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import compress
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lmu_dist.config import ConfigError
 from lmu_dist.scaling.laws import Floats
 
-MAX_ROWS = 20_000  # one row per run; a longer table has the steps of training curves, which are not independent
-MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # products of values outside this range overflow
 SIZE_BIN_RATIO = 1.05  # sizes (and budgets) within this ratio are in one bin; models meet a requested size within 2 %
-COMPARISONS = {
-    "!=": operator.ne,
-    "<=": operator.le,
-    ">=": operator.ge,
-    "=": operator.eq,
-    "<": operator.lt,
-    ">": operator.gt,
-}
 
 
 @dataclass(frozen=True)
@@ -103,119 +87,3 @@ def size_bins(values: Floats) -> Floats:
             start = values[i]
         bins[i] = start
     return bins
-
-
-def read_table(
-    path: Path, n_params: str, tokens: str, loss: str, where: Sequence[str] = ()
-) -> tuple[Rows, tuple[int, ...], list[LeftOutRows]]:
-    """Reads a CSV file and returns its rows, their numbers, and the rows left out. Raises ConfigError if it cannot be fitted.
-
-    `where` has conditions such as `data=c4` or `N>=1e7`. Several conditions with `=` on one column are joined by "or", all
-    others by "and". Rows whose loss is missing or not finite (a diverged run) are left out; any other invalid number is an
-    error.
-    """
-    lines, header = _read_csv(path, (n_params, tokens, loss))
-    conditions = [_condition(text, header, path) for text in where]
-    kept, numbers, excluded, lossless = list[tuple[float, ...]](), list[int](), list[int](), list[int]()
-    for number, line in enumerate(lines, 1):
-        if len(line) != len(header):
-            raise ConfigError(f"{path}: row {number} has {len(line)} cells, the header {len(header)}; correct the row")
-        cells = dict(zip(header, line, strict=True))
-        if not _matches(cells, conditions):
-            excluded.append(number)
-            continue
-        y = _number(cells[loss], path, number, loss, missing_ok=True)
-        if not math.isfinite(y):
-            lossless.append(number)
-            continue
-        numbers.append(number)
-        kept.append(tuple(_positive(cells[column], path, number, column) for column in (n_params, tokens, loss)))
-    if not kept:
-        raise ConfigError(f"{path}: no row of {len(lines)} can be used; relax --where, or check column {loss!r}")
-    if len(kept) > MAX_ROWS:
-        raise ConfigError(
-            f"{path}: {len(kept):,} rows; a fit takes one row per finished run, at most {MAX_ROWS:,}. Steps of one training "
-            "curve are not independent: keep only the last step of each run, with --where or before calling this command"
-        )
-    reasons = [("excluded by --where", excluded), (f"{loss} is missing or not finite", lossless)]
-    return (
-        rows_from_columns(*np.array(kept).T),
-        tuple(numbers),
-        [LeftOutRows(reason, tuple(rows)) for reason, rows in reasons if rows],
-    )
-
-
-def _read_csv(path: Path, needed: Sequence[str]) -> tuple[list[list[str]], list[str]]:
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file) if any(cell.strip() for cell in line)]
-    except FileNotFoundError as e:
-        raise ConfigError(f"the file {path} does not exist") from e
-    except (UnicodeDecodeError, csv.Error, IsADirectoryError) as e:
-        raise ConfigError(f"{path} is not a CSV text file: {e}") from e
-    if len(lines) < 2:
-        raise ConfigError(f"{path} has a header but no rows" if lines else f"{path} is empty")
-    header = [name.strip() for name in lines[0]]
-    while header and not header[-1] and all(len(line) < len(header) or not line[len(header) - 1].strip() for line in lines):
-        header.pop()  # an empty last column, as spreadsheets write it
-        lines = [line[: len(header)] for line in lines]
-    if len(set(header)) != len(header):
-        raise ConfigError(f"{path}: two columns have the same name; rename one")
-    for column in needed:
-        if column not in header:
-            raise ConfigError(f"{path} has no column {column!r}; its columns are: {', '.join(header)}")
-    return lines[1:], header
-
-
-def _condition(text: str, header: Sequence[str], path: Path) -> tuple[str, str, str]:
-    parts = re.match(r"(.*?)(!=|<=|>=|==?|<|>)(.*)", text)
-    if not parts:
-        raise ConfigError(f"--where {text!r} is not a condition; write --where 'column=value', or use != < <= > >=")
-    column, sign, value = (part.strip() for part in parts.groups())
-    sign = sign.replace("==", "=")
-    if column not in header:
-        raise ConfigError(f"--where {text!r}: {path} has no column {column!r}; its columns are: {', '.join(header)}")
-    if sign in ("<", "<=", ">", ">=") and _as_number(value) is None:
-        raise ConfigError(f"--where {text!r}: {value!r} is not a number")
-    return column, sign, value
-
-
-def _matches(cells: dict[str, str], conditions: Sequence[tuple[str, str, str]]) -> bool:
-    any_of = dict[str, bool]()
-    for column, sign, value in conditions:
-        have, want = _as_number(cells[column]), _as_number(value)
-        if have is not None and want is not None:
-            holds = bool(COMPARISONS[sign](have, want))
-        else:
-            holds = sign in ("=", "!=") and bool(COMPARISONS[sign](cells[column].strip(), value))
-        if sign == "=":
-            any_of[column] = any_of.get(column, False) or holds
-        elif not holds:
-            return False
-    return all(any_of.values())
-
-
-def _as_number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None
-
-
-def _number(text: str, path: Path, row: int, column: str, missing_ok: bool = False) -> float:
-    value = _as_number(text)
-    if value is None and missing_ok and text.strip().lower() in ("", "na", "n/a", "null", "none"):
-        return math.nan
-    if value is None:
-        raise ConfigError(f"{path}: row {row}, column {column!r}: {text!r} is not a number")
-    return value
-
-
-def _positive(text: str, path: Path, row: int, column: str) -> float:
-    value = _number(text, path, row, column)
-    if not MIN_VALUE < value < MAX_VALUE:
-        requirement = "it must be positive and finite, from 1e-100 to 1e100"
-        raise ConfigError(
-            f"{path}: row {row}, column {column!r}: {text!r}; {requirement}. Correct it, or exclude it by --where"
-        )
-    return value

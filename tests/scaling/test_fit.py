@@ -15,7 +15,8 @@ from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose
 from lmu_dist.scaling.fit import fit, refit
 from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples
 from lmu_dist.scaling.laws import HOFFMANN, KAPLAN_ND, Chinchilla, Gadre, Kaplan, ScalingLaw, parameters
-from lmu_dist.scaling.table import Rows, read_table, rows_from_columns
+from lmu_dist.scaling.read_table import read_table
+from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.validate import fit_and_validate, holdout
 
 TABLES = Path(__file__).parent / "tables"
@@ -59,7 +60,7 @@ def last_digit(printed: str) -> float:
 def test_fits_of_public_tables_match_the_published_values(
     file: str, n: str, d: str, loss: str, where: tuple, n_rows: int, objective: float, found: tuple
 ):
-    rows, _, _ = read_table(TABLES / f"{file}.csv", n, d, loss, where)
+    rows = read_table(TABLES / f"{file}.csv", n, d, loss, where).rows
     assert len(rows) == n_rows
     best = fit(Chinchilla, rows)
     assert best.objective == pytest.approx(objective, rel=1e-5 if objective < 1e-3 else 3e-6)
@@ -71,7 +72,7 @@ def test_fits_of_public_tables_match_the_published_values(
 def test_gadres_law_matches_its_authors_fit():
     path = TABLES / "gadre_overtraining_104_runs.csv"
     where = ("train_dataset=rpj", "N<1e9", "chinchilla_multiplier=1", "chinchilla_multiplier=16")
-    rows, _, _ = read_table(path, "N", "D", "loss_c4_val", where)
+    rows = read_table(path, "N", "D", "loss_c4_val", where).rows
     small = rows.where((rows.tokens / rows.n_params < 21) | (rows.n_params < 2e7))
     assert len(small) == 5
     result = fit_and_validate(Gadre, small, n_resamples=0)
@@ -79,7 +80,7 @@ def test_gadres_law_matches_its_authors_fit():
     assert parameters(result.law) == pytest.approx({"E": 1.83665, "a": 166.211, "b": 366.687, "eta": -0.272851}, rel=1e-5)
     assert not result.intervals  # the law meets five runs almost exactly for any weights
     for condition, error in ((("N>1e9", "N<6e9", "chinchilla_multiplier=32"), 0.007103), (("N>6e9",), 0.007320)):
-        large, _, _ = read_table(path, "N", "D", "loss_c4_val", ("train_dataset=rpj", *condition))
+        large = read_table(path, "N", "D", "loss_c4_val", ("train_dataset=rpj", *condition)).rows
         assert len(large) == 1
         assert abs(result.law.loss(large.n_params, large.tokens)[0] / large.loss[0] - 1) == pytest.approx(error, abs=1e-6)
 

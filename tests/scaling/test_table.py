@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.table import MAX_ROWS, read_table, rows_from_columns, size_bins
+from lmu_dist.scaling.read_table import MAX_ROWS, read_table
+from lmu_dist.scaling.table import rows_from_columns, size_bins
 
 HEADER = "N,D,loss,data\n"
 
@@ -15,7 +16,8 @@ HEADER = "N,D,loss,data\n"
 def table(tmp_path: Path, text: str, where: tuple[str, ...] = ()):
     path = tmp_path / "table.csv"
     path.write_text(text, encoding="utf-8")
-    return read_table(path, "N", "D", "loss", where)
+    read = read_table(path, "N", "D", "loss", where)
+    return read.rows, read.numbers, read.left_out
 
 
 def test_rows_are_read_unchanged(tmp_path: Path):
@@ -62,7 +64,7 @@ def test_conditions(tmp_path: Path, where: tuple[str, ...], kept: tuple[int, ...
         (HEADER + "1,1,-3,a\n", (), "column 'loss': '-3'; it must be positive"),
         (HEADER + "1,1,low,a\n", (), "row 1, column 'loss': 'low' is not a number"),
         (HEADER + "many,1,3,a\n", (), "'many' is not a number"),
-        (HEADER + "1,1,3\n", (), "row 1 has 3 cells, the header 4"),
+        (HEADER + "1,1,3,4,5\n", (), "row 1 has 5 cells, the header 4"),
         (HEADER + "1,1,nan,a\n", (), "no row of 1 can be used"),
         (HEADER + "1,1,3,a\n", ("data=b",), "no row of 1 can be used"),
         (HEADER + "1,1,3,a\n", ("data",), "is not a condition"),
