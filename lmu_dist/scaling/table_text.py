@@ -67,7 +67,7 @@ def _columns(header: list[str], body: list[list[str]], separator: str, n_titles:
     if header and not header[0] and all(not row[0] for row in body):  # lines that begin with a bar
         header, body = header[1:], [row[1:] for row in body]
     width = len(header)
-    surplus = {i: tuple(row[width:]) for i, row in enumerate(body) if _width(row) > width}
+    surplus = {i: tuple(row[width : _width(row)]) for i, row in enumerate(body) if _width(row) > width}
     columns = tuple([row[i] if i < len(row) else "" for row in body] for i in range(width))
     notes = (f"skipped {n_titles} line{'s' * (n_titles > 1)} above the header",) if n_titles else ()
     return RawTable(tuple(header), columns, surplus, separator, notes)
