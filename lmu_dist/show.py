@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import PowerEstimate
     from lmu_dist.report.write import ReportFiles
-    from lmu_dist.scaling.table import LeftOutRows
+    from lmu_dist.scaling.read_table import Table as FittedRows
     from lmu_dist.scaling.validate import FitResult
     from lmu_dist.tracking.progress import Row
 
@@ -257,12 +257,18 @@ def print_report(written: "ReportFiles", folder: Folder) -> None:
     print(f"report       {folder / 'report.html'}; MLflow run {written.run_id}")
 
 
-def print_fit(result: "FitResult", numbers: "Sequence[int]", left_out: "Sequence[LeftOutRows]") -> None:
-    """Prints a law fitted to a table, its intervals and its diagnostics."""
-    for out in left_out:
+def print_table_notes(table: "FittedRows") -> None:
+    """Prints how unusual cells of a user's table were read, and which rows are left out."""
+    for note in table.notes:
+        print(f"table        {note}")
+    for out in table.left_out:
         some = ", ".join(map(str, out.rows[:8])) + (", ..." if len(out.rows) > 8 else "")
         plural = "s" * (len(out.rows) != 1)
         print(f"left out     {len(out.rows):,} row{plural}: {out.reason} (row{plural} {some})")
+
+
+def print_fit(result: "FitResult", numbers: "Sequence[int]") -> None:
+    """Prints a law fitted to a table, its intervals and its diagnostics."""
     print(f"law          {result.form.__name__.lower()}, {result.n_rows:,} rows")
     diagnostics = result.diagnostics
     if result.law is None:

@@ -3,7 +3,6 @@
 Heavy modules are imported inside the functions, so that --help is fast.
 """
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +10,7 @@ import click
 
 from lmu_dist import show
 from lmu_dist.cli.common import cli, json_option
+from lmu_dist.cli.progress import slow_progress
 
 
 @cli.command()
@@ -54,16 +54,19 @@ def fit(
     standard input. Columns are given by name, or by number from 1. Numbers may be written as 18.9M, 1,234,567 or 4,61; rows
     without a number are left out and listed. Exit code 3: the table does not determine the law.
     """
-    from lmu_dist.scaling.as_json import fit_to_json
-    from lmu_dist.scaling.laws import FORMS
     from lmu_dist.scaling.read_table import read_table
-    from lmu_dist.scaling.validate import fit_and_validate
 
     read = read_table(table, n_params, tokens, loss, where, unique_tokens=unique_tokens, run=run, decimal=decimal)
-    result = fit_and_validate(FORMS[law], read.rows, n_resamples=resamples)
+
+    from lmu_dist.scaling.as_json import fit_to_json, table_to_json  # after the table was read: an error comes at once
+    from lmu_dist.scaling.laws import FORMS
+    from lmu_dist.scaling.validate import fit_and_validate
+
+    with slow_progress(f"fitting {law}"):
+        result = fit_and_validate(FORMS[law], read.rows, n_resamples=resamples)
     if as_json:
-        facts = fit_to_json(result, [str(number) for number in read.numbers])
-        show.print_json(facts | {"left_out": [asdict(out) for out in read.left_out]})
+        show.print_json(table_to_json(read, table, where) | fit_to_json(result, [str(number) for number in read.numbers]))
     else:
-        show.print_fit(result, read.numbers, read.left_out)
+        show.print_table_notes(read)
+        show.print_fit(result, read.numbers)
     return 0 if result.law else 3

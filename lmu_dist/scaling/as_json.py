@@ -3,12 +3,31 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lmu_dist.scaling.laws import parameters
+from lmu_dist.scaling.read_table import Table
 from lmu_dist.scaling.validate import FitResult
+
+FIT_VERSION = 2  # of the JSON that `lmu-dist fit` prints, see docs/fit-json.md; 1 had no version and nothing about the table
+UNITS = {"N": "parameters", "D": "training tokens", "U": "unique tokens", "L": "nats per token"}
+
+
+def table_to_json(table: Table, file: Path, conditions: Sequence[str]) -> dict[str, Any]:
+    """Returns what a fit's JSON says about its table: the file (- for standard input), columns, conditions, rows left out."""
+    return {
+        "version": FIT_VERSION,
+        "file": str(file),
+        "columns": {option.removeprefix("--"): name for option, name in table.columns.items()},
+        "conditions": list(conditions),
+        "n_rows": len(table.rows),
+        "left_out": [{"reason": out.reason, "rows": list(out.rows)} for out in table.left_out],
+        "notes": list(table.notes),
+        "units": UNITS,
+    }
 
 
 def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
