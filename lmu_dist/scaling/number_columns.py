@@ -4,7 +4,7 @@ Decides the decimal mark of each column and the unit in which it is written. Cal
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,13 @@ def _number_column(name: str, option: str, cells: list[Cell], mark: Mark, unit: 
     else:
         scale = 1.0
     where = "the line below the header" if unit else "its name"
-    notes = [f"column {name!r}: in units of {scale:,.0f}, as {where} says"] if scale > 1 else []
+    notes = [f"in units of {scale:,.0f}, as {where} says"] if scale > 1 else []
     unusual = next(((c.text, v) for c, v in zip(cells, values, strict=True) if v is not None and _is_unusual(c, mark)), None)
     if unusual:
-        notes.append(f"column {name!r}: {unusual[0]!r} is read as {unusual[1]:,.12g}")
-    return NumberColumn(name, option, tuple(cells), tuple(values), units_row, "; ".join(notes))
+        notes.append(f"{unusual[0]!r} is read as {unusual[1]:,.12g}")
+    return NumberColumn(
+        name, option, tuple(cells), tuple(values), units_row, f"column {name!r}: {'; '.join(notes)}" if notes else ""
+    )
 
 
 def _is_unusual(cell: Cell, mark: Mark) -> bool:
@@ -109,17 +111,17 @@ def _mark_of(option: str, e: MarkEvidence, names: Mapping[str, str], decimal: Ma
     return decimal or (("," if "," in e.ambiguous else ".") if option == "--loss" else None)
 
 
-def check_is_numeric(column: NumberColumn, is_used: Sequence[bool], table: str, numeric: Sequence[str]) -> None:
+def check_is_numeric(column: NumberColumn, is_used: Sequence[bool], table: str, numeric: Callable[[], Sequence[str]]) -> None:
     """Raises ConfigError if most cells of the rows in use are words, so that this is the wrong column.
 
-    Names of states, such as diverged, do not count. `numeric` has the names of columns that have numbers, for the message.
+    Names of states, such as diverged, do not count. `numeric` returns the names of columns that have numbers, for the message.
     """
     used = [(i, cell) for i, cell in enumerate(column.cells, 1) if is_used[i - 1] and not (i == 1 and column.units_row)]
     words = [(i, cell.text) for i, cell in used if cell.kind == "word" and not is_state(cell.text)]
     if len(words) > sum(cell.kind == "number" for _, cell in used):
         row, text = words[0]
         share = f"{len(words):,} of {len(used):,} cells"
-        hint = f"columns with numbers are: {', '.join(numeric)}" if numeric else "no column has numbers"
+        hint = f"columns with numbers are: {', '.join(numeric())}" if numeric() else "no column has numbers"
         raise ConfigError(
             f"{table}: row {row}, column {column.name!r}: {text!r} is not a number, as {share} of the column "
             f"({column.option}); {hint}"

@@ -68,6 +68,8 @@ _NUMBER = re.compile(
     rf"\s*(?P<scale>{_SCALE})?\s*{_UNIT}?",
     re.IGNORECASE,
 )
+_SIMPLE = re.compile(r"\d{1,40}(\.\d{0,2}|\.\d{4,40})?")  # as most cells are; not 1.234, which may be 1234
+_AROUND = re.compile(r"^[\s\"'=]+|\s+#.*$|[\s\"']+$")  # quotation marks, what Excel puts before texts, and comments
 _POWER = re.compile(r"(\d+)\s*(?:\^|\*\*)\s*(-?\d+)")
 _SUPERSCRIPT = re.compile(r"[\u207b\u2070\u00b9\u00b2\u00b3\u2074-\u2079]+")
 _FROM_SUPERSCRIPT = str.maketrans("\u207b\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079", "-0123456789")
@@ -122,7 +124,9 @@ def parse_cell(value: Any) -> Cell:
         if number != number or abs(number) == float("inf"):
             return Cell(text or "nan", "not finite", {})
         return Cell(text, "number", dict.fromkeys(MARKS, number))
-    plain = text.translate(_PLAIN).strip().strip("\"'").strip()
+    if simple := _SIMPLE.fullmatch(text):
+        return Cell(text, "number", {".": float(text)} if simple[1] else dict.fromkeys(MARKS, float(text)))
+    plain = _AROUND.sub("", text.translate(_PLAIN))
     if plain.lower() in MISSING:
         return Cell(text, "missing", {})
     if plain.lower() in NOT_FINITE:

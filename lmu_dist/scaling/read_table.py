@@ -15,33 +15,26 @@ import numpy as np
 
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.conditions import parse_condition, rows_that_match
+from lmu_dist.scaling.left_out import (
+    RowsLeftOut,
+    leave_out_all_but_last,
+    leave_out_diverged,
+    leave_out_incomplete,
+    leave_out_lines,
+)
 from lmu_dist.scaling.number_columns import NumberColumn, check_is_numeric, number_columns
-from lmu_dist.scaling.numbers import Mark, cell_text, is_state, parse_cell
+from lmu_dist.scaling.numbers import Mark, cell_text, parse_cell
 from lmu_dist.scaling.table import LeftOutRows, Rows, rows_from_columns
 from lmu_dist.scaling.table_file import name_of, read_raw_table
 from lmu_dist.scaling.table_text import RawTable
 
 MAX_ROWS = 20_000  # one row per run; a longer table has the steps of training curves, which are not independent
 MIN_VALUE, MAX_VALUE = 1e-100, 1e100  # products of values outside this range overflow
-SHOWN_COLUMNS, SHOWN_WORDS = 40, 3
-SUMMARIES = {
-    "total",
-    "totals",
-    "sum",
-    "mean",
-    "average",
-    "avg",
-    "avg.",
-    "median",
-    "std",
-    "stdev",
-    "min",
-    "max",
-    "count",
-    "25%",
-    "50%",
-    "75%",
-}
+SHOWN_COLUMNS, SHOWN_ROWS = 40, 8
+FINISHED, UNFINISHED = (
+    {"finished", "done", "completed", "success"},
+    {"running", "failed", "killed", "crashed", "scheduled", "pending"},
+)
 
 
 @dataclass(frozen=True)
@@ -87,45 +80,26 @@ def read_table(
         return raw.columns[_column_index(raw, name, "--where", table)]
 
     selected = rows_that_match(conditions, column_of, n_rows, decimal)
-    left_out = _RowsLeftOut(n_rows)
-    _check_surplus(raw, max(index.values()), table)
-    _leave_out_lines(raw, [(raw.columns[i], raw.names[i]) for i in index.values()], left_out)
+    left_out = RowsLeftOut(n_rows)
+    _check_surplus(raw, tuple(index.values()), table)
+    leave_out_lines(raw, [(raw.columns[i], raw.names[i]) for i in index.values()], left_out)
     left_out.add("excluded by --where", [i for i in range(n_rows) if not selected[i]])
     numeric = {option: i for option, i in index.items() if option != "--run"}
     columns = number_columns({o: raw.columns[i] for o, i in numeric.items()}, names, left_out.used, decimal, table)
     for column in columns.values():
-        check_is_numeric(column, left_out.used, table, _numeric_names(raw))
+        check_is_numeric(column, left_out.used, table, lambda: _numeric_names(raw))
     labels = [cell_text(value) for value in raw.columns[index["--run"]]] if run is not None else None
     if labels is not None:
-        _leave_out_diverged(labels, columns, names["--run"], left_out)
-    _leave_out_incomplete(columns, left_out)
+        leave_out_diverged(labels, columns, names["--run"], left_out)
+    leave_out_incomplete(columns, left_out)
     if labels is not None:
-        _leave_out_all_but_last(labels, columns, names["--run"], left_out, table)
-    return _checked_table(columns, labels, left_out, names, raw.notes, table)
-
-
-class _RowsLeftOut:
-    """Which rows (indices from 0) are still used, and for which reasons the others are not: the first reason of each counts."""
-
-    def __init__(self, n_rows: int) -> None:
-        self.used, self._reasons = [True] * n_rows, dict[str, list[int]]()
-
-    def add(self, reason: str, rows: Sequence[int]) -> None:
-        for row in rows:
-            if self.used[row]:
-                self.used[row] = False
-                self._reasons.setdefault(reason, []).append(row + 1)
-
-    def kept(self) -> list[int]:
-        return [row for row, used in enumerate(self.used) if used]
-
-    def by_reason(self) -> list[LeftOutRows]:
-        return [LeftOutRows(reason, tuple(sorted(rows))) for reason, rows in self._reasons.items()]
+        leave_out_all_but_last(labels, columns, names["--run"], left_out, table)
+    return _checked_table(columns, labels, left_out, names, (*raw.notes, *_unfinished(raw, left_out.kept())), table)
 
 
 def _column_index(raw: RawTable, name: str, option: str, table: str) -> int:
     """Returns which column has a name, or the number of a column. Raises ConfigError if none or several have."""
-    found = [i for i, other in enumerate(raw.names) if other == name.strip()]
+    found = [i for i, other in enumerate(raw.names) if other == " ".join(name.split())]
     if not found and name.isdigit() and 1 <= int(name) <= len(raw.names):
         return int(name) - 1
     if len(found) > 1:
@@ -160,81 +134,41 @@ def _numeric_names(raw: RawTable) -> list[str]:
     return found[:SHOWN_COLUMNS]
 
 
-def _check_surplus(raw: RawTable, last_needed: int, table: str) -> None:
-    """Raises ConfigError for a row with more cells than the header, unless they are the rest of a text in the last column."""
+def _check_surplus(raw: RawTable, needed: Sequence[int], table: str) -> None:
+    """Raises ConfigError for a row with more cells than the header, unless they are the rest of a text.
+
+    They are in a last column of words that the fit does not need, and in a footnote, whose cells are mostly no numbers.
+    """
     for i, cells in sorted((raw.surplus or {}).items()):
-        is_text = any(parse_cell(cell).kind == "word" for cell in cells)
-        if not is_text or last_needed >= len(raw.names) - 1:
+        is_text = any(parse_cell(cell).kind == "word" for cell in cells) and max(needed) < len(raw.names) - 1
+        is_footnote = 2 * sum(parse_cell(raw.columns[column][i]).kind == "number" for column in needed) < len(needed)
+        if not is_text and not is_footnote:
             comma = ' A number with commas needs quotation marks, as in "20,000,000"' if raw.separator == "," else ""
             n_names, n_cells = len(raw.names), len(raw.names) + len(cells)
             raise ConfigError(f"{table}: row {i + 1} has {n_cells} cells, the header {n_names}; correct the row.{comma}")
 
 
-def _leave_out_lines(raw: RawTable, needed: Sequence[tuple[Sequence[Any], str]], left_out: _RowsLeftOut) -> None:
-    """Leaves out rows that are no runs: a header that is repeated, and totals or means below the table."""
-    n_rows = len(left_out.used)
-    left_out.add("repeats the header", [i for i in range(n_rows) if all(values[i] == name for values, name in needed)])
-    for i in reversed(range(n_rows)):
-        if not any(isinstance(c[i], str) and c[i].strip().strip(":").lower() in SUMMARIES for c in raw.columns):
-            break
-        left_out.add("a total or mean below the table", [i])
-
-
-def _leave_out_incomplete(columns: Mapping[str, NumberColumn], left_out: _RowsLeftOut) -> None:
-    """Leaves out the rows in which a cell is no number: missing, a word such as diverged, or for a loss not finite."""
-    if next(iter(columns.values())).units_row:
-        left_out.add("has units", [0])
-    for option, column in sorted(columns.items(), key=lambda item: item[0] != "--loss"):
-        kinds = [cell.kind for cell in column.cells]
-        if option == "--loss":
-            no_loss = [i for i, kind in enumerate(kinds) if kind in ("missing", "not finite")]
-            left_out.add(f"{column.name} is missing or not finite", no_loss)
-        else:
-            empty = [i for i, cell in enumerate(column.cells) if cell.kind == "missing" or "nan" in cell.text.lower()]
-            left_out.add(f"{column.name} is missing", [i for i in empty if kinds[i] != "number"])
-        words = [i for i, kind in enumerate(kinds) if kind == "word" and left_out.used[i]]
-        shown = list(dict.fromkeys(column.cells[i].text for i in words))
-        more = ", ..." if len(shown) > SHOWN_WORDS else ""
-        left_out.add(f"{column.name} is not a number ({', '.join(map(repr, shown[:SHOWN_WORDS]))}{more})", words)
-
-
-def _leave_out_diverged(labels: Sequence[str], columns: Mapping[str, NumberColumn], name: str, left_out: _RowsLeftOut) -> None:
-    """Leaves out the runs whose loss at their largest number of tokens is not finite, or a state: they diverged."""
-    loss, tokens = columns["--loss"], columns["--d"]
-    ended = dict[str, tuple[float, bool]]()
-    for i, label in enumerate(labels):
-        cell, d = loss.cells[i], tokens.values[i]
-        failed = cell.kind == "not finite" or (cell.kind == "word" and is_state(cell.text))
-        if left_out.used[i] and d is not None and (failed or cell.kind == "number"):
-            ended[label] = max(ended.get(label, (-np.inf, False)), (d, failed))
-    diverged = [i for i, label in enumerate(labels) if ended.get(label, (0, False))[1]]
-    finite = [i for i in diverged if loss.cells[i].kind == "number"]
-    left_out.add(f"the run ({name}) has no finite loss at its end", finite)
-
-
-def _leave_out_all_but_last(
-    labels: Sequence[str], columns: Mapping[str, NumberColumn], name: str, left_out: _RowsLeftOut, table: str
-) -> None:
-    """Leaves out all rows of a run but the one with most tokens, the later one of two. Rows without a name are left out."""
-    left_out.add(f"{name} is missing", [i for i, label in enumerate(labels) if not label])
-    last, size = dict[str, int](), dict[str, int]()
-    for i in left_out.kept():
-        label, first = labels[i], size.setdefault(labels[i], i)
-        n = columns["--n"]
-        if n.values[first] != n.values[i]:
-            raise ConfigError(
-                f"{table}: run {label!r} has two sizes: {n.cells[first].text} in row {first + 1} and {n.cells[i].text} in row "
-                f"{i + 1}, column {n.name!r}; name by --run a column that differs between runs"
+def _unfinished(raw: RawTable, kept: Sequence[int]) -> list[str]:
+    """Returns a note for a column of states, such as MLflow's, by which rows in use have not finished."""
+    notes = list[str]()
+    for name, values in zip(raw.names, raw.columns, strict=True):
+        if name.lower().rpartition(".")[2] not in ("status", "state", "run_status"):
+            continue
+        rows = [i + 1 for i in kept if cell_text(values[i]).lower() in UNFINISHED]
+        done = next((cell_text(values[i]) for i in kept if cell_text(values[i]).lower() in FINISHED), None)
+        if rows and done:
+            some = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
+            state = cell_text(values[rows[0] - 1])
+            notes.append(
+                f"{len(rows):,} of the rows in use: {name} is {state!r} (row {some}); --where {name}={done} excludes them"
             )
-        if label not in last or (columns["--d"].values[i] or 0) >= (columns["--d"].values[last[label]] or 0):
-            last[label] = i
-    left_out.add(f"not the last row of its run ({name})", [i for i in left_out.kept() if last[labels[i]] != i])
+    return notes
 
 
 def _checked_table(
     columns: Mapping[str, NumberColumn],
     labels: Sequence[str] | None,
-    left_out: _RowsLeftOut,
+    left_out: RowsLeftOut,
     names: dict[str, str],
     notes: Sequence[str],
     table: str,

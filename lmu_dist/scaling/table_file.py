@@ -6,6 +6,7 @@ from a file or from standard input. Delimited text is in scaling/table_text, JSO
 
 import difflib
 import io
+import re
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lmu_dist.scaling.table_json import columns_from_json
 from lmu_dist.scaling.table_text import RawTable, columns_from_text
 
 STDIN = Path("-")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1a\x1c-\x1f]")  # in no text
 EXCEL_WORKBOOK = ("xl/workbook.xml", "xl/workbook.bin", "content.xml")  # members of .xlsx, .xlsb and .ods
 
 
@@ -103,9 +105,14 @@ def _text(content: bytes, name: str) -> str:
             text = content.decode(encoding)
         except UnicodeDecodeError:
             continue
-        if "\0" not in text:
+        if not _CONTROL.search(text) and (encoding[:6] != "utf-16" or _is_western(text)):
             return text
     raise ConfigError(f"{name} is not a CSV text file, nor JSON or Parquet; save the table as one of these (as text, in UTF-8)")
+
+
+def _is_western(text: str) -> bool:
+    """Whether most characters are of western languages: bytes that are no text can be decoded as UTF-16, but to rare ones."""
+    return sum(c < "\u0250" for c in text) > 0.8 * len(text)
 
 
 def _columns_from_arrow(content: bytes, name: str) -> RawTable:

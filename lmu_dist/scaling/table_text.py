@@ -41,6 +41,8 @@ def columns_from_text(text: str, name: str, wanted: Sequence[str]) -> RawTable:
     if declared := re.fullmatch(r"\"?sep=(.)\"?[,;\s]*", lines[0]):  # Excel's first line
         separators, lines = (declared[1],), lines[1:]
     separator, comments = _separator(lines, separators, wanted)
+    if all(i in comments or not line.strip() for i, line in enumerate(lines[1:], 1)):
+        comments = set[int]()  # all rows begin with #, as names of runs may
     kept = [line for i, line in enumerate(lines) if i not in comments]
     for i in sorted(comments):
         if set(wanted) <= set(header := _split(lines[i].strip().lstrip("# \t"), separator)) and header:
@@ -55,8 +57,8 @@ def columns_from_text(text: str, name: str, wanted: Sequence[str]) -> RawTable:
         width = max(map(_width, rows))
         header, body = [str(i + 1) for i in range(width)], rows
     else:
-        header, body = rows[first][: _width(rows[first])], rows[first + 1 :]
-    if not body:
+        header, body = [_one_line(cell) for cell in rows[first][: _width(rows[first])]], rows[first + 1 :]
+    if not body and set(wanted) <= set(header):
         raise ConfigError(f"{name} has a header but no rows")
     return _columns(header, body, separator, first or 0)
 
@@ -138,6 +140,10 @@ def _cells(lines: Sequence[str], separator: str, name: str) -> list[list[str]]:
     return [row for row in rows if any(row)]
 
 
+def _one_line(name: str) -> str:
+    return " ".join(name.split())
+
+
 def _width(row: Sequence[str]) -> int:
     """The number of cells up to the last one that is not empty."""
     return max((i + 1 for i, cell in enumerate(row) if cell), default=0)
@@ -146,7 +152,7 @@ def _width(row: Sequence[str]) -> int:
 def _header_index(rows: list[list[str]], wanted: Sequence[str]) -> int | None:
     """Returns which row is the header; None if there is none, and all rows are numbers."""
     for i, row in enumerate(rows[:SNIFFED_LINES]):
-        if wanted and set(wanted) <= set(row):
+        if wanted and set(wanted) <= set(map(_one_line, row)):
             return i
     for i, row in enumerate(rows[:SNIFFED_LINES]):  # some of the names, as of a table of other columns
         if any(name in row for name in wanted) and not any(map(_is_number, row)):

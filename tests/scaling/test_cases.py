@@ -126,6 +126,10 @@ TEXTS = {
     "a byte order mark": "\ufeff" + CSV,
     "a total below": CSV + "Total,161900000000,\n",
     "a mean below": spelt(",", str, header="N,D,loss,run", loss=lambda y: f"{y},a") + "4e8,5e10,3.3,mean\n",
+    "comments after numbers": spelt(",", str, loss=lambda y: f"{y} # a good one"),
+    "texts as Excel keeps them": spelt(",", lambda v: f'="{v}"'),
+    "names of runs that begin with #": "run,N,D,loss\n" + "".join(f"#{n},{n},{d},{y}\n" for n, d, y in RUNS),
+    "a footnote with commas": CSV + "Source: the lab, 2026, in nats, as measured\n",
     "the header again": CSV + CSV.splitlines()[0] + "\n",
 }
 
@@ -244,6 +248,10 @@ def test_encodings_and_compressions_are_recognised_by_content(tmp_path: Path, en
     assert triples(read(tmp_path, encode(text), "table.any")) == [tuple(map(float, run)) for run in RUNS]
 
 
+def test_a_line_break_in_the_name_of_a_column(tmp_path: Path):
+    assert len(read(tmp_path, CSV.replace("loss", '"loss\n(nats)"'), columns=("N", "D", "loss (nats)")).rows) == 3
+
+
 def test_names_in_windows_1252(tmp_path: Path):
     content = spelt(";", str, header="Größe;D;loss").encode("cp1252")
     assert len(read(tmp_path, content, columns=("Größe", "D", "loss")).rows) == 3
@@ -356,6 +364,13 @@ def test_conditions_read_numbers_as_the_columns_do(tmp_path: Path):
     assert read(tmp_path, json.dumps(objects), where=("done=true",)).numbers == (2, 3)
 
 
+def test_rows_whose_state_says_that_they_have_not_ended_are_named(tmp_path: Path):
+    text = "status,N,D,loss\nFINISHED,1e6,1e8,4\nRUNNING,2e6,1e8,3.5\nRUNNING,3e6,,\n"
+    note = "1 of the rows in use: status is 'RUNNING' (row 2); --where status=FINISHED excludes them"
+    assert read(tmp_path, text).notes == (note,)
+    assert read(tmp_path, text, where=("status=FINISHED",)).notes == ()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -378,6 +393,8 @@ def test_conditions_read_numbers_as_the_columns_do(tmp_path: Path):
         ("[1, 2]", 'row 1 is 1, not an object such as {"N"'),
         ('{"N": [1, 2], "D": [1], "loss": [1, 2]}', "different numbers of rows"),
         (b" \n", "is empty"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr'", "is not a CSV text file"),
+        ("<html><p>not found</p></html>", "no column 'N'"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(tmp_path: Path, content: str | bytes, message: str):
