@@ -59,7 +59,7 @@ def fit(
     read = read_table(table, n_params, tokens, loss, where, unique_tokens=unique_tokens, run=run, decimal=decimal)
 
     from lmu_dist.scaling.as_json import fit_to_json, table_to_json  # after the table was read: an error comes at once
-    from lmu_dist.scaling.laws import FORMS
+    from lmu_dist.scaling.forms import FORMS
     from lmu_dist.scaling.validate import fit_and_validate
 
     with slow_progress(f"fitting {law}"):

@@ -108,6 +108,7 @@ def _flops_per_token(runs: Sequence[Run], counting_n: str, counting_flops: str) 
 
 def _exponent(law: ScalingLaw, gamma: float) -> float:
     form = law.additive()
+    assert form is not None  # the report fits Chinchilla's law
     return form.beta / (form.alpha + gamma * form.beta)
 
 

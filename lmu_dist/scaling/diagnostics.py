@@ -3,6 +3,7 @@
 A law whose fit fails a check is "not determined": no command and no page shows its numbers, only the reasons.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +82,14 @@ def _check_optimum(fit: Fit, agreeing: int, rounding: float) -> list[str]:
     return reasons
 
 
-def check_intervals(intervals: dict[str, tuple[float, float]], form: type[ScalingLaw]) -> list[str]:
+def check_intervals(intervals: dict[str, tuple[float, float]], form: type[ScalingLaw], held: Collection[str] = ()) -> list[str]:
     """Returns a reason for every exponent, and E, whose interval is too wide. Prefactors follow these and are not checked."""
     return [
         f"{name} is known too imprecisely: its 90 % interval is {low:.2g} to {high:.2g}"
         for name, (low, high) in intervals.items()
-        if name in (*form.EXPONENTS, "E") and max(abs(low), abs(high)) > MAX_INTERVAL_RATIO * min(abs(low), abs(high))
+        if name in (*form.EXPONENTS, "E")
+        and name not in held
+        and max(abs(low), abs(high)) > MAX_INTERVAL_RATIO * min(abs(low), abs(high))
     ]
 
 

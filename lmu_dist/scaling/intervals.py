@@ -1,7 +1,7 @@
 """90 % intervals of fitted numbers: from a bootstrap over whole runs, and from objective profiles as a cross-check."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import numpy as np
@@ -10,8 +10,10 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from lmu_dist.scaling.fit import DELTA, Fit, log_residuals, n_parameters, refit, unit_of_loss
-from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
+from lmu_dist.scaling.fit import Fit, n_parameters, refit
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
+from lmu_dist.scaling.minimise import minimise
+from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
 from lmu_dist.scaling.table import Rows
 
 CONFIDENCE = 0.9
@@ -34,9 +36,16 @@ def bootstrap_weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, see
     return np.stack([by_label[label] for label in labels], axis=1)
 
 
-def fit_resamples(fit: Fit, rows: Rows, weights: Floats) -> list[ScalingLaw]:
-    """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs)."""
-    return [refit(fit.law, rows, weights=w / w.mean(), tolerance=RESAMPLE_TOLERANCE, max_steps=MAX_STEPS).law for w in weights]
+def fit_resamples(fit: Fit, rows: Rows, weights: Floats, held: Collection[str] = ()) -> list[ScalingLaw]:
+    """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs). `held` parameters stay."""
+    if not len(weights):
+        return []
+    form = type(fit.law)
+    objective, free = Objective(form, rows), np.array([name not in held for name in parameter_names(form)])
+    starts = np.repeat(objective.vector(fit.law)[None], len(weights), axis=0)
+    relative = weights / weights.mean(axis=1, keepdims=True)
+    optima = minimise(objective, starts, relative, free, RESAMPLE_TOLERANCE, far=0, max_steps=MAX_STEPS)
+    return [objective.law(vector) for vector in optima.vectors]
 
 
 def small_sample_correction(fit: Fit, rows: Rows, n_groups: int) -> float:
@@ -85,51 +94,58 @@ def parameter_intervals(best: ScalingLaw, laws: Sequence[ScalingLaw], correction
     return {name: interval for name, interval in intervals.items() if interval is not None}
 
 
-def profile_interval(fit: Fit, rows: Rows, name: str) -> Interval | None:
+def profile_interval(fit: Fit, rows: Rows, name: str, held: Collection[str] = ()) -> tuple[Interval | None, ScalingLaw | None]:
     """Returns the profile interval of E or an exponent: the values up to which the refitted objective rises to a limit.
 
     The objective is not a likelihood, so its rise is scaled by E[psi^2]/E[psi'] of the residuals, as in robust regression, and
-    compared with the F distribution. Returns None if the objective never reaches the limit.
+    compared with the F distribution. There is no interval if the objective never reaches the limit. The second result is a law
+    with a lower objective than the fit's, if a refit on the way found one: then the fit must start again from it.
     """
     dof = len(rows) - n_parameters(type(fit.law))
     if dof < 1:
-        return None
+        return None, None
     best = getattr(fit.law, name)
-    allowed = 0.5 * float(f_distribution.ppf(CONFIDENCE, 1, dof)) * _residual_scale(fit.law, rows) * len(rows) / dof
+    allowed = 0.5 * float(f_distribution.ppf(CONFIDENCE, 1, dof)) * residual_scale(fit.law, rows) * len(rows) / dof
     if not allowed > 0:
-        return None
-    last = fit.law
+        return None, None
+    lowest, better = fit.minimised_objective, None
+    slack = 1e-6 * abs(lowest) + 1e-12 * DELTA**2 * len(rows)
 
     def rise(value: float) -> float:
-        nonlocal last
-        refitted = refit(_with_parameter(last, name, value), rows, fixed=name, tolerance=1e-4)
-        last = refitted.law if np.isfinite(refitted.minimised_objective) else fit.law
+        """Returns the rise over the limit. Every value starts anew from the fit, so the result depends on the value only."""
+        nonlocal lowest, better
+        refitted = refit(_with_parameter(fit.law, name, value), rows, fixed=[name, *held], tolerance=1e-4)
+        if refitted.minimised_objective < lowest - slack:
+            lowest, better = refitted.minimised_objective, refitted.law
         return refitted.minimised_objective - fit.minimised_objective - allowed
 
     ends = list[float]()
     for direction in (-1, 1):
-        last, inside, step = fit.law, best, 0.02 * abs(best)
+        inside, step, at_inside, at_outside = best, 0.02 * abs(best), -allowed, -allowed
         for _ in range(12):
             outside = inside + direction * step
             if outside * best <= 0:
-                return None
-            if not rise(outside) < 0:
+                return None, better
+            at_outside = rise(outside)
+            if not at_outside < 0:
                 break
-            inside, step = outside, 2 * step
-        else:
-            return None
-        crossed = rise(inside) < 0  # false, by rounding, where the objective is almost flat
-        ends.append(cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best))) if crossed else inside)
-    return ends[0], ends[1]
+            inside, step, at_inside = outside, 2 * step, at_outside
+        if not at_outside >= 0:
+            return None, better
+        if at_inside < 0 and np.isfinite(at_outside):
+            ends.append(cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best))))
+        else:  # by rounding, where the objective is almost flat
+            ends.append(inside)
+    return (ends[0], ends[1]), better
 
 
 def _with_parameter(law: ScalingLaw, name: str, value: float) -> ScalingLaw:
     return type(law)(**{**parameters(law), name: value})
 
 
-def _residual_scale(law: ScalingLaw, rows: Rows) -> float:
+def residual_scale(law: ScalingLaw, rows: Rows) -> float:
     """Returns E[psi^2] / E[psi'] of the residuals; psi' by a finite difference as wide as their spread, since Huber's jumps."""
-    loss = law.loss(rows.n_params, rows.tokens)
+    loss = losses(law, rows)
     if law.LEAST_SQUARES:
         return float(np.mean(((loss - rows.loss) / unit_of_loss(rows)) ** 2))
     residual = np.log(loss / rows.loss)

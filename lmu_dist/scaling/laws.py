@@ -5,19 +5,20 @@ Every law has its predicted loss, the gradient by its parameters, and the comput
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import astuple, dataclass, replace
-from typing import ClassVar, cast
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from typing import ClassVar, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 
 Floats = NDArray[np.float64]
+Law = TypeVar("Law", bound="ScalingLaw")
 SQRT_SIX = np.sqrt(np.float64(6))  # a numpy number: its powers overflow to infinity and do not raise
 
 
-def _scaled(prefactor: float, unit: float, exponent: float) -> float:
+def scaled_prefactor(prefactor: float, unit: float, exponent: float) -> float:
     """Returns prefactor x unit^exponent, or infinity on overflow, where Python's own power would raise."""
     return float(prefactor * np.float64(unit) ** exponent)
 
@@ -30,7 +31,9 @@ class ScalingLaw(ABC):
     """A law L(N, D). Its fields are its parameters; those in LOG_PARAMETERS are positive and fitted as logarithms.
 
     EXPONENTS and E (if HAS_FLOOR) do not depend on the units of N and D. LEAST_SQUARES: its authors fit it by least squares of
-    L, not by Huber losses of ln L. MIN_EXTRA_RUNS: how many more runs than parameters a trustworthy fit needs.
+    L, not by Huber losses of ln L. MIN_EXTRA_RUNS: how many more runs than parameters a trustworthy fit needs. NEEDS_UNIQUE:
+    its loss takes the unique tokens as a third argument. FLEXIBLE: only its predictions are determined, not each parameter.
+    The fields may also be arrays of shape (laws, 1); losses are then (laws, rows) and gradients (laws, rows, parameters).
     """
 
     LOG_PARAMETERS: ClassVar[tuple[str, ...]]
@@ -38,33 +41,89 @@ class ScalingLaw(ABC):
     HAS_FLOOR: ClassVar[bool] = True
     LEAST_SQUARES: ClassVar[bool] = False
     MIN_EXTRA_RUNS: ClassVar[int] = 5
+    NEEDS_UNIQUE: ClassVar[bool] = False
+    FLEXIBLE: ClassVar[bool] = False
+    FORMULA: ClassVar[str] = ""
 
     @abstractmethod
-    def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
-        """Returns the predicted loss in nats; inputs broadcast."""
+    def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
+        """Returns the predicted loss in nats; inputs broadcast. Only laws with NEEDS_UNIQUE use `unique_tokens`."""
 
     @abstractmethod
-    def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/dparameter, (rows, parameters), in the order of the fields."""
+
+    def coordinates(self) -> Floats:
+        """Returns the vector that a fit varies: the parameters, those in LOG_PARAMETERS as logarithms."""
+        values = [getattr(self, name) for name in parameter_names(type(self))]
+        logs = [name in self.LOG_PARAMETERS for name in parameter_names(type(self))]
+        return np.array([np.log(v) if is_log else v for v, is_log in zip(values, logs, strict=True)], np.float64)
+
+    @classmethod
+    def from_coordinates(cls, vector: Floats) -> "ScalingLaw":
+        """Returns the law of a vector (parameters), or the laws of vectors (laws, parameters) as one with array fields."""
+        names = parameter_names(cls)
+        return batch_law(cls, [np.exp(v) if name in cls.LOG_PARAMETERS else v for name, v in zip(names, vector.T, strict=True)])
+
+    def coordinate_gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
+        """Returns dL/dcoordinate, (rows, parameters)."""
+        gradient = self.gradient(n_params, tokens, unique_tokens)
+        for i, name in enumerate(parameter_names(type(self))):
+            if name in self.LOG_PARAMETERS:
+                gradient[..., i] *= getattr(self, name)
+        return gradient
+
+    @classmethod
+    def units(cls, n_params: Floats, tokens: Floats) -> tuple[float, float]:
+        """Returns the units of N and D in which a fit is well conditioned: the geometric means."""
+        return float(np.exp(np.log(n_params).mean())), float(np.exp(np.log(tokens).mean()))
 
     @abstractmethod
     def rescaled(self, n_params: float, tokens: float) -> "ScalingLaw":
         """Returns this law, which takes N and D in units of (n_params, tokens), as a law that takes them in plain units."""
 
-    @abstractmethod
-    def additive(self) -> "Chinchilla":
-        """Returns a law of the form E + A/N^alpha + B/D^beta that has the same compute-optimal N and D."""
+    def additive(self) -> "Chinchilla | None":
+        """Returns a law of the form E + A/N^alpha + B/D^beta with the same compute-optimal N and D; None if there is none."""
+        return None
 
     def optimum(self, flops: ArrayLike, k: float = 6.0, gamma: float = 1.0) -> tuple[Floats, Floats]:
-        """Returns the (N, D) of lowest loss at C = k N^gamma D FLOPs, in closed form from dL = 0 at constant C.
+        """Returns the (N, D) of lowest loss at C = k N^gamma D FLOPs; nan where the loss has no minimum.
 
-        k = 6, gamma = 1 is the usual C = 6ND; other values describe models whose FLOPs per token are not 6N.
+        In closed form from dL = 0 at constant C if the law has an additive form, otherwise by a search. k = 6, gamma = 1 is the usual C = 6ND; other values describe models whose FLOPs per token are not 6N.
         """
         law = self.additive()
         per_token = np.asarray(flops, np.float64) / k  # N^gamma D
+        if law is None:
+            n = _search_optimum(self, per_token, gamma)
+            return n, per_token / n**gamma
         power = 1 / (law.alpha + gamma * law.beta)
         n = (law.alpha * law.A / (gamma * law.beta * law.B) * per_token**law.beta) ** power
         return np.asarray(n), np.asarray(per_token / n**gamma)
+
+
+def batch_law(form: type[Law], values: Sequence[float | Floats]) -> Law:
+    """Returns a law whose fields are the values: numbers, or arrays (laws), which become columns (laws, 1)."""
+    if np.ndim(values[0]) == 0:
+        return form(*(float(value) for value in values))
+    law = object.__new__(form)  # the fields are declared as numbers, so the constructor would not take arrays
+    for name, value in zip(parameter_names(form), values, strict=True):
+        array = np.asarray(value)
+        object.__setattr__(law, name, array[:, None] if array.ndim == 1 else array)
+    return law
+
+
+def _search_optimum(law: ScalingLaw, per_token: Floats, gamma: float) -> Floats:
+    """Returns the N of lowest loss at constant N^gamma D, by grids that become finer; nan if it is at an end of the first."""
+    middle, reach = np.log(per_token) / (1 + gamma), 12.0
+    steps = np.linspace(-1, 1, 61)
+    with np.errstate(all="ignore"):
+        for grid in range(8):
+            log_n = middle[..., None] + reach * steps
+            best = np.argmin(law.loss(np.exp(log_n), per_token[..., None] * np.exp(-gamma * log_n)), axis=-1)
+            middle, reach = np.take_along_axis(log_n, best[..., None], axis=-1)[..., 0], reach * 2 / 30
+            if grid == 0:
+                at_end = (best == 0) | (best == len(steps) - 1)
+    return np.where(at_end, np.nan, np.exp(middle))
 
 
 @dataclass(frozen=True)
@@ -78,13 +137,14 @@ class Chinchilla(ScalingLaw):
     beta: float
     LOG_PARAMETERS = ("E", "A", "B")
     EXPONENTS = ("alpha", "beta")
+    FORMULA = "L = E + A/N^alpha + B/D^beta"
 
-    def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns the predicted loss in nats."""
         n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
         return np.asarray(self.E + self.A * n**-self.alpha + self.B * d**-self.beta)
 
-    def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(E, A, B, alpha, beta)."""
         n, d = np.broadcast_arrays(np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
         of_n, of_d = n**-self.alpha, d**-self.beta
@@ -93,7 +153,7 @@ class Chinchilla(ScalingLaw):
 
     def rescaled(self, n_params: float, tokens: float) -> "Chinchilla":
         """Returns the law in plain units; A and B change."""
-        return replace(self, A=_scaled(self.A, n_params, self.alpha), B=_scaled(self.B, tokens, self.beta))
+        return replace(self, A=scaled_prefactor(self.A, n_params, self.alpha), B=scaled_prefactor(self.B, tokens, self.beta))
 
     def additive(self) -> "Chinchilla":
         """Returns the law itself."""
@@ -120,14 +180,15 @@ class Gadre(ScalingLaw):
     LOG_PARAMETERS = ("E", "a", "b")
     EXPONENTS = ("eta",)
     LEAST_SQUARES = True
+    FORMULA = "L = E + a N^eta + b 6^(eta/2) D^eta"
     MIN_EXTRA_RUNS = 1  # its authors extrapolate from five small runs
 
-    def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns the predicted loss in nats."""
         n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
         return np.asarray(self.E + self.a * n**self.eta + self.b * SQRT_SIX**self.eta * d**self.eta)
 
-    def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(E, a, b, eta)."""
         n, d = np.broadcast_arrays(np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
         of_n, of_d = n**self.eta, SQRT_SIX**self.eta * d**self.eta
@@ -136,7 +197,7 @@ class Gadre(ScalingLaw):
 
     def rescaled(self, n_params: float, tokens: float) -> "Gadre":
         """Returns the law in plain units; a and b change."""
-        return replace(self, a=_scaled(self.a, n_params, -self.eta), b=_scaled(self.b, tokens, -self.eta))
+        return replace(self, a=scaled_prefactor(self.a, n_params, -self.eta), b=scaled_prefactor(self.b, tokens, -self.eta))
 
     def additive(self) -> Chinchilla:
         """Returns Chinchilla's form with alpha = beta = -eta."""
@@ -154,13 +215,14 @@ class Kaplan(ScalingLaw):
     LOG_PARAMETERS = ("N_c", "D_c")
     EXPONENTS = ("alpha_N", "alpha_D")
     HAS_FLOOR = False
+    FORMULA = "L = [(N_c/N)^(alpha_N/alpha_D) + D_c/D]^alpha_D"
 
-    def loss(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns the predicted loss in nats."""
         n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
         return np.asarray(((self.N_c / n) ** (self.alpha_N / self.alpha_D) + self.D_c / d) ** self.alpha_D)
 
-    def gradient(self, n_params: ArrayLike, tokens: ArrayLike) -> Floats:
+    def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(N_c, D_c, alpha_N, alpha_D)."""
         n, d = np.broadcast_arrays(np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
         ratio = self.alpha_N / self.alpha_D
@@ -175,7 +237,7 @@ class Kaplan(ScalingLaw):
 
     def rescaled(self, n_params: float, tokens: float) -> "Kaplan":
         """Returns the law in plain units; N_c and D_c change."""
-        return replace(self, N_c=float(self.N_c * n_params), D_c=float(self.D_c * tokens))
+        return replace(self, N_c=scaled_prefactor(self.N_c, n_params, 1.0), D_c=scaled_prefactor(self.D_c, tokens, 1.0))
 
     def additive(self) -> Chinchilla:
         """Returns the expression in brackets, whose minimum is at the same N and D as that of the loss."""
@@ -305,9 +367,11 @@ def paper_loss(family: str, n_params: ArrayLike) -> Floats:
     return np.array(losses).reshape(sizes.shape)
 
 
-FORMS: dict[str, type[ScalingLaw]] = {"chinchilla": Chinchilla, "kaplan": Kaplan, "gadre": Gadre}
-
-
 def parameters(law: ScalingLaw) -> dict[str, float]:
     """Returns the parameters of a law by name."""
-    return dict(zip(type(law).__dataclass_fields__, astuple(law), strict=True))  # pyright: ignore
+    return dict(zip(parameter_names(type(law)), astuple(law), strict=True))  # pyright: ignore
+
+
+def parameter_names(form: type[ScalingLaw]) -> list[str]:
+    """Returns the names of the parameters of a law, in order."""
+    return [f.name for f in fields(form)]  # pyright: ignore

@@ -3,13 +3,13 @@
 `lmu-dist fit` and the report show this result. If the fit fails a check, the result has no law.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose
-from lmu_dist.scaling.fit import Fit, fit, n_parameters, refit, unitless_names
+from lmu_dist.scaling.fit import Fit, fit, n_parameters, unitless_names
 from lmu_dist.scaling.intervals import (
     N_RESAMPLES,
     Interval,
@@ -20,10 +20,15 @@ from lmu_dist.scaling.intervals import (
     small_sample_correction,
 )
 from lmu_dist.scaling.laws import ScalingLaw, parameters
+from lmu_dist.scaling.minimise import minimise
+from lmu_dist.scaling.misfit import Misfit, find_misfit, outlier_warnings
+from lmu_dist.scaling.objective import Objective, log_residuals, losses
 from lmu_dist.scaling.table import Rows, size_bins
+from lmu_dist.scaling.table_checks import check_rows
 
 MAX_LEAVE_ONE_OUT = 400  # most refits for finding influential runs
 FIRST_RESAMPLES = 100  # resamples after which a law with too wide intervals is given up
+MAX_RESTARTS = 5  # fits that start again from a law that a profile found
 MAX_WEIGHTS = 2_000_000  # runs times resamples; a long table needs fewer resamples
 
 
@@ -66,47 +71,93 @@ class FitResult:
     laws: tuple[ScalingLaw, ...] = ()  # of the resamples
     correction: float = 1.0  # small-sample correction: the factor by which the spread of the resamples is too small
     n_groups: int = 0  # number of groups of runs that were resampled; a group may be a single run
+    misfit: Misfit | None = None
+    warnings: tuple[str, ...] = ()  # what is odd about the rows, although they can be fitted
 
 
 def fit_and_validate(
-    form: type[ScalingLaw], rows: Rows, labels: Sequence[str] | None = None, n_resamples: int = N_RESAMPLES, seed: int = 0
+    form: type[ScalingLaw],
+    rows: Rows,
+    labels: Sequence[str] | None = None,
+    n_resamples: int = N_RESAMPLES,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    held: Mapping[str, float] | None = None,
 ) -> FitResult:
-    """Fits a law and validates it. Runs with the same label are resampled together; without labels every run separately."""
+    """Fits a law and validates it. Runs with the same label are resampled together; without labels every run separately.
+
+    `names` has what messages call each row, by default its number. `held` has parameters without units that keep a value.
+    """
+    held = held or {}
+    names = names or [str(i + 1) for i in range(len(rows))]
+    checks = check_rows(rows, names, labels)
     if reasons := check_table(form, rows):
-        return FitResult(form, len(rows), None, None, FitDiagnostics(tuple(reasons)))
-    fitted = fit(form, rows)
+        return FitResult(form, len(rows), None, None, FitDiagnostics((*reasons, *checks.reasons)), warnings=checks.warnings)
+    fitted, profiles = fit_and_profile(form, rows, held)
+    misfit = find_misfit(fitted, rows, checks.labels)
     diagnostics = diagnose(fitted, rows)
+    diagnostics = replace(diagnostics, reasons=(*diagnostics.reasons, *misfit.reasons, *checks.reasons))
+    result = FitResult(
+        form=form,
+        n_rows=len(rows),
+        law=None,
+        objective=fitted.objective,
+        diagnostics=diagnostics,
+        misfit=misfit,
+        warnings=(*checks.warnings, *outlier_warnings(misfit, names)),
+    )
     if not diagnostics.passed:
-        return FitResult(form, len(rows), None, fitted.objective, diagnostics)
-    labels = labels or rows.duplicate_groups()
-    n_groups = len(set(labels))
+        return result
+    n_groups = len(set(checks.labels))
     correction = small_sample_correction(fitted, rows, n_groups)
     laws = list[ScalingLaw]()
     if n_groups >= 2 * n_parameters(form):  # the law meets fewer exactly for any weights, and intervals would be too narrow
-        weights = bootstrap_weights(labels, min(n_resamples, max(200, MAX_WEIGHTS // len(rows))), seed)
-        laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES])
-        if not check_intervals(parameter_intervals(fitted.law, laws, correction), form):
-            laws += fit_resamples(fitted, rows, weights[FIRST_RESAMPLES:])
-    profiles = {name: profile_interval(fitted, rows, name) for name in unitless_names(form)}
+        weights = bootstrap_weights(checks.labels, min(n_resamples, max(200, MAX_WEIGHTS // len(rows))), seed)
+        laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES], held)
+        if not check_intervals(parameter_intervals(fitted.law, laws, correction), form, held):
+            laws += fit_resamples(fitted, rows, weights[FIRST_RESAMPLES:], held)
     intervals = parameter_intervals(fitted.law, laws, correction) if laws else {}
-    missing = [f"too few resamples determine {name}" for name in parameters(fitted.law) if laws and name not in intervals]
-    known = intervals if laws else {name: profiles[name] or (0.0, np.inf) for name in form.EXPONENTS}
-    diagnostics = replace(diagnostics, reasons=tuple(missing + check_intervals(known, form)))
-    return FitResult(
-        form=form,
-        n_rows=len(rows),
+    intervals = {name: interval for name, interval in intervals.items() if name not in held}
+    needed = [] if form.FLEXIBLE else [name for name in parameters(fitted.law) if name not in held]
+    missing = [f"too few resamples determine {name}" for name in needed if laws and name not in intervals]
+    known = intervals if laws else {name: profiles.get(name) or (0.0, np.inf) for name in form.EXPONENTS if name not in held}
+    diagnostics = replace(diagnostics, reasons=tuple(missing + check_intervals(known, form, held)))
+    return replace(
+        result,
         law=fitted.law if diagnostics.passed else None,
-        objective=fitted.objective,
         diagnostics=diagnostics,
         intervals=intervals,
         profiles=profiles if diagnostics.passed else {},
         holdout=holdout(form, rows),
-        influence=influence(fitted, rows) if diagnostics.passed else {},
+        influence=influence(fitted, rows) if diagnostics.passed and not held else {},
         n_resamples=len(laws),
         laws=tuple(laws),
         correction=correction,
         n_groups=n_groups,
     )
+
+
+def fit_and_profile(form: type[ScalingLaw], rows: Rows, held: Mapping[str, float]) -> tuple[Fit, dict[str, Interval | None]]:
+    """Returns the fit and the profile intervals of the parameters without units.
+
+    If a refit of a profile finds a lower objective, the fit starts again from there: so no optimum that was seen is lower than
+    that of the fit.
+    """
+    fitted = fit(form, rows, held)
+    better = list[ScalingLaw]()
+    for _ in range(MAX_RESTARTS):
+        profiles = dict[str, Interval | None]()
+        for name in unitless_names(form):
+            if name in held:
+                continue
+            profiles[name], lower = profile_interval(fitted, rows, name, held)
+            if lower is not None:
+                better.append(lower)
+                break
+        else:
+            return fitted, profiles
+        fitted = fit(form, rows, held, better)
+    return fitted, {}
 
 
 def holdout(form: type[ScalingLaw], rows: Rows) -> Holdout:
@@ -120,7 +171,7 @@ def holdout(form: type[ScalingLaw], rows: Rows) -> Holdout:
     diagnostics = diagnose(fitted, kept)
     if not diagnostics.passed:
         return Holdout(largest, len(held), None, None, diagnostics.reasons)
-    errors = fitted.law.loss(held.n_params, held.tokens) / held.loss - 1
+    errors = losses(fitted.law, held) / held.loss - 1
     return Holdout(largest, len(held), float(errors.mean()), float(errors[np.abs(errors).argmax()]), ())
 
 
@@ -130,12 +181,17 @@ def influence(fitted: Fit, rows: Rows) -> dict[str, Influence]:
     In long tables only the runs with the largest residuals are tried.
     """
     form = type(fitted.law)
-    tried = np.argsort(-np.abs(np.log(fitted.law.loss(rows.n_params, rows.tokens) / rows.loss)))[:MAX_LEAVE_ONE_OUT]
+    tried = np.argsort(-np.abs(log_residuals(fitted.law, rows)))[:MAX_LEAVE_ONE_OUT]
+    weights = np.ones((len(tried), len(rows)))
+    weights[np.arange(len(tried)), tried] = 0
+    objective = Objective(form, rows)
+    starts = np.repeat(objective.vector(fitted.law)[None], len(tried), axis=0)
+    optima = minimise(objective, starts, weights, tolerance=1e-4, far=0)
     strongest = dict[str, Influence]()
-    for row in tried:
-        without = parameters(refit(fitted.law, rows.where(np.arange(len(rows)) != row), tolerance=1e-4).law)
+    for row, vector in zip(tried.tolist(), optima.vectors, strict=True):
+        without = parameters(objective.law(vector))
         for name in unitless_names(form):
             value = getattr(fitted.law, name)
             if name not in strongest or abs(without[name] - value) > abs(strongest[name].without - value):
-                strongest[name] = Influence(int(row), without[name])
+                strongest[name] = Influence(row, without[name])
     return strongest
