@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # imports MLflow, which takes a second; workers and the proce
 
 CHECK_SECONDS = 2.0  # between two checks of a RemoteRunLogger whether its entries could be written
 LOCK_SECONDS = 120.0  # how long the actor of a driver that was killed may stay alive
+REOPEN_SECONDS = 10.0  # how long a call waits for the lock of a log: after a restart nobody else holds it
 CLAIMS, N_CLAIMS = "claims", 8  # the threads that ask MLflow for runs, so that entries are written meanwhile
 
 
@@ -132,7 +133,7 @@ class MetricsLogger:
             finally:
                 opened.lock.release()
 
-    def _open(self, run: LoggedRun, timeout_seconds: float = LOCK_SECONDS) -> "_OpenRun":
+    def _open(self, run: LoggedRun, timeout_seconds: float = REOPEN_SECONDS) -> "_OpenRun":
         from lmu_dist.tracking.upload import MLflowUploader
 
         name = str(run.folder)

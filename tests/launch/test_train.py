@@ -73,6 +73,7 @@ def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
 def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     record = undisturbed.record
     assert (record.status, record.phase, record.steps, record.tokens) == ("complete", "decayed", STEPS, STEPS * 256)
+    assert record.unique_tokens == 32 * len(undisturbed.cell.corpus.rows("train", 32)) > 0
     history = losses(undisturbed)
     assert sorted(history) == list(range(STEPS))
     assert record.train_loss_nats == history[STEPS - 1] < history[0] - 1
