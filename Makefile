@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[dev]'
 	@touch $@
 
-run: setup ## run a small scaling study on this machine (16 cells on Ray, ZeRO 1, MLflow) and write its report
+run: setup ## run a small scaling study on this machine (24 cells on Ray, ZeRO 1, MLflow) and write its report
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml --report report
 
 test: setup ## run the fast tests in two processes, about 14 minutes on two cores

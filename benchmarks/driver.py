@@ -59,8 +59,8 @@ def make_cells(folder: Path, seeds: range, uri: str, points: int, running: int) 
     from lmu_dist import records
     from lmu_dist.config import load
     from lmu_dist.data.prepare import prepare
-    from lmu_dist.launch import claim
     from lmu_dist.launch.cell import Cell
+    from lmu_dist.launch.locks import run_identity
     from lmu_dist.launch.new_cell import make_cell
     from lmu_dist.launch.record import Outcome, log_result, log_start, record_of_cell, write_record
     from lmu_dist.planning.grid import grid
@@ -81,7 +81,7 @@ def make_cells(folder: Path, seeds: range, uri: str, points: int, running: int) 
 
     def make(cell: Cell, ends: bool) -> None:
         make_folder(cell.folder)
-        identity = claim.run_identity(cell, "ladder")
+        identity = run_identity(cell, "ladder")
         run_id = create_run(store, experiment_id, study_id, cell.name, cell.key, identity.folder, identity.owner_id)
         save_run_id(cell.folder, uri, run_id)
         log = MetricsLog(cell.folder, run_id)

@@ -137,6 +137,7 @@ class RunRecord:
     gradient_precision: str = _param("")  # of the sums of bf16 gradients; "" in fp32, and in older records, where it was bf16
     seed: int = _param(0)
     validation_rows: str = _param("")  # "256 of 300", spread evenly; "": all, or in older records the first ones
+    unique_tokens: int = _param(0)  # that the train split has; more tokens repeat its rows. 0: unknown, in older records
     training_flops_per_token: float = _param(math.nan)  # matrix products and FFTs, including the head
     training_flops_per_token_kaplan: float = _param(math.nan)  # 6N
     data_digest: str = _param("")

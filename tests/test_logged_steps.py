@@ -20,7 +20,7 @@ def logged(train: TrainConfig, first: int = 0, fork_step: int = 0) -> list[int]:
     return [step for step in range(first, train.n_steps) if train.is_logged(step, fork_step)]
 
 
-@pytest.mark.parametrize("n_steps", [1, 7, 999, 1000, 1001, 1999, 2000, 2001, 19_000, 19_001, 1_000_003])
+@pytest.mark.parametrize("n_steps", [1, 7, 999, 1000, 1001, 1999, 2000, 2001, 19_000, 19_001, 100_003])
 def test_a_curve_has_at_most_some_thousand_points_from_the_first_to_the_last_step(n_steps: int):
     steps = logged(of_steps(n_steps))
     assert min(n_steps, 500) <= len(steps) <= 1002

@@ -1,64 +1,54 @@
-"""Exactly-once execution: whether a cell has ended, which driver may train it, and which MLflow run it has.
+"""Exactly-once execution: whether a cell has ended, whether another driver trains it, and which MLflow run it has.
 
 Drivers that share a disk exclude each other by a file lock on the trunk's folder. Drivers that share only an MLflow store, or a
 storage at a URI, exclude each other by the heartbeat that the MLflowUploader of a run writes to MLflow. So a run whose storage
-is at a URI cannot start without MLflow. Elsewhere it can, and the uploader makes its MLflow run later. Called by run_group,
-trainer, ladder and tune.
+is at a URI cannot start without MLflow. Elsewhere it can, and the uploader makes its MLflow run later. Called by metrics_logger
+for the run groups, and by trainer, ladder and tune.
 """
 
 import logging
-import platform
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from lmu_dist import records
 from lmu_dist.config import Config, ConfigError, FailedError, Folder
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.metrics_logger import metrics_log_lock
-from lmu_dist.launch.record import Outcome, log_result, read_record, record_of_cell, record_path, write_record
-from lmu_dist.records import RunRecord
-from lmu_dist.storage import is_remote, local_state_dir, make_folder
+from lmu_dist.launch.locks import metrics_log_lock, owner_id, run_identity, trunk_lock
+from lmu_dist.launch.record import (
+    FINAL_STATUSES,
+    FinishedRun,
+    Outcome,
+    log_result,
+    notes,
+    read_record,
+    record_of_cell,
+    record_path,
+    write_record,
+)
+from lmu_dist.storage import is_remote, make_folder
 from lmu_dist.tracking import studies
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError, OwnerUnresponsiveError, one_line
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run_of
-from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS, BusyError, heartbeat_now, owner_id_of
+from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS, heartbeat_now, owner_id_of
 from lmu_dist.tracking.run_file import save_run_id, saved_run_id
-from lmu_dist.tracking.run_identity import RunIdentity
+from lmu_dist.tracking.run_identity import LoggedRun
 from lmu_dist.tracking.runs import KnownRuns, find_run, record_of
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, one_line
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import CLAIM, FOLDER, HEARTBEAT, OWNER_ID
 from lmu_dist.tracking.upload import MLflowUploader, upload
-from lmu_dist.train import checkpoint
 
 logger = logging.getLogger(__name__)
 
 UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run waits for MLflow; the next start uploads the rest
 CLAIM_SECONDS = 2.0  # after which each of two drivers that claim a run at the same moment sees whose claim MLflow has
-FINAL_STATUSES = (records.COMPLETE, records.DIVERGED)  # outside of a search, a run that it stopped early is continued
 CLOSING_SECONDS = 15.0  # how long closing the MLflow run of a cell that cannot go on may take
 EXIT_TIMEOUT_SECONDS = 60.0  # how long the processes of a stopped run may take to exit
-
-
-class OwnerUnresponsiveError(BusyError):
-    """Another driver owns the run, and its last heartbeat is recent. It may be dead: wait HEARTBEAT_TIMEOUT_SECONDS to know."""
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A cell that has ended, with its record and its MLflow run."""
-
-    cell: Cell
-    record: RunRecord
-    run_id: str  # "" if MLflow has not answered since the run started
-    tracking_uri: str
-    already_done: bool
-    notes: tuple[str, ...]  # warnings for the user: damaged checkpoints that were skipped, a log that is not uploaded yet
 
 
 def check_store(store: Store, config: Config) -> None:
@@ -88,6 +78,35 @@ def end_study(store: Store, config: Config, study: str, status: str = "FINISHED"
     # The next start of the command ends it. MLflow's client writes temporary files, and its artifacts may be on another disk.
     with suppress(MLflowUnavailableError, ConfigError, OSError):
         studies.end_study(store, config.experiment, study, status, known)
+
+
+def claim_runs(
+    cells: Sequence[Cell], store: Store, study: str, final_statuses: Sequence[str]
+) -> tuple[dict[str, FinishedRun], tuple[LoggedRun, ...]]:
+    """Finds the runs of the cells of a trunk that have ended, by key, and opens MLflow runs for the others, in order.
+
+    The caller holds the lock of the trunk. Raises BusyError if another driver trains a cell, and the errors of `open_run`.
+    """
+    found = {cell.key: find_finished(cell, store, study, final_statuses=final_statuses) for cell in cells}
+    done = {key: run for key, run in found.items() if run is not None}
+    missing = [cell for cell in cells if cell.key not in done]
+    run_ids = [open_run(cell, store, study) for cell in missing]
+    return done, tuple(
+        LoggedRun(cell.folder, run_id, run_identity(cell, study), _last_steps(cell, run_id, store))
+        for cell, run_id in zip(missing, run_ids, strict=True)
+    )
+
+
+def _last_steps(cell: Cell, run_id: str | None, store: Store) -> dict[str, int]:
+    """The last step of each metric that MLflow has of a run whose log is not on this machine."""
+    if run_id is None or MetricsLog.is_complete(cell.folder):
+        return {}
+    try:
+        return store.last_steps(run_id)
+    except MLflowUnavailableError:
+        if is_remote(cell.folder):
+            raise
+        return {}  # a run in a local folder whose log is missing has logged nothing
 
 
 def find_finished(
@@ -195,7 +214,7 @@ def close_run(
     if not _is_owner(cell, run_id, store):
         return
     with ExitStack() as locks:
-        locks.enter_context(_trunk_lock(cell, timeout_seconds))
+        locks.enter_context(trunk_lock(cell.trunk_folder, timeout_seconds))
         release_log(cell.folder)
         locks.enter_context(metrics_log_lock(cell.folder).acquire(timeout=timeout_seconds))
         if record_path(cell).exists():
@@ -214,53 +233,11 @@ def close_run(
         MLflowUploader(log, store.uri, run_identity(cell, study)).close(timeout_seconds)
 
 
-def check_resumable(cells: Sequence[Cell], store: Store, study: str) -> dict[str, list[str]]:
-    """The damaged checkpoints of the cells of a trunk that will be skipped, by key. A cell that has ended needs none.
-
-    Raises ConfigError if a cell cannot go on, as all its checkpoints are damaged or have another ZeRO stage. The MLflow runs
-    are closed as failed then. Raises BusyError if another driver is writing checkpoints.
-    """
-    try:
-        with exclusive_lock(cells[0]):
-            return {cell.key: [] if record_path(cell).exists() else _skipped_checkpoints(cell) for cell in cells}
-    except BusyError:
-        raise
-    except ConfigError:
-        for cell in cells:
-            with suppress(ConfigError, FailedError, Timeout, OSError):  # the error of the checkpoint is the one to report
-                close_run(cell, store, study, records.FAILED, CLOSING_SECONDS)
-        raise
-
-
-def _skipped_checkpoints(cell: Cell) -> list[str]:
-    path, meta, skipped = checkpoint.newest_intact(cell.folder)
-    if meta is not None and not checkpoint.is_loadable(meta, cell.config.cluster.zero_stage):
-        raise ConfigError(
-            f"{path} was written at ZeRO stage {meta.zero_stage}, and only stages 1 and 2 can read each other; go on "
-            f"with cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
-        )
-    return skipped
-
-
-@contextmanager
-def exclusive_lock(cell: Cell) -> Iterator[None]:
-    """Locks the trunk's folder against other drivers while the block runs. Raises BusyError if another holds the lock."""
-    try:
-        with _trunk_lock(cell, 0):
-            yield
-    except Timeout as e:
-        raise BusyError(f"{cell.name} is being run by another process; wait for it, or change the configuration") from e
-
-
-def notes(skipped: Sequence[str], not_uploaded: str, of_log: Sequence[str] = ()) -> tuple[str, ...]:
-    """The warnings about a run: damaged checkpoints that were skipped, why its log is not uploaded completely, and others."""
-    note = f"MLflow does not have all metrics of this run yet ({not_uploaded}); start the same command again to upload the rest"
-    return (*skipped, *([note] if not_uploaded else []), *of_log)
-
-
-def run_identity(cell: Cell, study: str) -> RunIdentity:
-    """The identity of a cell's MLflow run, with which it is found or created."""
-    return RunIdentity(cell.config.experiment, study, cell.name, cell.key, str(cell.folder), owner_id(cell))
+def close_failed(cells: Sequence[Cell], store: Store, study: str) -> None:
+    """Closes the MLflow runs of cells that cannot go on, as far as possible: the caller has the error to report."""
+    for cell in cells:
+        with suppress(ConfigError, FailedError, Timeout, OSError):
+            close_run(cell, store, study, records.FAILED, CLOSING_SECONDS)
 
 
 def open_run(cell: Cell, store: Store, study: str) -> str | None:
@@ -333,33 +310,9 @@ def check_not_running_elsewhere(cell: Cell, run: Any) -> None:
         raise BusyError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it, or stop it there")
 
 
-def owner_id(cell: Cell) -> str:
-    """The id that all drivers with the same file locks share. The first of them writes it to a file next to the locks."""
-    folder = local_state_dir(cell.config.storage_folder)
-    make_folder(folder)
-    path, new = folder / "owner_id", folder / f"owner_id.{uuid.uuid4().hex}"
-    if not path.exists():
-        new.write_text(f"{platform.node()}:{folder}:{uuid.uuid4().hex[:12]}")
-        with suppress(FileExistsError):
-            path.hardlink_to(new)  # atomic: the file appears complete, and only one driver succeeds
-        new.unlink()
-    return path.read_text()
-
-
 def _is_owner(cell: Cell, run_id: str | None, store: Store) -> bool:
     """Whether the run belongs to this owner id. True while MLflow is unavailable, or has no such run."""
     try:
         return run_id is None or store.get_tag(run_id, OWNER_ID) in (None, "", owner_id(cell))
     except MLflowUnavailableError:
         return True
-
-
-def _trunk_lock(cell: Cell, timeout_seconds: float) -> FileLock:
-    return trunk_lock(cell.trunk_folder, timeout_seconds)
-
-
-def trunk_lock(trunk_folder: Folder, timeout_seconds: float) -> FileLock:
-    """The lock of a trunk's folder against other drivers, not locked yet."""
-    folder = local_state_dir(trunk_folder)
-    make_folder(folder)
-    return FileLock(folder / "lock", timeout=timeout_seconds, thread_local=False)

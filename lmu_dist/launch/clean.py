@@ -1,17 +1,11 @@
-"""Frees storage that no run needs any more: optimizer states of runs that have ended, and old branch points of their trunks.
+"""Frees storage that the runs of an experiment do not need any more, and the user's cache on this machine.
 
-What stays: the weights of every run, the latest branch point of every trunk, from which a later ladder with larger budgets
-starts, and everything of runs that have not ended, also of those that a search stopped. Nothing but checkpoints is deleted,
-under the lock of the trunk. Called by the command clean with an experiment, and by the driver of a run group when it has ended.
+`tidy` says what can be freed of a trunk. Called by the command clean.
 """
 
-import json
-import logging
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,32 +13,18 @@ from filelock import Timeout
 from platformdirs import user_cache_path
 
 from lmu_dist import records, storage
-from lmu_dist.config import Folder, open_folder
-from lmu_dist.launch.cell import BRANCH_POINTS, Cell
-from lmu_dist.launch.claim import FINAL_STATUSES, trunk_lock
-from lmu_dist.launch.record import RECORD
+from lmu_dist.config import open_folder
+from lmu_dist.launch.locks import trunk_lock
+from lmu_dist.launch.record import FINAL_STATUSES
+from lmu_dist.launch.tidy import Item, free, freeable
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import cells_of
 from lmu_dist.tracking.tags import FOLDER, HEARTBEAT, RUN_NAME, STATUS
-from lmu_dist.train.checkpoint import NAME, CheckpointError, list_checkpoints, verify
-from lmu_dist.train.kept_weights import keep_only_weights, weights_bytes
 
-logger = logging.getLogger(__name__)
-
-OPTIMIZER_STATE, BRANCH_POINT, CACHE = "optimizer state", "branch point", "cache"  # kinds of what is freed
-CELL_FOLDER = re.compile(r"^[\d.e+]+[kMB]?-[0-9a-f]{12}$")  # see Cell.folder
+CACHE = "cache"  # a kind of what is freed, besides those of tidy
 CELL_NAME = re.compile(r"^(?P<model>.+)-[^-]+-(?P<seed>s\d+)-[0-9a-f]{12}$")  # see Cell.name
 CACHES = ("files", "legendre", "verified")  # folders of the user's cache whose files are made again when they are needed
-
-
-@dataclass(frozen=True)
-class Item:
-    """Something that can be freed."""
-
-    kind: str
-    path: str
-    n_bytes: int
 
 
 @dataclass(frozen=True)
@@ -58,26 +38,6 @@ class Cleaning:
     def n_bytes(self) -> int:
         """The bytes of all items."""
         return sum(item.n_bytes for item in self.items)
-
-
-def after_run(cells: Sequence[Cell]) -> None:
-    """Frees what the runs of a trunk that have ended leave behind, unless cluster.keep_optimizer_state is set.
-
-    `cells`: all that the driver plans to train in the trunk. The caller holds the lock of the trunk. A storage that fails costs
-    no result: there is a warning only.
-    """
-    first = cells[0]
-    if first.config.cluster.keep_optimizer_state:
-        return
-    unfinished = [cell for cell in cells if not _has_ended(cell.folder)]
-    steps = [cell.config.train.decay_start for cell in unfinished if cell.config.train.schedule == "wsd"]
-    try:
-        for item, path in _freeable(first.trunk_folder, {cell.folder.name for cell in unfinished}, steps):
-            _free(item, path)
-    except Exception as e:
-        if not isinstance(e, OSError | CheckpointError) and not storage.is_storage_client_error(e):
-            raise
-        logger.warning("%s was not tidied: %s", first.trunk_folder, storage.error_text(e))
 
 
 def clean(store: Store, experiment: str, delete: bool) -> Cleaning:
@@ -105,9 +65,9 @@ def clean(store: Store, experiment: str, delete: bool) -> Cleaning:
         try:
             with trunk_lock(trunk, 0):
                 has_waiting = any(trunk.name.startswith(prefix) for prefix in waiting if prefix)
-                for item, path in _freeable(trunk, set(), None if has_waiting else []):
+                for item, path in freeable(trunk, set(), None if has_waiting else []):
                     if delete:
-                        _free(item, path)
+                        free(item, path)
                     items.append(item)
         except Timeout:
             left.append(f"{trunk} is being trained")
@@ -128,58 +88,6 @@ def clean_cache(delete: bool) -> Cleaning:
             if path.suffix not in (".lock", ".partial") and not path.is_dir():  # of processes that are writing
                 path.unlink(missing_ok=True)
     return Cleaning(tuple(items))
-
-
-def _freeable(trunk: Folder, unfinished: set[str], needed_steps: Sequence[int] | None) -> Iterator[tuple[Item, Folder]]:
-    """What can be freed of a trunk, and the folder of each.
-
-    `unfinished`: names of folders of cells that are known not to have ended. `needed_steps`: the steps at which their decays
-    start; None: all branch points are needed. If any other cell has not ended, all of them are needed too.
-    """
-    for folder in sorted((path for path in trunk.iterdir() if CELL_FOLDER.match(path.name)), key=lambda path: path.name):
-        if _has_ended(folder):
-            checkpoints = list_checkpoints(folder)
-            if newest := next((path for path in checkpoints if _is_complete(path)), None):
-                n_bytes = sum(map(storage.n_bytes, checkpoints)) - weights_bytes(newest)
-                yield Item(OPTIMIZER_STATE, str(folder), n_bytes), folder
-        elif folder.name not in unfinished:
-            needed_steps = None
-    if needed_steps is None:
-        return
-    branch_points = list_checkpoints(trunk / BRANCH_POINTS)
-    intact = [path for path in branch_points if _is_complete(path)]
-    kept = intact[:1]
-    for step in needed_steps:
-        kept += [path for path in intact if _step(path) <= step][:1]
-    for path in branch_points:
-        if intact and _step(path) < _step(intact[0]) and path not in kept:
-            yield Item(BRANCH_POINT, str(path), storage.n_bytes(path)), path
-
-
-def _free(item: Item, path: Folder) -> None:
-    if item.kind == OPTIMIZER_STATE:
-        keep_only_weights(path)
-    else:
-        storage.remove(path)
-
-
-def _has_ended(cell_folder: Folder) -> bool:
-    """Whether the run of a cell has ended and is never continued."""
-    try:
-        return json.loads((cell_folder / RECORD).read_text())["status"] in FINAL_STATUSES
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # a damaged record is deleted by hand, and the run goes on
-        return False
-
-
-def _is_complete(checkpoint: Folder) -> bool:
-    with suppress(CheckpointError):
-        verify(checkpoint, digests=False)
-        return True
-    return False
-
-
-def _step(checkpoint: Folder) -> int:
-    return int(NAME.match(checkpoint.name)[1])  # pyright: ignore[reportOptionalSubscript]
 
 
 def _trunk_name(cell_name: str) -> str:

@@ -22,10 +22,10 @@ from lmu_dist.launch.run_group import ClaimedRunGroup
 from lmu_dist.launch.work_queue import WorkQueue
 from lmu_dist.launch.work_source import WorkSource
 from lmu_dist.launch.workers import CannotStartError
-from lmu_dist.tracking.store import Store, one_line
+from lmu_dist.tracking.errors import one_line
 
 AHEAD_SECONDS = 5.0  # before the end of a run group, when the next one is claimed. Until then other groups may take it.
-GONE = "the process that records metrics is gone"
+GONE, QUEUE_GONE = "the process that records metrics is gone", "the process that hands out run groups is gone"
 N_CLOSERS = 8  # run groups whose last metrics are uploaded at the same time, in an outage of MLflow
 
 MetricsListener = Callable[[dict[str, float]], None]  # called about once a second with the newest metrics, if there are any
@@ -35,7 +35,7 @@ MetricsListener = Callable[[dict[str, float]], None]  # called about once a seco
 class Services:
     """The actors and the store of a driver."""
 
-    store: Store
+    tracking_uri: str
     study: str
     metrics_logger: ActorProxy[MetricsLogger]
     queue: ActorProxy[WorkQueue]
@@ -90,7 +90,7 @@ class Dispatcher:
                     current = self._next()
                     ray.get(queue.assign.remote(self._name, current and current.run_group(self._report_to_tune)))
         except Exception as e:  # noqa: BLE001 - the workers would wait for ever
-            self._error = FailedError(f"{GONE}: {one_line(e)}") if isinstance(e, RayError) else e
+            self._error = FailedError(f"{QUEUE_GONE}: {one_line(e)}") if isinstance(e, RayError) else e
             with suppress(RayError):
                 ray.get(queue.assign.remote(self._name, None))
 
@@ -159,7 +159,9 @@ class Dispatcher:
     def _claim(self, cells: Sequence[Cell]) -> ClaimedRunGroup | None:
         services = self._services
         try:
-            claimed = ClaimedRunGroup(cells, services.store, services.study, services.metrics_logger, self._final_statuses)
+            claimed = ClaimedRunGroup(
+                cells, services.tracking_uri, services.study, services.metrics_logger, self._final_statuses
+            )
         except RayActorError as e:
             self._source.failed(cells, FailedError(GONE))
             raise FailedError(f"{GONE}: {one_line(e)}") from e

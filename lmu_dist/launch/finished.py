@@ -12,9 +12,9 @@ from lmu_dist import records
 from lmu_dist.config import Folder
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import FinishedRun
+from lmu_dist.launch.locks import owner_id
 from lmu_dist.launch.new_cell import at_half_rate
-from lmu_dist.launch.record import record_path
+from lmu_dist.launch.record import FinishedRun, record_path
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import STATUS
 
@@ -26,11 +26,11 @@ def find_all_finished(cells: Sequence[Cell], store: Store, study: str, runs: Map
     """
     if not cells:
         return {}
-    folders, owner_id = _Folders(cells[0].config.storage_folder), claim.owner_id(cells[0])
+    folders, own_id = _Folders(cells[0].config.storage_folder), owner_id(cells[0])
 
     def attempt(cell: Cell) -> FinishedRun | None:
         run, is_here = runs.get(cell.key), folders.has(cell)
-        if run is not None and _is_complete(run) and claim.is_run_of(cell, run, owner_id):
+        if run is not None and _is_complete(run) and claim.is_run_of(cell, run, own_id):
             return claim.finished_in_mlflow(cell, run, store, is_here=is_here)
         if is_here and record_path(cell).exists():
             return claim.find_finished(cell, store, study, run)

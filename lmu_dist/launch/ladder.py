@@ -23,14 +23,14 @@ from lmu_dist.config import Config, ConfigError, FailedError
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell
-from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.finished import find_all_finished
 from lmu_dist.launch.ladder_trial import STUDY, train_work_items
+from lmu_dist.launch.locks import exclusive_lock
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import at_half_rate, make_cell
-from lmu_dist.launch.record import record_path
+from lmu_dist.launch.record import FinishedRun, record_path
 from lmu_dist.launch.trials import (
     Slots,
     TrialCallback,
@@ -45,8 +45,9 @@ from lmu_dist.launch.work_queue import WorkItem, WorkState, start_work_queue
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
 from lmu_dist.tracking.ended_rows import keep_rows
+from lmu_dist.tracking.errors import MLflowUnavailableError
 from lmu_dist.tracking.runs import KnownRuns, find_known_runs, find_run, retire_run
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import write_plan
 from lmu_dist.tracking.tags import STATUS
 from lmu_dist.tracking.upload import set_client_limits
@@ -280,7 +281,7 @@ def _reset(cell: Cell, store: Store) -> None:
     for attempt in (cell, at_half_rate(cell)):
         if not attempt.folder.exists() and find_run(store, attempt.key) is None:
             continue
-        with claim.exclusive_lock(attempt):
+        with exclusive_lock(attempt):
             if (run := find_run(store, attempt.key)) is not None:
                 claim.check_not_running_elsewhere(attempt, run)
                 retire_run(store, run.info.run_id)

@@ -1,6 +1,7 @@
-"""A trial of a ladder: trains the items of a work queue in one group of workers. A process of its own, without torch.
+"""A trial of a ladder: trains the items of a work queue in one group of workers.
 
-Started by launch/ladder through Ray Tune; the driver reads from the queue, and from the cells' folders, what has ended.
+A process of its own, which imports neither torch nor MLflow. Started by launch/ladder through Ray Tune; the driver reads from
+the queue, and from the cells' folders, what has ended.
 """
 
 import os
@@ -13,13 +14,12 @@ from ray.actor import ActorProxy
 from lmu_dist import records, storage
 from lmu_dist.config import Config, ConfigError, FailedError, with_settings
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import MetricsLogger
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.work_queue import WorkQueue
 from lmu_dist.launch.worker_group import train_run_groups
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
-from lmu_dist.tracking.upload import set_client_limits
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
 
 STUDY = "ladder"
 
@@ -34,8 +34,7 @@ def train_work_items(
 ) -> dict[str, Any]:
     """The function of a trial: trains work items, one after the other, in one group of workers."""
     os.environ.update(environment)
-    set_client_limits()
-    services = Services(Store(tracking_uri), STUDY, metrics_logger, queue)
+    services = Services(tracking_uri, STUDY, metrics_logger, queue)
     config = with_settings(config, {"cluster.n_workers": params["n_workers"]})
     source = WorkItems(params["group"], params["n_workers"], queue)
     try:

@@ -1,7 +1,8 @@
 """The only writer of the metrics logs of a driver's runs: a Ray actor on the node of the processes that claim the runs.
 
 Rank 0 of the workers calls it without waiting; it appends to the runs' logs and uploads them to MLflow. So workers need no
-MLflow, no credentials and no disk shared with the driver, and the actor outlives them.
+MLflow, no credentials and no disk shared with the driver, and the actor outlives them. It also finds and opens the runs in
+MLflow for the processes that claim them: so an MLflow client, of 100 MB, is needed once and not in every trial.
 """
 
 import os
@@ -16,25 +17,20 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from lmu_dist import storage
 from lmu_dist.config import FailedError, Folder
+from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.locks import metrics_log_lock
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.tracking.metrics_log import MetricsLog
-from lmu_dist.tracking.run_identity import RunIdentity
+from lmu_dist.tracking.run_identity import LoggedRun
 
-if TYPE_CHECKING:  # imports MLflow, which workers and Ray Train's controllers do not need: it takes a second and 60 MB
+if TYPE_CHECKING:  # imports MLflow, which takes a second; workers and the processes that claim runs do not need it
     from lmu_dist.tracking.upload import MLflowUploader
 
 CHECK_SECONDS = 2.0  # between two checks of a RemoteRunLogger whether its entries could be written
 LOCK_SECONDS = 120.0  # how long the actor of a driver that was killed may stay alive
-
-
-class LoggedRun(NamedTuple):
-    """A run to log. `last_steps`: the last step of each metric in MLflow, where this machine lacks the metrics log."""
-
-    folder: Folder
-    run_id: str | None  # None: the uploader finds or creates the run of this identity
-    identity: RunIdentity
-    last_steps: dict[str, int]
+REOPEN_SECONDS = 10.0  # how long a call waits for the lock of a log: after a restart nobody else holds it
+CLAIMS, N_CLAIMS = "claims", 8  # the threads that ask MLflow for runs, so that entries are written meanwhile
 
 
 class UploadState(NamedTuple):
@@ -52,14 +48,31 @@ class MetricsLogger:
     """
 
     def __init__(self, uri: str, environment: dict[str, str]) -> None:
+        from lmu_dist.tracking.store import Store
         from lmu_dist.tracking.upload import set_client_limits
 
         # Passed as an argument, since the dashboard would show a runtime environment, and this one holds credentials.
         os.environ.update(environment)
         set_client_limits()
-        self._uri = uri
+        self._uri, self._store = uri, Store(uri)
         self._runs: dict[str, _OpenRun] = {}  # by folder
         self._closed = set[str]()  # folders whose runs are not opened again by a call of their dying workers
+
+    @ray.method(concurrency_group=CLAIMS)
+    def claim(
+        self, cells: Sequence[Cell], study: str, final_statuses: Sequence[str]
+    ) -> tuple[dict[str, FinishedRun], tuple[LoggedRun, ...]]:
+        """Finds the runs of cells that have ended, and opens MLflow runs for the others: see `claim.claim_runs`."""
+        from lmu_dist.launch.claim import claim_runs
+
+        return claim_runs(cells, self._store, study, final_statuses)
+
+    @ray.method(concurrency_group=CLAIMS)
+    def close_failed(self, cells: Sequence[Cell], study: str) -> None:
+        """Closes the MLflow runs of cells that cannot go on: see `claim.close_failed`."""
+        from lmu_dist.launch.claim import close_failed
+
+        close_failed(cells, self._store, study)
 
     @ray.method
     def is_free(self, run: LoggedRun) -> bool:
@@ -120,7 +133,7 @@ class MetricsLogger:
             finally:
                 opened.lock.release()
 
-    def _open(self, run: LoggedRun, timeout_seconds: float = LOCK_SECONDS) -> "_OpenRun":
+    def _open(self, run: LoggedRun, timeout_seconds: float = REOPEN_SECONDS) -> "_OpenRun":
         from lmu_dist.tracking.upload import MLflowUploader
 
         name = str(run.folder)
@@ -142,7 +155,8 @@ class _OpenRun(NamedTuple):
 def start_metrics_logger(uri: str, node_id: str) -> ActorProxy[MetricsLogger]:
     """Starts the actor on a node; the driver's credentials for MLflow and object stores go with it."""
     node: Any = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    actor_class = ray.remote(num_cpus=0, scheduling_strategy=node, max_restarts=100, max_task_retries=3)(MetricsLogger)
+    options: Any = {"max_restarts": 100, "max_task_retries": 3, "concurrency_groups": {CLAIMS: N_CLAIMS}}
+    actor_class = ray.remote(num_cpus=0, scheduling_strategy=node, **options)(MetricsLogger)
     return actor_class.remote(uri, {k: v for k, v in os.environ.items() if k.startswith(("MLFLOW_", "AWS_"))})
 
 
@@ -235,10 +249,3 @@ class RemoteRunLogger:
 
     def _log(self, method: str, *arguments: Any) -> None:
         self._unanswered.append(self._actor.log.remote(self._run, method, *arguments))
-
-
-def metrics_log_lock(folder: Folder) -> FileLock:
-    """The file lock that a process holds while it writes the metrics log of a run."""
-    local = storage.local_state_dir(folder)
-    storage.make_folder(local)
-    return FileLock(local / "metrics_log.lock", thread_local=False)

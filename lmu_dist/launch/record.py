@@ -1,9 +1,11 @@
 """What is logged of a run besides its metrics per step: its constants at the start, its RunRecord at the end.
 
 Takes a Cell and an Outcome, returns a RunRecord, and logs both through a RunLogger. Called by worker, run_group and claim.
+MLflow is not asked.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from lmu_dist import config as configuration
@@ -16,6 +18,7 @@ from lmu_dist.tracking.run_logger import RunLogger
 from lmu_dist.train import VERSION, checkpoint
 
 RECORD = "record.json"
+FINAL_STATUSES = (records.COMPLETE, records.DIVERGED)  # outside of a search, a run that it stopped early is continued
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,24 @@ class Outcome:
         return EvalMetrics(
             **records.known_fields(EvalMetrics, saved | {"position_loss_nats": tuple(saved["position_loss_nats"])})
         )
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A cell that has ended, with its record and its MLflow run."""
+
+    cell: Cell
+    record: RunRecord
+    run_id: str  # "" if MLflow has not answered since the run started
+    tracking_uri: str
+    already_done: bool
+    notes: tuple[str, ...]  # warnings for the user: damaged checkpoints that were skipped, a log that is not uploaded yet
+
+
+def notes(skipped: Sequence[str], not_uploaded: str, of_log: Sequence[str] = ()) -> tuple[str, ...]:
+    """The warnings about a run: damaged checkpoints that were skipped, why its log is not uploaded completely, and others."""
+    note = f"MLflow does not have all metrics of this run yet ({not_uploaded}); start the same command again to upload the rest"
+    return (*skipped, *([note] if not_uploaded else []), *of_log)
 
 
 def log_start(cell: Cell, logger: RunLogger) -> None:
@@ -86,6 +107,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         gradient_precision=train.gradient_precision if train.precision == "bf16" else "",
         seed=cell.config.seed,
         validation_rows=cell.validation_rows,
+        unique_tokens=cell.corpus.n_rows("train", train.sequence_tokens) * train.sequence_tokens,
         training_flops_per_token=flops.training,
         training_flops_per_token_kaplan=flops.training_kaplan,
         data_digest=cell.corpus.manifest.data_digest,

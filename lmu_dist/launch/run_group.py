@@ -1,6 +1,7 @@
 """Claims the runs of a run group: cells of one trunk in, locks and MLflow runs while it is trained, finished runs out.
 
-Called by worker_group, in the process that claims runs: the driver of `train`, and the trials of ladder and tune.
+Called by worker_group, in the process that claims runs: the driver of `train`, and the trials of ladder and tune. The
+metrics logger finds and opens the runs in MLflow, so that such a process need not import it.
 """
 
 import time
@@ -13,27 +14,21 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayError
 
 from lmu_dist import records, storage
-from lmu_dist.config import FailedError
+from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.data.manifest import TOKENIZER
-from lmu_dist.launch import claim, clean
+from lmu_dist.launch import tidy
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError, FinishedRun
-from lmu_dist.launch.metrics_logger import (
-    LOCK_SECONDS,
-    LoggedRun,
-    MetricsLogger,
-    RemoteRunLogger,
-    UploadState,
-    close_logs,
-    release_log,
-)
-from lmu_dist.launch.record import log_start, read_record, record_path
+from lmu_dist.launch.locks import exclusive_lock
+from lmu_dist.launch.metrics_logger import LOCK_SECONDS, MetricsLogger, RemoteRunLogger, UploadState, close_logs, release_log
+from lmu_dist.launch.record import FINAL_STATUSES, FinishedRun, log_start, notes, read_record, record_path
 from lmu_dist.launch.work_queue import RunGroup
 from lmu_dist.models.family_source import FAMILY_CODE
-from lmu_dist.tracking.metrics_log import MetricsLog
+from lmu_dist.tracking.errors import BusyError
 from lmu_dist.tracking.run_file import saved_run_id
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.run_identity import LoggedRun
 from lmu_dist.train import checkpoint
+
+UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run group waits for MLflow; the next start uploads the rest
 
 
 class ClaimedRunGroup:
@@ -46,28 +41,30 @@ class ClaimedRunGroup:
     def __init__(
         self,
         cells: Sequence[Cell],
-        store: Store,
+        tracking_uri: str,
         study: str,
         metrics_logger: ActorProxy[MetricsLogger],
-        final_statuses: Sequence[str] = claim.FINAL_STATUSES,
+        final_statuses: Sequence[str] = FINAL_STATUSES,
     ) -> None:
         """`final_statuses`: a run that ended with another status is continued."""
-        self._store, self._metrics_logger, self.all_cells = store, metrics_logger, tuple(cells)
-        self._skipped_checkpoints = claim.check_resumable(cells, store, study)
+        self._tracking_uri, self._metrics_logger, self.all_cells = tracking_uri, metrics_logger, tuple(cells)
+        try:
+            self._skipped_checkpoints = skipped_checkpoints(cells)
+        except BusyError:
+            raise
+        except ConfigError:
+            with suppress(RayError):
+                ray.get(metrics_logger.close_failed.remote(cells, study))
+            raise
         self.runs: tuple[LoggedRun, ...] = ()
         self._lock = ExitStack()
-        self._lock.enter_context(claim.exclusive_lock(cells[0]))
+        self._lock.enter_context(exclusive_lock(cells[0]))
         try:
-            found = {cell.key: claim.find_finished(cell, store, study, final_statuses=final_statuses) for cell in cells}
-            self.done = {key: run for key, run in found.items() if run is not None}
+            self.done, runs = ray.get(metrics_logger.claim.remote(cells, study, final_statuses))
             self.cells = tuple(cell for cell in cells if cell.key not in self.done)
-            run_ids = [claim.open_run(cell, store, study) for cell in self.cells]
             for cell in self.cells:
                 _prepare_folder(cell)
-            self.runs = tuple(
-                LoggedRun(cell.folder, run_id, claim.run_identity(cell, study), _last_steps(cell, run_id, store))
-                for cell, run_id in zip(self.cells, run_ids, strict=True)
-            )
+            self.runs = runs
             self._log_start()
         except BaseException:
             try:
@@ -101,8 +98,8 @@ class ClaimedRunGroup:
         """The runs of the cells that have ended, in the order of the cells."""
         for cell, run in zip(self.cells, self.runs, strict=True):
             if cell.key not in self.done and record_path(cell).exists():
-                run_id = run.run_id or saved_run_id(cell.folder, self._store.uri) or ""
-                self.done[cell.key] = FinishedRun(cell, read_record(cell), run_id, self._store.uri, False, ())
+                run_id = run.run_id or saved_run_id(cell.folder, self._tracking_uri) or ""
+                self.done[cell.key] = FinishedRun(cell, read_record(cell), run_id, self._tracking_uri, False, ())
         return [self.done[cell.key] for cell in self.all_cells if cell.key in self.done]
 
     def close(self, status: str) -> list[FinishedRun]:
@@ -114,15 +111,15 @@ class ClaimedRunGroup:
         try:
             self._end_unfinished(status)
             with suppress(RayError):
-                states = close_logs(self._metrics_logger, self.runs, claim.UPLOAD_TIMEOUT_SECONDS)
-            clean.after_run(self.all_cells)
+                states = close_logs(self._metrics_logger, self.runs, UPLOAD_TIMEOUT_SECONDS)
+            tidy.after_run(self.all_cells)
         finally:
             self._release()
-        notes = {
-            cell.key: claim.notes(self._skipped_checkpoints[cell.key], state.not_uploaded, state.notes)
+        warnings = {
+            cell.key: notes(self._skipped_checkpoints[cell.key], state.not_uploaded, state.notes)
             for cell, state in zip(self.cells, states, strict=True)
         }
-        return [replace(run, notes=notes.get(run.cell.key, run.notes)) for run in self.finished()]
+        return [replace(run, notes=warnings.get(run.cell.key, run.notes)) for run in self.finished()]
 
     def _end_unfinished(self, status: str) -> None:
         """Ends the MLflow runs of the cells that have no record."""
@@ -143,6 +140,26 @@ class ClaimedRunGroup:
             self._lock.close()
 
 
+def skipped_checkpoints(cells: Sequence[Cell]) -> dict[str, list[str]]:
+    """The damaged checkpoints of the cells of a trunk that will be skipped, by key. A cell that has ended needs none.
+
+    Raises ConfigError if a cell cannot go on, as all its checkpoints are damaged or have another ZeRO stage, BusyError if
+    another driver is writing checkpoints.
+    """
+    with exclusive_lock(cells[0]):
+        return {cell.key: [] if record_path(cell).exists() else _skipped_checkpoints(cell) for cell in cells}
+
+
+def _skipped_checkpoints(cell: Cell) -> list[str]:
+    path, meta, skipped = checkpoint.newest_intact(cell.folder)
+    if meta is not None and not checkpoint.is_loadable(meta, cell.config.cluster.zero_stage):
+        raise ConfigError(
+            f"{path} was written at ZeRO stage {meta.zero_stage}, and only stages 1 and 2 can read each other; go on "
+            f"with cluster.zero_stage={meta.zero_stage} (in a ladder, by ladder.workers)"
+        )
+    return skipped
+
+
 def _prepare_folder(cell: Cell) -> None:
     """Writes what a run's folder has from its start on."""
     record_path(cell).unlink(missing_ok=True)  # left by a run that was stopped early and is now continued
@@ -150,15 +167,3 @@ def _prepare_folder(cell: Cell) -> None:
     if cell.family_source is not None:
         storage.write_atomic(cell.folder / FAMILY_CODE, cell.family_source.text.encode())
     checkpoint.prune(cell.folder, cell.config.cluster.keep_checkpoints)
-
-
-def _last_steps(cell: Cell, run_id: str | None, store: Store) -> dict[str, int]:
-    """The last step of each metric that MLflow has of a run whose log is not on this machine."""
-    if run_id is None or MetricsLog.is_complete(cell.folder):
-        return {}
-    try:
-        return store.last_steps(run_id)
-    except MLflowUnavailableError:
-        if storage.is_remote(cell.folder):
-            raise
-        return {}  # a run in a local folder whose log is missing has logged nothing

@@ -15,19 +15,21 @@ from lmu_dist.data.manifest import is_prepared
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError, FinishedRun, OwnerUnresponsiveError
 from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.dispatcher import MetricsListener, Services
 from lmu_dist.launch.metrics_logger import start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
+from lmu_dist.launch.record import FinishedRun
+from lmu_dist.launch.run_group import skipped_checkpoints
 from lmu_dist.launch.work_queue import start_work_queue
 from lmu_dist.launch.work_source import OneTrunk
 from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import shape_of
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError, OwnerUnresponsiveError
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.upload import set_client_limits
 
 STUDY = "train"
@@ -57,7 +59,7 @@ def train(
         claim.end_study(store, config, STUDY, _study_status(finished))
         return finished
     with _ends_study(store, config):
-        claim.check_resumable([cell], store, STUDY)
+        _check_resumable(cell, store)
     deadline = time.monotonic() + HEARTBEAT_TIMEOUT_SECONDS + POLL_SECONDS
     with cluster([config]):
         while True:
@@ -76,10 +78,21 @@ def train(
 
 def _train(cell: Cell, store: Store, listener: MetricsListener) -> FinishedRun:
     node_id, source = ray.get_runtime_context().get_node_id(), OneTrunk([cell])
-    services = Services(store, STUDY, start_metrics_logger(store.uri, node_id), start_work_queue([], 0, node_id))
+    services = Services(store.uri, STUDY, start_metrics_logger(store.uri, node_id), start_work_queue([], 0, node_id))
     train_run_groups(source, f"train-{time.time_ns():x}", cell.config, services, listener)
     [finished] = source.result()
     return finished
+
+
+def _check_resumable(cell: Cell, store: Store) -> None:
+    """Raises ConfigError if the cell cannot go on from its checkpoints, before Ray is started."""
+    try:
+        skipped_checkpoints([cell])
+    except BusyError:
+        raise
+    except ConfigError:
+        claim.close_failed([cell], store, STUDY)
+        raise
 
 
 @contextmanager

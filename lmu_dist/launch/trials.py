@@ -25,7 +25,7 @@ from ray.util.state.exception import RayStateApiException
 
 from lmu_dist import background
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.tracking.store import one_line
+from lmu_dist.tracking.errors import one_line
 
 HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to release the resources of a stopped trial

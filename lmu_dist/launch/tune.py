@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,12 @@ from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import claim, space
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
-from lmu_dist.launch.record import Outcome, read_record, record_path
+from lmu_dist.launch.record import FINAL_STATUSES, FinishedRun, Outcome, read_record, record_path
 from lmu_dist.launch.trials import (
     TrialCallback,
     check_state_api,
@@ -49,8 +48,9 @@ from lmu_dist.models.family_source import FamilySource
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid, unset_unknown_options
 from lmu_dist.records import RunRecord
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
 from lmu_dist.tracking.runs import find_run, validation_losses
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.upload import set_client_limits
 from lmu_dist.train import VERSION, checkpoint
 
@@ -100,7 +100,7 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
         with cluster([config]):
             check_state_api()
             head = head_node_id()
-            services = Services(store, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], 0, head))
+            services = Services(store.uri, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], 0, head))
             results = [driver.run(services) for driver in drivers]
             notes = wait_for_release()
     except BaseException as e:
@@ -137,7 +137,7 @@ class _Driver:
         self.release_log: Callable[[Folder], None] = lambda _: None  # until there is a metrics logger
         self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
-        self.final_statuses = (*claim.FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else claim.FINAL_STATUSES
+        self.final_statuses = (*FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else FINAL_STATUSES
         versions = [str(registry.find(family).version), VERSION]
         # Only what differs from a default, so that a key added by a later version does not start the search anew.
         defaults = flatten(to_dict(Config()))
@@ -273,8 +273,7 @@ def _run_trial(
     try:
         for source in sources:
             registry.register(source)
-        services = replace(services, store=(store := Store(services.store.uri)))  # with a connection of its own
-        cell = _cell(base, space.settings(params), corpus)
+        cell, store = _cell(base, space.settings(params), corpus), Store(services.tracking_uri)
         with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
             run = find_run(store, cell.key)
             if run is not None:

@@ -16,7 +16,7 @@ from ray.actor import ActorProxy
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.metrics_logger import LoggedRun
+from lmu_dist.tracking.run_identity import LoggedRun
 
 
 @dataclass(frozen=True)

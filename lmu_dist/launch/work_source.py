@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import FinishedRun
+from lmu_dist.launch.record import FinishedRun
 
 
 @runtime_checkable

@@ -10,8 +10,8 @@ from typing import Any
 
 from lmu_dist import background, records, storage
 from lmu_dist.config import Config, FailedError
-from lmu_dist.launch import claim
 from lmu_dist.launch.dispatcher import Dispatcher, MetricsListener, Services
+from lmu_dist.launch.record import FINAL_STATUSES
 from lmu_dist.launch.work_source import WorkSource
 from lmu_dist.launch.workers import run_workers
 
@@ -25,7 +25,7 @@ def train_run_groups(
     services: Services,
     listener: MetricsListener = lambda _: None,
     callbacks: Sequence[Any] = (),
-    final_statuses: Sequence[str] = claim.FINAL_STATUSES,
+    final_statuses: Sequence[str] = FINAL_STATUSES,
 ) -> None:
     """Trains the cells of a source in one group of workers, until the source has no more. Resumes from their checkpoints.
 

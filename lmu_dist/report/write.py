@@ -21,9 +21,10 @@ from lmu_dist.scaling.as_json import fit_to_json, to_json
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, runs_at_largest_budget, runs_compared_by_position
+from lmu_dist.tracking.errors import MLflowUnavailableError
 from lmu_dist.tracking.reports import reports_of, save_report
 from lmu_dist.tracking.runs import position_losses
-from lmu_dist.tracking.store import MLflowUnavailableError, Store
+from lmu_dist.tracking.store import Store
 
 ShowProgress = Callable[[str, float, float], None]
 

@@ -4,7 +4,8 @@ Called by launch/claim and upload.
 """
 
 from lmu_dist.records import WAITING
-from lmu_dist.tracking.owner import BusyError, heartbeat_now, owner_id_of
+from lmu_dist.tracking.errors import BusyError
+from lmu_dist.tracking.owner import heartbeat_now, owner_id_of
 from lmu_dist.tracking.run_identity import RunIdentity
 from lmu_dist.tracking.runs import find_run, runs_with_key
 from lmu_dist.tracking.store import Store

@@ -1,20 +1,17 @@
 """Which driver owns an MLflow run, and whether it lives: a run in, its owner id out. Called by launch, new_run and upload."""
 
 import time
+from typing import TYPE_CHECKING
 
-from mlflow.entities import Run
-
-from lmu_dist.config import ConfigError
 from lmu_dist.tracking.tags import FOLDER, OWNER_ID
+
+if TYPE_CHECKING:  # processes that need no MLflow import this module
+    from mlflow.entities import Run
 
 HEARTBEAT_TIMEOUT_SECONDS = 90.0  # without a heartbeat, after which a run counts as abandoned
 
 
-class BusyError(ConfigError):
-    """Another driver is training the cell."""
-
-
-def owner_id_of(run: Run) -> str | None:
+def owner_id_of(run: "Run") -> str | None:
     """The owner id of a run; in runs of earlier versions its folder."""
     return run.data.tags.get(OWNER_ID, run.data.tags.get(FOLDER))
 

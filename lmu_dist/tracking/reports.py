@@ -7,8 +7,9 @@ from pathlib import Path
 from mlflow.entities import Metric, Param
 
 from lmu_dist.tracking import pages
+from lmu_dist.tracking.errors import MLflowUnavailableError, one_line
 from lmu_dist.tracking.experiments import set_experiment_tags
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, one_line
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import describe_study
 from lmu_dist.tracking.tags import ANSWER, REPORT, REPORT_ANY_CODE, RUN_NAME, STALE, STUDY
 

@@ -7,7 +7,6 @@ import functools
 import gc
 import logging
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Iterator
@@ -19,9 +18,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from lmu_dist import storage
-from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.config import ConfigError
 from lmu_dist.tracking import address, sqlite_file
+from lmu_dist.tracking.errors import MLflowUnavailableError, one_line
 
 # How long a store that did not answer is not asked again: three times as long as the caller has waited for it.
 MIN_OUTAGE_SECONDS, MAX_OUTAGE_SECONDS = 3.0, 60.0
@@ -36,12 +35,6 @@ logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
 def default_uri(folder: Path) -> str:
     """The URI of the default store, an SQLite file in `folder`, for when MLFLOW_TRACKING_URI is not set."""
     return f"sqlite:///{folder.absolute() / 'mlflow.db'}"
-
-
-class MLflowUnavailableError(FailedError):
-    """The MLflow store does not answer, or answers with an error. `reason` is the error without store and advice."""
-
-    reason = ""
 
 
 class Store:
@@ -208,14 +201,3 @@ def existing_store(uri: str) -> Store:
     store = Store(uri)
     store.check_exists()
     return store
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line, at most 300 characters. Of a database's or a connection's error only the reason."""
-    if isinstance(error, MLflowUnavailableError) and error.reason:
-        return error.reason
-    text = " ".join(str(error).split())
-    text = re.sub(r"^\(raised as a result of Query-invoked autoflush;[^)]*\) ", "", text)
-    text = re.split(r" ?\[SQL: | ?\(Background on this error at: ", text)[0]
-    text = re.sub(r"^.*\(Caused by .*: ([^:]+?)[\"')]*$", r"\1", text)
-    return storage.error_text(re.sub(r"^\((\w+\.)*\w+Error\) ", "", text)[:300])

@@ -16,12 +16,13 @@ from mlflow.tracking import MlflowClient
 
 from lmu_dist.config import FailedError, open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
+from lmu_dist.tracking.errors import one_line
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import find_or_create_run
 from lmu_dist.tracking.owner import heartbeat_now
 from lmu_dist.tracking.run_file import save_run_id
 from lmu_dist.tracking.run_identity import RunIdentity
-from lmu_dist.tracking.store import Store, one_line
+from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import HEARTBEAT
 
 MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # any other status: KILLED

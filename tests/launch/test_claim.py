@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 from unittest.mock import ANY, MagicMock
 
 import pytest
@@ -15,15 +14,24 @@ from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim, trainer
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import BusyError, FinishedRun
 from lmu_dist.launch.ladder_trial import WorkItems
+from lmu_dist.launch.locks import exclusive_lock
 from lmu_dist.launch.new_cell import make_cell
-from lmu_dist.launch.record import Outcome, read_record, record_of_cell, record_path, write_record
-from lmu_dist.launch.run_group import ClaimedRunGroup
+from lmu_dist.launch.record import (
+    FINAL_STATUSES,
+    FinishedRun,
+    Outcome,
+    read_record,
+    record_of_cell,
+    record_path,
+    write_record,
+)
+from lmu_dist.launch.run_group import ClaimedRunGroup, skipped_checkpoints
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.runs import runs_of, runs_with_key
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import open_study
 from lmu_dist.tracking.upload import upload_pending
 from lmu_dist.train import checkpoint
@@ -90,9 +98,9 @@ def test_two_drivers_that_start_at_the_same_moment_do_not_both_run(cell: Cell, t
 
 def test_second_driver_on_one_storage_is_refused(cell: Cell):
     with (
-        claim.exclusive_lock(cell),
+        exclusive_lock(cell),
         pytest.raises(BusyError, match="is being run by another process"),
-        claim.exclusive_lock(cell),
+        exclusive_lock(cell),
     ):
         pass
 
@@ -134,9 +142,8 @@ def test_trunk_at_a_uri_waits_while_mlflow_is_unavailable(cell: Cell, monkeypatc
     cell = make_cell(with_settings(cell.config, {"storage": "memory://runs"}), cell.corpus)
     with pytest.raises(MLflowUnavailableError):  # where only MLflow excludes other drivers
         claim.check_store(Store(UNREACHABLE), cell.config)
-    metrics_logger: Any = None  # not reached
     with pytest.raises(MLflowUnavailableError) as raised:
-        ClaimedRunGroup([cell], Store(UNREACHABLE), "ladder", metrics_logger)
+        claim.claim_runs([cell], Store(UNREACHABLE), "ladder", FINAL_STATUSES)
     queue = MagicMock()
     queue.take.remote.return_value = (7, (cell,))
     monkeypatch.setattr("lmu_dist.launch.ladder_trial.ray.get", lambda answer: answer)
@@ -183,7 +190,7 @@ def test_damaged_record_is_named(cell: Cell):
         read_record(cell)
 
 
-def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, tmp_path: Path):
+def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, tmp_path: Path, monkeypatch):
     """Its driver was killed, so the run in MLflow is still the running one of that driver."""
     store = Store(default_uri(tmp_path))
     run_id = claim.open_run(cell, store, "train")
@@ -193,10 +200,13 @@ def test_run_whose_checkpoints_are_all_damaged_is_closed_as_failed(cell: Cell, t
     folder.mkdir()
     write_weights(folder, Meta(10, cell.key, 1, 1, "d", "t", "c", {}, {}), {"weight": torch.ones(3)})
     checkpoint.write_manifest(folder, 0, 1)
-    assert claim.check_resumable([cell], store, "train") == {cell.key: []}
+    assert skipped_checkpoints([cell]) == {cell.key: []}
+    monkeypatch.setattr("lmu_dist.launch.run_group.ray.get", lambda answer: answer)
+    metrics_logger = MagicMock()
+    metrics_logger.close_failed.remote = lambda cells, study: claim.close_failed(cells, store, study)
     (folder / WEIGHTS).write_bytes(bytes((folder / WEIGHTS).stat().st_size))
     with pytest.raises(ConfigError, match=r"model\.safetensors is damaged, and no older checkpoint of the run is intact"):
-        claim.check_resumable([cell], store, "train")
+        ClaimedRunGroup([cell], store.uri, "train", metrics_logger)
     run = store.client.get_run(run_id)
     assert (run.data.tags["lmu.status"], run.info.status) == (records.FAILED, "FAILED")
 

@@ -13,8 +13,9 @@ from lmu_dist.config import Config, Folder, parse, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import claim, clean
+from lmu_dist.launch import clean, tidy
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell
+from lmu_dist.launch.locks import exclusive_lock, run_identity
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, write_record
 from lmu_dist.tracking.new_run import create_run_of
@@ -102,12 +103,12 @@ def test_a_run_that_has_ended_keeps_its_weights_and_its_trunk_what_is_still_need
         end(cell, tmp_path)
     write_checkpoint(planned.folder, planned, 50, tmp_path)  # it has not ended
     kept = make_cell(with_settings(first.config, {"cluster.keep_optimizer_state": True}), first.corpus)
-    clean.after_run([kept, *cells[1:]])
+    tidy.after_run([kept, *cells[1:]])
     assert branch_points(first) == [10, 20, 40]
     assert checkpoints(first) == [19, 20]
     weights = read_weights(first.folder / folder_name(20, 2, "a1"))
 
-    clean.after_run(cells)
+    tidy.after_run(cells)
     assert branch_points(first) == [40]  # from which the planned cell starts, and any with more tokens
     assert newest_branch_point(first.trunk_folder / BRANCH_POINTS, 80, 1)[1].step == 40  # pyright: ignore[reportOptionalMemberAccess]
     assert [checkpoints(cell) for cell in cells] == [[], [], [], [50]]
@@ -118,7 +119,7 @@ def test_a_run_that_has_ended_keeps_its_weights_and_its_trunk_what_is_still_need
     kept = sorted(path.name for path in (first.folder / WEIGHTS_ONLY).iterdir())
     assert kept == ["manifest-00000.json", "meta.json", WEIGHTS]
     export(first.folder, tmp_path / "exported")  # loads the model, verifies it, and loads it again
-    clean.after_run(cells)  # changes nothing more
+    tidy.after_run(cells)  # changes nothing more
     assert newest_model(first.folder)[0] == first.folder / WEIGHTS_ONLY
 
 
@@ -127,15 +128,15 @@ def test_branch_points_of_cells_that_have_not_ended_stay(base: Config, corpus: C
     first, second, third, fourth = cells
     for cell in (first, third, fourth):
         end(cell, tmp_path)
-    clean.after_run(cells)
+    tidy.after_run(cells)
     assert branch_points(first) == [10, 80]  # the second cell, whose decay starts at step 20, starts from 10
     write_checkpoint(first.trunk_folder / BRANCH_POINTS, first, 5, tmp_path)
     other = make_cell(with_settings(base, {"storage": first.config.storage, "train.tokens": 30 * BATCH}), corpus)
     write_checkpoint(other.folder, other, 16, tmp_path)  # of another driver's plan
-    clean.after_run(cells)
+    tidy.after_run(cells)
     assert branch_points(first) == [5, 10, 80]
     end(second, tmp_path, records.STOPPED_EARLY)  # by a search: it can go on
-    clean.after_run(cells)
+    tidy.after_run(cells)
     assert checkpoints(second) == [39, 40]
 
 
@@ -144,7 +145,7 @@ def test_nothing_is_deleted_without_intact_weights(base: Config, corpus: Corpus,
     end(cell, tmp_path)
     for path in cell.folder.glob(f"step-*/{WEIGHTS}"):
         path.write_bytes(bytes(path.stat().st_size))  # type: ignore[union-attr]
-    clean.after_run([cell])
+    tidy.after_run([cell])
     assert checkpoints(cell) == [19, 20]
     assert not (cell.folder / WEIGHTS_ONLY).exists()
 
@@ -176,7 +177,7 @@ def experiment(base: Config, corpus: Corpus, tmp_path: Path, monkeypatch: pytest
     store, cells = Store(default_uri(tmp_path)), cells_in(str(tmp_path / "storage"), base, corpus)
     for cell in cells:
         end(cell, tmp_path)
-        run_id = create_run_of(store, claim.run_identity(cell, "ladder"))
+        run_id = create_run_of(store, run_identity(cell, "ladder"))
         store.client.set_tag(run_id, "lmu.status", records.COMPLETE)
     return cells
 
@@ -204,14 +205,14 @@ def test_clean_says_what_it_would_free_and_frees_it_if_asked(experiment: list[Ce
 
 def test_clean_leaves_what_is_in_use_or_planned(experiment: list[Cell], tmp_path: Path, base: Config, corpus: Corpus):
     store, first = Store(default_uri(tmp_path)), experiment[0]
-    with claim.exclusive_lock(first):
+    with exclusive_lock(first):
         found = clean.clean(store, EXPERIMENT, delete=True)
     assert (found.items, found.left) == ((), (f"{first.trunk_folder} is being trained",))
     planned = make_cell(with_settings(base, {"storage": first.config.storage, "train.tokens": 30 * BATCH}), corpus)
     write_plan(store, EXPERIMENT, "ladder", [{"name": planned.name, "key": planned.key}])
     record_path(experiment[1]).unlink()
     found = clean.clean(store, EXPERIMENT, delete=True)
-    assert {item.kind for item in found.items} == {clean.OPTIMIZER_STATE}
+    assert {item.kind for item in found.items} == {tidy.OPTIMIZER_STATE}
     assert branch_points(first) == [10, 20, 40, 80]
     assert [len(checkpoints(cell)) for cell in experiment] == [0, 2, 0, 0]
 

@@ -10,12 +10,11 @@ from lmu_dist import records
 from lmu_dist.config import FailedError
 from lmu_dist.launch import dispatcher as module
 from lmu_dist.launch.cell import Cell
-from lmu_dist.launch.claim import FinishedRun
 from lmu_dist.launch.dispatcher import Dispatcher, Services
-from lmu_dist.launch.metrics_logger import LoggedRun
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.run_group import ClaimedRunGroup
 from lmu_dist.launch.workers import CannotStartError
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.run_identity import LoggedRun
 
 MAX_FAILURES = 2
 
@@ -83,7 +82,7 @@ def _imitated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dispatcher_of(source: Source) -> Dispatcher:
-    return Dispatcher(source, "group", Services(MagicMock(spec=Store), "ladder", MagicMock(), MagicMock()), False, ())
+    return Dispatcher(source, "group", Services("sqlite:///store", "ladder", MagicMock(), MagicMock()), False, ())
 
 
 def current(dispatcher: Dispatcher) -> Any:

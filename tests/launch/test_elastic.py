@@ -11,7 +11,7 @@ from ray.cluster_utils import Cluster
 
 from lmu_dist import records
 from lmu_dist.config import ConfigError, FailedError, load
-from lmu_dist.launch.claim import FinishedRun
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.runs import runs_of
 from lmu_dist.tracking.store import Store, default_uri

@@ -56,44 +56,60 @@ def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(folder: Path, *words: str) -> str:
+SEVERAL_COMMANDS = """
+import contextlib, io, json, sys
+
+from lmu_dist.cli import main
+
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        code = main(words)
+    print(json.dumps([code, output.getvalue()]), flush=True)
+"""
+
+
+def run_commands(folder: Path, *commands: str) -> list[str]:
+    """The outputs of several commands in one process with the code in a folder: imports take longer than most of them."""
+    words = json.dumps([line.split() for line in commands])
+    process = [sys.executable, "-c", SEVERAL_COMMANDS, words]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [sys.executable, "-m", "lmu_dist.cli", *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    done = subprocess.run(process, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [code for code, _ in results] == [0] * len(commands), done.stderr[-3000:]
+    return [output for _, output in results]
 
 
 @pytest.mark.timeout(600)
 def test_new_families_in_plan_ladder_report_and_figures(folder: Path):
-    planned = json.loads(command(folder, "plan", "job.json", "--json"))["cells"]
+    outputs = run_commands(folder, "plan job.json --json", "ladder job.json --json", "ladder job.json --json")
+    planned, cells, known = (json.loads(output)["cells"] for output in outputs)
     assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
-    cells = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
     assert {(cell["family"], cell["status"]) for cell in cells} == {(c["family"], "complete") for c in planned}
     versions = {cell["family"]: cell["family_version"] for cell in cells}
     assert (versions["no_positions"], versions["lmu"], len(versions["gated_linear_attention"])) == ("1", "1", 12)
-    assert all(cell["was_done"] for cell in json.loads(command(folder, "ladder", "job.json", "--json"))["cells"])
+    assert all(cell["was_done"] for cell in known)
     # Changed comments and docstrings do not repeat any run. A raised version repeats the runs of its family.
     for path in ("models/lm.py", "models/families/lmu.py", "train/engine.py", "launch/worker.py"):
         file = folder / "lmu_dist" / path
         file.write_text(file.read_text().replace('"""', '"""Edited. ', 1) + "# a comment\n")
     raised = folder / "lmu_dist" / "models" / "families" / "no_positions.py"
     raised.write_text(raised.read_text().replace("version = 1", "version = 2"))
-    again = json.loads(command(folder, "ladder", "job.json", "--json"))["cells"]
-    assert {cell["family"] for cell in again if not cell["was_done"]} == {"no_positions"}
-
-    command(folder, "report", "own-family", "-o", "report")
+    run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
+    output, _, text, _ = run_commands(
+        folder,
+        "ladder job.json --json",
+        "report own-family -o report",
+        f"generate {run} --tokens 3 --family {EXAMPLE}",
+        f"export {run} exported --family {EXAMPLE}",
+    )
+    assert {cell["family"] for cell in json.loads(output)["cells"] if not cell["was_done"]} == {"no_positions"}
     page = (folder / "report" / "report.html").read_text()
     assert "no positions" in page
     assert "gated linear attention" in page
     assert "--family-no-positions: #123abc" in page
     assert "var(--family-gated-linear-attention)" in (page[page.index("<svg") :])
-
-    run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
     assert (Path(run) / FAMILY_CODE).read_text() == (folder / "examples" / "gated_linear_attention.py").read_text()
-    assert command(folder, "generate", run, "--tokens", "3", "--family", EXAMPLE)
-    command(folder, "export", run, "exported", "--family", EXAMPLE)
+    assert text
     refused = subprocess.run(
         [sys.executable, "-m", "lmu_dist.cli", "generate", "exported"], cwd=folder, capture_output=True, text=True
     )

@@ -15,7 +15,7 @@ from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim, finished, ladder
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.new_cell import at_half_rate, make_cell
-from lmu_dist.launch.record import Outcome, log_result, log_start, record_of_cell, record_path, write_record
+from lmu_dist.launch.record import FinishedRun, Outcome, log_result, log_start, record_of_cell, record_path, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.pages import NOTE
 from lmu_dist.tracking.runs import find_known_runs
@@ -63,7 +63,7 @@ def end(cell: Cell, store: Store, status: str = records.COMPLETE, uploads: bool 
     return run_id
 
 
-def find(cells: list[Cell], store: Store) -> dict[str, claim.FinishedRun]:
+def find(cells: list[Cell], store: Store) -> dict[str, FinishedRun]:
     known = find_known_runs(store, "many", cells[0].corpus.manifest.data_digest, VERSION)
     return finished.find_all_finished(cells, store, "ladder", known.by_key())
 

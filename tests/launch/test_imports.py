@@ -1,4 +1,4 @@
-"""Which processes do without torch: those that claim and record runs on the head, where each live trial has several."""
+"""What the processes of a live trial on the head do without, since there are many: torch, and MLflow's client."""
 
 import json
 import pickle
@@ -21,7 +21,8 @@ class Plain(Family):
     def mixer(self, shape, options):
         return FeedForward(shape.d_model, shape.d_model)
 """
-ON_THE_HEAD = """
+UNNEEDED = ("torch", "deepspeed", "safetensors", "jaxtyping", "datasets", "mlflow", "sqlalchemy")
+ON_THE_HEAD = f"""
 import json, pickle, sys
 from pathlib import Path
 
@@ -34,11 +35,11 @@ cell = pickle.loads(Path(sys.argv[1]).read_bytes())
 log_start(cell, MetricsLog(cell.folder, None))
 write_record(cell, record_of_cell(cell, None))
 assert read_record(cell).key == cell.key
-print(json.dumps([name for name in ("torch", "deepspeed", "safetensors", "jaxtyping", "datasets") if name in sys.modules]))
+print(json.dumps([name for name in {UNNEEDED} if name in sys.modules]))
 """
 
 
-def test_trial_controller_and_recorder_import_no_torch(tmp_path: Path, corpus_glob: str):
+def test_trial_and_controller_import_neither_torch_nor_mlflow(tmp_path: Path, corpus_glob: str):
     """They unpickle a cell, also one of a user's own family, log its constants and write its record."""
     (tmp_path / "plain.py").write_text(FAMILY)
     config = parse(

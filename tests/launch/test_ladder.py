@@ -1,6 +1,6 @@
-"""The ladder on Ray: cells with 1, 2 and 4 workers on four slots, a forced divergence, shared cells, killed and rival drivers.
+"""The ladder on Ray: cells with 1, 2 and 4 workers on five CPUs, a forced divergence, shared cells, killed and rival drivers.
 
-Every trunk takes about 20 seconds; tests/planning and test_trials cover what needs no Ray.
+Every start of workers takes some ten seconds; tests/planning, test_work_queue and test_dispatcher cover what needs no Ray.
 """
 
 import json
@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from lmu_dist.config import Config, ConfigError, load, with_settings
 from lmu_dist.launch.calibrate import calibrate
 from lmu_dist.launch.ladder import LadderResult, ladder
 from lmu_dist.launch.new_cell import at_half_rate
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord
@@ -72,66 +72,65 @@ def by_key(result: LadderResult) -> dict[str, RunRecord]:
     return {f.cell.key: f.record for f in result.finished}
 
 
-@pytest.fixture(scope="module")
-def four_slots() -> Iterator[None]:
-    ray.init("local", num_cpus=4, include_dashboard=True, log_to_driver=False)
-    yield
-    ray.shutdown()
+DIVERGING = {"train.learning_rate": 1000, "train.clip_norm": 0}
+WITH_LSTM = (
+    "ladder.families=[lmu, lstm]",
+    f"ladder.tuned={json.dumps([{'family': 'lstm', 'n_params': n, 'settings': DIVERGING} for n in (1000, 3000, 9000)])}",
+)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(job: Path, four_slots: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LadderResult]:
+def undisturbed(job: Path, local_ray: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, LadderResult]:
+    """A ladder of LMUs, and of LSTMs that all diverge."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return folder, ladder(configured(job, folder), default_uri(folder))
+    return folder, ladder(configured(job, folder, *WITH_LSTM), default_uri(folder))
+
+
+def of_family(result: LadderResult, family: str) -> list[FinishedRun]:
+    return [f for f in result.finished if f.record.family == family]
 
 
 def test_cells_of_all_sizes_complete_and_release_their_resources(undisturbed: tuple[Path, LadderResult]):
     _, result = undisturbed
     assert not result.failures
     assert not [note for note in result.notes if "Ray still holds" in note]
-    assert len(result.finished) == 6
-    assert {(f.record.status, f.record.phase) for f in result.finished} == {(records.COMPLETE, "decayed")}
-    assert {f.cell.config.cluster.n_workers for f in result.finished} == {1, 2, 4}
+    finished = of_family(result, "lmu")
+    assert len(finished) == 6
+    assert {(f.record.status, f.record.phase) for f in finished} == {(records.COMPLETE, "decayed")}
+    assert {f.cell.config.cluster.n_workers for f in finished} == {1, 2, 4}
     assert not any(f.already_done for f in result.finished)
     groups = list_placement_groups(address=ray.get_runtime_context().gcs_address)
     assert groups
     assert {g.state for g in groups} == {"REMOVED"}  # pyright: ignore
     deadline = time.monotonic() + 30
-    while ray.available_resources().get("CPU") != 4 and time.monotonic() < deadline:
+    while ray.available_resources().get("CPU") != 5 and time.monotonic() < deadline:
         time.sleep(0.5)
-    assert ray.available_resources()["CPU"] == 4
+    assert ray.available_resources()["CPU"] == 5
 
 
 def test_diverged_cell_is_stopped_retried_and_recorded(job: Path, undisturbed: tuple[Path, LadderResult]):
-    folder, _ = undisturbed
-    lstm_settings = '[{"family": "lstm", "n_params": 1000, "settings": {"train.learning_rate": 1000, "train.clip_norm": 0}}]'
-    settings = [
-        "ladder.families=[lmu, lstm]",
-        "ladder.n_params=[1000]",
-        f"ladder.tuned={lstm_settings}",
-        "experiment=diverging",
-    ]
-    result = ladder(configured(job, folder, *settings), default_uri(folder))
-    assert not result.failures
-    retries = [f.record for f in result.finished if f.record.family == "lstm"]
-    assert [r.status for r in retries] == [records.DIVERGED] * 2
+    folder, result = undisturbed
+    retries = [f.record for f in of_family(result, "lstm")]
+    assert [r.status for r in retries] == [records.DIVERGED] * 6
     store = Store(default_uri(folder))
-    first = {r.key: r for r in records_of(store, "diverging").values()}
+    first = {r.key: r for r in records_of(store, "grid").values()}
     for retry in retries:
         before = first[retry.retry_of]
         assert (before.status, before.phase) == (records.DIVERGED, "undecayed")
         assert before.stop_rule
         assert before.learning_rate == 2 * retry.learning_rate
         assert before.planned_tokens == retry.planned_tokens
-    assert {row.state for row in rows(store, "diverging") if row.name.startswith("lstm")} == {records.DIVERGED}
-    assert [f.record.status for f in result.finished if f.record.family == "lmu"] == [records.COMPLETE] * 2
-    again = ladder(configured(job, folder, *settings), default_uri(folder))
+    assert {row.state for row in rows(store, "grid") if row.name.startswith("lstm")} == {records.DIVERGED}
+    again = ladder(configured(job, folder, *WITH_LSTM), default_uri(folder))
+    assert all(f.already_done for f in again.finished)
     assert [f.record for f in again.finished] == [f.record for f in result.finished]
 
 
 def test_branch_of_a_trunk_equals_a_run_from_step_0(undisturbed: tuple[Path, LadderResult], tmp_path: Path):
     _, result = undisturbed
-    branch = next(f for f in result.finished if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG))
+    branch = next(
+        f for f in of_family(result, "lmu") if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG)
+    )
     decay_start = int(0.8 * SHORT / 256)
     assert branch.record.fork_step == decay_start
     history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
@@ -148,40 +147,26 @@ def test_branch_of_a_trunk_equals_a_run_from_step_0(undisturbed: tuple[Path, Lad
     assert {p.step: p.value for p in history if p.step >= decay_start} == losses
 
 
-def test_another_ladder_trains_only_new_cells(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_another_ladder_trains_only_cells_that_are_new_or_asked_for(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
     settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}, {2 * LONG}]", "experiment=another"]
-    began = time.monotonic()
-    other = ladder(configured(job, folder, *settings), default_uri(folder))
-    assert time.monotonic() - began < 120
+    config, store = configured(job, folder, *settings), Store(default_uri(folder))
+    other = ladder(config, store.uri)
     shared, new = other.finished
     assert (shared.already_done, new.already_done) == (True, False)
     assert shared.record == by_key(result)[shared.cell.key]
     # it starts from the latest branch point of the trunk, which the first ladder saved
     assert new.record.fork_step == int(0.8 * LONG / 256)
-    again = ladder(configured(job, folder, *settings), default_uri(folder))
-    assert [f.already_done for f in again.finished] == [True, True]
-    assert by_key(again) == by_key(other)
-    found = {row.key: row for row in rows(Store(default_uri(folder)), "another")}
+    found = {row.key: row for row in rows(store, "another")}
     assert found[shared.cell.key].remark == "in another experiment"
-
-
-def test_rerun_cell_keeps_its_key_and_its_losses(job: Path, undisturbed: tuple[Path, LadderResult]):
-    folder, result = undisturbed
-    settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}]"]
-    [before] = [
-        f
-        for f in result.finished
-        if (f.record.family, f.cell.config.model.n_params, f.record.planned_tokens) == ("lmu", 1000, SHORT)
-    ]
     with pytest.raises(ConfigError, match="--rerun ffff"):
-        ladder(configured(job, folder, *settings), default_uri(folder), rerun=["ffff"])
-    [after] = ladder(configured(job, folder, *settings), default_uri(folder), rerun=[before.cell.key[:10]]).finished
-    assert not after.already_done
-    assert after.run_id != before.run_id
-    assert after.record.val_loss_nats == before.record.val_loss_nats
-    retired = Store(default_uri(folder)).client.get_run(before.run_id)
-    assert retired.data.tags["lmu.retired_key"] == before.cell.key
+        ladder(config, store.uri, rerun=["ffff"])
+    rerun, known = ladder(config, store.uri, rerun=[shared.cell.key[:10]]).finished
+    assert (rerun.already_done, known.already_done) == (False, True)
+    assert (rerun.cell.key, known.record) == (shared.cell.key, new.record)
+    assert rerun.run_id != shared.run_id
+    assert rerun.record.val_loss_nats == shared.record.val_loss_nats
+    assert store.client.get_run(shared.run_id).data.tags["lmu.retired_key"] == shared.cell.key
 
 
 def test_status_command_lists_all_cells(
@@ -193,11 +178,11 @@ def test_status_command_lists_all_cells(
     found = {row["key"]: row for row in json.loads(capsys.readouterr().out)}
     for finished in result.finished:
         row = found[finished.cell.key]
-        assert (row["state"], row["tokens"]) == (records.COMPLETE, row["planned_tokens"])
+        assert (row["state"], row["tokens"]) == (finished.record.status, finished.record.tokens)
         assert row["loss_nats"] == finished.record.val_loss_nats
         assert (row["n_workers"], row["attempts"]) == (finished.cell.config.cluster.n_workers, 1)
     assert main(["status", "grid"]) == 0
-    assert "6 of 6 cells ended" in capsys.readouterr().out
+    assert "12 of 12 cells ended" in capsys.readouterr().out
     assert main(["status", "nothing"]) == 2
     assert "no experiment 'nothing'" in capsys.readouterr().err
 
@@ -213,24 +198,28 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
     assert all(any(f"N = {line.n_params:,}: " in text for text in lines) for line in found.cells)
     assert {line.n_workers for line in found.cells} == {1, 2}
     for line in found.cells:
-        [real] = [f.record for f in result.finished if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)]
+        [real] = [
+            f.record for f in of_family(result, "lmu") if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)
+        ]
         assert line.step_seconds is not None
         assert 0.2 < line.step_seconds / (real.training_seconds / real.steps) < 5  # other tests share the CPUs
 
 
-def test_cell_that_cannot_fit_is_refused_before_anything_starts(job: Path, four_slots: None, tmp_path: Path):
+def test_cell_that_cannot_fit_is_refused_before_anything_starts(job: Path, local_ray: str, tmp_path: Path):
     workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 9000, "n_workers": 8}]'
     with pytest.raises(
-        ConfigError, match=r"n_workers=8 with 1 CPU each does not fit on the cluster, which can hold 4 such workers"
+        ConfigError, match=r"n_workers=8 with 1 CPU each does not fit on the cluster, which can hold 5 such workers"
     ):
         ladder(configured(job, tmp_path, f"ladder.workers={workers}"), default_uri(tmp_path))
     assert not list(tmp_path.glob("lmu-*"))
 
 
-def test_killed_and_rival_drivers_give_the_same_results(job: Path, undisturbed: tuple[Path, LadderResult], tmp_path: Path):
+def test_killed_and_rival_drivers_give_the_same_results(
+    job: Path, undisturbed: tuple[Path, LadderResult], local_ray: str, tmp_path: Path
+):
     """A driver is killed in the middle of a run; then two drivers at once finish the ladder, on one storage and one store."""
     command = [sys.executable, "-m", "lmu_dist.cli", "ladder", str(job), f"storage={tmp_path}", "ladder.n_params=[1000, 3000]"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
+    environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path), "RAY_ADDRESS": local_ray}
 
     def start() -> subprocess.Popen[str]:
         quiet = {"stderr": subprocess.DEVNULL, "stdout": subprocess.PIPE, "text": True}
@@ -246,7 +235,7 @@ def test_killed_and_rival_drivers_give_the_same_results(job: Path, undisturbed: 
     rivals = [start(), start()]
     tables = [json.loads(rival.communicate(timeout=300)[0])["cells"] for rival in rivals]
     assert [rival.returncode for rival in rivals] == [0, 0]
-    expected = {key: r.val_loss_nats for key, r in by_key(undisturbed[1]).items() if r.n_params < 4000}
+    expected = {key: r.val_loss_nats for key, r in by_key(undisturbed[1]).items() if r.family == "lmu" and r.n_params < 4000}
     for table in tables:
         assert {cell["key"]: cell["val_loss_nats"] for cell in table} == expected
     assert tables[0] == [cell | {"was_done": mine["was_done"]} for cell, mine in zip(tables[1], tables[0], strict=True)]
@@ -260,7 +249,7 @@ def test_killed_and_rival_drivers_give_the_same_results(job: Path, undisturbed: 
 
 
 def test_retry_has_another_key_and_the_key_of_its_cell(undisturbed: tuple[Path, LadderResult]):
-    cell = undisturbed[1].finished[0].cell
+    cell = of_family(undisturbed[1], "lmu")[0].cell
     halved = at_half_rate(cell)
     assert halved.retry_of == cell.key != halved.key
     assert halved.config.train.learning_rate == cell.config.train.learning_rate / 2

@@ -3,7 +3,6 @@
 The GPU of these tests is only a number that Ray is told.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,8 @@ def test_a_cluster_without_gpus_is_named():
         clusters._check_fits(with_share(0.25), [{"CPU": 4}])
 
 
-@pytest.fixture
-def one_gpu() -> Iterator[None]:
-    ray.init("local", num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.usefixtures("local_ray")
 def test_ray_places_four_groups_of_workers_on_a_gpu():
     config = with_share(0.25)
     with clusters.cluster([config]):

@@ -19,15 +19,15 @@ import pytest
 from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
-from lmu_dist.launch.claim import FinishedRun
+from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.runs import find_run, records_of
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.train.checkpoint import newest_intact
 
-STEPS = 600
+STEPS = 400
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("local_ray")]
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,7 @@ def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished
 def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     record = undisturbed.record
     assert (record.status, record.phase, record.steps, record.tokens) == ("complete", "decayed", STEPS, STEPS * 256)
+    assert record.unique_tokens == 32 * len(undisturbed.cell.corpus.rows("train", 32)) > 0
     history = losses(undisturbed)
     assert sorted(history) == list(range(STEPS))
     assert record.train_loss_nats == history[STEPS - 1] < history[0] - 1
@@ -263,43 +264,38 @@ def test_worker_killed_during_an_upload_does_not_change_the_losses(job: Path, un
 
 
 @pytest.mark.timeout(300)
-def test_interrupted_run_is_marked_and_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
+def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
+    """The drivers start a local Ray each, as on a machine without a cluster."""
     command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
-    driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("lmu-*/*/step-*/meta.json")) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    driver.send_signal(signal.SIGINT)
-    _, error = driver.communicate(timeout=120)
-    assert driver.returncode == 1
+
+    def start_and_wait_for(step: int) -> subprocess.Popen[str]:
+        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(f"lmu-*/*/step-{step:08}-*/meta.json")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert driver.poll() is None
+        return driver
+
+    interrupted = start_and_wait_for(100)
+    interrupted.send_signal(signal.SIGINT)
+    _, error = interrupted.communicate(timeout=120)
+    assert interrupted.returncode == 1
     assert "interrupted; run the same command again" in error
     store = Store(default_uri(tmp_path))
     run = find_run(store, undisturbed.cell.key)
     assert run is not None
     assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", "interrupted")
-    finished = train(configured(job, tmp_path), default_uri(tmp_path))
-    assert losses(finished) == losses(undisturbed)
-    assert store.client.get_run(run.info.run_id).info.status == "FINISHED"
-
-
-@pytest.mark.timeout(300)
-def test_run_of_a_killed_driver_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
-    command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
-    environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
-    driver = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (found := list(tmp_path.glob("lmu-*/*/step-*/meta.json"))) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert found
-    assert driver.poll() is None
-    driver.kill()
-    driver.wait()
+    killed = start_and_wait_for(300)
+    killed.kill()
+    killed.communicate()
+    assert store.client.get_run(run.info.run_id).info.status == "RUNNING"
     finished = train(configured(job, tmp_path), default_uri(tmp_path))
     assert not finished.already_done
     assert losses(finished) == losses(undisturbed)
     assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
-    assert list(records_of(Store(finished.tracking_uri), "tests")) == [finished.run_id]
+    assert list(records_of(store, "tests")) == [finished.run_id]
+    assert store.client.get_run(run.info.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.timeout(300)

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import ray
 
 from lmu_dist import records
 from lmu_dist.cli import main
@@ -28,22 +27,18 @@ def configured(corpus_glob: str, storage: Path, **search: object) -> Config:
         "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
         "train": {"tokens": 102_400, "batch_tokens": 256, "sequence_tokens": 32, "warmup_tokens": 2560, "eval_tokens": 512},
         "tune": {"families": ["lmu"], "n_params": [1000], "space": choice, "search": "sweep"} | search,
-        "cluster": {"n_workers": 1},
+        "cluster": {"n_workers": 1, "cpus_per_worker": 2},  # two trials at a time
     }
     return parse(tree)
 
 
-def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, tmp_path: Path, monkeypatch, capfd):
+def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, local_ray: str, tmp_path: Path, monkeypatch, capfd):
     config = configured(corpus_glob, tmp_path, first_rung_tokens=12_800, reduction_factor=2)
     job = tmp_path / "job.yaml"
     tree = {"experiment": "search", "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}}}
     job.write_text(json.dumps(tree | {"include": "winners.yaml"}))
-    ray.init("local", num_cpus=2, include_dashboard=True, log_to_driver=False)
-    try:
-        [search], notes = tune(config, default_uri(tmp_path))
-        [again], _ = tune(config, default_uri(tmp_path))
-    finally:
-        ray.shutdown()
+    [search], notes = tune(config, default_uri(tmp_path))
+    [again], _ = tune(config, default_uri(tmp_path))
     assert not notes
     assert not search.failures
     assert len(search.trials) == len(RATES)

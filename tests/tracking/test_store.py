@@ -21,15 +21,15 @@ from sqlalchemy import create_engine
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking import address, pages, sqlite_file
+from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError, one_line
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run, find_or_create_run
-from lmu_dist.tracking.owner import BusyError
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import save_report
 from lmu_dist.tracking.run_file import saved_run_id
 from lmu_dist.tracking.run_identity import RunIdentity
 from lmu_dist.tracking.runs import find_known_runs, find_run, records_of, runs_with_key
-from lmu_dist.tracking.store import MLflowUnavailableError, Store, default_uri, existing_store, one_line
+from lmu_dist.tracking.store import Store, default_uri, existing_store
 from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.tags import STUDY
 from lmu_dist.tracking.upload import MLflowUploader
