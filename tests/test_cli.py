@@ -1,5 +1,6 @@
 """The command line: --help is fast, invalid input exits with 2 and one line and leaves no files, and `fit` prints laws."""
 
+import io
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ from ray.exceptions import GetTimeoutError, RayTaskError
 from rich.console import Console
 
 from lmu_dist import show
-from lmu_dist.cli import main
+from lmu_dist.cli import main, progress
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.scaling.laws import HOFFMANN
 from lmu_dist.tracking.progress import Row
@@ -90,6 +91,8 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     assert main([*arguments, "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["law"] == "chinchilla"
+    assert (facts["version"], facts["file"], facts["level"]) == (2, str(tmp_path / "t.csv"), 0.9)
+    assert (facts["columns"], facts["conditions"]) == ({"n": "N", "d": "D", "loss": "L"}, ["kind=a"])
     assert facts["n_rows"] == 16
     assert facts["parameters"].keys() == facts["intervals"].keys() == {"E", "A", "B", "alpha", "beta"}
     assert facts["parameters"]["alpha"] == pytest.approx(0.34, rel=0.05)
@@ -110,6 +113,37 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     assert facts["parameters"] == facts["intervals"] == {}
     assert main(arguments) == 3
     assert "NOT DETERMINED" in capfd.readouterr().out
+
+
+def test_fit_reads_standard_input_and_names_runs(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    rows = [
+        f"n{n:g}d{d:g};{n:g};{share * d:g};{str(float(HOFFMANN.loss(n, share * d))).replace('.', ',')}\n"
+        for n in (1e6, 1e7, 1e8, 1e9)
+        for d in (1e8, 1e9, 1e10, 1e11)
+        for share in (0.5, 1)
+    ]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(("name;N;D;L\n" + "".join(rows)).encode())))
+    arguments = ["--n", "N", "--d", "D", "--loss", "L", "--run", "name", "--resamples", "100"]
+    assert main(["fit", "-", *arguments, "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    assert (facts["file"], facts["columns"]["run"], facts["n_rows"]) == ("-", "name", 16)
+    assert facts["left_out"] == [{"reason": "not the last row of its run (name)", "rows": list(range(1, 33, 2))}]
+    assert facts["parameters"]["alpha"] == pytest.approx(0.34, rel=1e-3)
+
+
+def test_progress_is_shown_of_slow_work_only(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture):
+    monkeypatch.setattr(progress, "TICK_SECONDS", 0.02)
+    with progress.slow_progress("fitting"):
+        time.sleep(0.3)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(progress, "QUIET_SECONDS", 0.1)
+    with progress.slow_progress("fitting") as report:
+        time.sleep(0.6)
+        report("resamples", 30, 1000)
+        time.sleep(0.6)
+    output = capfd.readouterr()
+    assert [line.split(":")[0].split()[0] for line in output.err.splitlines()] == ["fitting", "resamples"]
+    assert output.out == ""
 
 
 def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.scaling.laws import parameters
 from lmu_dist.scaling.read_table import Table
 from lmu_dist.scaling.validate import FitResult
 
-FIT_VERSION = 2  # of the JSON that `lmu-dist fit` prints, see docs/fit-json.md; 1 had no version and nothing about the table
+FIT_VERSION = 2  # of the JSON of `lmu-dist fit`, see docs/fitting-a-table.md; 1 had no version and nothing about the table
 UNITS = {"N": "parameters", "D": "training tokens", "U": "unique tokens", "L": "nats per token"}
 
 
@@ -42,6 +43,7 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
         "determined": result.diagnostics.passed,
         "objective": result.objective,
         "parameters": parameters(result.law) if result.law else {},
+        "level": CONFIDENCE,
         "intervals": {k: list(v) for k, v in result.intervals.items()} if result.law else {},
         "profile_intervals": {k: list(v) if v else None for k, v in result.profiles.items()},
         "n_resamples": result.n_resamples,
