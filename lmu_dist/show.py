@@ -270,6 +270,8 @@ def print_table_notes(table: "FittedRows") -> None:
 def print_fit(result: "FitResult", numbers: "Sequence[int]") -> None:
     """Prints a law fitted to a table, its intervals and its diagnostics."""
     print(f"law          {result.form.__name__.lower()}, {result.n_rows:,} rows")
+    unique = ", U unique tokens" if result.form.NEEDS_UNIQUE else ""
+    print(f"formula      {result.form.FORMULA}; N parameters, D training tokens{unique}, L nats per token")
     diagnostics = result.diagnostics
     if result.law is None:
         print("NOT DETERMINED")

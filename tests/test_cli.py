@@ -92,6 +92,7 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     facts = json.loads(capfd.readouterr().out)
     assert facts["law"] == "chinchilla"
     assert (facts["version"], facts["file"], facts["level"]) == (2, str(tmp_path / "t.csv"), 0.9)
+    assert facts["formula"] == "L = E + A/N^alpha + B/D^beta"
     assert (facts["columns"], facts["conditions"]) == ({"n": "N", "d": "D", "loss": "L"}, ["kind=a"])
     assert facts["n_rows"] == 16
     assert facts["parameters"].keys() == facts["intervals"].keys() == {"E", "A", "B", "alpha", "beta"}
@@ -106,6 +107,7 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     output = capfd.readouterr().out
     assert f"{facts['parameters']['alpha']:.6g}" in output
     assert "left out     1 row: L is missing" in output
+    assert "L = E + A/N^alpha + B/D^beta; N parameters, D training tokens, L nats per token" in output
     write_table(tmp_path / "t.csv", (1e7,))
     assert main([*arguments, "--json"]) == 3
     facts = json.loads(capfd.readouterr().out)

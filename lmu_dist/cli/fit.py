@@ -62,10 +62,11 @@ def fit(
     from lmu_dist.scaling.forms import FORMS
     from lmu_dist.scaling.validate import fit_and_validate
 
+    names = [str(number) for number in read.numbers]
     with slow_progress(f"fitting {law}"):
-        result = fit_and_validate(FORMS[law], read.rows, n_resamples=resamples)
+        result = fit_and_validate(FORMS[law], read.rows, n_resamples=resamples, names=names)
     if as_json:
-        show.print_json(table_to_json(read, table, where) | fit_to_json(result, [str(number) for number in read.numbers]))
+        show.print_json(table_to_json(read, table, where) | fit_to_json(result, names))
     else:
         show.print_table_notes(read)
         show.print_fit(result, read.numbers)

@@ -39,6 +39,7 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
     holdout, diagnostics = result.holdout, result.diagnostics
     facts = {
         "law": result.form.__name__.lower(),
+        "formula": result.form.FORMULA,
         "n_rows": result.n_rows,
         "determined": result.diagnostics.passed,
         "objective": result.objective,
