@@ -111,7 +111,11 @@ def _column_index(raw: RawTable, name: str, option: str, table: str) -> int:
         more = f" and {len(shown) - SHOWN_COLUMNS:,} more" if len(shown) > SHOWN_COLUMNS else ""
         listed = f"its columns are: {', '.join(shown[:SHOWN_COLUMNS])}{more}"
         similar = _similar(name, shown)
-        hint = f"did you mean {option} {shlex.quote(similar)}? I{listed[1:]}" if similar else listed
+        hint = (
+            f"did you mean {option} {shlex.quote(similar)}? I{listed[1:]}"
+            if similar
+            else f"{listed}. Name one of them by {option}"
+        )
         raise ConfigError(f"{table} has no column {name!r}; {hint}")
     return found[0]
 

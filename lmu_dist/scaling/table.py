@@ -7,8 +7,7 @@ from itertools import compress
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from lmu_dist.scaling.laws import Floats
-
+Floats = NDArray[np.float64]  # as in scaling/laws, which imports scipy: a message about a table need not wait for it
 SIZE_BIN_RATIO = 1.05  # sizes (and budgets) within this ratio are in one bin; models meet a requested size within 2 %
 
 

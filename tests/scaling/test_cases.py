@@ -379,7 +379,7 @@ def test_rows_whose_state_says_that_they_have_not_ended_are_named(tmp_path: Path
         (CSV.replace("4.61436", "-4.61436"), "row 1, column 'loss': '-4.61436'; it must be positive .* --where 'loss>0'"),
         (spelt(",", str, loss=comma), "row 1 has 4 cells, the header 3; correct the row. A number with commas needs quotation"),
         (spelt(",", grouped(",")), "row 1 has 7 cells, the header 3"),
-        (CSV.partition("\n")[2], "no column 'N'; its columns are: 1, 2, 3"),
+        (CSV.partition("\n")[2], "no column 'N'; its columns are: 1, 2, 3. Name one of them by --n"),
         (spelt(",", str, loss=lambda y: "lmu"), "row 1, column 'loss': 'lmu' is not a number, as 3 of 3 cells .* N, D"),
         (spelt(",", str, loss=lambda y: "12%"), "'12%' is not a number"),
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1\0\0\0\0", "is not a CSV text file"),
