@@ -44,7 +44,8 @@ def columns_from_text(text: str, name: str, wanted: Sequence[str]) -> RawTable:
     if all(i in comments or not line.strip() for i, line in enumerate(lines[1:], 1)):
         comments = set[int]()  # all rows begin with #, as names of runs may
     kept = [line for i, line in enumerate(lines) if i not in comments]
-    for i in sorted(comments):
+    has_header = any(set(wanted) <= set(_split(line, separator)) for line in kept[:SNIFFED_LINES])
+    for i in () if has_header else sorted(comments):
         if set(wanted) <= set(header := _split(lines[i].strip().lstrip("# \t"), separator)) and header:
             kept.insert(sum(j not in comments for j in range(i)), lines[i].strip().lstrip("# \t"))
             break
