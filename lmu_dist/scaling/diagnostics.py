@@ -97,7 +97,7 @@ def _check_bounds(law: ScalingLaw, loss: Floats) -> list[str]:
     values, reasons = parameters(law), list[str]()
     for name in law.EXPONENTS:
         steepness = -values[name] if name == "eta" else values[name]
-        if steepness < 0:
+        if steepness < -ROUNDING:
             reasons.append(
                 f"{name} is {values[name]:.2g}: the fitted loss rises with {'D' if name in ('beta', 'alpha_D') else 'N'}"
             )

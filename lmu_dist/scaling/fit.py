@@ -4,17 +4,22 @@ Minimises the sum of Huber losses of ln L, as in the replication of Chinchilla b
 the squared errors of L for a law whose authors do so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names
-from lmu_dist.scaling.minimise import minimise
+from lmu_dist.scaling.constraints import NONE, Constraints
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, unitless_names
+from lmu_dist.scaling.minimise import Optima, minimise
 from lmu_dist.scaling.objective import DELTA, Objective, huber, log_residuals
 from lmu_dist.scaling.starts import start_laws
 from lmu_dist.scaling.table import Rows
+
+SAME_OPTIMUM = 1e-6  # relative difference of two objectives
+SIMPLE = 5  # laws with more parameters start again around their best optimum if only one start found it
+N_KINKS, N_KINK_GRIDS, KINK_REACH = 13, 4, 0.7  # of a logarithm
+N_RESTARTS, RESTART_DISTANCE = 4, 0.1
 
 
 @dataclass(frozen=True)
@@ -42,27 +47,54 @@ def n_parameters(form: type[ScalingLaw]) -> int:
     return len(parameter_names(form))
 
 
-def fit(
-    form: type[ScalingLaw], rows: Rows, held: Mapping[str, float] | None = None, extra_starts: Sequence[ScalingLaw] = ()
-) -> Fit:
-    """Fits a law from several starts and returns the best fit. Raises ValueError for fewer rows than parameters.
-
-    `held` has parameters without units that keep a value. `extra_starts` are further starts.
-    """
+def fit(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE, extra_starts: Sequence[ScalingLaw] = ()) -> Fit:
+    """Fits a law from several starts and returns the best fit. Raises ValueError for fewer rows than parameters."""
     if len(rows) < n_parameters(form):
         raise ValueError(f"a law with {n_parameters(form)} parameters needs more than {len(rows)} runs")
-    objective, held = Objective(form, rows), held or {}
-    starts = [replace(start, **held) for start in (*start_laws(form, rows), *extra_starts)]  # pyright: ignore
-    free = np.array([name not in held for name in parameter_names(form)])
+    objective, basis = Objective(form, rows), constraints.basis(form)
+    starts = [constraints.apply(start) for start in (*start_laws(form, rows), *extra_starts)]
+    if form.KINK and form.KINK not in constraints.names():
+        starts = _at_best_kink(objective, starts, basis)
     with np.errstate(all="ignore"):
         vectors = np.array([objective.vector(start) for start in starts])
-        found = minimise(objective, vectors, free=free)
+        found = minimise(objective, vectors, basis=basis)
+        lowest = found.values.min()
+        if n_parameters(form) > SIMPLE and np.sum(found.values <= lowest + SAME_OPTIMUM * abs(lowest)) < 2:
+            found = _with_restarts(objective, found, basis)
         best = int(np.argmin(found.values))
-        optima = [
-            (float(v) * DELTA**2, unitless_values(objective.law(x))) for v, x in zip(found.values, found.vectors, strict=True)
-        ]
-    judged = _judged(objective, rows, found.vectors[best], float(found.values[best]), None, free)
-    return replace(judged, start_optima=tuple(optima))
+        found_values = zip(found.values, found.vectors, strict=True)
+        optima = tuple((float(value) * DELTA**2, unitless_values(objective.law(vector))) for value, vector in found_values)
+    judged = _judged(objective, rows, found.vectors[best], float(found.values[best]), None, basis)
+    return replace(judged, start_optima=optima)
+
+
+def _at_best_kink(objective: Objective, starts: Sequence[ScalingLaw], basis: Floats) -> list[ScalingLaw]:
+    """Returns the starts with the best value of the parameter that has a kink: from a coarse grid, and then finer ones."""
+    index = parameter_names(objective.form).index(objective.form.KINK)
+    with np.errstate(all="ignore"):
+        vectors = np.array([objective.vector(start) for start in starts])
+        found = minimise(objective, vectors, basis=basis, tolerance=1e-2)
+        reach = KINK_REACH
+        for _ in range(N_KINK_GRIDS):
+            best = found.vectors[int(np.argmin(found.values))]
+            around = np.repeat(best[None], N_KINKS, axis=0)
+            around[:, index] += np.linspace(-reach, reach, N_KINKS)
+            again = minimise(objective, around, basis=basis, tolerance=1e-2, far=5)
+            found = Optima(
+                *(np.concatenate([getattr(o, name) for o in (found, again)]) for name in ("vectors", "values", "gradients"))
+            )
+            reach /= N_KINKS / 4
+        best = found.vectors[int(np.argmin(found.values))]
+        vectors[:, index] = best[index]
+        return [objective.law(vector) for vector in (best, *vectors)]
+
+
+def _with_restarts(objective: Objective, found: Optima, basis: Floats) -> Optima:
+    """Adds optima from starts around the best one: laws with many parameters have starts that end in worse valleys."""
+    best = found.vectors[int(np.argmin(found.values))]
+    shifts = np.random.default_rng(0).normal(0, RESTART_DISTANCE, (N_RESTARTS, len(basis))) @ basis
+    again = minimise(objective, best + shifts, basis=basis)
+    return Optima(*(np.concatenate([getattr(o, name) for o in (found, again)]) for name in ("vectors", "values", "gradients")))
 
 
 def unitless_values(law: ScalingLaw) -> Floats:
@@ -70,46 +102,28 @@ def unitless_values(law: ScalingLaw) -> Floats:
     return np.array([getattr(law, name) for name in unitless_names(type(law))])
 
 
-def unitless_names(form: type[ScalingLaw]) -> list[str]:
-    """Returns the names of the parameters that do not depend on the units of N and D."""
-    return [*form.EXPONENTS, *(["E"] if form.HAS_FLOOR else [])]
-
-
 def refit(
     start: ScalingLaw,
     rows: Rows,
     weights: Floats | None = None,
     tolerance: float = 1e-8,
-    fixed: str | Sequence[str] | None = None,
+    constraints: Constraints = NONE,
     max_steps: int = 3000,
 ) -> Fit:
-    """Minimises the (weighted) objective from one start, until the gradient in units of DELTA^2 is below `tolerance`.
-
-    `fixed` names coordinates that keep their start value: parameters without units (E or exponents).
-    """
-    objective = Objective(type(start), rows)
-    names = [fixed] if isinstance(fixed, str) else list(fixed or ())
-    free = np.array([name not in names for name in parameter_names(type(start))])
+    """Minimises the (weighted) objective from one start, until the gradient in units of DELTA^2 is below `tolerance`."""
+    objective, basis = Objective(type(start), rows), constraints.basis(type(start))
+    many = None if weights is None else np.asarray(weights)[None]
     with np.errstate(all="ignore"):
-        found = minimise(
-            objective,
-            objective.vector(start)[None],
-            None if weights is None else np.asarray(weights)[None],
-            free,
-            tolerance,
-            far=0,
-            max_steps=max_steps,
-        )
-    return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, free)
+        vectors = objective.vector(constraints.apply(start))[None]
+        found = minimise(objective, vectors, many, basis, tolerance, far=0, max_steps=max_steps)
+    return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, basis)
 
 
-def _judged(
-    objective: Objective, rows: Rows, vector: Floats, value: float, weights: Floats | None, free: NDArray[np.bool_]
-) -> Fit:
+def _judged(objective: Objective, rows: Rows, vector: Floats, value: float, weights: Floats | None, basis: Floats) -> Fit:
     """Returns the fit at a vector, with the numbers needed to judge it."""
     with np.errstate(all="ignore"):
         residuals, jacobian = objective.residuals_and_jacobian(vector)
-        slope, jacobian = objective.slopes(residuals), jacobian[:, free]
+        slope, jacobian = objective.slopes(residuals), jacobian @ basis.T
         if weights is not None:
             slope = slope * weights
         pull = np.abs(jacobian * slope[:, None]).sum(axis=0)

@@ -27,6 +27,7 @@ class Gamma(ScalingLaw):
     gamma: float
     LOG_PARAMETERS = ("E", "A", "B", "gamma")
     EXPONENTS = ("alpha", "beta")
+    MORE_UNITLESS = ("gamma",)
     FORMULA = "L = E + (A/N^alpha + B/D^beta)^gamma"
 
     def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:

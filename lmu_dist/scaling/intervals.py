@@ -1,7 +1,7 @@
 """90 % intervals of fitted numbers: from a bootstrap over whole runs, and from objective profiles as a cross-check."""
 
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -10,8 +10,9 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
+from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.fit import Fit, n_parameters, refit
-from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
 from lmu_dist.scaling.table import Rows
@@ -36,15 +37,15 @@ def bootstrap_weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, see
     return np.stack([by_label[label] for label in labels], axis=1)
 
 
-def fit_resamples(fit: Fit, rows: Rows, weights: Floats, held: Collection[str] = ()) -> list[ScalingLaw]:
-    """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs). `held` parameters stay."""
+def fit_resamples(fit: Fit, rows: Rows, weights: Floats, constraints: Constraints = NONE) -> list[ScalingLaw]:
+    """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs)."""
     if not len(weights):
         return []
     form = type(fit.law)
-    objective, free = Objective(form, rows), np.array([name not in held for name in parameter_names(form)])
+    objective, basis = Objective(form, rows), constraints.basis(form)
     starts = np.repeat(objective.vector(fit.law)[None], len(weights), axis=0)
     relative = weights / weights.mean(axis=1, keepdims=True)
-    optima = minimise(objective, starts, relative, free, RESAMPLE_TOLERANCE, far=0, max_steps=MAX_STEPS)
+    optima = minimise(objective, starts, relative, basis, RESAMPLE_TOLERANCE, far=0, max_steps=MAX_STEPS)
     return [objective.law(vector) for vector in optima.vectors]
 
 
@@ -94,7 +95,9 @@ def parameter_intervals(best: ScalingLaw, laws: Sequence[ScalingLaw], correction
     return {name: interval for name, interval in intervals.items() if interval is not None}
 
 
-def profile_interval(fit: Fit, rows: Rows, name: str, held: Collection[str] = ()) -> tuple[Interval | None, ScalingLaw | None]:
+def profile_interval(
+    fit: Fit, rows: Rows, name: str, constraints: Constraints = NONE
+) -> tuple[Interval | None, ScalingLaw | None]:
     """Returns the profile interval of E or an exponent: the values up to which the refitted objective rises to a limit.
 
     The objective is not a likelihood, so its rise is scaled by E[psi^2]/E[psi'] of the residuals, as in robust regression, and
@@ -114,33 +117,35 @@ def profile_interval(fit: Fit, rows: Rows, name: str, held: Collection[str] = ()
     def rise(value: float) -> float:
         """Returns the rise over the limit. Every value starts anew from the fit, so the result depends on the value only."""
         nonlocal lowest, better
-        refitted = refit(_with_parameter(fit.law, name, value), rows, fixed=[name, *held], tolerance=1e-4)
+        if value == best:
+            return -allowed
+        refitted = refit(fit.law, rows, constraints=constraints.holding(name, value), tolerance=1e-4)
         if refitted.minimised_objective < lowest - slack:
             lowest, better = refitted.minimised_objective, refitted.law
         return refitted.minimised_objective - fit.minimised_objective - allowed
 
-    ends = list[float]()
-    for direction in (-1, 1):
-        inside, step, at_inside, at_outside = best, 0.02 * abs(best), -allowed, -allowed
-        for _ in range(12):
-            outside = inside + direction * step
-            if outside * best <= 0:
-                return None, better
-            at_outside = rise(outside)
-            if not at_outside < 0:
-                break
-            inside, step, at_inside = outside, 2 * step, at_outside
-        if not at_outside >= 0:
-            return None, better
-        if at_inside < 0 and np.isfinite(at_outside):
-            ends.append(cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best))))
-        else:  # by rounding, where the objective is almost flat
-            ends.append(inside)
+    ends = [_profile_end(rise, best, direction, -allowed) for direction in (-1, 1)]
+    if ends[0] is None or ends[1] is None:
+        return None, better
     return (ends[0], ends[1]), better
 
 
-def _with_parameter(law: ScalingLaw, name: str, value: float) -> ScalingLaw:
-    return type(law)(**{**parameters(law), name: value})
+def _profile_end(rise: Callable[[float], float], best: float, direction: int, at_best: float) -> float | None:
+    """Returns where `rise` becomes positive on one side of the best value; None if it never does."""
+    inside, step, at_inside, at_outside = best, 0.02 * abs(best), at_best, at_best
+    for _ in range(12):
+        outside = inside + direction * step
+        if outside * best <= 0:
+            return None
+        at_outside = rise(outside)
+        if not at_outside < 0:
+            break
+        inside, step, at_inside = outside, 2 * step, at_outside
+    if not at_outside >= 0:
+        return None
+    if not (at_inside < 0 and np.isfinite(at_outside)):
+        return inside  # by rounding, where the objective is almost flat
+    return cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best)))
 
 
 def residual_scale(law: ScalingLaw, rows: Rows) -> float:

@@ -44,6 +44,8 @@ class ScalingLaw(ABC):
     NEEDS_UNIQUE: ClassVar[bool] = False
     FLEXIBLE: ClassVar[bool] = False
     FORMULA: ClassVar[str] = ""
+    MORE_UNITLESS: ClassVar[tuple[str, ...]] = ()  # besides EXPONENTS and E
+    KINK: ClassVar[str] = ""  # a parameter in which the loss has a kink: it is found on a grid, and the others by descent
 
     @abstractmethod
     def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
@@ -89,7 +91,8 @@ class ScalingLaw(ABC):
     def optimum(self, flops: ArrayLike, k: float = 6.0, gamma: float = 1.0) -> tuple[Floats, Floats]:
         """Returns the (N, D) of lowest loss at C = k N^gamma D FLOPs; nan where the loss has no minimum.
 
-        In closed form from dL = 0 at constant C if the law has an additive form, otherwise by a search. k = 6, gamma = 1 is the usual C = 6ND; other values describe models whose FLOPs per token are not 6N.
+        In closed form from dL = 0 at constant C if the law has an additive form, otherwise by a search. k = 6,
+        gamma = 1 is the usual C = 6ND; other values describe models whose FLOPs per token are not 6N.
         """
         law = self.additive()
         per_token = np.asarray(flops, np.float64) / k  # N^gamma D
@@ -375,3 +378,8 @@ def parameters(law: ScalingLaw) -> dict[str, float]:
 def parameter_names(form: type[ScalingLaw]) -> list[str]:
     """Returns the names of the parameters of a law, in order."""
     return [f.name for f in fields(form)]  # pyright: ignore
+
+
+def unitless_names(form: type[ScalingLaw]) -> list[str]:
+    """Returns the names of the parameters that do not depend on the units of N and D."""
+    return [*form.EXPONENTS, *form.MORE_UNITLESS, *(["E"] if form.HAS_FLOOR else [])]

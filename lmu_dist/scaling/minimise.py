@@ -9,12 +9,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lmu_dist.scaling.laws import Floats
+from lmu_dist.scaling.laws import Floats, parameter_names
 from lmu_dist.scaling.objective import DELTA, Objective
 
 ENTRIES = 200_000  # laws x rows that are evaluated at once; more would leave the processor's cache
 ARMIJO = 1e-4
-Mask = NDArray[np.bool_]
+
+
+def n_parameters(objective: Objective) -> int:
+    """Returns the number of parameters of the objective's law."""
+    return len(parameter_names(objective.form))
 
 
 @dataclass(frozen=True)
@@ -37,55 +41,55 @@ class _State:
 
 
 class Batch:
-    """A batch of problems on one table: `weights` is (laws, rows), `free` the coordinates that may change."""
+    """A batch of problems on one table: `weights` is (laws, rows), `basis` (free, parameters) the directions of change."""
 
-    def __init__(self, objective: Objective, weights: Floats | None, free: Mask) -> None:
-        self.objective, self.weights, self.free = objective, weights, np.flatnonzero(free)
+    def __init__(self, objective: Objective, weights: Floats | None, basis: Floats | None) -> None:
+        self.objective, self.weights, self.basis = objective, weights, basis
+        self.n_free = n_parameters(objective) if basis is None else len(basis)
 
     def state(self, vectors: Floats, which: NDArray[np.intp], hessian: bool) -> _State:
         """Returns values, gradients and, if asked for, Hessians of reweighted least squares at vectors (laws, parameters)."""
         residuals, jacobian = self.objective.residuals_and_jacobian(vectors)
-        jacobian = jacobian[..., self.free]
+        if self.basis is not None:
+            jacobian = jacobian @ self.basis.T
         weights = np.ones_like(residuals) if self.weights is None else self.weights[which]
         values = np.sum(weights * self.objective.row_values(residuals), axis=1) / DELTA**2
         slopes = weights * self.objective.slopes(residuals)
         gradients = np.matmul(slopes[:, None, :], jacobian)[:, 0] / DELTA**2
         good = np.isfinite(values) & np.all(np.isfinite(gradients), axis=1)
-        hessians = np.zeros((len(vectors), len(self.free), len(self.free)))
+        hessians = np.zeros((len(vectors), self.n_free, self.n_free))
         if hessian:
             scaled = jacobian * (weights * self.objective.curvatures(residuals))[..., None]
             hessians = np.matmul(jacobian.swapaxes(1, 2), scaled) / DELTA**2
             good &= np.all(np.isfinite(hessians), axis=(1, 2))
-        values[~good], gradients[~good], hessians[~good] = np.inf, 0.0, np.eye(len(self.free))
+        values[~good], gradients[~good], hessians[~good] = np.inf, 0.0, np.eye(self.n_free)
         return _State(vectors, values, gradients, hessians)
 
     def moved(self, vectors: Floats, steps: Floats) -> Floats:
-        """Returns the vectors after a step of the free coordinates."""
-        vectors = vectors.copy()
-        vectors[:, self.free] += steps
-        return vectors
+        """Returns the vectors after steps (laws, free)."""
+        return vectors + (steps if self.basis is None else steps @ self.basis)
 
 
 def minimise(
     objective: Objective,
     starts: Floats,
     weights: Floats | None = None,
-    free: Mask | None = None,
+    basis: Floats | None = None,
     tolerance: float = 1e-8,
     far: int = 30,
     max_steps: int = 400,
 ) -> Optima:
     """Minimises from `starts` (laws, parameters), with `weights` (laws, rows), until gradients are below `tolerance`.
 
-    `far` is the number of steps of Levenberg and Marquardt; 0 for starts that are close to the optimum.
+    `basis` (free, parameters) has the directions in which the vectors may change, by default all. `far` is the
+    number of steps of Levenberg and Marquardt; 0 for starts that are close to the optimum.
     """
-    free = np.ones(starts.shape[1], bool) if free is None else free
     size = max(1, ENTRIES // len(objective.loss))
     parts = list[Optima]()
     with np.errstate(all="ignore"):  # steps that overflow are rejected
         for first in range(0, len(starts), size):
             part = slice(first, first + size)
-            batch = Batch(objective, None if weights is None else weights[part], free)
+            batch = Batch(objective, None if weights is None else weights[part], basis)
             vectors = starts[part].copy()
             if far:
                 vectors = _levenberg(batch, vectors, far)
@@ -97,7 +101,7 @@ def _levenberg(batch: Batch, vectors: Floats, n_steps: int) -> Floats:
     """Takes damped Gauss-Newton steps on reweighted least squares; each is accepted where it lowers the objective."""
     everyone = np.arange(len(vectors))
     now, damping = batch.state(vectors, everyone, hessian=True), np.full(len(vectors), 1e-2)
-    diagonal = np.arange(len(batch.free))
+    diagonal = np.arange(batch.n_free)
     for _ in range(n_steps):
         damped = now.hessians.copy()
         damped[:, diagonal, diagonal] *= 1 + damping[:, None]
@@ -148,7 +152,7 @@ def _bfgs(batch: Batch, vectors: Floats, tolerance: float, max_steps: int) -> Op
         new, step = _line_search(batch, now, active, directions, descent)
         moved = step > 0
         going = active[moved]
-        change, bend = new.vectors[moved][:, batch.free] - now.vectors[going][:, batch.free], None
+        change = step[moved, None] * directions[moved]
         bend = new.gradients[moved] - now.gradients[going]
         inverse[going] = _updated(inverse[going], change, bend)
         now.vectors[going], now.values[going], now.gradients[going] = (

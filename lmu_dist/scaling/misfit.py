@@ -47,7 +47,8 @@ class Misfit:
 
 def find_misfit(fit: Fit, rows: Rows, labels: Sequence[str] | None = None) -> Misfit:
     """Returns how well a fit describes its rows. Rows with the same label are not independent."""
-    relative = losses(fit.law, rows) / rows.loss - 1
+    with np.errstate(all="ignore"):  # a law at its bounds may have infinite losses
+        relative = np.nan_to_num(losses(fit.law, rows) / rows.loss - 1, nan=1e300, posinf=1e300, neginf=-1.0)
     misses = np.abs(relative)
     worst = np.argsort(-misses)[:WORST_ROWS]
     spread = _robust_deviation(np.log1p(relative))
@@ -100,7 +101,7 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     with np.errstate(all="ignore"):
         residuals, jacobian = objective.residuals_and_jacobian(objective.vector(fit.law))
     n_groups = int(groups.max()) + 1
-    if not np.all(np.isfinite(jacobian)):
+    if not (np.all(np.isfinite(jacobian)) and np.all(np.isfinite(residuals))):
         return None, None
     law_space = _orthonormal(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
     n_free = n_groups - law_space.shape[1]
@@ -108,6 +109,8 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     if n_terms < 1:
         return None, None
     smooth = _smooth_terms(rows, law_space, n_terms)
+    if not smooth.shape[1]:
+        return None, None
     deviation = _robust_deviation(residuals)
     clipped = np.clip(residuals, -CLIP * deviation, CLIP * deviation)
     clipped -= law_space @ (law_space.T @ clipped)

@@ -24,6 +24,7 @@ class Repeated(ScalingLaw):
     R_star: float
     LOG_PARAMETERS = ("E", "A", "B", "R_star")
     EXPONENTS = ("alpha", "beta")
+    MORE_UNITLESS = ("R_star",)
     NEEDS_UNIQUE = True
     FORMULA = "L = E + A/N^alpha + B/D'^beta,  D' = U + U R_star (1 - exp(-(D/U - 1)/R_star))"
 
@@ -69,6 +70,8 @@ class Overfitted(ScalingLaw):
     epochs: float
     LOG_PARAMETERS = ("E", "A", "B", "R_star", "P", "epochs")
     EXPONENTS = ("alpha", "beta", "kappa")
+    MORE_UNITLESS = ("R_star", "epochs")
+    KINK = "epochs"
     NEEDS_UNIQUE = True
     FORMULA = Repeated.FORMULA.replace("L =", "L = P N^kappa max(0, D/U - epochs) +")
 

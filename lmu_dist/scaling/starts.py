@@ -75,7 +75,7 @@ def _repeated_starts(form: type[ScalingLaw], rows: Rows) -> Iterator[ScalingLaw]
             if form is Repeated:
                 yield Repeated(*base)
                 continue
-            for epochs in (2.0, 5.0, 12.0):
+            for epochs in (1.5, 3.0, 6.0, 12.0):
                 yield Overfitted(*base, 0.01 * middle**-0.4, 0.4, epochs)
 
 

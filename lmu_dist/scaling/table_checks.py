@@ -19,6 +19,7 @@ UNIT_GAP = 100.0  # from one size to the next larger one
 TOKENS_PER_PARAMETER = (0.05, 3000.0)  # outside of this a gap is more likely another unit
 LIKELY_TOKENS_PER_PARAMETER = (0.01, 1e5)
 MIN_LOGGED_STEPS = 8  # rows of one size that are equally spaced in D
+MIN_RUNS = 10  # of Chinchilla's law
 EQUAL_SPACING = 0.02  # largest relative deviation of a step between them
 MAX_MEDIAN_LOSS = 12.0  # nats: ln of a vocabulary of 160,000 tokens
 SHOWN_ROWS = 6
@@ -42,7 +43,8 @@ def check_rows(rows: Rows, names: Sequence[str], labels: Sequence[str] | None = 
         warnings.append(f"{_rows(copied, names)} {'are' if len(copied) > 1 else 'is'} {alike}")
     if rows.run is not None and (n_runs := len(set(found))) < len(rows):
         warnings.append(f"{len(rows):,} rows of {n_runs:,} runs: rows of one run are resampled together")
-    reasons = [*_other_units(rows, names), *_logged_steps(rows, names), *_perplexity(rows)]
+    step_reasons, step_warnings = _logged_steps(rows, names)
+    reasons, warnings = [*_other_units(rows, names), *step_reasons, *_perplexity(rows)], [*warnings, *step_warnings]
     far_reasons, far_warnings = _far_apart(rows, names)
     ratio = float(np.median(rows.tokens / rows.n_params)) if len(rows) else 1.0
     if not reasons and not LIKELY_TOKENS_PER_PARAMETER[0] < ratio < LIKELY_TOKENS_PER_PARAMETER[1]:
@@ -114,22 +116,28 @@ def _some(values: Floats) -> str:
     return ", ".join(f"{value:,.6g}" for value in distinct[:3]) + (", ..." if len(distinct) > 3 else "")
 
 
-def _logged_steps(rows: Rows, names: Sequence[str]) -> list[str]:
-    """Finds sizes whose rows are equally spaced in D, as the logged steps of one training run are."""
+def _logged_steps(rows: Rows, names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Finds sizes whose rows are equally spaced in D, as logged steps of one training run are; returns (reasons, warnings).
+
+    Decays from one trunk may be spaced so, too. It is a reason if the table would then have too few runs.
+    """
     if rows.run is not None:
-        return []
-    found = list[int]()
+        return [], []
+    found, n_runs = list[int](), 0
     for size in np.unique(rows.n_params):
         which = np.flatnonzero(rows.n_params == size)
         steps = np.diff(np.unique(rows.tokens[which]))
         if len(steps) + 1 >= MIN_LOGGED_STEPS and np.ptp(steps) <= EQUAL_SPACING * steps.mean():
             found += which.tolist()
+            n_runs += 1
+        else:
+            n_runs += len(which)
     if not found:
-        return []
-    return [
-        f"{_rows(found, names)} are equally spaced in D at constant N, as the logged steps of one training run are: they are "
-        "not independent, and all but the last have not decayed; keep the last row of each run, or name runs by --run"
-    ]
+        return [], []
+    text = f"{_rows(sorted(found), names)} are equally spaced in D at constant N, as the logged steps of training runs are"
+    if n_runs >= MIN_RUNS:
+        return [], [f"{text}: if they are, they are not independent; name the runs by --run"]
+    return [f"{text}: only {n_runs} runs would be independent; keep the last row of each run, or name runs by --run"], []
 
 
 def _perplexity(rows: Rows) -> list[str]:

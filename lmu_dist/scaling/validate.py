@@ -3,13 +3,14 @@
 `lmu-dist fit` and the report show this result. If the fit fails a check, the result has no law.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose
-from lmu_dist.scaling.fit import Fit, fit, n_parameters, unitless_names
+from lmu_dist.scaling.fit import Fit, fit, n_parameters
 from lmu_dist.scaling.intervals import (
     N_RESAMPLES,
     Interval,
@@ -19,7 +20,7 @@ from lmu_dist.scaling.intervals import (
     profile_interval,
     small_sample_correction,
 )
-from lmu_dist.scaling.laws import ScalingLaw, parameters
+from lmu_dist.scaling.laws import ScalingLaw, parameters, unitless_names
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.misfit import Misfit, find_misfit, outlier_warnings
 from lmu_dist.scaling.objective import Objective, log_residuals, losses
@@ -82,20 +83,19 @@ def fit_and_validate(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
     names: Sequence[str] | None = None,
-    held: Mapping[str, float] | None = None,
+    constraints: Constraints = NONE,
 ) -> FitResult:
     """Fits a law and validates it. Runs with the same label are resampled together; without labels every run separately.
 
-    `names` has what messages call each row, by default its number. `held` has parameters without units that keep a value.
+    `names` has what messages call each row, by default its number.
     """
-    held = held or {}
+    held = constraints.names() | {form.KINK}
     names = names or [str(i + 1) for i in range(len(rows))]
     checks = check_rows(rows, names, labels)
     if reasons := check_table(form, rows):
         return FitResult(form, len(rows), None, None, FitDiagnostics((*reasons, *checks.reasons)), warnings=checks.warnings)
-    fitted, profiles = fit_and_profile(form, rows, held)
+    fitted, diagnostics, profiles = fit_and_profile(form, rows, constraints)
     misfit = find_misfit(fitted, rows, checks.labels)
-    diagnostics = diagnose(fitted, rows)
     diagnostics = replace(diagnostics, reasons=(*diagnostics.reasons, *misfit.reasons, *checks.reasons))
     result = FitResult(
         form=form,
@@ -113,9 +113,9 @@ def fit_and_validate(
     laws = list[ScalingLaw]()
     if n_groups >= 2 * n_parameters(form):  # the law meets fewer exactly for any weights, and intervals would be too narrow
         weights = bootstrap_weights(checks.labels, min(n_resamples, max(200, MAX_WEIGHTS // len(rows))), seed)
-        laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES], held)
+        laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES], constraints)
         if not check_intervals(parameter_intervals(fitted.law, laws, correction), form, held):
-            laws += fit_resamples(fitted, rows, weights[FIRST_RESAMPLES:], held)
+            laws += fit_resamples(fitted, rows, weights[FIRST_RESAMPLES:], constraints)
     intervals = parameter_intervals(fitted.law, laws, correction) if laws else {}
     intervals = {name: interval for name, interval in intervals.items() if name not in held}
     needed = [] if form.FLEXIBLE else [name for name in parameters(fitted.law) if name not in held]
@@ -129,7 +129,7 @@ def fit_and_validate(
         intervals=intervals,
         profiles=profiles if diagnostics.passed else {},
         holdout=holdout(form, rows),
-        influence=influence(fitted, rows) if diagnostics.passed and not held else {},
+        influence=influence(fitted, rows) if diagnostics.passed and constraints == NONE else {},
         n_resamples=len(laws),
         laws=tuple(laws),
         correction=correction,
@@ -137,27 +137,31 @@ def fit_and_validate(
     )
 
 
-def fit_and_profile(form: type[ScalingLaw], rows: Rows, held: Mapping[str, float]) -> tuple[Fit, dict[str, Interval | None]]:
-    """Returns the fit and the profile intervals of the parameters without units.
+def fit_and_profile(
+    form: type[ScalingLaw], rows: Rows, constraints: Constraints
+) -> tuple[Fit, FitDiagnostics, dict[str, Interval | None]]:
+    """Returns the fit, its diagnostics and, if they pass, the profile intervals of the parameters without units.
 
     If a refit of a profile finds a lower objective, the fit starts again from there: so no optimum that was seen is lower than
     that of the fit.
     """
-    fitted = fit(form, rows, held)
+    fitted = fit(form, rows, constraints)
     better = list[ScalingLaw]()
     for _ in range(MAX_RESTARTS):
-        profiles = dict[str, Interval | None]()
+        diagnostics, profiles = diagnose(fitted, rows), dict[str, Interval | None]()
+        if not diagnostics.passed:
+            return fitted, diagnostics, {}
         for name in unitless_names(form):
-            if name in held:
+            if name in constraints.names() or name == form.KINK:
                 continue
-            profiles[name], lower = profile_interval(fitted, rows, name, held)
+            profiles[name], lower = profile_interval(fitted, rows, name, constraints)
             if lower is not None:
                 better.append(lower)
                 break
         else:
-            return fitted, profiles
-        fitted = fit(form, rows, held, better)
-    return fitted, {}
+            return fitted, diagnostics, profiles
+        fitted = fit(form, rows, constraints, better)
+    return fitted, diagnose(fitted, rows), {}
 
 
 def holdout(form: type[ScalingLaw], rows: Rows) -> Holdout:

@@ -166,7 +166,7 @@ ONE_DECISIVE_RUN = (np.append(np.tile(np.logspace(6, 9, 5), 2), 1e7), np.append(
             "two different laws",
         ),
         (N4, D4, lambda n, d: 2 + 0.05 * n**0.2 + 410 * d**-0.28, "alpha is -.*the fitted loss rises with N"),
-        (N4, D4, lambda n, d: 1.69 + 4e5 * (n * d) ** -0.3, "E is known too imprecisely|went to|cannot be separated"),
+        (N4, D4, lambda n, d: 1.69 + 4e5 * (n * d) ** -0.3, "E is known too imprecisely|went to|cannot be separated|misfit"),
         (np.tile(N4[::2], 5), np.tile(D4[::2], 5), lambda n, d: HOFFMANN.loss(n, d), "only 8 distinct runs"),
         (np.logspace(6, 9, 12), 20 * np.logspace(6, 9, 12), lambda n, d: HOFFMANN.loss(n, d) * np.exp(0.01 * np.sin(n)), "."),
     ],
