@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.planning.cost import Plan
     from lmu_dist.planning.power import PowerEstimate
     from lmu_dist.report.write import ReportFiles
-    from lmu_dist.scaling.read_table import Table as FittedRows
+    from lmu_dist.scaling.read_table import RunTable
     from lmu_dist.scaling.validate import FitResult
     from lmu_dist.tracking.progress import Row
 
@@ -257,7 +257,7 @@ def print_report(written: "ReportFiles", folder: Folder) -> None:
     print(f"report       {folder / 'report.html'}; MLflow run {written.run_id}")
 
 
-def print_table_notes(table: "FittedRows") -> None:
+def print_table_notes(table: "RunTable") -> None:
     """Prints how unusual cells of a user's table were read, and which rows are left out."""
     for note in table.notes:
         print(f"table        {note}")

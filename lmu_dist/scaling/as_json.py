@@ -10,14 +10,14 @@ import numpy as np
 
 from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.scaling.laws import parameters
-from lmu_dist.scaling.read_table import Table
+from lmu_dist.scaling.read_table import RunTable
 from lmu_dist.scaling.validate import FitResult
 
 FIT_VERSION = 2  # of the JSON of `lmu-dist fit`, see docs/fitting-a-table.md; 1 had no version and nothing about the table
 UNITS = {"N": "parameters", "D": "training tokens", "U": "unique tokens", "L": "nats per token"}
 
 
-def table_to_json(table: Table, file: Path, conditions: Sequence[str]) -> dict[str, Any]:
+def table_to_json(table: RunTable, file: Path, conditions: Sequence[str]) -> dict[str, Any]:
     """Returns what a fit's JSON says about its table: the file (- for standard input), columns, conditions, rows left out."""
     return {
         "version": FIT_VERSION,

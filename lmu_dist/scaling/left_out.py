@@ -74,8 +74,8 @@ def leave_out_incomplete(columns: Mapping[str, NumberColumn], left_out: RowsLeft
             no_loss = [i for i, kind in enumerate(kinds) if kind in ("missing", "not finite")]
             left_out.add(f"{column.name} is missing or not finite", no_loss)
         else:
-            empty = [i for i, cell in enumerate(column.cells) if cell.kind == "missing" or "nan" in cell.text.lower()]
-            left_out.add(f"{column.name} is missing", [i for i in empty if kinds[i] != "number"])
+            is_nan = ["nan" in cell.text.lower() and cell.kind == "not finite" for cell in column.cells]
+            left_out.add(f"{column.name} is missing", [i for i, kind in enumerate(kinds) if kind == "missing" or is_nan[i]])
         words = [i for i, kind in enumerate(kinds) if kind == "word" and left_out.used[i]]
         shown = list(dict.fromkeys(column.cells[i].text for i in words))
         more = ", ..." if len(shown) > SHOWN_WORDS else ""

@@ -24,7 +24,7 @@ from lmu_dist.scaling.left_out import (
 )
 from lmu_dist.scaling.number_columns import NumberColumn, check_is_numeric, number_columns
 from lmu_dist.scaling.numbers import Mark, cell_text, parse_cell
-from lmu_dist.scaling.table import LeftOutRows, Rows, rows_from_columns
+from lmu_dist.scaling.table import Floats, LeftOutRows, Rows, rows_from_columns
 from lmu_dist.scaling.table_file import name_of, read_raw_table
 from lmu_dist.scaling.table_text import RawTable
 
@@ -38,7 +38,7 @@ FINISHED, UNFINISHED = (
 
 
 @dataclass(frozen=True)
-class Table:
+class RunTable:
     """The rows of a file that a fit can use, by their numbers, and those that it cannot, with reasons.
 
     `columns` has the name of the column by option, such as {"--n": "params"}; `notes` say how unusual cells were read.
@@ -48,6 +48,18 @@ class Table:
     numbers: tuple[int, ...]
     left_out: list[LeftOutRows]
     columns: dict[str, str]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PointTable:
+    """Points (N, D) of a file, for which a loss is asked, by their row numbers; and the rows without numbers."""
+
+    n_params: Floats
+    tokens: Floats
+    unique_tokens: Floats | None
+    numbers: tuple[int, ...]
+    left_out: list[LeftOutRows]
     notes: tuple[str, ...]
 
 
@@ -61,7 +73,7 @@ def read_table(
     unique_tokens: str | None = None,
     run: str | None = None,
     decimal: Mark | None = None,
-) -> Table:
+) -> RunTable:
     """Reads a table of runs: CSV, TSV, JSON, JSON lines, Parquet or Feather, also compressed; `-` is standard input.
 
     Columns are given by name, or by number from 1. `where` has conditions such as `data=c4` or `N>=1e7`. Several conditions
@@ -69,7 +81,50 @@ def read_table(
     `run`, the last row of each run (most tokens) is used. Raises ConfigError if the table cannot be fitted.
     """
     options = {"--n": n_params, "--d": tokens, "--loss": loss, "--unique": unique_tokens, "--run": run}
-    asked, table = {option: name for option, name in options.items() if name is not None}, name_of(path)
+    read = _read_columns(path, {option: name for option, name in options.items() if name is not None}, where, decimal)
+    kept = read.left_out.kept()
+    if len(kept) > MAX_ROWS:
+        raise ConfigError(
+            f"{name_of(path)}: {len(kept):,} rows; a fit takes one row per finished run, at most {MAX_ROWS:,}. Steps of one "
+            "training curve are not independent: name the column that identifies runs by --run, or keep only last steps by "
+            "--where"
+        )
+    labels = [read.labels[i] for i in kept] if read.labels is not None else None
+    rows = rows_from_columns(read.kept("--n"), read.kept("--d"), read.kept("--loss"), read.kept_or_none("--unique"), labels)
+    return RunTable(rows, tuple(i + 1 for i in kept), read.left_out.by_reason(), read.names, read.notes)
+
+
+def read_points(
+    path: Path, n_params: str, tokens: str, *, unique_tokens: str | None = None, decimal: Mark | None = None
+) -> PointTable:
+    """Reads a table of models to predict, in any format of `read_table`; it needs no loss. Raises ConfigError as that does."""
+    options = {"--n": n_params, "--d": tokens, **({"--unique": unique_tokens} if unique_tokens is not None else {})}
+    read = _read_columns(path, options, (), decimal)
+    numbers = tuple(i + 1 for i in read.left_out.kept())
+    columns = read.kept("--n"), read.kept("--d"), read.kept_or_none("--unique")
+    return PointTable(*columns, numbers, read.left_out.by_reason(), read.notes)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns of a file by option; all values in rows that are not left out are positive. `labels` are those of --run."""
+
+    columns: dict[str, NumberColumn]
+    labels: list[str] | None
+    left_out: RowsLeftOut
+    names: dict[str, str]
+    notes: tuple[str, ...]
+
+    def kept(self, option: str) -> Floats:
+        values = self.columns[option].values
+        return np.array([values[i] for i in self.left_out.kept()], np.float64)
+
+    def kept_or_none(self, option: str) -> Floats | None:
+        return self.kept(option) if option in self.columns else None
+
+
+def _read_columns(path: Path, asked: Mapping[str, str], where: Sequence[str], decimal: Mark | None) -> _Columns:
+    table = name_of(path)
     raw = read_raw_table(path, [name for name in asked.values() if not name.isdigit()])
     index = {option: _column_index(raw, name, option, table) for option, name in asked.items()}
     names = {option: raw.names[i] or f"column {i + 1}" for option, i in index.items()}
@@ -84,17 +139,19 @@ def read_table(
     _check_surplus(raw, tuple(index.values()), table)
     leave_out_lines(raw, [(raw.columns[i], raw.names[i]) for i in index.values()], left_out)
     left_out.add("excluded by --where", [i for i in range(n_rows) if not selected[i]])
-    numeric = {option: i for option, i in index.items() if option != "--run"}
-    columns = number_columns({o: raw.columns[i] for o, i in numeric.items()}, names, left_out.used, decimal, table)
+    numeric = {option: raw.columns[i] for option, i in index.items() if option != "--run"}
+    columns = number_columns(numeric, names, left_out.used, decimal, table)
     for column in columns.values():
         check_is_numeric(column, left_out.used, table, lambda: _numeric_names(raw))
-    labels = [cell_text(value) for value in raw.columns[index["--run"]]] if run is not None else None
+    labels = [cell_text(value) for value in raw.columns[index["--run"]]] if "--run" in index else None
     if labels is not None:
         leave_out_diverged(labels, columns, names["--run"], left_out)
     leave_out_incomplete(columns, left_out)
     if labels is not None:
         leave_out_all_but_last(labels, columns, names["--run"], left_out, table)
-    return _checked_table(columns, labels, left_out, names, (*raw.notes, *_unfinished(raw, left_out.kept())), table)
+    _check_values(columns, left_out, names, table)
+    notes = [*raw.notes, *(column.note for column in columns.values() if column.note), *_unfinished(raw, left_out.kept())]
+    return _Columns(columns, labels, left_out, names, tuple(notes))
 
 
 def _column_index(raw: RawTable, name: str, option: str, table: str) -> int:
@@ -169,25 +226,14 @@ def _unfinished(raw: RawTable, kept: Sequence[int]) -> list[str]:
     return notes
 
 
-def _checked_table(
-    columns: Mapping[str, NumberColumn],
-    labels: Sequence[str] | None,
-    left_out: RowsLeftOut,
-    names: dict[str, str],
-    notes: Sequence[str],
-    table: str,
-) -> Table:
+def _check_values(columns: Mapping[str, NumberColumn], left_out: RowsLeftOut, names: Mapping[str, str], table: str) -> None:
+    """Raises ConfigError if no row is left, or a number is not positive."""
     kept = left_out.kept()
     if not kept:
         reasons = "; ".join(f"{len(out.rows):,}: {out.reason}" for out in left_out.by_reason())
+        columns_to_check = "column " + repr(names["--loss"]) if "--loss" in names else "the columns"
         raise ConfigError(
-            f"{table}: no row of {len(left_out.used)} can be used ({reasons}); relax --where, or check column "
-            f"{names['--loss']!r}"
-        )
-    if len(kept) > MAX_ROWS:
-        raise ConfigError(
-            f"{table}: {len(kept):,} rows; a fit takes one row per finished run, at most {MAX_ROWS:,}. Steps of one training "
-            "curve are not independent: name the column that identifies runs by --run, or keep only last steps by --where"
+            f"{table}: no row of {len(left_out.used)} can be used ({reasons}); relax --where, or check {columns_to_check}"
         )
     for i in kept:
         for column in columns.values():
@@ -197,13 +243,3 @@ def _checked_table(
                     f"{table}: row {i + 1}, column {column.name!r}: {column.cells[i].text!r}; it must be positive and finite, "
                     f"from 1e-100 to 1e100. Correct it, or exclude it by --where '{column.name}>0'"
                 )
-    numbers = {option: [column.values[i] for i in kept] for option, column in columns.items()}
-    rows = rows_from_columns(
-        np.array(numbers["--n"], np.float64),
-        np.array(numbers["--d"], np.float64),
-        np.array(numbers["--loss"], np.float64),
-        np.array(numbers["--unique"], np.float64) if "--unique" in numbers else None,
-        [labels[i] for i in kept] if labels is not None else None,
-    )
-    all_notes = (*notes, *(column.note for column in columns.values() if column.note))
-    return Table(rows, tuple(i + 1 for i in kept), left_out.by_reason(), names, all_notes)

@@ -18,7 +18,7 @@ import pytest
 from backports import zstd
 
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.read_table import Table, read_table
+from lmu_dist.scaling.read_table import RunTable, read_points, read_table
 
 RUNS = [(20_000_000, 400_000_000, 4.61436), (150_000_000, 1_500_000_000, 3.125), (1_250_000_000, 160_000_000_000, 2.31211)]
 CSV = "N,D,loss\n" + "".join(f"{n},{d},{loss}\n" for n, d, loss in RUNS)
@@ -27,18 +27,18 @@ OBJECTS = [{"N": n, "D": d, "loss": loss} for n, d, loss in RUNS]
 
 def read(
     tmp_path: Path, content: str | bytes, name: str = "table.csv", columns: tuple = ("N", "D", "loss"), **options: Any
-) -> Table:
+) -> RunTable:
     path = tmp_path / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_table(path, *columns, **options)
 
 
-def triples(table: Table) -> list[tuple[float, float, float]]:
+def triples(table: RunTable) -> list[tuple[float, float, float]]:
     rows = table.rows
     return list(zip(rows.n_params.tolist(), rows.tokens.tolist(), rows.loss.tolist(), strict=True))
 
 
-def left_out(table: Table) -> dict[str, tuple[int, ...]]:
+def left_out(table: RunTable) -> dict[str, tuple[int, ...]]:
     return {out.reason: out.rows for out in table.left_out}
 
 
@@ -373,6 +373,19 @@ def test_rows_whose_state_says_that_they_have_not_ended_are_named(tmp_path: Path
     note = "1 of the rows in use: status is 'RUNNING' (row 2); --where status=FINISHED excludes them"
     assert read(tmp_path, text).notes == (note,)
     assert read(tmp_path, text, where=("status=FINISHED",)).notes == ()
+
+
+def test_points_need_no_loss(tmp_path: Path):
+    (tmp_path / "points.csv").write_text("N;D;U\n1,5B;30B;1B\n7B;;1B\n")
+    points = read_points(tmp_path / "points.csv", "N", "D", unique_tokens="U")
+    assert (points.n_params.tolist(), points.tokens.tolist(), points.numbers) == ([1.5e9], [3e10], (1,))
+    assert points.unique_tokens is not None
+    assert points.unique_tokens.tolist() == [1e9]
+    assert [(out.reason, out.rows) for out in points.left_out] == [("D is missing", (2,))]
+    assert read_points(tmp_path / "points.csv", "N", "D").unique_tokens is None
+    (tmp_path / "points.csv").write_text("N,D\n1,\n")
+    with pytest.raises(ConfigError, match=r"no row of 1 can be used \(1: D is missing\); relax --where, or check the columns"):
+        read_points(tmp_path / "points.csv", "N", "D")
 
 
 @pytest.mark.parametrize(
