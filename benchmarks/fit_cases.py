@@ -31,7 +31,7 @@ def result_of(path: Path, options: list[str]) -> tuple[str, str, float]:
     values = ", ".join(f"{name} {value:.4g}" for name, value in facts["parameters"].items() if name not in ("A", "B"))
     said = f"{facts['n_rows']} rows: {values or 'not determined: ' + '; '.join(facts['certificate']['reasons'])}"
     out = [f"{len(some['rows'])} left out: {some['reason']}" for some in facts["left_out"]]
-    return command, "; ".join([said, *out, *facts.get("notes", [])]), seconds
+    return command, "; ".join([said, *out, *facts.get("notes", []), *facts.get("warnings", [])]), seconds
 
 
 def main() -> None:

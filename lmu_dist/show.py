@@ -29,12 +29,14 @@ if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
     from lmu_dist.planning.power import PowerEstimate
     from lmu_dist.report.write import ReportFiles
     from lmu_dist.scaling.read_table import RunTable
+    from lmu_dist.scaling.table import Rows
     from lmu_dist.scaling.validate import FitResult
     from lmu_dist.tracking.progress import Row
 
 console = Console(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
 KEY_CHARACTERS = 12  # of a key, as in the names of runs; `generate` and `export` take it
 PROCESS_BYTES = 0.8e9  # resident memory of a worker without a model, for PyTorch, DeepSpeed and Ray
+WORST_ROWS = 3  # whose loss a law misses most, as `fit` prints them
 LONG = 500  # rows of a table that is printed plainly
 FEW = 200  # things, of which each has a line of its own when it is done
 WRAPPED_CHARACTERS = 20  # width of a column whose text is wrapped
@@ -267,11 +269,18 @@ def print_table_notes(table: "RunTable") -> None:
         print(f"left out     {len(out.rows):,} row{plural}: {out.reason} (row{plural} {some})")
 
 
-def print_fit(result: "FitResult", numbers: "Sequence[int]") -> None:
-    """Prints a law fitted to a table, its intervals and its diagnostics."""
+def print_fit(result: "FitResult", rows: "Rows", numbers: "Sequence[int]") -> None:
+    """Prints a law fitted to a table, its intervals and its diagnostics; `numbers` has the numbers of the rows in the file."""
     print(f"law          {result.form.__name__.lower()}, {result.n_rows:,} rows")
     unique = ", U unique tokens" if result.form.NEEDS_UNIQUE else ""
     print(f"formula      {result.form.FORMULA}; N parameters, D training tokens{unique}, L nats per token")
+    for warning in result.warnings:
+        print(f"warning      {warning}")
+    if result.misfit:
+        print(f"misses       {result.misfit.typical_miss:.2%} at the median; the largest:")
+        for i, miss in list(zip(result.misfit.worst_rows, result.misfit.misses, strict=True))[:WORST_ROWS]:
+            n, d, loss = rows.n_params[i], rows.tokens[i], rows.loss[i]
+            print(f"             {miss:+.2%} row {numbers[i]}: N {n:,.12g}, D {d:,.12g}, loss {loss:.6g}")
     diagnostics = result.diagnostics
     if result.law is None:
         print("NOT DETERMINED")

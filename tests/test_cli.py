@@ -99,6 +99,8 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     assert facts["parameters"]["alpha"] == pytest.approx(0.34, rel=0.05)
     assert facts["certificate"]["ok"] is True
     assert facts["holdout"]["n_rows"] == 4
+    assert 0 < facts["misfit"]["typical_miss"] < 0.002  # the table's noise
+    assert set(facts["misfit"]["worst_rows"]) <= set(map(str, range(1, 17)))
     assert [(out["reason"], out["rows"]) for out in facts["left_out"]] == [
         ("excluded by --where", [18]),
         ("L is missing or not finite", [17]),
@@ -108,6 +110,7 @@ def test_fit_prints_a_law_of_a_csv_table(tmp_path: Path, capfd: pytest.CaptureFi
     assert f"{facts['parameters']['alpha']:.6g}" in output
     assert "left out     1 row: L is missing" in output
     assert "L = E + A/N^alpha + B/D^beta; N parameters, D training tokens, L nats per token" in output
+    assert f"misses       {facts['misfit']['typical_miss']:.2%} at the median; the largest:\n" in output
     write_table(tmp_path / "t.csv", (1e7,))
     assert main([*arguments, "--json"]) == 3
     facts = json.loads(capfd.readouterr().out)

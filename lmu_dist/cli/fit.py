@@ -69,5 +69,5 @@ def fit(
         show.print_json(table_to_json(read, table, where) | fit_to_json(result, names))
     else:
         show.print_table_notes(read)
-        show.print_fit(result, read.numbers)
+        show.print_fit(result, read.rows, read.numbers)
     return 0 if result.law else 3

@@ -36,7 +36,7 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
 
     `row_names` has the name of every row of the table.
     """
-    holdout, diagnostics = result.holdout, result.diagnostics
+    holdout, diagnostics, misfit = result.holdout, result.diagnostics, result.misfit
     facts = {
         "law": result.form.__name__.lower(),
         "formula": result.form.FORMULA,
@@ -55,6 +55,14 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
             "n_agreeing": diagnostics.n_agreeing,
             "gradient": diagnostics.gradient,
             "condition": diagnostics.condition,
+        },
+        "warnings": list(result.warnings),
+        "misfit": None
+        if misfit is None
+        else asdict(misfit)
+        | {
+            "worst_rows": [row_names[row] for row in misfit.worst_rows],
+            "outliers": [row_names[row] for row in misfit.outliers],
         },
         "holdout": None if holdout is None else asdict(holdout) | {"reasons": list(holdout.reasons)},
         "influence": {k: {"row": row_names[v.row], "without": v.without} for k, v in result.influence.items()},
