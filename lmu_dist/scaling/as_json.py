@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lmu_dist.scaling.compare_laws import LawComparison
+from lmu_dist.scaling.forecast import Forecast
 from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.scaling.laws import parameters
 from lmu_dist.scaling.read_table import RunTable
@@ -68,6 +70,47 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
         "influence": {k: {"row": row_names[v.row], "without": v.without} for k, v in result.influence.items()},
     }
     return to_json(facts)
+
+
+def comparison_to_json(comparison: LawComparison) -> dict[str, Any]:
+    """Returns all laws on a table as JSON types; laws whose optimum is not certified have no parameters."""
+    laws = [
+        {
+            "law": c.name,
+            "formula": c.form.FORMULA,
+            "parameters": parameters(c.fit.law) if c.fit and c.diagnostics.passed else {},
+            "held": dict(c.constraints.held),
+            "supported": c.supported,
+            "weight": c.weight,
+            "criterion": c.criterion,
+            "held_out_error": c.held_out_error,
+            "held_out": [asdict(held) for held in c.held_out],
+            "reasons": [*c.diagnostics.reasons, *(c.misfit.reasons if c.misfit else ())],
+            "typical_miss": c.misfit.typical_miss if c.misfit else None,
+            "worst_miss": c.misfit.worst_miss if c.misfit else None,
+        }
+        for c in comparison.candidates
+    ]
+    facts = {
+        "laws": laws,
+        "chosen": comparison.chosen.name if comparison.chosen else None,
+        "supported": [c.name for c in comparison.supported],
+        "form_fits": comparison.fits,
+        "determined": comparison.chosen is not None,
+        "reasons": list(comparison.reasons),
+        "warnings": list(comparison.warnings),
+    }
+    return to_json(facts)
+
+
+def forecast_to_json(forecast: Forecast, names: Sequence[str]) -> dict[str, Any]:
+    """Returns a forecast as JSON types: a point per entry."""
+    columns = zip(
+        names, *(getattr(forecast, name).tolist() for name in ("n_params", "tokens", "loss", "low", "high")), strict=True
+    )
+    points = [dict(zip(("name", "N", "D", "loss", "low", "high"), values, strict=True)) for values in columns]
+    facts = {"points": points, "level": CONFIDENCE, "laws": dict(zip(forecast.laws, forecast.weights, strict=True))}
+    return to_json(facts | {"reasons": forecast.reasons, "warnings": forecast.warnings})
 
 
 def to_json(value: Any) -> Any:

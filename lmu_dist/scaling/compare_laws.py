@@ -4,12 +4,13 @@ A law is supported if its optimum is certified, its form fits, and no other law 
 Laws that are supported together are tied: the table cannot tell them apart.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose
+from lmu_dist.scaling.constraints import NONE, Constraints
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, fit, n_parameters
 from lmu_dist.scaling.forms import FORMS, law_name
 from lmu_dist.scaling.intervals import residual_scale, small_sample_correction
@@ -45,6 +46,7 @@ class Candidate:
     fit: Fit | None
     diagnostics: FitDiagnostics
     misfit: Misfit | None = None
+    constraints: Constraints = NONE
     criterion: float | None = None
     held_out: tuple[HeldOut, ...] = ()
     supported: bool = False
@@ -72,7 +74,11 @@ class LawComparison:
     warnings: tuple[str, ...]
     reasons: tuple[str, ...]  # why no law is chosen
     correction: float = 1.0
-    held: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the form of a supported law fits; otherwise the supported laws only predict held-out runs best."""
+        return any(c.misfit is not None and not c.misfit.reasons for c in self.supported)
 
     @property
     def supported(self) -> list[Candidate]:
@@ -92,10 +98,11 @@ def compare_laws(
     labels: Sequence[str] | None = None,
     names: Sequence[str] | None = None,
     holdouts: bool = True,
+    constraints: Constraints = NONE,
 ) -> LawComparison:
-    """Fits every law and says which ones the table supports. `labels` and `names` are those of `fit_and_validate`."""
+    """Fits every law and says which ones the table supports. `labels`, `names` and `constraints`: see `fit_and_validate`."""
     checks = check_rows(rows, names or [str(i + 1) for i in range(len(rows))], labels)
-    candidates = [_candidate(form, rows, checks.labels) for form in forms or forms_for(rows)]
+    candidates = [_candidate(form, rows, checks.labels, constraints) for form in forms or forms_for(rows)]
     candidates = _with_criteria(candidates, rows)
     if holdouts:
         candidates = _with_held_out(candidates, rows)
@@ -110,11 +117,11 @@ def compare_laws(
     return LawComparison(rows, checks.labels, tuple(candidates), chosen, checks.warnings, tuple(reasons), correction)
 
 
-def _candidate(form: type[ScalingLaw], rows: Rows, labels: Sequence[str]) -> Candidate:
+def _candidate(form: type[ScalingLaw], rows: Rows, labels: Sequence[str], constraints: Constraints) -> Candidate:
     if reasons := check_table(form, rows):
         return Candidate(form, None, FitDiagnostics(tuple(reasons)))
-    fitted = fit(form, rows)
-    return Candidate(form, fitted, diagnose(fitted, rows), find_misfit(fitted, rows, labels))
+    fitted, diagnostics, constraints, _ = fit_and_diagnose(form, rows, constraints)
+    return Candidate(form, fitted, diagnostics, find_misfit(fitted, rows, labels), constraints)
 
 
 def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidate]:
@@ -129,15 +136,11 @@ def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
     best = next(c for c in candidates if c.name == min(sums, key=sums.__getitem__))
     assert best.fit is not None
     dof = max(len(rows) - n_parameters(best.form), 1)
-    scale = _huber_scale(best.fit, rows) * len(rows) / dof + ROUNDING_SCALE
+    scale = residual_scale(best.fit.law, rows) * len(rows) / dof + ROUNDING_SCALE
     criteria = {c.name: 2 * sums[c.name] / scale + 2 * n_parameters(c.form) for c in candidates if c.name in sums}
     eligible = [criteria[c.name] for c in candidates if c.name in criteria and c.diagnostics.passed]
     lowest = min(eligible or criteria.values())
     return [replace(c, criterion=criteria[c.name] - lowest) if c.name in criteria else c for c in candidates]
-
-
-def _huber_scale(fitted: Fit, rows: Rows) -> float:
-    return residual_scale(fitted.law, rows)
 
 
 def _with_support(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -182,7 +185,7 @@ def _with_held_out(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
                 continue
             start = candidate.fit.law
             with np.errstate(all="ignore"):
-                errors = np.expm1(log_residuals(fit(candidate.form, kept, extra_starts=[start]).law, rest))
+                errors = np.expm1(log_residuals(fit(candidate.form, kept, candidate.constraints, [start]).law, rest))
             errors = np.where(np.isfinite(errors), errors, 1.0)
             found[candidate.name].append(
                 HeldOut(what, above, len(rest), float(np.median(np.abs(errors))), float(errors.mean()))

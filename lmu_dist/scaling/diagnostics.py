@@ -3,12 +3,13 @@
 A law whose fit fails a check is "not determined": no command and no page shows its numbers, only the reasons.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmu_dist.scaling.fit import Fit, n_parameters, unitless_values
+from lmu_dist.scaling.constraints import NONE, Constraints
+from lmu_dist.scaling.fit import Fit, fit, n_parameters, unitless_values
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
 from lmu_dist.scaling.table import Rows, size_bins
 
@@ -54,29 +55,49 @@ def check_table(form: type[ScalingLaw], rows: Rows) -> list[str]:
     return reasons
 
 
-def diagnose(fit: Fit, rows: Rows) -> FitDiagnostics:
+def diagnose(fitted: Fit, rows: Rows) -> FitDiagnostics:
     """Checks a fit against the limits above and returns the diagnostics."""
     rounding = len(rows) * ROUNDING**2
-    agreeing = sum(value <= fit.minimised_objective * (1 + SAME_OBJECTIVE) + rounding for value, _ in fit.start_optima)
+    agreeing = sum(value <= fitted.minimised_objective * (1 + SAME_OBJECTIVE) + rounding for value, _ in fitted.start_optima)
     # A parameter at its bound makes the other checks fail too, so only the bound is reported.
-    reasons = _check_bounds(fit.law, rows.loss) or _check_optimum(fit, agreeing, rounding)
-    return FitDiagnostics(tuple(reasons), len(fit.start_optima), agreeing, fit.gradient, fit.condition)
+    reasons = _check_bounds(fitted.law, rows.loss) or _check_optimum(fitted, agreeing, rounding)
+    return FitDiagnostics(tuple(reasons), len(fitted.start_optima), agreeing, fitted.gradient, fitted.condition)
 
 
-def _check_optimum(fit: Fit, agreeing: int, rounding: float) -> list[str]:
+def fit_and_diagnose(
+    form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE, extra_starts: Sequence[ScalingLaw] = ()
+) -> tuple[Fit, FitDiagnostics, Constraints, list[str]]:
+    """Fits and checks a law; returns the fit, its diagnostics, the constraints used, and notes about them.
+
+    If the fit fails, parameters that have a published value are held at it, and a note says so.
+    """
+    fitted = fit(form, rows, constraints, extra_starts)
+    diagnostics = diagnose(fitted, rows)
+    published = {name: value for name, value in form.DEFAULTS.items() if name not in constraints.names()}
+    if diagnostics.passed or not published:
+        return fitted, diagnostics, constraints, []
+    held = replace(constraints, held={**constraints.held, **published})
+    other = fit(form, rows, held, extra_starts)
+    if not (checked := diagnose(other, rows)).passed:
+        return fitted, diagnostics, constraints, []
+    names = ", ".join(f"{name} = {value:.4g}" for name, value in published.items())
+    return other, checked, held, [f"the table does not determine all parameters: held at the published {names}"]
+
+
+def _check_optimum(fitted: Fit, agreeing: int, rounding: float) -> list[str]:
     reasons = list[str]()
     if agreeing < 2:
-        reasons.append(f"only one of {len(fit.start_optima)} starts reached the lowest objective, so a better one may exist")
-    here = unitless_values(fit.law)
-    ties = [other for value, other in fit.start_optima if value <= fit.minimised_objective * (1 + NEAR_TIE) + rounding]
+        reasons.append(f"only one of {len(fitted.start_optima)} starts reached the lowest objective, so a better one may exist")
+    here = unitless_values(fitted.law)
+    ties = [other for value, other in fitted.start_optima if value <= fitted.minimised_objective * (1 + NEAR_TIE) + rounding]
     if any(np.any(np.abs(other - here) > SAME_LAW * np.abs(here)) for other in ties):
         reasons.append("two different laws fit equally well, because N and D vary together")
-    if not fit.gradient <= MAX_GRADIENT and fit.minimised_objective > rounding:
-        reasons.append(f"the optimiser stopped before the minimum (relative gradient {fit.gradient:.1g})")
-    if not fit.condition <= MAX_CONDITION:
-        inseparable = f"the parameters cannot be separated (condition number {fit.condition:.2g})"
+    if not fitted.gradient <= MAX_GRADIENT and fitted.minimised_objective > rounding:
+        reasons.append(f"the optimiser stopped before the minimum (relative gradient {fitted.gradient:.1g})")
+    if not fitted.condition <= MAX_CONDITION:
+        inseparable = f"the parameters cannot be separated (condition number {fitted.condition:.2g})"
         reasons.append(f"{inseparable}: N and D vary too little, or together")
-    if fit.law.MIN_EXTRA_RUNS > 1 and (n := int(np.sum(fit.leverage > MAX_LEVERAGE))):
+    if fitted.law.MIN_EXTRA_RUNS > 1 and (n := int(np.sum(fitted.leverage > MAX_LEVERAGE))):
         decisive = "a single run determines a parameter" if n == 1 else f"{n} runs each determine a parameter by themselves"
         reasons.append(f"{decisive}, whose error is therefore unknown")
     return reasons

@@ -23,6 +23,8 @@ from lmu_dist.scaling.objective import log_residuals
 from lmu_dist.scaling.table import Rows
 
 N_RESAMPLES = 1000
+NORMAL_MEDIAN = 1.4826  # standard deviation of normal errors over the median of their absolute values
+NO_FORM_FITS = "no law fits the table; the intervals are wider by the errors on runs that were held out"
 FAR = 10.0  # a point whose N or D is beyond the table's by a larger factor is said to be far
 
 
@@ -80,6 +82,11 @@ def predict_from(
         drawn = draw_predictions(candidate, comparison, n, d, unique, n_resamples, seed)
         if drawn is None:
             continue
+        if not comparison.fits:  # what the form misses at runs that were held out, it misses here at least
+            form_error = NORMAL_MEDIAN * (
+                candidate.held_out_error or (candidate.misfit.typical_miss if candidate.misfit else 0)
+            )
+            drawn = drawn + np.random.default_rng(seed + 2).normal(0, form_error, (len(drawn), 1))
         samples.append(drawn)
         weights.append(np.full(len(drawn), candidate.weight / len(drawn)))
         means.append(candidate.weight * np.median(drawn, axis=0))
@@ -100,7 +107,7 @@ def predict_from(
         law=comparison.chosen.name,
         laws=tuple(c.name for c in comparison.supported),
         weights=tuple(c.weight for c in comparison.supported),
-        warnings=_far_points(comparison.rows, n, d),
+        warnings=(*([] if comparison.fits else [NO_FORM_FITS]), *_far_points(comparison.rows, n, d)),
     )
 
 
@@ -124,7 +131,7 @@ def draw_predictions(
     arguments = (n, d, unique) if form.NEEDS_UNIQUE else (n, d)
     with np.errstate(all="ignore"):
         best = np.log(candidate.fit.law.loss(*arguments))
-        laws = fit_resamples(candidate.fit, rows, weights)
+        laws = fit_resamples(candidate.fit, rows, weights, candidate.constraints)
         drawn = np.log(np.array([law.loss(*arguments) for law in laws]))
     drawn = drawn[np.all(np.isfinite(drawn), axis=1)]
     if len(drawn) < MIN_SHARE * n_resamples or not np.all(np.isfinite(best)):

@@ -12,7 +12,7 @@ from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.fit import Fit, n_parameters, refit
-from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
+from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
 from lmu_dist.scaling.table import Rows
@@ -21,6 +21,7 @@ CONFIDENCE = 0.9
 N_RESAMPLES = 1000
 RESAMPLE_TOLERANCE = 1e-2  # gradient in units of DELTA^2; the remaining error is small compared with the interval
 MAX_STEPS = 300  # a resample that needs more belongs to a law that is not determined
+KINK_SHIFTS = (-0.3, -0.2, -0.13, -0.08, -0.04, -0.02, 0.02, 0.04, 0.08, 0.13, 0.2, 0.3)  # of a logarithm
 MIN_SHARE = 0.95  # share of the resamples that must have a valid value, otherwise there is no interval
 
 Interval = tuple[float, float]
@@ -46,6 +47,14 @@ def fit_resamples(fit: Fit, rows: Rows, weights: Floats, constraints: Constraint
     starts = np.repeat(objective.vector(fit.law)[None], len(weights), axis=0)
     relative = weights / weights.mean(axis=1, keepdims=True)
     optima = minimise(objective, starts, relative, basis, RESAMPLE_TOLERANCE, far=0, max_steps=MAX_STEPS)
+    if form.KINK and form.KINK not in constraints.names():  # every resample has the best of several values
+        column = parameter_names(form).index(form.KINK)
+        for shift in KINK_SHIFTS:
+            starts = optima.vectors.copy()
+            starts[:, column] = objective.vector(fit.law)[column] + shift
+            other = minimise(objective, starts, relative, basis, RESAMPLE_TOLERANCE, far=0, max_steps=MAX_STEPS)
+            lower = other.values < optima.values
+            optima.vectors[lower], optima.values[lower] = other.vectors[lower], other.values[lower]
     return [objective.law(vector) for vector in optima.vectors]
 
 

@@ -1,7 +1,9 @@
 """IsoFLOP parabolas (Hoffmann et al. 2022, approach 2): runs of equal compute in, the size with the lowest loss out.
 
-Parabolas bias the prefactor of N_opt by up to about ten per cent even without noise, more for wider grids; the exponent is not
-biased. They are a cross-check of the laws, not a substitute.
+Parabolas bias the prefactor of N_opt by up to about ten per cent even without noise, more for wider grids. If the sizes are
+centred on the minimum at every compute, the bias is the same factor everywhere and the exponent is exact; if the centres drift
+from the minimum with compute, the exponent is biased, too. They are a cross-check of the laws, not a substitute;
+`scaling/optimum.py` takes the bias off.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ Every law has its predicted loss, the gradient by its parameters, and the comput
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from typing import ClassVar, TypeVar, cast
 
@@ -45,6 +45,7 @@ class ScalingLaw(ABC):
     FLEXIBLE: ClassVar[bool] = False
     FORMULA: ClassVar[str] = ""
     MORE_UNITLESS: ClassVar[tuple[str, ...]] = ()  # besides EXPONENTS and E
+    DEFAULTS: ClassVar[Mapping[str, float]] = {}  # published values of parameters that many tables cannot determine
     KINK: ClassVar[str] = ""  # a parameter in which the loss has a kink: it is found on a grid, and the others by descent
 
     @abstractmethod

@@ -7,6 +7,8 @@ from numpy.typing import ArrayLike
 
 from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, scaled_prefactor
 
+PUBLISHED = {"R_star": 15.387756}  # Muennighoff et al. 2023
+
 
 @dataclass(frozen=True)
 class Repeated(ScalingLaw):
@@ -25,6 +27,7 @@ class Repeated(ScalingLaw):
     LOG_PARAMETERS = ("E", "A", "B", "R_star")
     EXPONENTS = ("alpha", "beta")
     MORE_UNITLESS = ("R_star",)
+    DEFAULTS = PUBLISHED
     NEEDS_UNIQUE = True
     FORMULA = "L = E + A/N^alpha + B/D'^beta,  D' = U + U R_star (1 - exp(-(D/U - 1)/R_star))"
 
@@ -71,6 +74,7 @@ class Overfitted(ScalingLaw):
     LOG_PARAMETERS = ("E", "A", "B", "R_star", "P", "epochs")
     EXPONENTS = ("alpha", "beta", "kappa")
     MORE_UNITLESS = ("R_star", "epochs")
+    DEFAULTS = PUBLISHED
     KINK = "epochs"
     NEEDS_UNIQUE = True
     FORMULA = Repeated.FORMULA.replace("L =", "L = P N^kappa max(0, D/U - epochs) +")

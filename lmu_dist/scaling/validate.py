@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, fit, n_parameters
 from lmu_dist.scaling.intervals import (
     N_RESAMPLES,
@@ -89,12 +89,12 @@ def fit_and_validate(
 
     `names` has what messages call each row, by default its number.
     """
-    held = constraints.names() | {form.KINK}
     names = names or [str(i + 1) for i in range(len(rows))]
     checks = check_rows(rows, names, labels)
     if reasons := check_table(form, rows):
         return FitResult(form, len(rows), None, None, FitDiagnostics((*reasons, *checks.reasons)), warnings=checks.warnings)
-    fitted, diagnostics, profiles = fit_and_profile(form, rows, constraints)
+    fitted, diagnostics, profiles, constraints, notes = fit_and_profile(form, rows, constraints)
+    held = constraints.names() | {form.KINK}
     misfit = find_misfit(fitted, rows, checks.labels)
     diagnostics = replace(diagnostics, reasons=(*diagnostics.reasons, *misfit.reasons, *checks.reasons))
     result = FitResult(
@@ -104,7 +104,7 @@ def fit_and_validate(
         objective=fitted.objective,
         diagnostics=diagnostics,
         misfit=misfit,
-        warnings=(*checks.warnings, *outlier_warnings(misfit, names)),
+        warnings=(*checks.warnings, *notes, *outlier_warnings(misfit, names)),
     )
     if not diagnostics.passed:
         return result
@@ -139,18 +139,18 @@ def fit_and_validate(
 
 def fit_and_profile(
     form: type[ScalingLaw], rows: Rows, constraints: Constraints
-) -> tuple[Fit, FitDiagnostics, dict[str, Interval | None]]:
-    """Returns the fit, its diagnostics and, if they pass, the profile intervals of the parameters without units.
+) -> tuple[Fit, FitDiagnostics, dict[str, Interval | None], Constraints, list[str]]:
+    """Returns the fit, its diagnostics, if they pass the profile intervals of the parameters without units, and notes.
 
     If a refit of a profile finds a lower objective, the fit starts again from there: so no optimum that was seen is lower than
     that of the fit.
     """
-    fitted = fit(form, rows, constraints)
+    fitted, diagnostics, constraints, notes = fit_and_diagnose(form, rows, constraints)
     better = list[ScalingLaw]()
     for _ in range(MAX_RESTARTS):
-        diagnostics, profiles = diagnose(fitted, rows), dict[str, Interval | None]()
+        profiles = dict[str, Interval | None]()
         if not diagnostics.passed:
-            return fitted, diagnostics, {}
+            break
         for name in unitless_names(form):
             if name in constraints.names() or name == form.KINK:
                 continue
@@ -159,9 +159,9 @@ def fit_and_profile(
                 better.append(lower)
                 break
         else:
-            return fitted, diagnostics, profiles
-        fitted = fit(form, rows, constraints, better)
-    return fitted, diagnose(fitted, rows), {}
+            return fitted, diagnostics, profiles, constraints, notes
+        fitted, diagnostics, constraints, notes = fit_and_diagnose(form, rows, constraints, better)
+    return fitted, diagnostics, {}, constraints, notes
 
 
 def holdout(form: type[ScalingLaw], rows: Rows) -> Holdout:

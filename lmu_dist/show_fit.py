@@ -1,0 +1,104 @@
+"""Prints laws side by side, forecasts and optima of a user's table, for people. `show` prints the fit of a single law."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from lmu_dist.show import new_table, print_table
+
+if TYPE_CHECKING:
+    from lmu_dist.scaling.compare_laws import Candidate, LawComparison
+    from lmu_dist.scaling.forecast import Forecast
+    from lmu_dist.scaling.optimum import Optimum
+
+
+def print_comparison(comparison: "LawComparison") -> None:
+    """Prints every law with its misses, criterion and held-out error, and which ones the table supports."""
+    for warning in comparison.warnings:
+        print(f"warning      {warning}")
+    print(f"laws         {len(comparison.candidates)} on {len(comparison.rows):,} rows")
+    shown = new_table("parameter", "parameters", "typical miss", "worst miss", "held-out error", "criterion", "status")
+    for candidate in comparison.candidates:
+        misfit, held_out = candidate.misfit, candidate.held_out_error
+        shown.add_row(
+            candidate.name,
+            str(len(candidate.form.__dataclass_fields__)),  # pyright: ignore
+            f"{misfit.typical_miss:.2%}" if misfit else "",
+            f"{misfit.worst_miss:+.2%}" if misfit else "",
+            f"{held_out:.2%}" if held_out is not None else "",
+            f"{candidate.criterion:.1f}" if candidate.criterion is not None else "",
+            _status(candidate, comparison),
+        )
+    print_table(shown)
+    for candidate in comparison.candidates:
+        for reason in (*candidate.diagnostics.reasons, *(candidate.misfit.reasons if candidate.misfit else ())):
+            print(f"{candidate.name:<12} {reason}")
+    print("criterion    robust Akaike criterion above the lowest; laws within 6 of it cannot be told apart")
+    held = comparison.candidates[0].held_out if comparison.candidates else ()
+    if held:
+        cuts = "; ".join(f"{h.n_rows} runs of {h.what} > {h.above:.3g}" for h in held)
+        print(f"holdouts     fits without {cuts}")
+    if comparison.chosen is None:
+        print("NOT DETERMINED")
+        for reason in comparison.reasons:
+            print(f"             {reason}")
+        return
+    names = [c.name for c in comparison.supported]
+    fits = any(c.misfit is not None and not c.misfit.reasons for c in comparison.supported)
+    if not fits:
+        print(f"supported    {', '.join(names)}: no form fits the table; of them all it predicts held-out runs best")
+    elif len(names) > 1:
+        print(f"supported    a tie of {', '.join(names)}: the table cannot tell them apart; the simplest is {names[0]}")
+    else:
+        print(f"supported    {names[0]}")
+    law = comparison.chosen.fit.law if comparison.chosen.fit else None
+    values = ", ".join(f"{name} {value:.6g}" for name, value in vars(law).items())
+    print(f"law          {comparison.chosen.name}: {comparison.chosen.form.FORMULA}; {values}")
+
+
+def _status(candidate: "Candidate", comparison: "LawComparison") -> str:
+    if candidate.supported:
+        return "supported" if len(comparison.supported) == 1 else f"tied, weight {candidate.weight:.2f}"
+    if not candidate.diagnostics.passed:
+        return "not determined"
+    if candidate.misfit and candidate.misfit.reasons:
+        return "misfit"
+    return "worse"
+
+
+def print_forecast(forecast: "Forecast", names: Sequence[str]) -> None:
+    """Prints the predicted loss of every point; `names` has what each is called."""
+    if forecast.reasons:
+        print("NO FORECAST")
+        for reason in forecast.reasons:
+            print(f"             {reason}")
+        return
+    shown = new_table("parameter", "N", "D", "loss", "90 % interval")
+    for i, name in enumerate(names):
+        interval = f"{forecast.low[i]:.4f} .. {forecast.high[i]:.4f}"
+        shown.add_row(name, f"{forecast.n_params[i]:.4g}", f"{forecast.tokens[i]:.4g}", f"{forecast.loss[i]:.4f}", interval)
+    print_table(shown)
+    print(f"forecast     nats per token; parameters, run-to-run noise and form ({', '.join(forecast.laws)})")
+    for warning in forecast.warnings:
+        print(f"warning      {warning}")
+
+
+def print_optimum(optima: "Sequence[Optimum]") -> None:
+    """Prints the compute-optimal N and D by every approach."""
+    shown = new_table("parameter", "N", "90 % interval", "D", "exponent of N", "its interval", "bias taken off")
+    for o in optima:
+        if o.n_params is None or o.n_interval is None or o.exponent is None or o.exponent_interval is None:
+            continue
+        shown.add_row(
+            o.approach,
+            f"{o.n_params:.4g}",
+            f"{o.n_interval[0]:.4g} .. {o.n_interval[1]:.4g}",
+            f"{o.tokens:.4g}",
+            f"{o.exponent:.4f}",
+            f"{o.exponent_interval[0]:.4f} .. {o.exponent_interval[1]:.4f}",
+            f"{o.bias - 1:+.1%}" if o.bias is not None else "",
+        )
+    print_table(shown)
+    for o in optima:
+        if o.reason:
+            print(f"{o.approach:<12} none: {o.reason}")
+    print(f"optimum      of C = 6ND = {optima[0].flops:.4g} FLOPs")
