@@ -78,7 +78,7 @@ def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
             "; ".join([*remarks, *([r.stop_rule] if r.stop_rule else [])]),
         )
         rows.append(row)
-    _print_table(_fitted_table((*names, "remark"), rows, ("training s", "bits/byte", "learning rate", "remark", "seed")))
+    print_table(_fitted_table((*names, "remark"), rows, ("training s", "bits/byte", "learning rate", "remark", "seed")))
     n_new = sum(not f.already_done for f in result.finished)
     print(f"{len(result.finished)} cells ended, {n_new} of them in this call; MLflow {tracking_uri}")
     if result.finished:
@@ -94,7 +94,7 @@ def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Fold
     for search in searches:
         keys = list(dict.fromkeys(key for trial in search.trials for key in trial.settings))
         print(f"{search.family}, N = {search.n_params:,}")
-        table = _table("", "key", *keys, "status", "tokens", "val. loss, nats", "remark")
+        table = new_table("", "key", *keys, "status", "tokens", "val. loss, nats", "remark")
         for trial in search.trials:
             r = trial.record
             best = "best" if trial is search.best else ""
@@ -105,7 +105,7 @@ def print_tune(searches: "Sequence[SearchResult]", winners: Folder, figure: Fold
             table.add_row(
                 best, r.key[:KEY_CHARACTERS], *settings, r.status, f"{r.tokens:,}", _number(r.val_loss_nats, ".4f"), r.stop_rule
             )
-        _print_table(table)
+        print_table(table)
         for reason in search.failures:
             console.print(f"failed: {reason}")
     print(f"best settings  {winners} (add it under `include` to the configuration of a ladder)\nfigure         {figure}")
@@ -123,12 +123,12 @@ def print_package(package: "Package") -> None:
 
 def print_jobs(rows: "Sequence[ClusterJob]") -> None:
     """Prints the table of the jobs of a cluster."""
-    table = _table("job", "status", "started (UTC)", "time", "config", "commit", "remark")
+    table = new_table("job", "status", "started (UTC)", "time", "config", "commit", "remark")
     for row in rows:
         commit = row.git_commit[:8] + "+" * row.git_dirty
         started = row.started.removesuffix("+00:00").replace("T", " ")
         table.add_row(row.id, row.status, started, _duration(row.seconds), row.config, commit, row.message)
-    _print_table(table)
+    print_table(table)
 
 
 def print_job(job: "ClusterJob") -> None:
@@ -144,7 +144,7 @@ def print_log(text: str) -> None:
 def print_status(rows: "Callable[[], list[Row]]", live: bool) -> None:
     """Prints the cells of an experiment. On a terminal the table is updated until all cells have ended or Ctrl-C."""
     if not (live and sys.stdout.isatty()):
-        _print_table(_status_table(rows()))
+        print_table(_status_table(rows()))
         return
     with Live(refresh_per_second=2, screen=False) as screen:
         while True:
@@ -208,7 +208,7 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
         )
         rows.append(row)
     optional = ("cost", "N with head", "executed", "seed", "q", "rate", "d", "batch", "steps", "ZeRO", "workers", "GB")
-    _print_table(_fitted_table((*names, "ZeRO", "GB", "time", "cost"), rows, optional))
+    print_table(_fitted_table((*names, "ZeRO", "GB", "time", "cost"), rows, optional))
     each = f" of up to {plan.n_trials} trials" if plan.n_trials > 1 else ""
     print(
         f"{len(plan.cells)} cells{each}, {plan.flops:.3e} FLOPs, {plan.executed_flops:.3e} executed; "
@@ -287,11 +287,11 @@ def print_fit(result: "FitResult", rows: "Rows", numbers: "Sequence[int]") -> No
         for reason in diagnostics.reasons:
             print(f"             {reason}")
         return
-    table = _table("parameter", "value", "90 % interval", "profile interval")
+    table = new_table("parameter", "value", "90 % interval", "profile interval")
     for name, value in vars(result.law).items():
         ends = [result.intervals.get(name), result.profiles.get(name)]
         table.add_row(name, f"{value:.6g}", *(f"{i[0]:.4g} .. {i[1]:.4g}" if i else "" for i in ends))
-    _print_table(table)
+    print_table(table)
     note = "; the fit minimised squared errors of L, as the authors of this law do" if result.form.LEAST_SQUARES else ""
     print(f"objective    {result.objective:.7g}, sum of Huber losses of ln L{note}")
     print(
@@ -308,7 +308,8 @@ def print_fit(result: "FitResult", rows: "Rows", numbers: "Sequence[int]") -> No
     elif holdout:
         print(f"holdout      none: {'; '.join(holdout.reasons)}")
     moved = [f"{name} {i.without:.4g} (row {numbers[i.row]})" for name, i in result.influence.items()]
-    print(f"influence    without the most influential row: {', '.join(moved)}")
+    if moved:
+        print(f"influence    without the most influential row: {', '.join(moved)}")
 
 
 def print_cluster(processes: "Sequence[ClusterProcess]", exports: Mapping[str, str]) -> None:
@@ -320,7 +321,8 @@ def print_cluster(processes: "Sequence[ClusterProcess]", exports: Mapping[str, s
     print("unset RAY_AUTH_TOKEN  # it would take precedence over the token file")
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """Returns an empty table with these columns; columns of numbers are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         words = name in ("family", "cell", "state", "status", "remark", "parameter", "job", "config", "key")
@@ -343,7 +345,7 @@ def _fitted_table(names: Sequence[str], rows: Sequence[Sequence[str]], optional:
             break
         kept.remove(name)
         left_out.append(name)
-    table = _table(*kept)
+    table = new_table(*kept)
     for row in rows:
         table.add_row(*(value for name, value in zip(names, row, strict=True) if name in kept))
     if left_out:
@@ -356,7 +358,8 @@ def _result_console() -> Console:
     return Console(highlight=False, markup=False, emoji=False)
 
 
-def _print_table(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Prints a table as wide as it is where the output is no terminal."""
     if table.row_count > LONG:
         _print_plainly(table)
         return
