@@ -8,13 +8,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, fit, n_parameters
 from lmu_dist.scaling.forms import FORMS, law_name
 from lmu_dist.scaling.intervals import residual_scale, small_sample_correction
-from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw
+from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.misfit import Misfit, find_misfit
 from lmu_dist.scaling.objective import huber, log_residuals
 from lmu_dist.scaling.table import Rows
@@ -162,9 +163,9 @@ def _with_support(candidates: Sequence[Candidate]) -> list[Candidate]:
     ]
 
 
-def held_out_masks(rows: Rows) -> list[tuple[str, float, Floats]]:
+def held_out_masks(rows: Rows) -> list[tuple[str, float, NDArray[np.bool_]]]:
     """Returns the holdouts of a table: what is held out (N or C), above which value, and the mask of the rows."""
-    masks = list[tuple[str, float, Floats]]()
+    masks = list[tuple[str, float, NDArray[np.bool_]]]()
     for what, values in (("N", rows.n_params), ("C", 6 * rows.n_params * rows.tokens)):
         for factor in HELD_OUT_FACTORS:
             above = float(values.max()) / factor
