@@ -10,6 +10,8 @@ from jinja2 import Environment, StrictUndefined
 
 from lmu_dist import __version__
 from lmu_dist.report.figures import ReportFigure, css_variable
+from lmu_dist.report.forecasts import ForecastScores
+from lmu_dist.report.law_table import law_rows, law_sentence, misfit_sentence, p_text
 from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.laws import KAPLAN_NS, PAPER, parameters
@@ -22,18 +24,33 @@ SECTIONS = (
     ("position", "Loss by position"),
     ("compute", "Compute"),
     ("fits", "Scaling laws"),
+    ("forecasts", "Forecasts"),
 )
+ALWAYS = ("fits", "forecasts")  # sections that are there without a figure
 
 
-def render(study: Study, results: Results, figures: Sequence[ReportFigure], reproduce: Sequence[tuple[str, str]]) -> str:
+def render(
+    study: Study,
+    results: Results,
+    forecasts: ForecastScores,
+    figures: Sequence[ReportFigure],
+    reproduce: Sequence[tuple[str, str]],
+) -> str:
     """Returns the page as HTML. `reproduce` has pairs of a result's name and the command that reproduces it."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "interval": _interval, "difference": _difference}
+    environment.filters |= {"share": _share, "p": p_text, "minute": _minute}
+    run_names = {run.run_id: run.name or run.run_id for run in study.runs}
+    environment.filters["run_name"] = run_names.__getitem__
     environment.globals |= {"css_variable": css_variable, "parameters": parameters, "title": study.title}
+    environment.globals |= {"law_rows": law_rows, "law_sentence": law_sentence, "misfit_sentence": misfit_sentence}
     template = environment.from_string(files("lmu_dist.report").joinpath("page.html").read_text(encoding="utf-8"))
     return template.render(
         study=study,
         results=results,
+        forecasts=forecasts,
+        always=ALWAYS,
+        other_laws=results.other_laws,
         figures={name: [f for f in figures if f.section == name] for name, _ in SECTIONS},
         sections=SECTIONS,
         reproduce=reproduce,
@@ -53,6 +70,15 @@ def _number(value: float | None, digits: int = 4) -> str:
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:+.2%}"
+
+
+def _share(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _minute(time: str) -> str:
+    """Formats a time in ISO 8601 for people, as in "2026-11-27 20:12"."""
+    return datetime.fromisoformat(time).astimezone(UTC).strftime("%Y-%m-%d %H:%M")
 
 
 def _thousands(value: Any) -> str:

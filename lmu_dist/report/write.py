@@ -16,12 +16,14 @@ import numpy as np
 from lmu_dist import __version__
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.report.figures import draw_figures
+from lmu_dist.report.forecasts import ForecastScores, score_forecasts
 from lmu_dist.report.page import render
-from lmu_dist.scaling.as_json import fit_to_json, to_json
+from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, to_json
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, runs_at_largest_budget, runs_compared_by_position
 from lmu_dist.tracking.errors import MLflowUnavailableError
+from lmu_dist.tracking.forecasts import forecasts_of
 from lmu_dist.tracking.reports import reports_of, save_report
 from lmu_dist.tracking.runs import position_losses
 from lmu_dist.tracking.store import Store
@@ -31,12 +33,13 @@ ShowProgress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """A written report: its folder, its MLflow run, the study and its results, and earlier reports that are now stale."""
+    """A written report: its folder, its MLflow run, the study, its results and forecasts, and earlier reports now stale."""
 
     folder: Path
     run_id: str
     study: Study
     results: Results
+    forecasts: ForecastScores
     results_json: dict[str, Any]
     stale: tuple[str, ...]
 
@@ -59,15 +62,17 @@ def write_report(
             curves[run_id] = np.array(losses)
     show("fitting", 2, 4)
     results = analyse(study, curves, n_resamples)
+    forecasts = score_forecasts(study, forecasts_of(store, experiment))
     show("drawing", 3, 4)
     figures = draw_figures(study, results, folder)
     write_runs(folder / "runs.csv", study)
     facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
-    results_json = facts | to_json(_results(study, results))
+    results_json = facts | to_json(_results(study, results) | {"forecasts": forecasts.to_json()})
     fits = facts | to_json({"fits": [_fit(fit) for fit in results.fits]})
     _write_json(folder / "results.json", results_json)
     _write_json(folder / "fits.json", fits)
-    (folder / "report.html").write_text(render(study, results, figures, _reproduce(study, results, any_code)), encoding="utf-8")
+    page = render(study, results, forecasts, figures, _reproduce(study, results, any_code))
+    (folder / "report.html").write_text(page, encoding="utf-8")
     show("uploading to MLflow", 3.5, 4)
     names = [
         "runs.csv",
@@ -79,10 +84,11 @@ def write_report(
     try:
         kept = [folder / name for name in names]
         answer = f"{results.answer.verdict}. {results.answer.sentence}"
-        run_id, stale = save_report(store, experiment, study.digest, any_code, kept, _params(study), _metrics(results), answer)
+        metrics = _metrics(results, forecasts)
+        run_id, stale = save_report(store, experiment, study.digest, any_code, kept, _params(study), metrics, answer)
     except MLflowUnavailableError as e:
         raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
-    return ReportFiles(folder, run_id, study, results, results_json, tuple(stale))
+    return ReportFiles(folder, run_id, study, results, forecasts, results_json, tuple(stale))
 
 
 def _prepare_folder(folder: Path) -> None:
@@ -113,7 +119,9 @@ def _digest(store: Store, experiment: str, any_code: bool) -> str:
 
 def _fit(fit: FamilyFit) -> dict[str, Any]:
     facts = fit_to_json(fit.result, fit.run_ids)
-    return {"family": fit.family, **facts, "conventions": [asdict(c) for c in fit.conventions], "run_ids": list(fit.run_ids)}
+    laws = comparison_to_json(fit.comparison)
+    conventions = [asdict(c) for c in fit.conventions]
+    return {"family": fit.family, **facts, "conventions": conventions, "run_ids": list(fit.run_ids), "comparison": laws}
 
 
 def _results(study: Study, results: Results) -> dict[str, Any]:
@@ -142,9 +150,12 @@ def _params(study: Study) -> dict[str, str]:
     }
 
 
-def _metrics(results: Results) -> dict[str, float]:
-    """Returns the metrics of the report's MLflow run: parameters of determined laws, and known factors with intervals."""
+def _metrics(results: Results, forecasts: ForecastScores) -> dict[str, float]:
+    """Returns the metrics of the report's MLflow run: parameters of determined laws, known factors, scores of forecasts."""
     found = dict[str, float]()
+    if forecasts.share_inside is not None and forecasts.typical_error is not None:
+        found |= {"forecast/scored": len(forecasts.counted), "forecast/share_inside": forecasts.share_inside}
+        found["forecast/median_absolute_error"] = forecasts.typical_error
     for fit in results.fits:
         if law := fit.result.law:
             found |= {f"fit/{fit.family}/{name}": value for name, value in vars(law).items()}
@@ -165,11 +176,14 @@ def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str
         ("answer, factors, change with size", f"{again} --json  (keys answer, comparisons)"),
         ("improvement ratio, seed noise, power laws in N", f"{again} --json  (keys improvement, seed_noise, in_size)"),
         ("loss by position", f"{again} --json  (keys positions, by_position)"),
+        ("forecasts and their scores", f"{again} --json  (key forecasts)"),
     ]
     for fit in results.fits:
         conditions = f"--where family={fit.family} --where 'left_out='"
         columns = "--n n_params --d tokens --loss val_loss_nats"
-        commands.append((f"scaling law of {fit.family}", f"lmu-dist fit runs.csv {columns} {conditions}"))
+        fit_command = f"lmu-dist fit runs.csv {columns} {conditions}"
+        commands.append((f"scaling law of {fit.family}", fit_command))
+        commands.append((f"laws of {fit.family} side by side", f"{fit_command} --law all"))
     commands.append(
         ("all numbers", "results.json, fits.json and runs.csv, in the folder of this page and as artifacts of its MLflow run")
     )

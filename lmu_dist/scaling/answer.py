@@ -4,6 +4,7 @@ The sentences claim no more than the 90 % intervals support.
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmu_dist.scaling.appearance import title
@@ -34,14 +35,21 @@ class Answer:
     caveats: tuple[str, ...]
 
 
-def answer(study: Study, headline: Comparison | None, noise: SeedNoise | None) -> Answer:
-    """Returns the answer from the comparison of BASE and NEW; `headline` is None if the study has no such comparison."""
+def answer(
+    study: Study, headline: Comparison | None, noise: SeedNoise | None, other_laws: Mapping[str, Sequence[str]] | None = None
+) -> Answer:
+    """Returns the answer from the comparison of BASE and NEW; `headline` is None if the study has no such comparison.
+
+    `other_laws` has, for each family whose runs support other laws than the one of its factors, the names of these.
+    """
     caveats = _caveats(study, noise)
     if headline is None or not headline.sizes:
         sentence = f"This study cannot answer the question: {_explain_missing_families(study)}."
         return Answer(NOT_DETERMINED, sentence, "", None, None, "none", "", caveats)
     largest = headline.sizes[-1]
     factor, source = best_known_factor(largest)
+    if source == "laws":
+        caveats += _law_caveats(other_laws or {})
     verdict = _verdict(factor)
     at_size, tokens = f"At N = {largest.n_params:,} parameters", f"{_format_factor(factor)} as many tokens as the {title(NEW)}"
     if factor.interval is not None:
@@ -105,6 +113,15 @@ def _growth(headline: Comparison) -> str:
     change = f"with ten times the parameters it is multiplied by {headline.growth:.2f} ({low:.2f} to {high:.2f})"
     source = f"computed from {SOURCES[headline.growth_from]}, at the losses that both families reached at each size"
     return f"{trend}: {change}, between N = {first:,} and N = {last:,} ({source})."
+
+
+def _law_caveats(other_laws: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    return tuple(
+        f"The factor is computed from chinchilla's law, but the runs of the {title(family)} are described better by "
+        f"{' or '.join(laws)}: compare it with the factor from curves."
+        for family, laws in other_laws.items()
+        if family in (BASE, NEW)
+    )
 
 
 def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ class Run:
     record: RunRecord
     settings: Settings = ()
     requested_n_params: int = 0
+    ended_ms: int = 0  # since 1970, as MLflow has it
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
             out.append(LeftOutRun(run.info.run_id, name, reason, record))
         else:
             requested = int(run.data.params.get("model.n_params", record.n_params))
-            used.append(Run(run.info.run_id, name, 0, record, settings_of(record, run.data.params), requested))
+            settings, ended_ms = settings_of(record, run.data.params), run.info.end_time or 0
+            used.append(Run(run.info.run_id, name, 0, record, settings, requested, ended_ms))
             appearances[record.family] = stored_appearance(record.family, run.data.tags.get("lmu.family_appearance"))
             sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
     used, incomparable = _comparable(used, any_code)

@@ -10,8 +10,11 @@ from lmu_dist.scaling import positions
 from lmu_dist.scaling.answer import BASE, NEW, WORST, Answer, answer
 from lmu_dist.scaling.collect import Run, Study, resampling_groups, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, compare
+from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.compute import CountingConvention, fit_conventions
 from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement_ratio, seed_noise
+from lmu_dist.scaling.family_laws import compare_family_laws
+from lmu_dist.scaling.forms import law_name
 from lmu_dist.scaling.intervals import N_RESAMPLES, bootstrap_weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
 from lmu_dist.scaling.positions import Plateau
@@ -23,12 +26,17 @@ Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
 
 @dataclass(frozen=True)
 class FamilyFit:
-    """The fitted law of a family, and its compute-optimal allocation under the four counting conventions."""
+    """The fitted law of a family, its compute-optimal allocation under the four counting conventions, and all laws compared.
+
+    Factors are computed from `result`, Chinchilla's law, which has tokens for a given loss in closed form; `comparison` says
+    which laws the runs support.
+    """
 
     family: str
     result: FitResult
     conventions: tuple[CountingConvention, ...]
     run_ids: tuple[str, ...]
+    comparison: LawComparison
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,11 @@ class Results:
     positions: tuple[PositionLoss, ...]
     by_position: FactorByPosition | None
 
+    @property
+    def other_laws(self) -> dict[str, list[str]]:
+        """For families whose runs do not support the law that their factors are computed from: the laws they do support."""
+        return _other_laws(self.fits)
+
 
 def runs_at_largest_budget(study: Study) -> list[Run]:
     """Returns the runs at the largest budget of every family and size; the report shows their loss by position."""
@@ -93,7 +106,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
     headline = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
     return Results(
         headline=headline,
-        answer=answer(study, headline, noise),
+        answer=answer(study, headline, noise, _other_laws(fits)),
         fits=fits,
         comparisons=comparisons,
         improvement=_improvement(study, n_resamples),
@@ -106,8 +119,15 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Res
 
 def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
     runs = study.runs_of(family)
-    result = fit_and_validate(Chinchilla, rows_from_runs(runs), resampling_groups(runs), n_resamples)
-    return FamilyFit(family, result, tuple(fit_conventions(runs, result)), tuple(run.run_id for run in runs))
+    names = [run.name or run.run_id for run in runs]
+    result = fit_and_validate(Chinchilla, rows_from_runs(runs), resampling_groups(runs), n_resamples, names=names)
+    conventions, comparison = tuple(fit_conventions(runs, result)), compare_family_laws(runs)
+    return FamilyFit(family, result, conventions, tuple(run.run_id for run in runs), comparison)
+
+
+def _other_laws(fits: Sequence[FamilyFit]) -> dict[str, list[str]]:
+    supported = {f.family: [law.name for law in f.comparison.supported] for f in fits if f.result.law and f.comparison.fits}
+    return {family: names for family, names in supported.items() if law_name(Chinchilla) not in names}
 
 
 def _cells(runs: Sequence[Run]) -> list[list[float]]:

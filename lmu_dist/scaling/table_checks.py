@@ -35,10 +35,15 @@ class TableChecks:
 
 
 def check_rows(rows: Rows, names: Sequence[str], labels: Sequence[str] | None = None) -> TableChecks:
-    """Checks the rows of a table. `names` has what messages call each row, `labels` groups that are known already."""
+    """Checks the rows of a table. `names` has what messages call each row, `labels` groups that are known already.
+
+    Rows with labels are the runs of a study, whose columns, units and settings are known: only a few far apart are noticed.
+    """
+    if labels is not None:
+        return TableChecks((), tuple(_far_apart(rows, names)[1]), tuple(labels))
     found, copied = independent_groups(rows)
     warnings = list[str]()
-    if labels is None and len(copied):
+    if len(copied):
         alike = "copies or near copies of others (same N and D, and a loss within 0.01 %) and count as one run with them"
         warnings.append(f"{_rows(copied, names)} {'are' if len(copied) > 1 else 'is'} {alike}")
     if rows.run is not None and (n_runs := len(set(found))) < len(rows):
@@ -49,7 +54,7 @@ def check_rows(rows: Rows, names: Sequence[str], labels: Sequence[str] | None = 
     ratio = float(np.median(rows.tokens / rows.n_params)) if len(rows) else 1.0
     if not reasons and not LIKELY_TOKENS_PER_PARAMETER[0] < ratio < LIKELY_TOKENS_PER_PARAMETER[1]:
         warnings.append(f"the median run has {ratio:.2g} tokens per parameter: N and D may be in different units")
-    return TableChecks((*reasons, *far_reasons), (*warnings, *far_warnings), tuple(labels or found))
+    return TableChecks((*reasons, *far_reasons), (*warnings, *far_warnings), tuple(found))
 
 
 def independent_groups(rows: Rows) -> tuple[list[str], list[int]]:

@@ -14,3 +14,4 @@ ANSWER = "lmu.answer"  # of a study: the answer of its newest report
 REPORT = "lmu.report"  # of a run that holds a report: the digest of its inputs
 REPORT_ANY_CODE = "lmu.report_any_code"
 STALE = "lmu.stale"
+FORECAST = "lmu.forecast"  # of a run that holds a forecast: the cell that it is about
