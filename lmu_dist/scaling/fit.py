@@ -18,7 +18,7 @@ from lmu_dist.scaling.table import Rows
 
 SAME_OPTIMUM = 1e-6  # relative difference of two objectives
 SIMPLE = 5  # laws with more parameters start again around their best optimum if only one start found it
-N_KINKS, N_KINK_GRIDS, KINK_REACH = 13, 4, 0.7  # of a logarithm
+N_KINKS, N_KINK_GRIDS, KINK_REACH = 13, 7, 0.7  # of a logarithm
 N_RESTARTS, RESTART_DISTANCE = 4, 0.1
 
 

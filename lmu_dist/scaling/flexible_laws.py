@@ -84,12 +84,13 @@ class Farseer(ScalingLaw):
         x, y = np.log(np.asarray(n_params, np.float64)), np.log(np.asarray(tokens, np.float64))
         exponent = np.exp(self.a1 * np.exp(self.alpha * x) + self.b1)
         of_d = np.exp(self.a2 * np.exp(self.beta * x) + self.b2 - exponent * y)
-        return x, y, exponent, of_d, np.exp(self.a3 * np.exp(self.gamma * x) + self.b3)
+        of_n = np.exp(self.a3 * np.exp(self.gamma * x) + self.b3)
+        return np.asarray(x), np.asarray(y), np.asarray(exponent), np.asarray(of_d), np.asarray(of_n)
 
     def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns the predicted loss in nats."""
         _, _, _, of_d, of_n = self._terms(n_params, tokens)
-        return of_d + of_n
+        return np.asarray(of_d + of_n)
 
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(a1, b1, alpha, a2, b2, beta, a3, b3, gamma)."""

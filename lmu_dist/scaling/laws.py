@@ -99,7 +99,7 @@ class ScalingLaw(ABC):
         per_token = np.asarray(flops, np.float64) / k  # N^gamma D
         if law is None:
             n = _search_optimum(self, per_token, gamma)
-            return n, per_token / n**gamma
+            return n, np.asarray(per_token / n**gamma)
         power = 1 / (law.alpha + gamma * law.beta)
         n = (law.alpha * law.A / (gamma * law.beta * law.B) * per_token**law.beta) ** power
         return np.asarray(n), np.asarray(per_token / n**gamma)
@@ -117,17 +117,26 @@ def batch_law(form: type[Law], values: Sequence[float | Floats]) -> Law:
 
 
 def _search_optimum(law: ScalingLaw, per_token: Floats, gamma: float) -> Floats:
-    """Returns the N of lowest loss at constant N^gamma D, by grids that become finer; nan if it is at an end of the first."""
-    middle, reach = np.log(per_token) / (1 + gamma), 12.0
+    """Returns the N of lowest loss at constant N^gamma D, by grids that become finer; nan if the first has no minimum inside.
+
+    A minimum at an end is none: far outside of any table a flexible law may fall without bounds.
+    """
+    middle, reach = np.log(per_token) / (1 + gamma), 5.0
     steps = np.linspace(-1, 1, 61)
+    found = np.ones(np.shape(middle), bool)
     with np.errstate(all="ignore"):
         for grid in range(8):
             log_n = middle[..., None] + reach * steps
-            best = np.argmin(law.loss(np.exp(log_n), per_token[..., None] * np.exp(-gamma * log_n)), axis=-1)
-            middle, reach = np.take_along_axis(log_n, best[..., None], axis=-1)[..., 0], reach * 2 / 30
+            loss = law.loss(np.exp(log_n), per_token[..., None] * np.exp(-gamma * log_n))
             if grid == 0:
-                at_end = (best == 0) | (best == len(steps) - 1)
-    return np.where(at_end, np.nan, np.exp(middle))
+                inside = (loss[..., 1:-1] < loss[..., :-2]) & (loss[..., 1:-1] <= loss[..., 2:])
+                found = inside.any(axis=-1)
+                loss = np.concatenate(
+                    [loss[..., :1] + np.inf, np.where(inside, loss[..., 1:-1], np.inf), loss[..., :1] + np.inf], -1
+                )
+            best = np.argmin(loss, axis=-1)
+            middle, reach = np.take_along_axis(log_n, best[..., None], axis=-1)[..., 0], reach * 2 / 30
+    return np.asarray(np.where(found, np.exp(middle), np.nan))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import chi2
 from scipy.stats import f as f_distribution
 
 from lmu_dist.scaling.fit import Fit
@@ -20,6 +21,7 @@ MATERIAL = 1e-4  # smallest root mean square of the structure in ln L that count
 CLIP = 3.0  # residuals are clipped at so many robust standard deviations, so that outliers are no structure
 MAX_TERMS = 7  # smooth functions of N and D that are tested
 N_FLIPS = 2000
+MIN_REMAINDER = 0.05  # smallest share of a group's variance that the fit leaves, for its correction
 WORST_ROWS = 5
 SAME_POINT_SPREAD = 1e-4  # runs of the same N and D whose ln L differs by less are copies, not repeated runs
 OUTLIER_DEVIATIONS, OUTLIER_MISS = 8.0, 0.02  # both must be exceeded
@@ -121,13 +123,22 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
         n_left = len(rows) - law_space.shape[1] - smooth.shape[1]
         ratio = np.mean(scores**2) / max(float(np.sum(remainder**2)) / n_left, 1e-300)
         return structure, float(f_distribution.sf(ratio, smooth.shape[1], n_left))
-    leverage = np.square(law_space).sum(axis=1) + np.square(smooth).sum(axis=1)
-    noise = remainder / np.sqrt(np.maximum(1 - leverage, 0.2))
     by_group = np.zeros((n_groups, smooth.shape[1]))
-    np.add.at(by_group, groups, smooth * noise[:, None])
+    for group in range(n_groups):
+        which = groups == group
+        by_group[group] = smooth[which].T @ _unshrunk(clipped[which], law_space[which])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (N_FLIPS, n_groups))
     flipped = np.sum((signs @ by_group) ** 2, axis=1)
     return structure, float((1 + np.sum(flipped >= np.sum(scores**2))) / (1 + N_FLIPS))
+
+
+def _unshrunk(remainder: Floats, fitted_space: Floats) -> Floats:
+    """Returns the residuals of one group without the shrinkage by the fit: (I - H)^(-1/2) r with H the group's own leverage.
+
+    Bell and McCaffrey 2002 correct variances of clustered data so (CR2).
+    """
+    values, vectors = np.linalg.eigh(np.eye(len(remainder)) - fitted_space @ fitted_space.T)
+    return vectors @ ((vectors.T @ remainder) / np.sqrt(np.maximum(values, MIN_REMAINDER)))
 
 
 def _percent(value: float) -> str:
@@ -180,6 +191,10 @@ def repeated_points(rows: Rows) -> list[list[int]]:
 
 def replicate_noise(rows: Rows) -> float | None:
     """Returns the standard deviation of ln L between repeated runs of the same N and D, robustly; None for fewer than three."""
-    groups = [np.log(rows.loss[group]) for group in repeated_points(rows)]
-    deviations = [np.std(logs, ddof=1) for logs in groups if np.ptp(logs) > SAME_POINT_SPREAD]
-    return float(np.sqrt(np.median(np.square(deviations)) / 0.455)) if len(deviations) >= 3 else None
+    logs = [np.log(rows.loss[group]) for group in repeated_points(rows)]
+    logs = [group for group in logs if np.ptp(group) > SAME_POINT_SPREAD]
+    if len(logs) < 3:
+        return None
+    # The median of sample variances, in units of the median that normal values have at so many degrees of freedom.
+    scaled = [np.var(group, ddof=1) * (len(group) - 1) / chi2.ppf(0.5, len(group) - 1) for group in logs]
+    return float(np.sqrt(np.median(scaled)))

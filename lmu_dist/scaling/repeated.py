@@ -85,7 +85,8 @@ class Overfitted(ScalingLaw):
     def loss(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns the predicted loss in nats; without `unique_tokens` nothing is repeated."""
         excess = np.maximum(_readings(tokens, unique_tokens) - self.epochs, 0)
-        return self._repeated().loss(n_params, tokens, unique_tokens) + self.P * np.asarray(n_params) ** self.kappa * excess
+        rise = self.P * np.asarray(n_params, np.float64) ** self.kappa * excess
+        return np.asarray(self._repeated().loss(n_params, tokens, unique_tokens) + rise)
 
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(E, A, B, alpha, beta, R_star, P, kappa, epochs)."""
@@ -108,7 +109,7 @@ class Overfitted(ScalingLaw):
 def _readings(tokens: ArrayLike, unique_tokens: ArrayLike | None) -> Floats:
     """Returns D/U, at least 1: how many times a run reads its data."""
     d = np.asarray(tokens, np.float64)
-    return np.ones_like(d) if unique_tokens is None else np.maximum(d / np.asarray(unique_tokens, np.float64), 1)
+    return np.ones_like(d) if unique_tokens is None else np.asarray(np.maximum(d / np.asarray(unique_tokens, np.float64), 1))
 
 
 def _effective_tokens(tokens: ArrayLike, unique_tokens: ArrayLike | None, r_star: float | Floats) -> tuple[Floats, Floats]:
@@ -117,4 +118,5 @@ def _effective_tokens(tokens: ArrayLike, unique_tokens: ArrayLike | None, r_star
     unique = d if unique_tokens is None else np.minimum(d, np.asarray(unique_tokens, np.float64))
     repetitions = d / unique - 1
     decay = np.exp(-repetitions / r_star)
-    return unique * (1 + r_star * (1 - decay)), unique * (1 - decay - decay * repetitions / r_star)
+    by_r_star = unique * (1 - decay - decay * repetitions / r_star)
+    return np.asarray(unique * (1 + r_star * (1 - decay))), np.asarray(by_r_star)
