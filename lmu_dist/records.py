@@ -28,6 +28,7 @@ POSITION_LOSS = "position/loss_nats"
 # Status of a run. Only a `complete` run is a result.
 WAITING, RUNNING, COMPLETE, STOPPED_EARLY, DIVERGED = "waiting", "running", "complete", "stopped_early", "diverged"
 FAILED, INTERRUPTED = "failed", "interrupted"
+NOT_NEEDED = "not needed"  # of a planned cell, which has no run: its ladder stopped before it
 ENDED = (COMPLETE, STOPPED_EARLY, DIVERGED)
 
 

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from lmu_dist.config import Config, Folder, PlanConfig
-from lmu_dist.records import ENDED
+from lmu_dist.records import ENDED, NOT_NEEDED
 from lmu_dist.tracking.pages import ui_hint
 
 if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
@@ -150,7 +150,7 @@ def print_status(rows: "Callable[[], list[Row]]", live: bool) -> None:
         while True:
             now = rows()
             screen.update(_status_table(now, max(1, screen.console.height - 3)), refresh=True)
-            if all(row.state in ENDED for row in now):
+            if all(row.state in (*ENDED, NOT_NEEDED) for row in now):
                 return
             time.sleep(2)
 

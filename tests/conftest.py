@@ -27,7 +27,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
 # The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
-WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "dispatcher", "finished", "imports", "jobs", "work_queue")
+WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "dispatcher", "finished", "imports", "jobs", "waves", "work_queue")
 
 
 def group_of(nodeid: str) -> str:

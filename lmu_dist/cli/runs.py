@@ -99,7 +99,8 @@ def train(config: str, overrides: tuple[str, ...], as_json: bool) -> int:
 def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], report: str | None, as_json: bool) -> int:
     """Train every missing cell of a grid, each exactly once.
 
-    A grid is families x sizes x token budgets x seeds. Resumable.
+    A grid is families x sizes x token budgets x seeds. Resumable. With ladder.until, cells are trained in the order in which
+    they are worth their price, and only until an interval is narrow enough.
     """
     merged = load_config(config, overrides)
     print_precision_note(merged)
@@ -108,13 +109,13 @@ def ladder(config: str, overrides: tuple[str, ...], rerun: tuple[str, ...], repo
     with show.progress_bars() as bars:
         keys = [key.rpartition("-")[2] for key in rerun]  # the name of a run ends with the start of its key
         result = run_ladder(merged, tracking_uri(), bars.update, keys)
-    print_notes(result.notes)
+    print_notes([*result.notes, *([result.stopped] if result.stopped else [])])
     if as_json:
         cells = [
             f.record.to_json() | {"run_id": f.run_id, "folder": str(f.cell.folder), "was_done": f.already_done}
             for f in result.finished
         ]
-        show.print_json({"cells": cells, "failures": result.failures})
+        show.print_json({"cells": cells, "failures": result.failures, "stopped": result.stopped})
     else:
         show.print_ladder(result, tracking_uri())
     if report is not None and result.finished:
@@ -170,14 +171,18 @@ def plan(config: str, overrides: tuple[str, ...], calibrate: bool, as_json: bool
     print_precision_note(merged)
     from lmu_dist.planning.cost import plan as cost_of
     from lmu_dist.planning.power import estimate_power
+    from lmu_dist.planning.until import expected_course
 
     if calibrate:
         from lmu_dist.launch.calibrate import calibrate as measure
 
         with show.progress_bars() as bars:
             measure(merged, bars.update)
-    costs, precision = cost_of(merged), estimate_power(merged)
+    costs, precision, course = cost_of(merged), estimate_power(merged), expected_course(merged)
     if as_json:
-        show.print_json({"cells": [asdict(line) for line in costs.cells], "power": asdict(precision), **costs.totals()})
+        cells, until = [asdict(line) for line in costs.cells], {"until": asdict(course)} if course else {}
+        show.print_json({"cells": cells, "power": asdict(precision), **costs.totals(), **until})
     else:
         show.print_plan(costs, precision, merged.plan)
+        if course is not None:
+            print(course.line())

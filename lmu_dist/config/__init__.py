@@ -10,7 +10,7 @@ from lmu_dist.config.run import (
     TokenizerConfig,
     TrainConfig,
 )
-from lmu_dist.config.study import AssumedLaw, LadderConfig, PlanConfig, Range, Rule, TuneConfig, Tuned, WorkersFrom
+from lmu_dist.config.study import AssumedLaw, LadderConfig, PlanConfig, Range, Rule, TuneConfig, Tuned, Until, WorkersFrom
 from lmu_dist.config.types import ConfigError, FailedError, Family, Folder, open_folder
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "TrainConfig",
     "TuneConfig",
     "Tuned",
+    "Until",
     "WorkersFrom",
     "flatten",
     "load",

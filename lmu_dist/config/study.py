@@ -80,6 +80,32 @@ class Tuned:
         return self
 
 
+Ratio = Annotated[float, BeforeValidator(number), Field(gt=1, allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Until:
+    """When a ladder stops before its last cell: when all 90 % intervals named here are narrow enough, or the budget is spent.
+    Cells then run in waves, those first that narrow the intervals most per FLOP, or per hour if `hours` is given.
+    """
+
+    factor: Ratio | None = None  # upper over lower end, for the factor over plan.baseline at the largest size; such as 1.3
+    alpha: Ratio | None = None  # upper over lower end, for the exponent of N of every family
+    beta: Ratio | None = None  # upper over lower end, for the exponent of D of every family
+    flops: Positive | None = None  # training FLOPs of all cells that have ended; no cell starts that exceeds them
+    hours: Positive | None = None  # hours of workers, estimated as by `plan`; no cell starts that exceeds them
+
+    @model_validator(mode="after")
+    def _asks(self) -> "Until":
+        if self.factor is None and self.alpha is None and self.beta is None:
+            raise ValueError(
+                "say which interval is to be narrow: factor, alpha or beta, with the ratio of its ends, such as 1.3"
+            )
+        if self.flops is not None and self.hours is not None:
+            raise ValueError("give flops or hours as the budget, not both")
+        return self
+
+
 @dataclass(frozen=True, config=STRICT)
 class LadderConfig:
     """A grid of runs (cells): families x sizes x token budgets x seeds. All other settings are in the other sections."""
@@ -95,6 +121,7 @@ class LadderConfig:
     warmup_tokens: PowerLaw | None = None  # tokens of warm-up by size; None: train.warmup_tokens
     workers: WorkersBySize = ()  # workers by size: the last entry with n_params <= N applies; none: section cluster
     tuned: Annotated[tuple[Tuned, ...], Listed] = ()  # best settings found by `tune`, usually by `include: tuned.yaml`
+    until: Until | None = None  # stop early; None: train all cells
 
     @model_validator(mode="after")
     def _complete(self) -> "LadderConfig":

@@ -6,7 +6,7 @@ failure. Progress goes to callbacks.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,9 +41,11 @@ from lmu_dist.launch.trials import (
     run_trials,
     wait_for_release,
 )
+from lmu_dist.launch.waves import Waves, plan_of
 from lmu_dist.launch.work_queue import WorkItem, WorkState, start_work_queue
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
+from lmu_dist.planning.plan_rows import to_row
 from lmu_dist.tracking.ended_rows import keep_rows
 from lmu_dist.tracking.errors import MLflowUnavailableError
 from lmu_dist.tracking.runs import KnownRuns, find_known_runs, find_run, retire_run
@@ -66,11 +68,13 @@ class LadderResult:
     finished: tuple[FinishedRun, ...]
     failures: dict[str, str]  # error message, one line, by the name of the cell
     notes: tuple[str, ...]
+    stopped: str = ""  # why a ladder with `until` stopped, and the intervals at the stop
 
 
 def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: None, rerun: Sequence[str] = ()) -> LadderResult:
     """Trains the missing cells of the grid. Raises ConfigError before anything starts if a cell cannot run.
 
+    With `ladder.until` cells are trained in waves, and only until the intervals that it names are narrow enough.
     `rerun`: keys, or the starts of keys, of cells to train again although they have ended.
     """
     if config.ladder is None:
@@ -88,13 +92,20 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
     cells_to_rerun = [_cell_with_key(cells, key) for key in rerun]
     _write_plan(store, cells)
-    driver = _Driver(cells, store, progress)
-    if not cells_to_rerun and not driver.missing():
+    waves = Waves(cells, config) if config.ladder.until is not None else None
+    driver = _Driver(cells, store, progress, waves)
+    if waves is not None:
+        waves.choose([cell.key for cell in cells_to_rerun])
+    if not cells_to_rerun and not driver.next_trunks(n_slots=1):
+        if waves is not None:
+            _write_plan(store, cells, driver.not_needed())
         claim.end_study(store, config, STUDY, known=driver.runs_for_study())
         return driver.result(())
     try:
         with cluster([cell.config for cell in cells]):
             check_state_api()
+            if waves is not None and not cells_to_rerun:
+                waves.choose(())  # the cluster may have more slots than one
             for cell in cells_to_rerun:
                 _reset(cell, store)
                 driver.forget(cell)
@@ -104,7 +115,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
         claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
-    _write_plan(store, cells)  # again, if MLflow was unavailable at the start
+    _write_plan(store, cells, driver.not_needed())  # again, if MLflow was unavailable at the start
     claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED", driver.runs_for_study())
     return driver.result(notes)
 
@@ -112,8 +123,8 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
 class _Driver:
     """The state of one ladder: which cells are finished, failed or running."""
 
-    def __init__(self, cells: list[Cell], store: Store, progress: Progress) -> None:
-        self.cells, self.store, self.progress = cells, store, progress
+    def __init__(self, cells: list[Cell], store: Store, progress: Progress, waves: Waves | None = None) -> None:
+        self.cells, self.store, self.progress, self.waves = cells, store, progress, waves
         self.finished: dict[str, FinishedRun] = {}  # by key
         self.failures: dict[str, str] = {}
         self.work_items: Sequence[WorkItem] = ()
@@ -139,16 +150,31 @@ class _Driver:
         """The cells that have neither ended nor failed, grouped by trunk, cheapest trunk first, as in the grid."""
         trunks: dict[str, list[Cell]] = {}
         for cell in self.cells:
-            if cell.key not in self.finished and cell.name not in self.failures:
+            is_chosen = self.waves is None or cell.key in self.waves.chosen
+            if is_chosen and cell.key not in self.finished and cell.name not in self.failures:
                 trunks.setdefault(cell.trunk, []).append(cell)
         return list(trunks.values())
+
+    def next_trunks(self, n_slots: int) -> list[list[Cell]]:
+        """The trunks to train now: those that are missing, or those of the next wave. Empty if the ladder ends."""
+        trunks = self.missing()
+        if not trunks and self.waves is not None:
+            self.waves.advance(self.finished, self.failures, n_slots)
+            trunks = self.missing()
+        return trunks
+
+    def not_needed(self) -> frozenset[str]:
+        """The keys of the cells before which a ladder with `until` stopped."""
+        if self.waves is None or not self.waves.message:
+            return frozenset()
+        return frozenset(c.key for c in self.cells if c.key not in self.finished and c.name not in self.failures)
 
     def run(self, scratch: Path) -> None:
         """Trains trunks until each cell has ended or failed. Waits for trunks that another driver is training."""
         n_slots = capacity(self.cells[0].config)
         head = head_node_id()
         self.metrics_logger = start_metrics_logger(self.store.uri, head)
-        while trunks := self.missing():
+        while trunks := self.next_trunks(n_slots):
             items = [WorkItem(tuple(trunk), trunk[0].config.cluster.n_workers) for trunk in trunks]
             self.work_items, self.queue, self.work = items, start_work_queue(items, n_slots, head), WorkState()
             try:
@@ -263,7 +289,7 @@ class _Driver:
         finished = ((cell.key, self.finished[cell.key]) for cell in self.cells if cell.key in self.finished)
         runs = tuple(replace(run, already_done=key in self.finished_before) for key, run in finished)
         run_notes = dict.fromkeys(note for run in runs for note in run.notes)
-        return LadderResult(runs, self.failures, (*run_notes, *notes))
+        return LadderResult(runs, self.failures, (*run_notes, *notes), self.waves.message if self.waves is not None else "")
 
 
 def _cell_with_key(cells: list[Cell], key: str) -> Cell:
@@ -290,12 +316,8 @@ def _reset(cell: Cell, store: Store) -> None:
             storage.remove(attempt.trunk_folder / BRANCH_POINTS)
 
 
-def _write_plan(store: Store, cells: Sequence[Cell]) -> None:
+def _write_plan(store: Store, cells: Sequence[Cell], not_needed: Collection[str] = ()) -> None:
     with suppress(MLflowUnavailableError, OSError):  # of the disk of temporary files or artifacts
-        write_plan(store, cells[0].config.experiment, STUDY, [_plan_row(cell) for cell in cells])
-
-
-def _plan_row(cell: Cell) -> dict[str, Any]:
-    train = cell.config.train
-    tokens, n_workers = train.n_steps * train.batch_tokens, cell.config.cluster.n_workers
-    return {"name": cell.name, "key": cell.key, "planned_tokens": tokens, "n_workers": n_workers}
+        config = cells[0].config
+        rows = [to_row(cell) for cell in plan_of(cells)]
+        write_plan(store, config.experiment, STUDY, [row | {"not_needed": row["key"] in not_needed} for row in rows])

@@ -11,7 +11,7 @@ from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import planned_elsewhere, read_plans
 
 PLANNED = "planned"  # a state that no run has: not started
-ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED)
+ORDER = (records.RUNNING, LOST, records.INTERRUPTED, records.FAILED, records.WAITING, PLANNED, records.NOT_NEEDED)
 
 
 def rows(store: Store, experiment: str) -> list[Row]:
@@ -33,7 +33,7 @@ def _planned_row(cell: dict[str, Any]) -> Row:
         name=cell["name"],
         key=cell["key"],
         run_id="",
-        state=PLANNED,
+        state=records.NOT_NEEDED if cell.get("not_needed") else PLANNED,
         tokens=0,
         planned_tokens=cell["planned_tokens"],
         loss_nats=None,
@@ -41,5 +41,5 @@ def _planned_row(cell: dict[str, Any]) -> Row:
         n_workers=cell["n_workers"],
         attempts=0,
         eta_seconds=None,
-        remark="",
+        remark="ladder.until" if cell.get("not_needed") else "",
     )

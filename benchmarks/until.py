@@ -1,0 +1,238 @@
+"""Measures what `ladder.until` costs, and how often intervals contain the truth at the moment at which it stops.
+
+Prints one JSON line per design and target:
+
+    .venv/bin/python benchmarks/until.py --studies 200
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, assume, learn, rows_of
+from lmu_dist.planning.next_cell import total_cost
+from lmu_dist.planning.until import Target, judge, next_wave
+from lmu_dist.scaling.efficiency import factor_from_laws
+from lmu_dist.scaling.fit import Fit, refit, unitless_values
+from lmu_dist.scaling.intervals import Interval
+from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
+from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.validate import FitResult, fit_and_validate
+
+BASE, NEW = "transformer", "lmu"
+LAWS = {  # of small models
+    BASE: Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29),
+    NEW: Chinchilla(E=1.6, A=13.0, B=55.0 * 4**-0.29, alpha=0.30, beta=0.29),
+}
+
+
+@dataclass(frozen=True)
+class Design:
+    """A planned grid and the truth about it. `shared`: the share of the variance that the runs of a trunk have in common."""
+
+    n_params: Sequence[float]
+    tokens: Sequence[float]
+    seeds: int
+    noise: float
+    shared: float = 0.0
+    slots: int = 4
+
+
+SMALL, BUDGETS = [3e3, 1e4, 3e4, 1e5, 3e5, 1e6], [3e5, 1e6, 3e6, 1e7, 3e7]
+PAPER = [55e3, 110e3, 220e3, 450e3, 1e6]
+DESIGNS = {
+    "small, 0.3 %": Design(SMALL, BUDGETS, 3, 0.003),
+    "small, 0.5 %, 2 seeds": Design(SMALL, BUDGETS, 2, 0.005),
+    "small, 0.3 %, half of it by trunk": Design(SMALL, BUDGETS, 3, 0.003, shared=0.5),
+    "paper, 0.2 %": Design(PAPER, [4e8, 1.3e9, 4e9, 1.3e10], 3, 0.002),
+}
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What stood when a ladder stopped: whether by its target, and the cost as a share of the full grid's."""
+
+    reached: bool
+    cost: float
+    n_cells: int
+    n_waves: int
+    ratio: float | None
+    covers: bool | None
+    report_covers: bool | None  # the interval of the report's bootstrap
+
+
+def planned_cells(design: Design) -> list[PlannedCell]:
+    """The cells of a grid, cheapest first. A step has 256 tokens; 20 % of the steps are the decay."""
+    cells = list[PlannedCell]()
+    for family in LAWS:
+        for n in design.n_params:
+            for seed in range(design.seeds):
+                for d in design.tokens:
+                    steps = int(d // 256)
+                    name = f"{family}-{n:g}-{d:g}-s{seed}"
+                    trunk = f"{family}-{n:g}-s{seed}"
+                    cells.append(
+                        PlannedCell(name, name, family, int(n), steps * 256, seed, trunk, steps, int(0.8 * steps), 6 * n * 256)
+                    )
+    return sorted(cells, key=lambda cell: cell.steps * cell.step_flops)
+
+
+def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[str, Result]:
+    """The losses of all planned cells, by key."""
+    rng = np.random.default_rng(seed)
+    of_trunk = defaultdict[str, float](lambda: float(rng.normal()))
+    results = dict[str, Result]()
+    for cell in cells:
+        z = np.sqrt(design.shared) * of_trunk[cell.trunk] + np.sqrt(1 - design.shared) * rng.normal()
+        loss = float(LAWS[cell.family].loss(cell.n_params, cell.tokens) * np.exp(design.noise * z))
+        results[cell.key] = Result(cell.family, cell.n_params, cell.tokens, loss, cell.group)
+    return results
+
+
+def expected_ratio(question: Question, cells: Sequence[PlannedCell], design: Design) -> float:
+    """Upper over lower end of the interval that the full grid is expected to give, from the true laws and noise."""
+    results = [Result(c.family, c.n_params, c.tokens, float(LAWS[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+    truth = assume(results, {family: LAWS[family] for family in question.families}, design.noise, design.shared)
+    interval = truth.interval(question)[1]
+    assert interval is not None
+    return interval[1] / interval[0]
+
+
+def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, n_resamples: int) -> list[Stop]:
+    """One study: the ladder goes on from the widest target to the narrowest; what stands at the stop for each of them."""
+    cells = planned_cells(design)
+    losses = simulate(design, cells, seed)
+    question = question_of(design, kind)
+    cells = [cell for cell in cells if cell.family in question.families]
+    full_ratio, total = expected_ratio(question, cells, design), total_cost(cells, "flops")
+    targets = [Target(question, float(np.exp(m * np.log(full_ratio)))) for m in sorted(multiples, reverse=True)]
+    done, waves, stops = list[PlannedCell](), 0, list[Stop]()
+    while targets:
+        keys = {cell.key for cell in done}
+        missing = [cell for cell in cells if cell.key not in keys]
+        results = [losses[cell.key] for cell in done]
+        knowledge = learn(results, question.families, HOFFMANN, 0.005, fit_from_truth)
+        verdict = judge(knowledge, targets[:1])[0]
+        if verdict.reached or not missing:
+            stops.append(
+                Stop(
+                    reached=verdict.reached,
+                    cost=total_cost(done, "flops") / total,
+                    n_cells=len(done),
+                    n_waves=waves,
+                    ratio=verdict.interval[1] / verdict.interval[0] if verdict.interval else None,
+                    covers=contains(verdict.interval, knowledge, question),
+                    report_covers=contains(report_interval(knowledge, question, n_resamples), knowledge, question),
+                )
+            )
+            targets = targets[1:]
+            continue
+        n_least = max(design.slots, len(done) // 8)
+
+        def is_full(chosen: Sequence[PlannedCell], n_least: int = n_least) -> bool:
+            return len(chosen) >= n_least and len({cell.trunk for cell in chosen}) >= design.slots
+
+        done += [choice.cell for choice in next_wave(knowledge, [verdict], cells, missing, is_full)]
+        waves += 1
+    return stops
+
+
+def fit_from_truth(family: str, rows: Rows) -> Fit:
+    """The fit that starts at the true law, which is 20 times as fast as one from several starts and ends at its optimum."""
+    fitted = refit(LAWS[family], rows)
+    return replace(fitted, start_optima=2 * ((fitted.minimised_objective, unitless_values(fitted.law)),))
+
+
+def question_of(design: Design, kind: str) -> Question:
+    """The factor at the largest size, or an exponent of the base family."""
+    return Question("factor", NEW, BASE, n_params=max(design.n_params)) if kind == "factor" else Question(kind, BASE)
+
+
+def contains(interval: Interval | None, knowledge: Knowledge, question: Question) -> bool | None:
+    """Whether an interval contains the truth; None without an interval. The factor is compared at the same loss."""
+    if interval is None:
+        return None
+    if question.kind != "factor":
+        return interval[0] <= getattr(LAWS[question.family], question.kind) <= interval[1]
+    loss = knowledge.compared_loss(question)
+    assert loss is not None
+    base, new = (LAWS[family].tokens_for(loss, question.n_params) for family in question.families)
+    return bool(interval[0] <= base / new <= interval[1])
+
+
+def report_interval(knowledge: Knowledge, question: Question, n_resamples: int) -> Interval | None:
+    """The interval that the report shows at the stop, by bootstrap."""
+    if not n_resamples:
+        return None
+    fits = list[FitResult]()
+    for family in question.families:
+        rows = rows_of(knowledge.results, family)
+        fits.append(fit_and_validate(Chinchilla, rows, [f"{n}" for n in range(len(rows))], n_resamples))
+    if any(result.law is None for result in fits):
+        return None
+    if question.kind != "factor":
+        return fits[0].intervals[question.kind]
+    laws = [result.law for result in fits]
+    tokens = [knowledge.tokens_at(family, question.n_params) for family in question.families]
+    pairs = list(zip(*(result.laws for result in fits), strict=True))
+    ranges = [(float(min(d)), float(max(d))) for d in tokens]
+    correction = max(result.correction for result in fits)
+    return factor_from_laws(*laws, question.n_params, tuple(ranges), pairs, correction).interval  # pyright: ignore
+
+
+def summary(stops: Sequence[Stop], n_cells: int) -> dict[str, float | int | None]:
+    """The means over studies."""
+
+    def mean(values: Iterable[float | bool | None]) -> float | None:
+        known = [float(value) for value in values if value is not None]
+        return round(float(np.mean(known)), 3) if known else None
+
+    return {
+        "stopped": sum(stop.reached for stop in stops),
+        "cost": mean(stop.cost for stop in stops),
+        "worst_cost": round(max(stop.cost for stop in stops), 3),
+        "cells": mean(stop.n_cells / n_cells for stop in stops),
+        "waves": mean(stop.n_waves for stop in stops),
+        "ratio": mean(stop.ratio for stop in stops),
+        "covered": mean(stop.covers for stop in stops),
+        "report_covered": mean(stop.report_covers for stop in stops),
+        "report_of": sum(stop.report_covers is not None for stop in stops),
+    }
+
+
+def main() -> None:
+    """Runs the selected designs."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=200)
+    parser.add_argument("--designs", nargs="*", default=list(DESIGNS), choices=list(DESIGNS))
+    parser.add_argument("--asked", nargs="*", default=["factor", "alpha"], choices=["factor", "alpha", "beta"])
+    parser.add_argument("--widths", nargs="*", type=float, default=[1.0, 1.25, 1.5])
+    parser.add_argument("--resamples", type=int, default=200, help="of the report's bootstrap; 0: no bootstrap")
+    parser.add_argument("--quick", action="store_true", help="three studies of the first design, without a bootstrap")
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.studies, arguments.resamples, arguments.designs = 3, 0, arguments.designs[:1]
+        arguments.asked, arguments.widths = arguments.asked[:1], [1.5]
+    for name in arguments.designs:
+        design = DESIGNS[name]
+        for kind in arguments.asked:
+            started_at, question = time.monotonic(), question_of(design, kind)
+            studies = [
+                run_study(design, kind, arguments.widths, seed, arguments.resamples) for seed in range(arguments.studies)
+            ]
+            cells = [cell for cell in planned_cells(design) if cell.family in question.families]
+            for i, width in enumerate(sorted(arguments.widths, reverse=True)):
+                line = {"design": name, "asked": kind, "width": width, "studies": len(studies)}
+                line["full_ratio"] = round(expected_ratio(question, cells, design), 3)
+                print(json.dumps(line | summary([stops[i] for stops in studies], len(cells))), flush=True)
+            print(f"{time.monotonic() - started_at:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
