@@ -1,7 +1,7 @@
 """The command line `lmu-dist`: every command parses its arguments, calls one function and prints the result.
 
 Exit codes: 0 success, 1 failure, 2 invalid input (one line says how to correct it; nothing was started), 3 the table does not
-determine the law (`fit`), 141 the reader of the output has ended.
+determine the law (`fit`, `forecast`), 141 the reader of the output has ended.
 """
 
 import sys
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import click
 
 from lmu_dist import show
-from lmu_dist.cli import clean, clusters, fit, process, results, runs, ui
+from lmu_dist.cli import clean, clusters, fit, forecast, next_cell, process, results, runs, ui
 from lmu_dist.cli.common import cli
 from lmu_dist.config import ConfigError, FailedError
 
-__all__ = ["clean", "cli", "clusters", "fit", "main", "results", "runs", "ui"]
+__all__ = ["clean", "cli", "clusters", "fit", "forecast", "main", "next_cell", "results", "runs", "ui"]
 
 READER_GONE = 141  # as shells report a program that a closed pipe ended
 
