@@ -34,8 +34,8 @@ LAWS: dict[str, ScalingLaw] = {
 
 def simulate(law: ScalingLaw, rng: np.random.Generator, n_runs: int, sizes: tuple[float, float]) -> Rows:
     """Returns a table of runs of a law with noise; sizes are at random between two limits."""
-    n = np.exp(rng.uniform(*np.log(sizes), n_runs))
-    d = n * np.exp(rng.uniform(*np.log(RATIOS), n_runs))
+    n = np.exp(rng.uniform(np.log(sizes[0]), np.log(sizes[1]), n_runs))
+    d = n * np.exp(rng.uniform(np.log(RATIOS[0]), np.log(RATIOS[1]), n_runs))
     return rows_from_columns(n, d, law.loss(n, d) * np.exp(rng.normal(0, NOISE, n_runs)))
 
 

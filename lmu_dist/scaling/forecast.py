@@ -128,11 +128,11 @@ def draw_predictions(
     assert candidate.fit is not None
     rows, form = comparison.rows, candidate.form
     weights = bootstrap_weights(comparison.labels, n_resamples, seed)
-    arguments = (n, d, unique) if form.NEEDS_UNIQUE else (n, d)
+    of_form = unique if form.NEEDS_UNIQUE else None
     with np.errstate(all="ignore"):
-        best = np.log(candidate.fit.law.loss(*arguments))
+        best = np.log(candidate.fit.law.loss(n, d, of_form))
         laws = fit_resamples(candidate.fit, rows, weights, candidate.constraints)
-        drawn = np.log(np.array([law.loss(*arguments) for law in laws]))
+        drawn = np.log(np.array([law.loss(n, d, of_form) for law in laws]))
     drawn = drawn[np.all(np.isfinite(drawn), axis=1)]
     if len(drawn) < MIN_SHARE * n_resamples or not np.all(np.isfinite(best)):
         return None

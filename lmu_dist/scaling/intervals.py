@@ -141,7 +141,7 @@ def profile_interval(
 
 def _profile_end(rise: Callable[[float], float], best: float, direction: int, at_best: float) -> float | None:
     """Returns where `rise` becomes positive on one side of the best value; None if it never does."""
-    inside, step, at_inside, at_outside = best, 0.02 * abs(best), at_best, at_best
+    inside, outside, step, at_inside, at_outside = best, best, 0.02 * abs(best), at_best, at_best
     for _ in range(12):
         outside = inside + direction * step
         if outside * best <= 0:

@@ -118,9 +118,11 @@ def _levenberg(batch: Batch, vectors: Floats, n_steps: int) -> Floats:
 
 def _solve(matrices: Floats, right: Floats) -> Floats:
     try:
-        return np.linalg.solve(matrices, right[..., None])[..., 0]
+        return np.asarray(np.linalg.solve(matrices, right[..., None])[..., 0], np.float64)
     except np.linalg.LinAlgError:
-        return np.matmul(np.linalg.pinv(matrices, rcond=1e-14, hermitian=True), right[..., None])[..., 0]
+        return np.asarray(
+            np.matmul(np.linalg.pinv(matrices, rcond=1e-14, hermitian=True), right[..., None])[..., 0], np.float64
+        )
 
 
 def _inverse(matrices: Floats) -> Floats:

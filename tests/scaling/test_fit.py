@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from lmu_dist.scaling.as_json import fit_to_json
+from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose
 from lmu_dist.scaling.fit import fit, refit
 from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples
 from lmu_dist.scaling.laws import HOFFMANN, KAPLAN_ND, Chinchilla, Gadre, Kaplan, ScalingLaw, parameters
 from lmu_dist.scaling.read_table import read_table
 from lmu_dist.scaling.table import Rows, rows_from_columns
-from lmu_dist.scaling.validate import fit_and_validate, holdout
+from lmu_dist.scaling.validate import fit_and_profile, fit_and_validate, holdout
 
 TABLES = Path(__file__).parent / "tables"
 PUBLIC = [
@@ -214,7 +215,7 @@ def test_fit_and_validate_returns_all_diagnostics():
     assert result.holdout.n_rows == 6
     assert abs(result.holdout.mean_error or 1) < 0.02
     strongest = result.influence["alpha"]
-    without_run = [refit(result.law, rows.where(np.arange(36) != i)).law.alpha for i in range(36)]
+    without_run = [parameters(refit(result.law, rows.where(np.arange(36) != i)).law)["alpha"] for i in range(36)]
     assert int(np.abs(np.array(without_run) - result.law.alpha).argmax()) == strongest.row
     assert without_run[strongest.row] == pytest.approx(strongest.without, rel=1e-3)
 
@@ -245,7 +246,7 @@ def test_the_unit_of_loss_does_not_matter():
 
 def test_duplicate_rows_count_as_one_run():
     rows = grid(HOFFMANN, 0.003)
-    tenfold = rows_from_columns(*(np.tile(column, 10) for column in (rows.n_params, rows.tokens, rows.loss)))
+    tenfold = rows_from_columns(np.tile(rows.n_params, 10), np.tile(rows.tokens, 10), np.tile(rows.loss, 10))
     interval, tenfold_interval = (
         fit_and_validate(Chinchilla, table, n_resamples=100).intervals["alpha"] for table in (rows, tenfold)
     )
@@ -272,6 +273,22 @@ def test_intervals_contain_the_truth_in_about_nine_of_ten_studies():
 def test_kaplans_law_needs_no_irreducible_loss():
     assert not check_table(Kaplan, grid(KAPLAN_ND, n_sizes=2))
     assert fit_and_validate(Kaplan, grid(KAPLAN_ND, 0.002), n_resamples=100).law is not None
+
+
+def test_a_profile_that_finds_a_better_optimum_restarts_the_fit():
+    # Runs of nearly one budget: the objective has several valleys.
+    n = [214663680, 429260800, 268304384, 536560640, 357711872, 268304384, 214663680, 214663680, 107318272]
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        sizes = np.array(n * 2, float) * rng.uniform(0.98, 1.02, 18)
+        tokens = 2e19 / sizes * rng.uniform(0.3, 1.2, 18)
+        rows = rows_from_columns(sizes, tokens, HOFFMANN.loss(sizes, tokens) * np.exp(rng.normal(0, 0.01, 18)))
+        fitted, diagnostics, profiles, _, _ = fit_and_profile(Chinchilla, rows, NONE)
+        for name, profile in profiles.items():  # no end of a profile is below the optimum
+            for end in profile or ():
+                held = refit(fitted.law, rows, constraints=Constraints({name: end}))
+                assert held.minimised_objective >= fitted.minimised_objective * (1 - 1e-6)
+        assert diagnostics.reasons or profiles.keys() == {"E", "alpha", "beta"}
 
 
 def test_invalid_numbers_and_too_few_rows_are_errors():
