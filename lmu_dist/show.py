@@ -251,6 +251,14 @@ def print_report(written: "ReportFiles", folder: Folder) -> None:
         diagnostics = fitted.result.diagnostics
         verdict = "determined" if diagnostics.passed else f"not determined: {'; '.join(diagnostics.reasons)}"
         print(f"law          {fitted.family}: {verdict}")
+        if supported := [law.name for law in fitted.comparison.supported if fitted.comparison.fits]:
+            print(f"             laws that its runs support: {', '.join(supported)}")
+    forecasts = written.forecasts
+    if forecasts.scores:
+        inside = (
+            f"; {forecasts.n_inside} of {len(forecasts.counted)} losses inside of their intervals" if forecasts.counted else ""
+        )
+        print(f"forecasts    {len(forecasts.scores):,}, {len(forecasts.counted):,} scored{inside}")
     print(f"runs         {len(written.study.runs):,} used, {len(written.study.left_out):,} left out")
     for reason, count in written.study.left_out_counts().items():
         print(f"left out     {count:,} {reason}")

@@ -1,5 +1,6 @@
 """Puts the comparison of laws into words for the page: a `LawComparison` in, a row per law and a sentence out."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +44,7 @@ def law_sentence(comparison: LawComparison) -> str:
     return f"The runs cannot tell {len(names)} laws apart: {_listed(names)}. A forecast averages them."
 
 
-def misfit_sentence(misfit: Misfit, names: tuple[str, ...]) -> str:
+def misfit_sentence(misfit: Misfit, names: Sequence[str]) -> str:
     """Returns in words how well a law describes its runs. `names` has what to call each run."""
     worst = names[misfit.worst_rows[0]] if misfit.worst_rows else "-"
     misses = f"The law misses the losses by {misfit.typical_miss:.2%} at the median, and by {misfit.worst_miss:+.2%} at most"
