@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
-from lmu_dist.scaling.fit import Fit, fit, n_parameters
+from lmu_dist.scaling.fit import Fit, n_parameters, refit
 from lmu_dist.scaling.forms import FORMS, law_name
 from lmu_dist.scaling.intervals import residual_scale, small_sample_correction
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
@@ -25,6 +25,7 @@ TIE = 6.0  # laws whose criterion is higher than the lowest by less are tied; as
 HELD_OUT_FACTORS = (1.5, 2.5, 4.0)  # runs above the largest N (or C = 6ND) divided by these are held out
 HELD_OUT_SHARE = (0.02, 0.4)  # of the runs, at least and at most
 ROUNDING_SCALE = 1e-14  # squared residuals below it are rounding errors
+HELD_OUT_TOLERANCE, HELD_OUT_STEPS = 1e-2, 200  # of the refits, which start at the law of all runs
 HELD_OUT_TIE = 1.3  # laws that all misfit are tied if their held-out errors are within this ratio
 
 
@@ -186,7 +187,9 @@ def _with_held_out(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
                 continue
             start = candidate.fit.law
             with np.errstate(all="ignore"):
-                errors = np.expm1(log_residuals(fit(candidate.form, kept, candidate.constraints, [start]).law, rest))
+                errors = np.expm1(
+                    log_residuals(refit(start, kept, None, HELD_OUT_TOLERANCE, candidate.constraints, HELD_OUT_STEPS).law, rest)
+                )
             errors = np.where(np.isfinite(errors), errors, 1.0)
             found[candidate.name].append(
                 HeldOut(what, above, len(rest), float(np.median(np.abs(errors))), float(errors.mean()))
