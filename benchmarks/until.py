@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, assume, learn, rows_of
-from lmu_dist.planning.next_cell import total_cost
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result
+from lmu_dist.planning.learn import assume, learn, rows_of
+from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Target, judge, next_wave
 from lmu_dist.scaling.efficiency import factor_from_laws
 from lmu_dist.scaling.fit import Fit, refit, unitless_values

@@ -13,10 +13,12 @@ from lmu_dist.config import Config, ConfigError
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.record import FinishedRun
 from lmu_dist.planning.cost import StepTime, read_calibration
-from lmu_dist.planning.design import PlannedCell, Result, group_of, learn
+from lmu_dist.planning.design import PlannedCell, Result, group_of
 from lmu_dist.planning.grid import GridCell
-from lmu_dist.planning.next_cell import Choice, total_cost
+from lmu_dist.planning.learn import learn
+from lmu_dist.planning.next_cell import Choice
 from lmu_dist.planning.plan_rows import planned_cell
+from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Verdict, assumed_law, judge, next_wave, targets_of, wave_size
 
 

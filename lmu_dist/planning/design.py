@@ -1,34 +1,24 @@
-"""What finished runs say about a question, and what a further run would add: results and planned cells in, variances out.
+"""What is known about a question: cells, results and laws in, the number that is asked for and its 90 % interval out.
 
-The design is sequential and V-optimal: the law of every family is linearised at its fit, and a run adds one row to the
-information about its parameters. Errors of runs have one standard deviation in all families. Runs of the same size and seed
-share a part of it, since they share the data order and, with the schedule `wsd`, the steps of a trunk. Called by next_cell
-and until.
+The law of every family is linearised at its fit. Errors of runs have one standard deviation in all families. Runs of the same
+size and seed share a part of it, since they share the data order and, with the schedule `wsd`, the steps of a trunk. Called by
+learn, next_cell and until.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from lmu_dist.scaling.constraints import Constraints
-from lmu_dist.scaling.diagnostics import check_table, diagnose
-from lmu_dist.scaling.fit import Fit, fit, n_parameters
+from lmu_dist.planning.information import N_PARAMETERS, Information
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
-from lmu_dist.scaling.misfit import find_misfit
-from lmu_dist.scaling.objective import DELTA, log_residuals
-from lmu_dist.scaling.table import SIZE_BIN_RATIO, Rows, rows_from_columns
+from lmu_dist.scaling.objective import DELTA
+from lmu_dist.scaling.table import SIZE_BIN_RATIO
 
-# Standard deviations of ln E, ln A, ln B, alpha and beta before any run, with N and D in units of their geometric means. They
-# only keep the information of few runs invertible.
-PRIOR_DEVIATIONS = np.array([1.0, 1.0, 1.0, 0.5, 0.5])
 MARGIN = 1.1  # by which intervals are wider than their linear approximation, since they are looked at again and again
-MAX_CONDITION = 1e6  # of the equations for the two parts of the noise
-MIN_NOISE = 1e-6  # of ln L; smaller residuals are rounding
-N_PARAMETERS = n_parameters(Chinchilla)
 
 
 @dataclass(frozen=True)
@@ -111,7 +101,7 @@ class Knowledge:
     shared: float
     freedom: int  # degrees of freedom of the noise
     units: tuple[float, float]  # of N and D
-    information: Mapping[str, "Information"] = field(default_factory=dict)
+    information: Mapping[str, Information] = field(default_factory=dict)
 
     def rows(self, family: str, n_params: Sequence[float], tokens: Sequence[float]) -> Floats:
         """The gradients of ln L by the law's coordinates, (runs, 5)."""
@@ -204,50 +194,6 @@ class Knowledge:
         return log_tokens(start), gradient
 
 
-class Information:
-    """What runs say about the coordinates of a family's law, and the covariance of their estimate by least squares.
-
-    `variance` is that of a run's ln L, `common` the covariance of two runs of a group.
-    """
-
-    def __init__(self, variance: float, common: float) -> None:
-        prior = variance * np.diag(PRIOR_DEVIATIONS**-2)
-        self._variance, self._common = variance, common
-        self._products = prior  # sum of the outer products of rows
-        self._spread = variance * prior  # covariance of the weighted sum of errors
-        self._sums = dict[str, Floats]()  # of the rows of every group
-        self._inverse: Floats | None = None
-
-    def copy(self) -> "Information":
-        """An independent copy."""
-        made = Information(self._variance, self._common)
-        made._products, made._spread, made._sums = self._products.copy(), self._spread.copy(), dict(self._sums)
-        return made
-
-    def add(self, row: Floats, group: str) -> None:
-        """Adds a run with this gradient of ln L."""
-        outer, before = np.outer(row, row), self._sums.get(group, np.zeros(N_PARAMETERS))
-        crossed = np.outer(row, before)
-        self._products = self._products + outer
-        self._spread = self._spread + self._variance * outer + self._common * (crossed + crossed.T)
-        self._sums[group] = before + row
-        self._inverse = None
-
-    def variances(self, gradient: Floats, rows: Floats | None = None, groups: Sequence[str] = ()) -> Floats:
-        """The variance of a number with a gradient; with `rows` (runs, 5) that after each of these runs alone, (runs)."""
-        if self._inverse is None:
-            self._inverse = np.asarray(np.linalg.inv(self._products), np.float64)
-        weights = self._inverse @ gradient
-        if rows is None:
-            return np.asarray(weights @ self._spread @ weights)
-        moved = rows @ self._inverse
-        after = weights - moved * ((rows @ weights) / (1 + np.einsum("ij,ij->i", moved, rows)))[:, None]
-        sums = np.array([self._sums.get(group, np.zeros(N_PARAMETERS)) for group in groups])
-        own, of_group = np.einsum("ij,ij->i", after, rows), np.einsum("ij,ij->i", after, sums)
-        before = np.einsum("ij,jk,ik->i", after, self._spread, after)
-        return before + self._variance * own**2 + 2 * self._common * own * of_group
-
-
 def group_of(family: str, n_params: int, seed: int) -> str:
     """A label for the runs of one family, size and seed."""
     return f"{family}/{n_params}/{seed}"
@@ -272,113 +218,3 @@ def huber_loss_of_precision(noise: float) -> float:
     inside = 2 * norm.cdf(k) - 1
     squared = inside - 2 * k * norm.pdf(k) + 2 * k**2 * norm.sf(k)
     return float(np.sqrt(squared) / inside)
-
-
-def fit_from_starts(family: str, rows: Rows) -> Fit:
-    """The fit of a family's table, from several starts."""
-    return fit(Chinchilla, rows)
-
-
-def learn(
-    results: Sequence[Result],
-    families: Sequence[str],
-    assumed: Chinchilla,
-    noise: float,
-    fit_family: Callable[[str, Rows], Fit] = fit_from_starts,
-) -> Knowledge:
-    """Fits the law of every family. `assumed` and `noise` take the place of what the runs do not determine yet."""
-    laws, reasons = dict[str, Chinchilla](), dict[str, str]()
-    fits = dict[str, Fit]()
-    for family in families:
-        laws[family], reasons[family], fitted = _law(family, rows_of(results, family), assumed, fit_family)
-        if fitted is not None:
-            fits[family] = fitted
-    freedom = sum(len(rows_of(results, family)) - N_PARAMETERS for family in fits)
-    found = _with_information(Knowledge(tuple(results), laws, reasons, noise, 0.0, freedom, _units(results)))
-    if not freedom:
-        return found
-    deviation, shared = _noise_of(found, list(fits))
-    return _with_information(replace(found, noise=max(deviation, MIN_NOISE), shared=shared))
-
-
-def _noise_of(knowledge: Knowledge, families: Sequence[str]) -> tuple[float, float]:
-    """The standard deviation of ln L between runs, and the share of its square that runs of a group have in common.
-
-    Two sums of squares, of residuals and of their sums by group, are set equal to what they are expected to be, pooled over
-    the families (MINQUE, Rao 1971). The expectations account for the parameters that were fitted.
-    """
-    left, right = np.zeros((2, 2)), np.zeros(2)
-    for family in families:
-        of_family = [r for r in knowledge.results if r.family == family]
-        rows = rows_of(of_family, family)
-        jacobian = knowledge.rows(family, rows.n_params.tolist(), rows.tokens.tolist())
-        basis = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)[0]
-        kept = np.eye(len(rows)) - basis @ basis.T
-        labels = np.array([r.group for r in of_family])
-        together = np.asarray(labels[:, None] == labels[None, :], np.float64)
-        residuals = log_residuals(knowledge.laws[family], rows)
-        right += [residuals @ residuals, residuals @ together @ residuals]
-        of_group = kept @ together
-        left += [[np.trace(kept), np.trace(of_group)], [np.trace(of_group), np.trace(of_group @ of_group)]]
-    pooled = right[0] / left[0, 0]  # without a common part
-    if np.linalg.cond(left) > MAX_CONDITION:  # no group has two runs
-        return float(np.sqrt(pooled)), 0.0
-    own, common = np.linalg.solve(left, right)
-    if common <= 0:
-        return float(np.sqrt(pooled)), 0.0
-    total = max(own, 0.0) + common
-    return float(np.sqrt(max(total, pooled))), float(common / total)
-
-
-def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:
-    """What results would say if the laws and the noise were known to be these."""
-    reasons, freedom = dict[str, str](), 0
-    for family in laws:
-        rows = rows_of(results, family)
-        found = check_table(Chinchilla, rows)
-        reasons[family] = found[0] if found else ""
-        freedom += 0 if found else len(rows) - N_PARAMETERS
-    return _with_information(Knowledge(tuple(results), laws, reasons, noise, shared, freedom, _units(results)))
-
-
-def _units(results: Sequence[Result]) -> tuple[float, float]:
-    n, d = [r.n_params for r in results] or [1e6], [r.tokens for r in results] or [1e7]
-    return float(np.exp(np.mean(np.log(n)))), float(np.exp(np.mean(np.log(d))))
-
-
-def _with_information(knowledge: Knowledge) -> Knowledge:
-    information = dict[str, Information]()
-    for family in knowledge.laws:
-        of_family = [r for r in knowledge.results if r.family == family]
-        jacobian = knowledge.rows(family, [r.n_params for r in of_family], [r.tokens for r in of_family])
-        information[family] = Information(knowledge.deviation**2, knowledge.common_variance)
-        for row, result in zip(jacobian, of_family, strict=True):
-            information[family].add(row, result.group)
-    return replace(knowledge, information=information)
-
-
-def rows_of(results: Sequence[Result], family: str) -> Rows:
-    """The results of a family as a table."""
-    of_family = [r for r in results if r.family == family]
-    return rows_from_columns([r.n_params for r in of_family], [r.tokens for r in of_family], [r.loss for r in of_family])
-
-
-def _law(
-    family: str, rows: Rows, assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]
-) -> tuple[Chinchilla, str, Fit | None]:
-    """The law of a table, why it is not determined, and its fit if it is.
-
-    Without a law of its own the table gets the assumed exponents with fitted prefactors, or the assumed law.
-    """
-    reasons = check_table(Chinchilla, rows)
-    if not reasons:
-        fitted = fit_family(family, rows)
-        reasons = [*diagnose(fitted, rows).reasons, *find_misfit(fitted, rows, [str(i) for i in range(len(rows))]).reasons]
-        assert isinstance(fitted.law, Chinchilla)
-        if not reasons:
-            return fitted.law, "", fitted
-    if len(rows) >= N_PARAMETERS:
-        held = fit(Chinchilla, rows, Constraints({"alpha": assumed.alpha, "beta": assumed.beta})).law
-        assert isinstance(held, Chinchilla)
-        return held, reasons[0], None
-    return assumed, reasons[0], None

@@ -6,7 +6,8 @@ from typing import Any
 
 from lmu_dist.config import AssumedLaw, ConfigError, PlanConfig
 from lmu_dist.config.types import number
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, group_of, learn
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, group_of
+from lmu_dist.planning.learn import learn
 from lmu_dist.planning.next_cell import Choice, next_cells
 from lmu_dist.planning.plan_rows import from_rows
 from lmu_dist.planning.until import largest_common_size

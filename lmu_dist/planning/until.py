@@ -13,10 +13,13 @@ import numpy as np
 from lmu_dist.config import Config, ConfigError
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import read_calibration, vocab_tokens
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, assume, same_size
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, same_size
+from lmu_dist.planning.first_cells import MIN_RUNS, MIN_VALUES
 from lmu_dist.planning.grid import grid
-from lmu_dist.planning.next_cell import MIN_RUNS, MIN_VALUES, Choice, next_cells, total_cost
+from lmu_dist.planning.learn import assume
+from lmu_dist.planning.next_cell import Choice, next_cells
 from lmu_dist.planning.plan_rows import cells_of_grid
+from lmu_dist.planning.prices import total_cost
 from lmu_dist.scaling.intervals import Interval
 from lmu_dist.scaling.laws import Chinchilla
 

@@ -18,8 +18,8 @@ from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import FinishedRun, Outcome, record_of_cell
 from lmu_dist.launch.waves import Waves, plan_of, result_of
 from lmu_dist.planning.grid import grid
-from lmu_dist.planning.next_cell import total_cost
 from lmu_dist.planning.plan_rows import from_rows, to_row
+from lmu_dist.planning.prices import total_cost
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.train.checkpoint import Meta

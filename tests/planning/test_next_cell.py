@@ -11,12 +11,12 @@ from lmu_dist.planning.design import (
     PlannedCell,
     Question,
     Result,
-    assume,
     huber_loss_of_precision,
-    learn,
     quantile,
 )
-from lmu_dist.planning.next_cell import Costs, next_cells, total_cost, trunk_cost
+from lmu_dist.planning.learn import assume, learn
+from lmu_dist.planning.next_cell import next_cells
+from lmu_dist.planning.prices import Costs, total_cost, trunk_cost
 from lmu_dist.scaling.fit import refit
 from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
 from lmu_dist.scaling.table import rows_from_columns
@@ -106,6 +106,7 @@ def test_expected_ratio_is_that_after_the_run_and_the_first_choice_is_the_best(q
     costs = Costs(done, "flops")
     gains = {c.key: np.log(np.log(before) / np.log(ratio_after([c]))) / costs.of(c) for c in missing}
     assert max(gains, key=lambda key: gains[key]) == choices[0].cell.key
+    assert choices[0].ratio_after is not None
     assert choices[0].gain == pytest.approx(1 - np.log(choices[0].ratio_after) / np.log(before))
 
 

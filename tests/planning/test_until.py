@@ -7,7 +7,8 @@ import pytest
 import until as benchmark  # benchmarks/until.py
 
 from lmu_dist.config import Config, ConfigError, parse, with_settings
-from lmu_dist.planning.design import PlannedCell, Question, Result, assume
+from lmu_dist.planning.design import PlannedCell, Question, Result
+from lmu_dist.planning.learn import assume
 from lmu_dist.planning.until import MIN_FREEDOM, Target, expected_course, judge, largest_common_size, next_wave, targets_of
 from lmu_dist.scaling.laws import Chinchilla
 

@@ -1,0 +1,132 @@
+"""What finished runs say: results in, the `Knowledge` of laws, noise and information out.
+
+Called by until, proposal and launch/waves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lmu_dist.planning.design import Knowledge, Result
+from lmu_dist.planning.information import N_PARAMETERS, Information
+from lmu_dist.scaling.constraints import Constraints
+from lmu_dist.scaling.diagnostics import check_table, diagnose
+from lmu_dist.scaling.fit import Fit, fit
+from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.misfit import find_misfit
+from lmu_dist.scaling.objective import log_residuals
+from lmu_dist.scaling.table import Rows, rows_from_columns
+
+MAX_CONDITION = 1e6  # of the equations for the two parts of the noise
+MIN_NOISE = 1e-6  # of ln L; smaller residuals are rounding
+
+
+def fit_from_starts(family: str, rows: Rows) -> Fit:
+    """The fit of a family's table, from several starts."""
+    return fit(Chinchilla, rows)
+
+
+def learn(
+    results: Sequence[Result],
+    families: Sequence[str],
+    assumed: Chinchilla,
+    noise: float,
+    fit_family: Callable[[str, Rows], Fit] = fit_from_starts,
+) -> Knowledge:
+    """Fits the law of every family. `assumed` and `noise` take the place of what the runs do not determine yet."""
+    laws, reasons = dict[str, Chinchilla](), dict[str, str]()
+    fits = dict[str, Fit]()
+    for family in families:
+        laws[family], reasons[family], fitted = _law(family, rows_of(results, family), assumed, fit_family)
+        if fitted is not None:
+            fits[family] = fitted
+    freedom = sum(len(rows_of(results, family)) - N_PARAMETERS for family in fits)
+    found = _with_information(Knowledge(tuple(results), laws, reasons, noise, 0.0, freedom, _units(results)))
+    if not freedom:
+        return found
+    deviation, shared = _noise_of(found, list(fits))
+    return _with_information(replace(found, noise=max(deviation, MIN_NOISE), shared=shared))
+
+
+def _noise_of(knowledge: Knowledge, families: Sequence[str]) -> tuple[float, float]:
+    """The standard deviation of ln L between runs, and the share of its square that runs of a group have in common.
+
+    Two sums of squares, of residuals and of their sums by group, are set equal to what they are expected to be, pooled over
+    the families (MINQUE, Rao 1971). The expectations account for the parameters that were fitted.
+    """
+    left, right = np.zeros((2, 2)), np.zeros(2)
+    for family in families:
+        of_family = [r for r in knowledge.results if r.family == family]
+        rows = rows_of(of_family, family)
+        jacobian = knowledge.rows(family, rows.n_params.tolist(), rows.tokens.tolist())
+        basis = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)[0]
+        kept = np.eye(len(rows)) - basis @ basis.T
+        labels = np.array([r.group for r in of_family])
+        together = np.asarray(labels[:, None] == labels[None, :], np.float64)
+        residuals = log_residuals(knowledge.laws[family], rows)
+        right += [residuals @ residuals, residuals @ together @ residuals]
+        of_group = kept @ together
+        left += [[np.trace(kept), np.trace(of_group)], [np.trace(of_group), np.trace(of_group @ of_group)]]
+    pooled = right[0] / left[0, 0]  # without a common part
+    if np.linalg.cond(left) > MAX_CONDITION:  # no group has two runs
+        return float(np.sqrt(pooled)), 0.0
+    own, common = np.linalg.solve(left, right)
+    if common <= 0:
+        return float(np.sqrt(pooled)), 0.0
+    total = max(own, 0.0) + common
+    return float(np.sqrt(max(total, pooled))), float(common / total)
+
+
+def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:
+    """What results would say if the laws and the noise were known to be these."""
+    reasons, freedom = dict[str, str](), 0
+    for family in laws:
+        rows = rows_of(results, family)
+        found = check_table(Chinchilla, rows)
+        reasons[family] = found[0] if found else ""
+        freedom += 0 if found else len(rows) - N_PARAMETERS
+    return _with_information(Knowledge(tuple(results), laws, reasons, noise, shared, freedom, _units(results)))
+
+
+def _units(results: Sequence[Result]) -> tuple[float, float]:
+    n, d = [r.n_params for r in results] or [1e6], [r.tokens for r in results] or [1e7]
+    return float(np.exp(np.mean(np.log(n)))), float(np.exp(np.mean(np.log(d))))
+
+
+def _with_information(knowledge: Knowledge) -> Knowledge:
+    information = dict[str, Information]()
+    for family in knowledge.laws:
+        of_family = [r for r in knowledge.results if r.family == family]
+        jacobian = knowledge.rows(family, [r.n_params for r in of_family], [r.tokens for r in of_family])
+        information[family] = Information(knowledge.deviation**2, knowledge.common_variance)
+        for row, result in zip(jacobian, of_family, strict=True):
+            information[family].add(row, result.group)
+    return replace(knowledge, information=information)
+
+
+def rows_of(results: Sequence[Result], family: str) -> Rows:
+    """The results of a family as a table."""
+    of_family = [r for r in results if r.family == family]
+    return rows_from_columns([r.n_params for r in of_family], [r.tokens for r in of_family], [r.loss for r in of_family])
+
+
+def _law(
+    family: str, rows: Rows, assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]
+) -> tuple[Chinchilla, str, Fit | None]:
+    """The law of a table, why it is not determined, and its fit if it is.
+
+    Without a law of its own the table gets the assumed exponents with fitted prefactors, or the assumed law.
+    """
+    reasons = check_table(Chinchilla, rows)
+    if not reasons:
+        fitted = fit_family(family, rows)
+        reasons = [*diagnose(fitted, rows).reasons, *find_misfit(fitted, rows, [str(i) for i in range(len(rows))]).reasons]
+        assert isinstance(fitted.law, Chinchilla)
+        if not reasons:
+            return fitted.law, "", fitted
+    if len(rows) >= N_PARAMETERS:
+        held = fit(Chinchilla, rows, Constraints({"alpha": assumed.alpha, "beta": assumed.beta})).law
+        assert isinstance(held, Chinchilla)
+        return held, reasons[0], None
+    return assumed, reasons[0], None
