@@ -22,7 +22,7 @@ from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals
 from lmu_dist.scaling.table import Rows
 
-N_RESAMPLES = 1000
+N_RESAMPLES, FEWEST_RESAMPLES = 1000, 200
 NORMAL_MEDIAN = 1.4826  # standard deviation of normal errors over the median of their absolute values
 NO_FORM_FITS = "no law fits the table; the intervals are wider by the errors on runs that were held out"
 FAR = 10.0  # a point whose N or D is beyond the table's by a larger factor is said to be far
@@ -79,7 +79,8 @@ def predict_from(
     unique = None if unique_tokens is None else np.broadcast_to(np.asarray(unique_tokens, np.float64), n.shape)
     samples, weights, means = list[Floats](), list[Floats](), list[Floats]()
     for candidate in comparison.supported:
-        drawn = draw_predictions(candidate, comparison, n, d, unique, n_resamples, seed)
+        count = min(n_resamples, max(FEWEST_RESAMPLES, round(n_resamples * candidate.weight)))  # little weight needs few
+        drawn = draw_predictions(candidate, comparison, n, d, unique, count, seed)
         if drawn is None:
             continue
         if not comparison.fits:  # what the form misses at runs that were held out, it misses here at least

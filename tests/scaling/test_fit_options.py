@@ -1,0 +1,57 @@
+"""The small languages of `lmu-dist fit`: --fix, --tie, --at and --optimum; and what the command prints for several laws."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmu_dist.cli import main
+from lmu_dist.cli.fit_options import constraints_of, number_of, points_of
+from lmu_dist.config import ConfigError
+from lmu_dist.scaling.laws import HOFFMANN
+
+
+def test_constraints_and_points():
+    constraints = constraints_of(["E=1.69"], ["alpha = beta"])
+    assert constraints.held == {"E": 1.69}
+    assert constraints.ties == (("alpha", "beta"),)
+    n, d, unique = points_of(["7B,140B", "1e9,2e10"], False)
+    assert n.tolist() == [7e9, 1e9]
+    assert d.tolist() == [1.4e11, 2e10]
+    assert unique is None
+    assert points_of(["7B,140B,100B"], True)[2].tolist() == [1e11]  # pyright: ignore[reportOptionalMemberAccess]
+    assert number_of("1e21", "--optimum") == 1e21
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: constraints_of(["E"], []), "--fix 'E' is not NAME=VALUE"),
+        (lambda: constraints_of([], ["alpha"]), "--tie 'alpha' is not A=B"),
+        (lambda: points_of(["7B"], False), "--at '7B' is not N,D"),
+        (lambda: points_of(["7B,140B"], True), "is not N,D,U"),
+        (lambda: number_of("-1", "--optimum"), "--optimum '-1': not a positive number"),
+        (lambda: number_of("many", "--at"), "--at 'many': not a positive number"),
+    ],
+)
+def test_errors_name_the_option(call: object, message: str):
+    with pytest.raises(ConfigError, match=message):
+        call()  # pyright: ignore[reportCallIssue]
+
+
+def test_fit_predicts_and_finds_the_optimum(tmp_path: Path, capfd: pytest.CaptureFixture):
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e7, 3e9, 5), np.geomspace(4e8, 2e11, 5)))
+    loss = HOFFMANN.loss(n, d) * np.exp(np.random.default_rng(0).normal(0, 0.002, 25))
+    path = tmp_path / "runs.csv"
+    path.write_text("N,D,loss\n" + "\n".join(f"{a:.0f},{b:.0f},{c:.6f}" for a, b, c in zip(n, d, loss, strict=True)))
+    arguments = ["fit", str(path), "--n", "N", "--d", "D", "--loss", "loss", "--resamples", "100"]
+    assert main([*arguments, "--law", "chinchilla", "--at", "7B,140B", "--optimum", "1e21", "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    (point,) = facts["forecast"]["points"]
+    assert point["low"] < HOFFMANN.loss(7e9, 1.4e11) < point["high"]
+    parametric = facts["optimum"][-1]
+    assert parametric["approach"] == "parametric"
+    assert parametric["n_interval"][0] < HOFFMANN.optimum(1e21)[0] < parametric["n_interval"][1]
+    assert main([*arguments, "--law", "chinchilla", "--fix", "A=3"]) == 2
+    assert "--fix A: chinchilla has these parameters without units" in capfd.readouterr().err
