@@ -40,8 +40,11 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile."""
-    items.sort(key=lambda item: group_of(item.nodeid) != "Ray")
+    """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile.
+
+    Of these, the ones that share a Ray come last: after it has started, this process can join no other one.
+    """
+    items.sort(key=lambda item: (group_of(item.nodeid) != "Ray", "local_ray" in getattr(item, "fixturenames", ())))
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -31,7 +31,7 @@ HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to release the resources of a stopped trial
 STATE_ERRORS = (RayStateApiException, RayError, RuntimeError, OSError)
 TICK_SECONDS = 2.0  # between two calls of TrialCallback's on_tick
-REAP_SECONDS = 10.0  # between two searches for leaked placement groups
+REAP_SECONDS = 5.0  # between two searches for leaked placement groups, which hold the slots of stopped trials meanwhile
 
 
 class Slots(Searcher):

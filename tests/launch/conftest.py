@@ -17,6 +17,13 @@ def local_ray() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _disconnected(request: pytest.FixtureRequest) -> None:
+    """Ends the shared Ray before a test that does not use it: those that do come first, see tests/conftest.py."""
+    if "local_ray" not in request.fixturenames:
+        ray.shutdown()
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with a job and its corpus."""

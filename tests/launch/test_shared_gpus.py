@@ -82,8 +82,12 @@ def test_ray_places_four_groups_of_workers_on_a_gpu():
         assert clusters.capacity(config) == 4
         # As Ray Train does for every group of workers.
         groups = [placement_group([clusters._worker_resources(config)], strategy="PACK") for _ in range(5)]
-        ready, waiting = ray.wait([group.ready() for group in groups], num_returns=4, timeout=60)
-        assert len(ready) == 4
-        assert ray.wait(waiting, timeout=1)[0] == []
-        remove_placement_group(groups[0])  # the first group ends, the fifth starts
-        assert ray.wait(waiting, timeout=60)[0] == waiting
+        try:
+            ready, waiting = ray.wait([group.ready() for group in groups], num_returns=4, timeout=60)
+            assert len(ready) == 4
+            assert ray.wait(waiting, timeout=1)[0] == []
+            remove_placement_group(groups[0])  # the first group ends, the fifth starts
+            assert ray.wait(waiting, timeout=60)[0] == waiting
+        finally:
+            for group in groups:
+                remove_placement_group(group)

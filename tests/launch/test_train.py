@@ -158,7 +158,8 @@ def test_damaged_checkpoints_and_a_wrong_tokenizer_are_reported(undisturbed: Fin
     assert "is not the tokenizer this model was trained with" in capfd.readouterr().err
 
 
-def test_too_many_workers_are_refused_before_anything_starts(undisturbed: FinishedRun, tmp_path: Path, capfd):
+def test_too_many_workers_are_refused_before_anything_starts(undisturbed: FinishedRun, tmp_path: Path, capfd, monkeypatch):
+    monkeypatch.setattr("lmu_dist.launch.cluster.ray.is_initialized", lambda: False)  # as a command finds it
     config = undisturbed.cell.config
     job = tmp_path / "job.yaml"
     job.write_text(json.dumps({"storage": config.storage, "data": {"source": "files", "files": list(config.data.files)}}))
