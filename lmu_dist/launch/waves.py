@@ -17,7 +17,7 @@ from lmu_dist.planning.design import PlannedCell, Result, group_of
 from lmu_dist.planning.grid import GridCell
 from lmu_dist.planning.learn import learn
 from lmu_dist.planning.next_cell import Choice
-from lmu_dist.planning.plan_rows import planned_cell
+from lmu_dist.planning.plan_rows import planned_cell, seconds_of_steps
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Verdict, assumed_law, judge, next_wave, targets_of, wave_size
 
@@ -81,17 +81,11 @@ def plan_of(cells: Sequence[Cell]) -> list[PlannedCell]:
     calibration: list[StepTime] = []
     with suppress(ConfigError):
         calibration = read_calibration(cells[0].config.storage_folder)
+    of_grid = [GridCell(cell.config, cell.shape) for cell in cells]
+    seconds = seconds_of_steps(of_grid, calibration)
     return [
-        planned_cell(
-            GridCell(cell.config, cell.shape),
-            cell.key,
-            cell.name,
-            cell.trunk,
-            calibration,
-            cell.parameters.non_embedding,
-            cell.flops.training,
-        )
-        for cell in cells
+        planned_cell(made, cell.key, cell.name, cell.trunk, time, cell.parameters.non_embedding, cell.flops.training)
+        for cell, made, time in zip(cells, of_grid, seconds, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmu_dist.config import to_dict
 from lmu_dist.models import accounting
-from lmu_dist.planning.cost import StepTime, step_seconds
+from lmu_dist.planning.cost import StepTime, step_seconds, step_settings
 from lmu_dist.planning.design import PlannedCell
 from lmu_dist.planning.grid import GridCell, trunk_settings
 
@@ -22,14 +22,12 @@ def planned_cell(
     key: str,
     name: str,
     trunk: str,
-    calibration: Sequence[StepTime],
+    seconds: float | None,
     n_params: int,
     training_flops: float,
 ) -> PlannedCell:
-    """A cell of a grid with its price. `calibration` has the step times that were measured, `training_flops` is per token."""
+    """A cell of a grid with its price. `seconds` is the time of a step, if it is known; `training_flops` is per token."""
     config, train = cell.config, cell.config.train
-    is_timed = bool(calibration or config.plan.flops_per_second)  # the FLOPs that are executed take long to count
-    seconds = step_seconds(cell, calibration) if is_timed else None
     return PlannedCell(
         key=key,
         name=name,
@@ -46,14 +44,29 @@ def planned_cell(
     )
 
 
+def seconds_of_steps(cells: Sequence[GridCell], calibration: Sequence[StepTime]) -> list[float | None]:
+    """The time of a step of every cell, None if it is unknown. Cells that take the same steps are counted once."""
+    found = dict[str, float | None]()
+    seconds = list[float | None]()
+    for cell in cells:
+        if not (calibration or cell.config.plan.flops_per_second):
+            seconds.append(None)
+            continue
+        step = json.dumps(step_settings(cell), sort_keys=True)
+        if step not in found:
+            found[step] = step_seconds(cell, calibration)
+        seconds.append(found[step])
+    return seconds
+
+
 def cells_of_grid(cells: Sequence[GridCell], calibration: Sequence[StepTime]) -> list[PlannedCell]:
     """The cells of a grid that has no corpus yet, and so no keys: they are numbered."""
-    planned = list[PlannedCell]()
+    planned, seconds = list[PlannedCell](), seconds_of_steps(cells, calibration)
     for i, cell in enumerate(cells):
         tree = to_dict(cell.config)
         trunk = json.dumps([tree["model"], tree["seed"], trunk_settings(tree["train"])], sort_keys=True)
         n_params, flops = accounting.parameters(cell.shape).non_embedding, accounting.flops(cell.shape).training
-        planned.append(planned_cell(cell, str(i), f"{cell.shape.family} {i}", trunk, calibration, n_params, flops))
+        planned.append(planned_cell(cell, str(i), f"{cell.shape.family} {i}", trunk, seconds[i], n_params, flops))
     return planned
 
 

@@ -7,9 +7,19 @@ import pytest
 import until as benchmark  # benchmarks/until.py
 
 from lmu_dist.config import Config, ConfigError, parse, with_settings
+from lmu_dist.planning.cost import plan
 from lmu_dist.planning.design import PlannedCell, Question, Result
 from lmu_dist.planning.learn import assume
-from lmu_dist.planning.until import MIN_FREEDOM, Target, expected_course, judge, largest_common_size, next_wave, targets_of
+from lmu_dist.planning.until import (
+    MIN_FREEDOM,
+    Course,
+    Target,
+    expected_course,
+    judge,
+    largest_common_size,
+    next_wave,
+    targets_of,
+)
 from lmu_dist.scaling.laws import Chinchilla
 
 LAW = Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29)
@@ -128,6 +138,21 @@ def test_plan_expects_fewer_cells_for_a_wider_interval_and_none_within_a_small_b
     assert poor is not None
     assert not poor.reached
     assert expected_course(with_settings(JOB, {"ladder.until": None})) is None
+
+
+def test_a_budget_of_hours_is_that_of_the_times_of_steps():
+    def course(hours: float) -> Course:
+        until = {"factor": 1.0001, "hours": hours}
+        found = expected_course(with_settings(JOB, {"ladder.until": until, "plan.flops_per_second": 1e12}))
+        assert found is not None
+        return found
+
+    seconds = plan(with_settings(JOB, {"plan.flops_per_second": 1e12})).worker_seconds
+    assert seconds is not None
+    assert course(1.01 * seconds / 3600).n_cells == 64
+    half = course(0.5 * seconds / 3600)
+    assert 0.2 < half.flops_share < 0.6
+    assert not half.reached
 
 
 def test_simulated_ladders_stop_at_a_fraction_of_the_cost(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
