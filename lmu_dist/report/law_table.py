@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmu_dist.scaling.compare_laws import Candidate, LawComparison
+from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.misfit import SIGNIFICANCE, Misfit
 
 
@@ -35,6 +36,9 @@ def law_rows(comparison: LawComparison) -> list[LawRow]:
 def law_sentence(comparison: LawComparison) -> str:
     """Returns in one or two sentences which laws the runs support."""
     names = [candidate.name for candidate in comparison.supported]
+    usual = next((candidate for candidate in comparison.candidates if candidate.form is Chinchilla), None)
+    if usual is not None and usual.fit is None:
+        return f"These runs cannot tell laws apart: {'; '.join(usual.diagnostics.reasons)}."
     if not names:
         return "The runs determine no law."
     if not comparison.fits:
@@ -97,9 +101,8 @@ def _verdict(candidate: Candidate, comparison: LawComparison) -> str:
     if candidate.supported and comparison.fits:
         return f"tied with {_listed(others)}" if others else "supported"
     if candidate.supported:
-        return (
-            "does not fit, but predicts held-out runs best" if candidate.held_out else "does not fit; no other law does better"
-        )
+        compared = sum(bool(other.held_out) for other in comparison.candidates if other.diagnostics.passed)
+        return "does not fit, but predicts held-out runs best" if compared > 1 else "does not fit"
     if candidate.misfit is not None and candidate.misfit.reasons:
         return "does not fit"
     return "another law describes the runs better"

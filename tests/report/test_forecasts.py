@@ -31,7 +31,7 @@ def test_the_report_scores_the_first_forecast_of_a_cell(store: Store, written: R
     assert sum(forecast.laws.values()) == pytest.approx(1)
     assert "chinchilla" in forecast.laws
     losses = {run.run_id: run.record.val_loss_nats for run in written.study.runs}
-    ended = {run_id: store.client.get_run(run_id).info.end_time for run_id in losses}
+    ended = {run_id: store.client.get_run(run_id).info.end_time or 0 for run_id in losses}
     assert first.actual_nats == losses[first.run_id]
     assert ended[first.run_id] == min(ms for ms in ended.values() if ms > forecast.made_ms)
     assert first.error == pytest.approx(forecast.loss_nats / losses[first.run_id] - 1)
