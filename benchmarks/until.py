@@ -3,6 +3,12 @@
 Prints one JSON line per design and target:
 
     .venv/bin/python benchmarks/until.py --studies 200
+
+A study has two families on one grid of sizes, budgets and seeds; a token of the second is worth four tokens of the first. The
+targets are multiples (`width`) of the interval that the full grid is expected to give, `full_ratio` being the ratio of its ends.
+`cost` is the share of the full grid's FLOPs that was spent at the stop; a ladder that never stopped has spent all of them. To
+save time, fits start at the true laws. `covered` is the share of the intervals that contain the truth at the stop, and
+`report_covered` that of the intervals that the report computes from the same runs, by bootstrap.
 """
 
 import argparse
@@ -35,7 +41,11 @@ LAWS = {  # of small models
 
 @dataclass(frozen=True)
 class Design:
-    """A planned grid and the truth about it. `shared`: the share of the variance that the runs of a trunk have in common."""
+    """A planned grid and the truth about it.
+
+    `shared` is the share of the variance that the runs of a trunk have in common. The plan offers `offered` seeds, by default
+    `seeds`; it is compared with the grid of `seeds`.
+    """
 
     n_params: Sequence[float]
     tokens: Sequence[float]
@@ -43,12 +53,14 @@ class Design:
     noise: float
     shared: float = 0.0
     slots: int = 4
+    offered: int = 0
 
 
 SMALL, BUDGETS = [3e3, 1e4, 3e4, 1e5, 3e5, 1e6], [3e5, 1e6, 3e6, 1e7, 3e7]
 PAPER = [55e3, 110e3, 220e3, 450e3, 1e6]
 DESIGNS = {
     "small, 0.3 %": Design(SMALL, BUDGETS, 3, 0.003),
+    "small, 0.3 %, 8 seeds offered": Design(SMALL, BUDGETS, 3, 0.003, offered=8),
     "small, 0.5 %, 2 seeds": Design(SMALL, BUDGETS, 2, 0.005),
     "small, 0.3 %, half of it by trunk": Design(SMALL, BUDGETS, 3, 0.003, shared=0.5),
     "paper, 0.2 %": Design(PAPER, [4e8, 1.3e9, 4e9, 1.3e10], 3, 0.002),
@@ -73,7 +85,7 @@ def planned_cells(design: Design) -> list[PlannedCell]:
     cells = list[PlannedCell]()
     for family in LAWS:
         for n in design.n_params:
-            for seed in range(design.seeds):
+            for seed in range(design.offered or design.seeds):
                 for d in design.tokens:
                     steps = int(d // 256)
                     name = f"{family}-{n:g}-{d:g}-s{seed}"
@@ -111,7 +123,8 @@ def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, 
     losses = simulate(design, cells, seed)
     question = question_of(design, kind)
     cells = [cell for cell in cells if cell.family in question.families]
-    full_ratio, total = expected_ratio(question, cells, design), total_cost(cells, "flops")
+    grid = [cell for cell in cells if cell.seed < design.seeds]
+    full_ratio, total = expected_ratio(question, grid, design), total_cost(grid, "flops")
     targets = [Target(question, float(np.exp(m * np.log(full_ratio)))) for m in sorted(multiples, reverse=True)]
     done, waves, stops = list[PlannedCell](), 0, list[Stop]()
     while targets:
@@ -227,7 +240,7 @@ def main() -> None:
             studies = [
                 run_study(design, kind, arguments.widths, seed, arguments.resamples) for seed in range(arguments.studies)
             ]
-            cells = [cell for cell in planned_cells(design) if cell.family in question.families]
+            cells = [cell for cell in planned_cells(design) if cell.family in question.families and cell.seed < design.seeds]
             for i, width in enumerate(sorted(arguments.widths, reverse=True)):
                 line = {"design": name, "asked": kind, "width": width, "studies": len(studies)}
                 line["full_ratio"] = round(expected_ratio(question, cells, design), 3)
