@@ -5,7 +5,7 @@ Prints one JSON line per design and target:
     .venv/bin/python benchmarks/until.py --studies 200
 
 A study has two families on one grid of sizes, budgets and seeds; a token of the second is worth four tokens of the first. The
-targets are multiples (`width`) of the interval that the full grid is expected to give, `full_ratio` being the ratio of its ends.
+targets are multiples (`width`) of the interval that the full grid is expected to give, whose ends have the ratio `full_ratio`.
 `cost` is the share of the full grid's FLOPs that was spent at the stop; a ladder that never stopped has spent all of them. To
 save time, fits start at the true laws. `covered` is the share of the intervals that contain the truth at the stop, and
 `report_covered` that of the intervals that the report computes from the same runs, by bootstrap.
