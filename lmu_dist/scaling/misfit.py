@@ -60,8 +60,9 @@ def find_misfit(fit: Fit, rows: Rows, labels: Sequence[str] | None = None) -> Mi
     typical = float(np.median(misses))
     if p_value is not None and structure is not None and p_value < SIGNIFICANCE and structure > MATERIAL:
         chance = f"p = {p_value:.1g}" if p_value >= 1e-6 else "p < 1e-6"
+        most = _percent(float(misses[worst[0]]))
         reasons.append(
-            f"misfit: the law misses the losses by {_percent(typical)} at the median and {_percent(float(misses[worst[0]]))} at most, "
+            f"misfit: the law misses the losses by {_percent(typical)} at the median and {most} at most, "
             f"and of that {_percent(structure)} (root mean square) varies with N and D as noise does not ({chance})"
         )
     return Misfit(
