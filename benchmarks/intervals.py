@@ -20,7 +20,8 @@ from lmu_dist.scaling.diagnostics import check_intervals, check_table, diagnose
 from lmu_dist.scaling.efficiency import factor_from_laws
 from lmu_dist.scaling.fit import Fit, fit
 from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples, parameter_intervals, small_sample_correction
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
+from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import Rows, rows_from_columns
 
 TRUE_FACTOR = 4.0

@@ -19,7 +19,8 @@ import numpy as np
 from lmu_dist.scaling.compare_laws import compare_laws
 from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER, Gamma
 from lmu_dist.scaling.forecast import predict_from
-from lmu_dist.scaling.laws import HOFFMANN, ScalingLaw
+from lmu_dist.scaling.laws import ScalingLaw
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import Rows, rows_from_columns
 
 NOISE, N_RUNS, N_HELD_OUT = 0.002, 404, 20

@@ -28,7 +28,8 @@ from lmu_dist.planning.until import Target, judge, next_wave
 from lmu_dist.scaling.efficiency import factor_from_laws
 from lmu_dist.scaling.fit import Fit, refit, unitless_values
 from lmu_dist.scaling.intervals import Interval
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
+from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import Rows
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 

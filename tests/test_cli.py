@@ -19,7 +19,7 @@ from rich.console import Console
 from lmu_dist import show
 from lmu_dist.cli import main, progress
 from lmu_dist.config import ConfigError, FailedError
-from lmu_dist.scaling.laws import HOFFMANN
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.tracking.progress import Row
 
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.yaml")

@@ -14,7 +14,8 @@ from lmu_dist.report.forecasts import ForecastScores
 from lmu_dist.report.law_table import law_rows, law_sentence, misfit_sentence, p_text
 from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study
-from lmu_dist.scaling.laws import KAPLAN_NS, PAPER, parameters
+from lmu_dist.scaling.laws import parameters
+from lmu_dist.scaling.published import KAPLAN_NS, PAPER
 from lmu_dist.scaling.results import Results
 
 SECTIONS = (

@@ -9,9 +9,10 @@ from lmu_dist.scaling.collect import Study, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, loss_curve
 from lmu_dist.scaling.compute import SIX_ND, within_table
 from lmu_dist.scaling.efficiency import Factor
-from lmu_dist.scaling.laws import Floats, paper_loss
+from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import log_residuals
 from lmu_dist.scaling.positions import bin_positions
+from lmu_dist.scaling.published import paper_loss
 from lmu_dist.scaling.results import FamilyFit, Results
 
 INK, FAINT = "#1b1f24", "#9aa3ad"

@@ -6,7 +6,8 @@ import numpy as np
 from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
-from lmu_dist.scaling.laws import Floats, PowerLaw
+from lmu_dist.scaling.laws import Floats
+from lmu_dist.scaling.published import PowerLaw
 
 MIN_SIZES = 4
 

@@ -18,7 +18,8 @@ from lmu_dist.planning.learn import assume, learn
 from lmu_dist.planning.next_cell import next_cells
 from lmu_dist.planning.prices import Costs, total_cost, trunk_cost
 from lmu_dist.scaling.fit import refit
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla
+from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import rows_from_columns
 
 LAW = Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29)

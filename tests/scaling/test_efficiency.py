@@ -16,8 +16,9 @@ from lmu_dist.scaling.efficiency import (
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.intervals import bootstrap_weights
 from lmu_dist.scaling.isoflop import fit_parabolas, optimal_size_power_law
-from lmu_dist.scaling.laws import HOFFMANN, PAPER, Chinchilla
+from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.positions import bin_positions, factors_by_position, find_plateau
+from lmu_dist.scaling.published import HOFFMANN, PAPER
 from lmu_dist.scaling.sizes import fit_power_law
 from lmu_dist.scaling.table import rows_from_columns
 from lmu_dist.scaling.validate import fit_and_validate

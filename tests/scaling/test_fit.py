@@ -15,7 +15,8 @@ from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose
 from lmu_dist.scaling.fit import fit, refit
 from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples
-from lmu_dist.scaling.laws import HOFFMANN, KAPLAN_ND, Chinchilla, Gadre, Kaplan, ScalingLaw, parameters
+from lmu_dist.scaling.laws import Chinchilla, Gadre, Kaplan, ScalingLaw, parameters
+from lmu_dist.scaling.published import HOFFMANN, KAPLAN_ND
 from lmu_dist.scaling.read_table import read_table
 from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.validate import fit_and_profile, fit_and_validate, holdout

@@ -9,7 +9,7 @@ import pytest
 from lmu_dist.cli import main
 from lmu_dist.cli.fit_options import constraints_of, number_of, points_of
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.laws import HOFFMANN
+from lmu_dist.scaling.published import HOFFMANN
 
 
 def test_constraints_and_points():

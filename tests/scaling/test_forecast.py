@@ -9,9 +9,10 @@ from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks
 from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER
 from lmu_dist.scaling.forecast import NO_FORM_FITS, predict, predict_from
 from lmu_dist.scaling.forms import FORMS
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla, ScalingLaw
+from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.optimum import optimum_of
 from lmu_dist.scaling.plot import plot_fit
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted
 from lmu_dist.scaling.table import Rows, rows_from_columns
 

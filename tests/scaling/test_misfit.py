@@ -5,8 +5,9 @@ import pytest
 
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla, ScalingLaw
+from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.misfit import find_misfit, replicate_noise, structure_test
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.table_checks import check_rows, independent_groups
 from lmu_dist.scaling.validate import fit_and_validate

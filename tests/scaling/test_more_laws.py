@@ -10,8 +10,9 @@ from lmu_dist.scaling.constraints import Constraints
 from lmu_dist.scaling.diagnostics import diagnose, fit_and_diagnose
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER, Gamma
-from lmu_dist.scaling.laws import HOFFMANN, Chinchilla, Gadre, ScalingLaw, batch_law
+from lmu_dist.scaling.laws import Chinchilla, Gadre, ScalingLaw, batch_law
 from lmu_dist.scaling.objective import losses
+from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted, Repeated
 from lmu_dist.scaling.table import Rows
 from lmu_dist.scaling.validate import fit_and_validate
