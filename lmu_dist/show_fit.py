@@ -43,8 +43,7 @@ def print_comparison(comparison: "LawComparison") -> None:
             print(f"             {reason}")
         return
     names = [c.name for c in comparison.supported]
-    fits = any(c.misfit is not None and not c.misfit.reasons for c in comparison.supported)
-    if not fits:
+    if not comparison.fits:
         print(f"supported    {', '.join(names)}: no form fits the table; of them all it predicts held-out runs best")
     elif len(names) > 1:
         print(f"supported    a tie of {', '.join(names)}: the table cannot tell them apart; the simplest is {names[0]}")
@@ -56,7 +55,9 @@ def print_comparison(comparison: "LawComparison") -> None:
 
 
 def _status(candidate: "Candidate", comparison: "LawComparison") -> str:
-    if candidate.supported:
+    if candidate in comparison.supported:
+        if not comparison.fits:
+            return "misfit, predicts best"
         return "supported" if len(comparison.supported) == 1 else f"tied, weight {candidate.weight:.2f}"
     if not candidate.diagnostics.passed:
         return "not determined"

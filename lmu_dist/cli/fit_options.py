@@ -16,13 +16,20 @@ def constraints_of(fix: Sequence[str], tie: Sequence[str]) -> Constraints:
     for text in fix:
         name, _, value = (part.strip() for part in text.partition("="))
         try:
-            held[name] = float(value)
+            number = float(value)
         except ValueError as e:
             raise ConfigError(f"--fix {text!r} is not NAME=VALUE, such as --fix E=1.69") from e
+        if not np.isfinite(number) or (name == "E" and number <= 0):
+            raise ConfigError(f"--fix {text!r}: {name} must be {'a positive' if name == 'E' else 'a finite'} number")
+        if name in held:
+            raise ConfigError(f"--fix {name} is given twice; leave one out")
+        held[name] = number
     for text in tie:
         first, _, second = (part.strip() for part in text.partition("="))
         if not first or not second or first == second:
             raise ConfigError(f"--tie {text!r} is not A=B, such as --tie alpha=beta")
+        if again := {first, second} & {name for pair in ties for name in pair}:
+            raise ConfigError(f"--tie {text!r}: {again.pop()} is tied already; tie every parameter once")
         ties.append((first, second))
     return Constraints(held, tuple(ties))
 

@@ -18,7 +18,10 @@ from lmu_dist.scaling.forms import FORMS
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.optimum import Optimum, optimum_of
 from lmu_dist.scaling.read_table import RunTable, read_points
+from lmu_dist.scaling.table import LeftOutRows
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Outcome:
     point_names: Sequence[str]
     optima: Sequence[Optimum]
     plotted: Path | None
+    points_left_out: Sequence[LeftOutRows] = ()
 
     @property
     def determined(self) -> bool:
         """Whether there is a law, of one that was asked for or of all."""
         if self.result is not None:
             return self.result.law is not None
-        return self.comparison is not None and self.comparison.chosen is not None
+        return self.comparison is not None and self.comparison.chosen is not None and self.comparison.fits
 
     def show(self) -> None:
         """Prints everything for people."""
@@ -66,6 +70,8 @@ class Outcome:
             show_fit.print_comparison(self.comparison)
         if self.forecast is not None:
             show_fit.print_forecast(self.forecast, self.point_names)
+            for out in self.points_left_out:
+                print(f"left out     {len(out.rows)} of --predict: {out.reason}")
         if self.optima:
             show_fit.print_optimum(self.optima)
         if self.plotted is not None:
@@ -78,7 +84,8 @@ class Outcome:
         if self.result is None and self.comparison is not None:
             facts |= comparison_to_json(self.comparison)
         if self.forecast is not None:
-            facts["forecast"] = forecast_to_json(self.forecast, self.point_names)
+            left_out = [{"reason": out.reason, "rows": list(out.rows)} for out in self.points_left_out]
+            facts["forecast"] = forecast_to_json(self.forecast, self.point_names) | {"left_out": left_out}
         if self.optima:
             facts["optimum"] = to_json([asdict(optimum) for optimum in self.optima])
         return facts
@@ -91,6 +98,7 @@ class Questions:
     names: Sequence[str]
     points: tuple[Floats, Floats, Floats | None]
     flops: float | None
+    left_out: Sequence[LeftOutRows] = ()  # of the table of points
 
 
 def fit_one(table: RunTable, request: Request) -> Outcome:
@@ -136,11 +144,15 @@ def _with_forecasts(
             plot_fit(comparison, request.plot, forecast)
         except (OSError, ValueError) as e:
             raise ConfigError(f"--plot {request.plot}: {e}") from e
-    return Outcome(table, result, comparison, forecast, questions.names, optima, request.plot)
+    return Outcome(table, result, comparison, forecast, questions.names, optima, request.plot, questions.left_out)
 
 
 def _questions(request: Request) -> Questions:
     """Returns what is asked for. Raises ConfigError before anything is fitted."""
+    if request.plot is not None and not request.plot.absolute().parent.is_dir():
+        raise ConfigError(f"--plot {request.plot}: there is no folder {request.plot.parent}; make it, or choose another FILE")
+    if request.plot is not None and request.plot.suffix.lower() not in FIGURE_SUFFIXES:
+        raise ConfigError(f"--plot {request.plot}: the name must end in one of {', '.join(FIGURE_SUFFIXES)}")
     n, d, unique = points_of(request.at, request.unique_tokens is not None)
     names = [f"--at {text}" for text in request.at]
     flops = number_of(request.optimum, "--optimum") if request.optimum else None
@@ -153,4 +165,6 @@ def _questions(request: Request) -> Questions:
     together = None
     if unique is not None and read.unique_tokens is not None:
         together = np.concatenate([read.unique_tokens, unique])
-    return Questions(names, (np.concatenate([read.n_params, n]), np.concatenate([read.tokens, d]), together), flops)
+    return Questions(
+        names, (np.concatenate([read.n_params, n]), np.concatenate([read.tokens, d]), together), flops, read.left_out
+    )

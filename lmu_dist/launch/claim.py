@@ -45,7 +45,7 @@ from lmu_dist.tracking.upload import MLflowUploader, upload
 
 logger = logging.getLogger(__name__)
 
-UPLOAD_TIMEOUT_SECONDS = 60.0  # how long the end of a run waits for MLflow; the next start uploads the rest
+LOG_LOCK_SECONDS = 60.0  # how long an upload waits for another process that writes the same metrics log
 CLAIM_SECONDS = 2.0  # after which each of two drivers that claim a run at the same moment sees whose claim MLflow has
 CLOSING_SECONDS = 15.0  # how long closing the MLflow run of a cell that cannot go on may take
 EXIT_TIMEOUT_SECONDS = 60.0  # how long the processes of a stopped run may take to exit
@@ -185,7 +185,7 @@ def upload_log(cell: Cell, run_id: str | None, store: Store, study: str) -> tupl
     if not any(log.pending()):
         return notes([], "", log.notes())
     try:
-        with metrics_log_lock(cell.folder).acquire(timeout=UPLOAD_TIMEOUT_SECONDS):
+        with metrics_log_lock(cell.folder).acquire(timeout=LOG_LOCK_SECONDS):
             upload(log, store, run_identity(cell, study))
             return notes([], "", log.notes())
     except Timeout:

@@ -133,10 +133,13 @@ class MetricsLogger:
             finally:
                 opened.lock.release()
 
-    def _open(self, run: LoggedRun, timeout_seconds: float = REOPEN_SECONDS) -> "_OpenRun":
+    def _open(self, run: LoggedRun, timeout_seconds: float = REOPEN_SECONDS) -> "_OpenRun | None":
+        """The log of a run, opened if need be; None if it was closed: the call is a late one of a dying worker."""
         from lmu_dist.tracking.upload import MLflowUploader
 
         name = str(run.folder)
+        if name in self._closed:
+            return None
         if name not in self._runs:
             lock = metrics_log_lock(run.folder)
             lock.acquire(timeout=timeout_seconds)

@@ -1,7 +1,8 @@
 """Which cells of a ladder with `ladder.until` are trained next, and whether it may stop: cells and finished runs in, keys out.
 
-The design is in planning/until; here cells and runs become what it needs. Decides by the finished runs alone, so the same
-command decides alike after any failure. Called by ladder.
+The design is in planning/until; here cells and runs become what it needs. Decides by the runs that have ended and by the slots
+of the cluster, and keeps nothing: the same command goes on after any failure, and may look once more if that was in a wave.
+Called by ladder.
 """
 
 import math

@@ -38,7 +38,8 @@ def learn(
     laws, reasons = dict[str, Chinchilla](), dict[str, str]()
     fits = dict[str, Fit]()
     for family in families:
-        laws[family], reasons[family], fitted = _law(family, rows_of(results, family), assumed, fit_family)
+        groups = [result.group for result in results if result.family == family]
+        laws[family], reasons[family], fitted = _law(family, rows_of(results, family), groups, assumed, fit_family)
         if fitted is not None:
             fits[family] = fitted
     freedom = sum(len(rows_of(results, family)) - N_PARAMETERS for family in fits)
@@ -112,7 +113,7 @@ def rows_of(results: Sequence[Result], family: str) -> Rows:
 
 
 def _law(
-    family: str, rows: Rows, assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]
+    family: str, rows: Rows, groups: Sequence[str], assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]
 ) -> tuple[Chinchilla, str, Fit | None]:
     """The law of a table, why it is not determined, and its fit if it is.
 
@@ -121,7 +122,7 @@ def _law(
     reasons = check_table(Chinchilla, rows)
     if not reasons:
         fitted = fit_family(family, rows)
-        reasons = [*diagnose(fitted, rows).reasons, *find_misfit(fitted, rows, [str(i) for i in range(len(rows))]).reasons]
+        reasons = [*diagnose(fitted, rows).reasons, *find_misfit(fitted, rows, groups).reasons]
         assert isinstance(fitted.law, Chinchilla)
         if not reasons:
             return fitted.law, "", fitted

@@ -73,15 +73,15 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
 
 
 def comparison_to_json(comparison: LawComparison) -> dict[str, Any]:
-    """Returns all laws on a table as JSON types; laws whose optimum is not certified have no parameters."""
+    """Returns all laws on a table as JSON types; laws that fail a check, or do not fit, have no parameters."""
     laws = [
         {
             "law": c.name,
             "formula": c.form.FORMULA,
-            "parameters": parameters(c.fit.law) if c.fit and c.diagnostics.passed else {},
+            "parameters": parameters(c.fit.law) if c.fit and c.fits else {},
             "held": dict(c.constraints.held),
-            "supported": c.supported,
-            "weight": c.weight,
+            "supported": c in comparison.supported,
+            "weight": c.weight if c in comparison.supported else 0.0,
             "criterion": c.criterion,
             "held_out_error": c.held_out_error,
             "held_out": [asdict(held) for held in c.held_out],
@@ -96,7 +96,8 @@ def comparison_to_json(comparison: LawComparison) -> dict[str, Any]:
         "chosen": comparison.chosen.name if comparison.chosen else None,
         "supported": [c.name for c in comparison.supported],
         "form_fits": comparison.fits,
-        "determined": comparison.chosen is not None,
+        "determined": comparison.chosen is not None and comparison.fits,
+        "level": CONFIDENCE,
         "reasons": list(comparison.reasons),
         "warnings": list(comparison.warnings),
     }

@@ -24,6 +24,7 @@ from lmu_dist.scaling.table_checks import check_rows
 TIE = 6.0  # laws whose criterion is higher than the lowest by less are tied; as for Akaike's: a likelihood ratio of exp(3)
 HELD_OUT_FACTORS = (1.5, 2.5, 4.0)  # runs above the largest N (or C = 6ND) divided by these are held out
 HELD_OUT_SHARE = (0.02, 0.4)  # of the runs, at least and at most
+REPEATED = 1.01  # tokens over unique tokens from which data count as repeated
 ROUNDING_SCALE = 1e-14  # squared residuals below it are rounding errors
 HELD_OUT_TOLERANCE, HELD_OUT_STEPS = 1e-2, 200  # of the refits, which start at the law of all runs
 HELD_OUT_TIE = 1.3  # laws that all misfit are tied if their held-out errors are within this ratio
@@ -60,6 +61,11 @@ class Candidate:
         return law_name(self.form)
 
     @property
+    def fits(self) -> bool:
+        """Whether the optimum is certified and the form is that of the table."""
+        return self.diagnostics.passed and self.misfit is not None and not self.misfit.reasons
+
+    @property
     def held_out_error(self) -> float | None:
         """The median absolute error on held-out runs, averaged over the holdouts; None if there are none."""
         return float(np.mean([h.median_error for h in self.held_out])) if self.held_out else None
@@ -67,7 +73,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class LawComparison:
-    """All laws on one table. `chosen` is the simplest supported law; None if no law is certified."""
+    """All laws on one table. `chosen` is the simplest supported law; None if no law is certified, or rows must be corrected."""
 
     rows: Rows
     labels: tuple[str, ...]
@@ -80,17 +86,17 @@ class LawComparison:
     @property
     def fits(self) -> bool:
         """Whether the form of a supported law fits; otherwise the supported laws only predict held-out runs best."""
-        return any(c.misfit is not None and not c.misfit.reasons for c in self.supported)
+        return any(c.fits for c in self.supported)
 
     @property
     def supported(self) -> list[Candidate]:
         """The laws that the table cannot tell apart, the simplest first."""
-        return [c for c in self.candidates if c.supported]
+        return [c for c in self.candidates if c.supported] if self.chosen is not None else []
 
 
 def forms_for(rows: Rows) -> list[type[ScalingLaw]]:
     """Returns the laws that can be fitted to a table: those of repeated data only if it has unique tokens, and only those."""
-    repeats = rows.unique_tokens is not None and bool(np.any(rows.tokens > 1.01 * rows.unique_tokens))
+    repeats = rows.unique_tokens is not None and bool(np.any(rows.tokens > REPEATED * rows.unique_tokens))
     return [form for form in FORMS.values() if repeats == form.NEEDS_UNIQUE or (repeats and form is Chinchilla)]
 
 

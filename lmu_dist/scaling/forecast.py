@@ -24,8 +24,8 @@ from lmu_dist.scaling.table import Rows
 
 N_RESAMPLES, FEWEST_RESAMPLES = 1000, 200
 NORMAL_MEDIAN = 1.4826  # standard deviation of normal errors over the median of their absolute values
-NO_FORM_FITS = "no law fits the table; the intervals are wider by the errors on runs that were held out"
-FAR = 10.0  # a point whose N or D is beyond the table's by a larger factor is said to be far
+SO_FAR = "the interval assumes that a law holds so far"
+FAR = 10.0  # a point whose N or D is beyond the table's, at either end, by a larger factor is said to be far
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,18 @@ def predict_from(
         law=comparison.chosen.name,
         laws=tuple(c.name for c in comparison.supported),
         weights=tuple(c.weight for c in comparison.supported),
-        warnings=(*([] if comparison.fits else [NO_FORM_FITS]), *_far_points(comparison.rows, n, d)),
+        warnings=(*misfit_warning(comparison), *_far_points(comparison.rows, n, d)),
     )
+
+
+def misfit_warning(comparison: LawComparison) -> tuple[str, ...]:
+    """Returns what a reader of a prediction must know if the form of the chosen law is wrong."""
+    if comparison.fits or comparison.chosen is None:
+        return ()
+    if len(comparison.candidates) == 1:
+        name = comparison.chosen.name
+        return (f"{name} does not fit the table, and the intervals are wider by its misses; compare others by --law all",)
+    return ("no law fits the table; the intervals are wider by the errors on runs that were held out",)
 
 
 def draw_predictions(
@@ -158,9 +168,9 @@ def _weighted_quantile(samples: Floats, weights: Floats, quantile: float) -> Flo
 def _far_points(rows: Rows, n: Floats, d: Floats) -> tuple[str, ...]:
     warnings = list[str]()
     for name, values, known in (("N", n, rows.n_params), ("D", d, rows.tokens)):
-        factor = float(np.max(values / known.max()))
-        if factor > FAR:
-            warnings.append(
-                f"{name} is up to {factor:,.0f} times the largest of the table: the interval assumes that a law holds so far"
-            )
+        above, below = float(np.max(values / known.max())), float(np.max(known.min() / values))
+        if above > FAR:
+            warnings.append(f"{name} is up to {above:,.0f} times the largest of the table: {SO_FAR}")
+        if below > FAR:
+            warnings.append(f"{name} is down to 1/{below:,.0f} of the smallest of the table: {SO_FAR}")
     return tuple(warnings)

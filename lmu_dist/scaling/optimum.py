@@ -25,6 +25,8 @@ N_SIMULATIONS = 200
 MIN_CURVES, MIN_POINTS = 4, 3
 EXPONENT_STEP = 1.05
 N_RESAMPLES = 1000
+APPROACHES = ("envelope", "parabola", "parametric")
+FAR = 10.0  # a budget beyond the table's by a larger factor is said to be far
 
 PowerLawFit = tuple[float, float]  # k and a of N_opt = k C^a
 
@@ -50,12 +52,20 @@ class Optimum:
 
 
 def optimum_of(comparison: LawComparison, flops: float, n_resamples: int = N_RESAMPLES) -> list[Optimum]:
-    """Returns the optimum by all three approaches; each says why if it has no result."""
+    """Returns the optimum by all three approaches; each says why if it has no result.
+
+    A law that does not fit the table has none: its minimum may be far from that of the losses, and its interval would be narrow
+    all the same.
+    """
+    if comparison.chosen is not None and not comparison.fits:
+        tried = "no law fits" if len(comparison.candidates) > 1 else f"{comparison.chosen.name} does not fit"
+        reason = f"{tried} the table" + ("" if len(comparison.candidates) > 1 else "; compare others by --law all")
+        return [Optimum(name, flops, reason=reason) for name in APPROACHES]
     parametric = _parametric(comparison, flops, n_resamples)
     chosen = comparison.chosen
     if chosen is None or chosen.fit is None or parametric.n_params is None:
         reason = "without a law that is certified, its bias is unknown"
-        return [*(Optimum(name, flops, reason=reason) for name in ("envelope", "parabola")), parametric]
+        return [*(Optimum(name, flops, reason=reason) for name in APPROACHES[:2]), parametric]
     law, rows = chosen.fit.law, comparison.rows
     return [
         _corrected("envelope", _envelope_power_law, law, rows, flops),

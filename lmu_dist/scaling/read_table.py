@@ -231,15 +231,15 @@ def _check_values(columns: Mapping[str, NumberColumn], left_out: RowsLeftOut, na
     kept = left_out.kept()
     if not kept:
         reasons = "; ".join(f"{len(out.rows):,}: {out.reason}" for out in left_out.by_reason())
-        columns_to_check = "column " + repr(names["--loss"]) if "--loss" in names else "the columns"
-        raise ConfigError(
-            f"{table}: no row of {len(left_out.used)} can be used ({reasons}); relax --where, or check {columns_to_check}"
-        )
+        to_check = ", ".join(repr(name) for name in names.values())
+        advice = f"relax --where, or check the columns {to_check}" if "--loss" in names else f"check the columns {to_check}"
+        raise ConfigError(f"{table}: no row of {len(left_out.used)} can be used ({reasons}); {advice}")
     for i in kept:
         for column in columns.values():
             value = column.values[i]
             if value is None or not MIN_VALUE < value < MAX_VALUE:
+                advice = f", or exclude it by --where '{column.name}>0'" if "--loss" in names else ""
                 raise ConfigError(
                     f"{table}: row {i + 1}, column {column.name!r}: {column.cells[i].text!r}; it must be positive and finite, "
-                    f"from 1e-100 to 1e100. Correct it, or exclude it by --where '{column.name}>0'"
+                    f"from 1e-100 to 1e100. Correct it{advice}"
                 )

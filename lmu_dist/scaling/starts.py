@@ -113,4 +113,6 @@ def _best_prefactors(
         law = Gadre(prefactors[0], prefactors[1], float(prefactors[2] / SQRT_SIX**-first), -float(first))
     else:
         law = Chinchilla(prefactors[0], prefactors[1], prefactors[2], float(first), float(second))
-    return float(huber(log_residuals(law, Rows(n, d, loss))).sum()), (first, second), law
+    with np.errstate(all="ignore"):  # a start that overflows is the worst one
+        objective = float(huber(log_residuals(law, Rows(n, d, loss))).sum())
+    return objective, (first, second), law

@@ -128,7 +128,7 @@ def fit_and_validate(
         diagnostics=diagnostics,
         intervals=intervals,
         profiles=profiles if diagnostics.passed else {},
-        holdout=holdout(form, rows),
+        holdout=holdout(form, rows, constraints),
         influence=influence(fitted, rows) if diagnostics.passed and constraints == NONE else {},
         n_resamples=len(laws),
         laws=tuple(laws),
@@ -164,14 +164,14 @@ def fit_and_profile(
     return fitted, diagnostics, {}, constraints, notes
 
 
-def holdout(form: type[ScalingLaw], rows: Rows) -> Holdout:
-    """Fits the runs without the largest size bin of N and returns the errors of predicting it."""
+def holdout(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE) -> Holdout:
+    """Fits the runs without the largest size bin of N, under the same constraints, and returns the errors of predicting it."""
     sizes = size_bins(rows.n_params)
     largest = float(sizes.max())
     kept, held = rows.where(sizes < largest), rows.where(sizes == largest)
     if reasons := check_table(form, kept):
         return Holdout(largest, len(held), None, None, tuple(reasons))
-    fitted = fit(form, kept)
+    fitted = fit(form, kept, constraints)
     diagnostics = diagnose(fitted, kept)
     if not diagnostics.passed:
         return Holdout(largest, len(held), None, None, diagnostics.reasons)

@@ -15,7 +15,8 @@ from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import claim, trainer
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.ladder_trial import WorkItems
-from lmu_dist.launch.locks import exclusive_lock
+from lmu_dist.launch.locks import exclusive_lock, metrics_log_lock, run_identity
+from lmu_dist.launch.metrics_logger import MetricsLogger
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import (
     FINAL_STATUSES,
@@ -30,6 +31,7 @@ from lmu_dist.launch.run_group import ClaimedRunGroup, skipped_checkpoints
 from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run
+from lmu_dist.tracking.run_identity import LoggedRun
 from lmu_dist.tracking.runs import runs_of, runs_with_key
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import open_study
@@ -179,6 +181,19 @@ def test_local_run_starts_and_ends_while_mlflow_is_unavailable(cell: Cell, tmp_p
     again = claim.find_finished(cell, store, "ladder")
     assert again is not None
     assert again.run_id == finished.run_id
+
+
+def test_call_of_a_dying_worker_does_not_open_a_closed_log_again(cell: Cell, tmp_path: Path):
+    recorder = MetricsLogger(default_uri(tmp_path), {})
+    run = LoggedRun(cell.folder, None, run_identity(cell, "train"), {})
+    for _ in range(2):  # the run is opened again by its next attempt
+        assert recorder.is_free(run)
+        recorder.log(run, "log_params", {"a": 1})
+        recorder.close(run.folder)
+        recorder.log(run, "log_metrics", 0, {"loss": 1.0})
+        recorder.flush(run)
+        with metrics_log_lock(cell.folder).acquire(timeout=0):
+            assert "loss" not in (cell.folder / "metrics_log.jsonl").read_text()
 
 
 def test_damaged_record_is_named(cell: Cell):

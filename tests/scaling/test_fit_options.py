@@ -28,7 +28,11 @@ def test_constraints_and_points():
     ("call", "message"),
     [
         (lambda: constraints_of(["E"], []), "--fix 'E' is not NAME=VALUE"),
+        (lambda: constraints_of(["E=-1"], []), "--fix 'E=-1': E must be a positive number"),
+        (lambda: constraints_of(["alpha=nan"], []), "--fix 'alpha=nan': alpha must be a finite number"),
+        (lambda: constraints_of(["E=1", "E=2"], []), "--fix E is given twice"),
         (lambda: constraints_of([], ["alpha"]), "--tie 'alpha' is not A=B"),
+        (lambda: constraints_of([], ["alpha=beta", "beta=alpha"]), "is tied already; tie every parameter once"),
         (lambda: points_of(["7B"], False), "--at '7B' is not N,D"),
         (lambda: points_of(["7B,140B"], True), "is not N,D,U"),
         (lambda: number_of("-1", "--optimum"), "--optimum '-1': not a positive number"),
@@ -53,5 +57,15 @@ def test_fit_predicts_and_finds_the_optimum(tmp_path: Path, capfd: pytest.Captur
     parametric = facts["optimum"][-1]
     assert parametric["approach"] == "parametric"
     assert parametric["n_interval"][0] < HOFFMANN.optimum(1e21)[0] < parametric["n_interval"][1]
+    points = tmp_path / "points.csv"
+    points.write_text("N,D\n7e9,\n7e9,1.4e11\nOOM,1e9\n1e4,1e9\n")
+    assert main([*arguments, "--law", "chinchilla", "--predict", str(points), "--json"]) == 0
+    facts = json.loads(capfd.readouterr().out)["forecast"]
+    assert [point["name"] for point in facts["points"]] == ["row 2", "row 4"]
+    assert sorted(row for out in facts["left_out"] for row in out["rows"]) == [1, 3]
+    assert any("N is down to 1/1,000 of the smallest of the table" in warning for warning in facts["warnings"])
+    for plot, message in (("nowhere/x.png", "there is no folder"), ("x.foo", "must end in one of .png, .svg, .pdf")):
+        assert main([*arguments, "--plot", str(tmp_path / plot)]) == 2
+        assert message in " ".join(capfd.readouterr().err.split())
     assert main([*arguments, "--law", "chinchilla", "--fix", "A=3"]) == 2
     assert "--fix A: chinchilla has these parameters without units" in capfd.readouterr().err

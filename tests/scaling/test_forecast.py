@@ -7,7 +7,7 @@ import pytest
 
 from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks
 from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER
-from lmu_dist.scaling.forecast import NO_FORM_FITS, predict, predict_from
+from lmu_dist.scaling.forecast import predict, predict_from
 from lmu_dist.scaling.forms import FORMS
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.optimum import optimum_of
@@ -63,7 +63,8 @@ def test_tables_that_no_law_fits_have_wider_intervals_and_say_so():
     assert comparison.chosen is not None
     assert not comparison.fits
     forecast = predict_from(comparison, 2e10, 1e12, n_resamples=100)
-    assert forecast.warnings[0] == NO_FORM_FITS
+    assert forecast.warnings[0].startswith("no law fits the table; the intervals are wider")
+    assert {o.reason for o in optimum_of(comparison, 1e21)} == {"no law fits the table"}
     assert forecast.high[0] / forecast.low[0] > 1.02
 
 
