@@ -384,7 +384,7 @@ def test_points_need_no_loss(tmp_path: Path):
     assert [(out.reason, out.rows) for out in points.left_out] == [("D is missing", (2,))]
     assert read_points(tmp_path / "points.csv", "N", "D").unique_tokens is None
     (tmp_path / "points.csv").write_text("N,D\n1,\n")
-    with pytest.raises(ConfigError, match=r"no row of 1 can be used \(1: D is missing\); relax --where, or check the columns"):
+    with pytest.raises(ConfigError, match=r"no row of 1 can be used \(1: D is missing\); check the columns 'N', 'D'"):
         read_points(tmp_path / "points.csv", "N", "D")
 
 
