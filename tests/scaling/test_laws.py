@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmu_dist.scaling import published
-from lmu_dist.scaling.laws import Chinchilla, Gadre, Kaplan
+from lmu_dist.scaling.laws import Chinchilla, Gadre, Kaplan, ScalingLaw
 from lmu_dist.scaling.published import HOFFMANN, KAPLAN_BATCH, KAPLAN_N, KAPLAN_ND, KAPLAN_NS, paper_loss
 
 ND = np.array([[1e6, 1e8], [1e8, 1e8], [1e8, 2.2e10], [1.5e9, 2.2e10]]).T
@@ -47,7 +47,7 @@ FORMS = [HOFFMANN, KAPLAN_ND, Gadre(1.8, 166.0, 366.0, -0.27)]
 
 
 @pytest.mark.parametrize("law", FORMS, ids=lambda law: type(law).__name__)
-def test_gradients(law: laws.ScalingLaw):
+def test_gradients(law: ScalingLaw):
     values = astuple(law)  # pyright: ignore
     found = law.gradient(*ND)
     assert found.shape == (4, len(values))
@@ -69,7 +69,7 @@ def test_gradients_of_power_laws_and_step_laws():
 
 @pytest.mark.parametrize("law", FORMS, ids=lambda law: type(law).__name__)
 @pytest.mark.parametrize(("k", "gamma"), [(6.0, 1.0), (200.0, 0.9)])
-def test_the_optimum_has_the_lowest_loss_at_its_compute(law: laws.ScalingLaw, k: float, gamma: float):
+def test_the_optimum_has_the_lowest_loss_at_its_compute(law: ScalingLaw, k: float, gamma: float):
     flops = 1e20
     n, d = law.optimum(flops, k, gamma)
     assert k * n**gamma * d == pytest.approx(flops)
