@@ -102,7 +102,7 @@ class Questions:
 
 
 def fit_one(table: RunTable, request: Request) -> Outcome:
-    """Fits a single law; forecasts and optima are by this law alone."""
+    """Fits a single law, and makes forecasts and optima by it."""
     questions = _questions(request)
     form, names = FORMS[request.law or "chinchilla"], [str(number) for number in table.numbers]
     constraints = constraints_of(request.fix, request.tie)

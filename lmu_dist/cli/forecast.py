@@ -71,7 +71,5 @@ def forecast(experiment: str, family: str, n_params: int, tokens: int, as_json: 
     print_notes(stored.warnings)
     if made.n_earlier:
         plural = "s" * (made.n_earlier > 1)
-        print_notes(
-            [f"{made.n_earlier} earlier forecast{plural} of this cell: the first one counts, this one is kept beside it"]
-        )
+        print_notes([f"{made.n_earlier} earlier forecast{plural} of this cell: the first one counts, this one is kept too"])
     return 0

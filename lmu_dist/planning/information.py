@@ -46,7 +46,7 @@ class Information:
         self._inverse = None
 
     def variances(self, gradient: Floats, rows: Floats | None = None, groups: Sequence[str] = ()) -> Floats:
-        """The variance of a number with a gradient; with `rows` (runs, 5) that after each of these runs alone, (runs)."""
+        """The variance of a number with a gradient; with `rows` (runs, 5) that after each of these runs by itself, (runs)."""
         if self._inverse is None:
             self._inverse = np.asarray(np.linalg.inv(self._products), np.float64)
         weights = self._inverse @ gradient

@@ -115,7 +115,7 @@ class _State:
         return float(np.exp(2 * np.exp(self.score)))
 
     def scores(self, cells: Sequence[PlannedCell]) -> Floats:
-        """The score after each of the cells alone."""
+        """The score after each of the cells by itself."""
         scores = np.full(len(cells), np.nan)
         if not self._gradients:  # the cheapest cell is next
             return np.full(len(cells), -1.0)

@@ -59,7 +59,7 @@ class Gamma(ScalingLaw):
 class Farseer(ScalingLaw):
     """L = exp(a3 N^gamma + b3) + exp(a2 N^beta + b2) D^-exp(a1 N^alpha + b1): the token exponent depends on N.
 
-    Li et al. 2025 (arXiv 2506.10972). The parameters cannot be told apart one by one, so only predictions have intervals. A
+    Li et al. 2025 (arXiv 2506.10972). No parameter is determined by itself, so only predictions have intervals. A
     fit varies, for each of the three functions a N^k + b of N, its value and slope at the middle size, and atanh(k): so |k| is
     below MAX_CURVATURE.
     """
@@ -174,7 +174,8 @@ def _box_cox(curvature: float | Floats, x: Floats) -> tuple[Floats, Floats]:
     return x * ratio, x**2 * bend
 
 
-# Li et al. 2025, as published for their English and code mixture.
+# For simulations, and as a start of fits. Both were written from memory of the papers and not compared with them: do not cite them.
+# Li et al. 2025, for their mixture of English and code.
 FARSEER = Farseer(a1=-0.124, b1=0.424, alpha=0.123, a2=88.01, b2=-5.287, beta=-0.1, a3=-0.021, b3=-0.091, gamma=0.169)
 # Busbridge et al. 2025, table 6: the supervised law of the teachers.
 BUSBRIDGE = Gamma(E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452)

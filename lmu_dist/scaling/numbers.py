@@ -1,4 +1,4 @@
-"""Reads the numbers of a table's column as people write them: cells in, floats out, with what is no number told apart.
+"""Reads the numbers of a table's column as people write them: cells in, floats out, or what the cell is instead.
 
 Cells are texts such as `18.9M`, `1,234,567`, `4,61` or `diverged`, or numbers of a file that has types. Which of `.` and `,` is
 the decimal mark is decided for a column as a whole. Called by scaling/read_table.

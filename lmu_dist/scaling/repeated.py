@@ -7,7 +7,7 @@ from numpy.typing import ArrayLike
 
 from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, scaled_prefactor
 
-PUBLISHED = {"R_star": 15.387756}  # Muennighoff et al. 2023
+PUBLISHED = {"R_star": 15.387756}  # Muennighoff et al. 2023; written from memory, not compared with the paper
 
 
 @dataclass(frozen=True)
