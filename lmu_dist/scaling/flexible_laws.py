@@ -174,7 +174,7 @@ def _box_cox(curvature: float | Floats, x: Floats) -> tuple[Floats, Floats]:
     return x * ratio, x**2 * bend
 
 
-# For simulations, and as a start of fits. Both were written from memory of the papers and not compared with them: do not cite them.
+# For simulations, and as a start of fits. Written from memory of the papers and not compared with them: do not cite them.
 # Li et al. 2025, for their mixture of English and code.
 FARSEER = Farseer(a1=-0.124, b1=0.424, alpha=0.123, a2=88.01, b2=-5.287, beta=-0.1, a3=-0.021, b3=-0.091, gamma=0.169)
 # Busbridge et al. 2025, table 6: the supervised law of the teachers.
