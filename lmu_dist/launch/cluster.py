@@ -95,7 +95,7 @@ def _start_local() -> None:
     cpus = len(os.sched_getaffinity(0))
     for attempt in range(N_STARTS):
         try:
-            ray.init("local", num_cpus=cpus, include_dashboard=True, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
             return
         except Exception as e:  # Ray raises plain Exceptions
             ray.shutdown()

@@ -34,7 +34,6 @@ from lmu_dist.launch.record import FinishedRun, record_path
 from lmu_dist.launch.trials import (
     Slots,
     TrialCallback,
-    check_state_api,
     driver_environment,
     error_message,
     head_node_id,
@@ -103,7 +102,6 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         return driver.result(())
     try:
         with cluster([cell.config for cell in cells]):
-            check_state_api()
             if waves is not None and not cells_to_rerun:
                 waves.choose(())  # the cluster may have more slots than one
             for cell in cells_to_rerun:

@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray import PlacementGroupID, tune
+from ray import ActorID, PlacementGroupID, tune
+from ray._private.state import state as cluster_state
+from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
 from ray.exceptions import RayError
 from ray.tune import TuneError
 from ray.tune.search import Searcher
 from ray.util import remove_placement_group
 from ray.util.placement_group import PlacementGroup
-from ray.util.state import list_actors, list_placement_groups
-from ray.util.state.exception import RayStateApiException
 
 from lmu_dist import background
-from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.config import FailedError
 from lmu_dist.tracking.errors import one_line
 
 HEAD = "node:__internal_head__"
 RELEASE_SECONDS = 60.0  # how long Ray may take to release the resources of a stopped trial
-STATE_ERRORS = (RayStateApiException, RayError, RuntimeError, OSError)
+TABLE_ERRORS = (RayError, RuntimeError, OSError)  # of a table that cannot be read, since the cluster does not answer
 TICK_SECONDS = 2.0  # between two calls of TrialCallback's on_tick
-REAP_SECONDS = 5.0  # between two searches for leaked placement groups, which hold the slots of stopped trials meanwhile
+REAP_SECONDS = 1.0  # between two searches for leaked placement groups, which hold the slots of stopped trials meanwhile
 
 
 class Slots(Searcher):
@@ -75,17 +75,6 @@ def head_node_id() -> str:
     return next(node["NodeID"] for node in ray.nodes() if node["Alive"] and HEAD in node["Resources"])
 
 
-def check_state_api() -> None:
-    """Raises ConfigError if the cluster's State API does not answer: without it the resources of stopped trials leak."""
-    try:
-        _reserved_groups()
-    except STATE_ERRORS as e:
-        raise ConfigError(
-            "the cluster's State API does not answer, and without it stopped trials keep their resources reserved; "
-            f"start the head with its dashboard (ray[default]): {one_line(e)}"
-        ) from e
-
-
 def run_trials(
     function: Callable[..., Any],
     arguments: dict[str, Any],
@@ -113,7 +102,7 @@ def run_trials(
         run_config=tune.RunConfig(name=name, storage_path=str(scratch), verbose=0, callbacks=list(callbacks)),
     )
     try:
-        with background.repeated(_Reaper().remove_leaked_if_possible, REAP_SECONDS):
+        with background.repeated(_remove_leaked_groups, REAP_SECONDS):
             return list(tuner.fit())  # pyright: ignore[reportArgumentType]
     except (RayError, TuneError, ConnectionError) as e:
         raise FailedError(f"the cluster was lost: {one_line(e)}") from e
@@ -123,15 +112,13 @@ def run_trials(
 
 def wait_for_release() -> tuple[str, ...]:
     """Waits until the resources of all trials are released. Returns a warning if they are not after RELEASE_SECONDS."""
-    reaper, deadline = _Reaper(), time.monotonic() + RELEASE_SECONDS
-    try:
-        while groups := _reserved_groups():
-            if time.monotonic() > deadline:
-                return (f"Ray still holds {len(groups)} placement groups of trials that ended: {', '.join(groups)}",)
-            reaper.remove_leaked()
-            time.sleep(2)
-    except STATE_ERRORS as e:
-        return (f"whether Ray has released all resources is unknown, since the State API does not answer: {one_line(e)}",)
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while groups := _placement_groups():
+        if time.monotonic() > deadline:
+            ids = ", ".join(group.placement_group_id.hex() for group in groups)
+            return (f"Ray still holds {len(groups)} placement groups of trials that ended: {ids}",)
+        _remove_leaked_groups()
+        time.sleep(0.5)
     return ()
 
 
@@ -181,33 +168,28 @@ def error_message(result: Any) -> str:
     return str(reported) if reported else lines[-1][:300] if lines else ""
 
 
-class _Reaper:
-    """Removes the placement groups that the workers of stopped trials leave behind.
+def _remove_leaked_groups() -> None:
+    """Removes the placement groups of trials that have died, such as those that a scheduler stopped.
 
-    Ray Train has a cleaner for these, but it fails if other Ray clusters run on the same machine.
+    Ray keeps them until the driver ends. Ray Train's cleaner of these groups is one more process for each trial, and needs the
+    dashboard.
     """
-
-    def __init__(self) -> None:
-        self._suspects: set[str] = set()
-
-    def remove_leaked(self) -> None:
-        """Removes the placement groups that have no live actor now and had none at the previous call."""
-        options: Any = {"address": ray.get_runtime_context().gcs_address, "limit": 10_000, "timeout": 30, "detail": True}
-        actors: Any = list_actors(filters=[("state", "!=", "DEAD")], raise_on_missing_output=False, **options)
-        empty = set(_reserved_groups()) - {actor.placement_group_id for actor in actors}
-        for group in empty & self._suspects:
-            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
-        self._suspects = empty
-
-    def remove_leaked_if_possible(self) -> None:
-        """Like `remove_leaked`; does nothing while the State API does not answer, since the next call may succeed."""
-        with suppress(*STATE_ERRORS):
-            self.remove_leaked()
+    no_actor = ActorID.nil().binary()  # Tune's own groups were created by the driver
+    for group in _placement_groups():
+        if group.creator_actor_dead and group.creator_actor_id != no_actor:
+            with suppress(*TABLE_ERRORS):  # the cluster does not answer now
+                remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
-def _reserved_groups() -> list[str]:
-    """The ids of this driver's placement groups that hold resources."""
-    context = ray.get_runtime_context()
-    # By the address of this cluster, because others may run on the same machine.
-    groups: Any = list_placement_groups(address=context.gcs_address, limit=10_000, timeout=30, raise_on_missing_output=False)
-    return [g.placement_group_id for g in groups if g.creator_job_id == context.get_job_id() and g.state == "CREATED"]
+def _placement_groups() -> list[Any]:
+    """This driver's placement groups that have not been removed; none if the cluster does not answer.
+
+    Read from Ray's control service: the public table has no creators, and Ray's State API needs the dashboard, ten processes.
+    """
+    job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
+    try:
+        rows = cluster_state._connect_and_get_accessor().get_placement_group_table()
+    except TABLE_ERRORS:
+        return []
+    groups = [PlacementGroupTableData.FromString(row) for row in rows]
+    return [g for g in groups if g.creator_job_id == job_id and g.state != PlacementGroupTableData.REMOVED]

@@ -32,7 +32,6 @@ from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import FINAL_STATUSES, FinishedRun, Outcome, read_record, record_path
 from lmu_dist.launch.trials import (
     TrialCallback,
-    check_state_api,
     driver_environment,
     error_message,
     head_node_id,
@@ -98,7 +97,6 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
         driver.check()
     try:
         with cluster([config]):
-            check_state_api()
             head = head_node_id()
             services = Services(store.uri, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], 0, head))
             results = [driver.run(services) for driver in drivers]
