@@ -11,8 +11,8 @@ from conftest import write_corpus
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[str]:
-    """A local Ray with five CPUs and a GPU that is only a number. Drivers in this process use it; others, by its address."""
-    context = ray.init("local", num_cpus=5, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    """A local Ray with four CPUs and a GPU that is only a number. Drivers in this process use it; others, by its address."""
+    context = ray.init("local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False)
     yield context.address_info["gcs_address"]
     ray.shutdown()
 

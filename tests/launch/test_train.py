@@ -265,13 +265,15 @@ def test_worker_killed_during_an_upload_does_not_change_the_losses(job: Path, un
 
 
 @pytest.mark.timeout(300)
-def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
-    """The drivers start a local Ray each, as on a machine without a cluster."""
+def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(
+    job: Path, undisturbed: FinishedRun, local_ray: str, tmp_path: Path
+):
+    """The first driver starts a local Ray, as on a machine without a cluster."""
     command = [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"]
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
 
-    def start_and_wait_for(step: int) -> subprocess.Popen[str]:
-        driver = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    def start_and_wait_for(step: int, **address: str) -> subprocess.Popen[str]:
+        driver = subprocess.Popen(command, env=environment | address, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(f"lmu-*/*/step-{step:08}-*/meta.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -287,7 +289,7 @@ def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(job: Path, undistu
     run = find_run(store, undisturbed.cell.key)
     assert run is not None
     assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", "interrupted")
-    killed = start_and_wait_for(300)
+    killed = start_and_wait_for(300, RAY_ADDRESS=local_ray)
     killed.kill()
     killed.communicate()
     assert store.client.get_run(run.info.run_id).info.status == "RUNNING"
@@ -301,7 +303,8 @@ def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(job: Path, undistu
 
 @pytest.mark.timeout(300)
 def test_divergence_ends_the_run_and_keeps_the_last_good_checkpoint(job: Path, tmp_path: Path):
-    config = configured(job, tmp_path, "train.learning_rate=1e30", "train.clip_norm=0", "cluster.checkpoint_every_steps=1")
+    settings = ["train.learning_rate=1e30", "train.clip_norm=0", "cluster.checkpoint_every_steps=1", "cluster.n_workers=1"]
+    config = configured(job, tmp_path, *settings)
     finished = train(config, default_uri(tmp_path))
     assert (finished.record.status, finished.record.phase) == ("diverged", "undecayed")
     assert finished.record.stop_rule == "non-finite loss"

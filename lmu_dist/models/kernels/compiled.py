@@ -5,6 +5,7 @@ Called by implicit_attention and mixers/lmu/fourier.
 
 import ctypes
 import logging
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -55,12 +56,31 @@ def _build() -> str:
         raise OSError(f"there is no C++ compiler {compiler}; install g++, or name another in CXX")
     configure_extension_builds()
     capability = torch.backends.cpu.get_cpu_capability()
-    # Torch's build cache is keyed by name and stores paths. The digest keeps other versions and checkouts from rebuilding ours.
-    content = [torch.__version__, str(HERE), *(path.read_text() for path in SOURCES)]
-    name = f"lmu_{capability.lower()}_{sha256(''.join(content).encode()).hexdigest()[:12]}"
-    sources = [str(path) for path in SOURCES if path.suffix == ".cpp"]
+    # The name says all that the library depends on, so that no build waits for another, or is repeated by it: ninja also
+    # compares the paths of torch.
+    contents = {path.name: path.read_bytes() for path in SOURCES}
+    digest = sha256(b"".join([torch.__version__.encode(), torch.__file__.encode(), *contents.values()])).hexdigest()[:12]
+    name = f"lmu_{capability.lower()}_{digest}"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, content in contents.items():
+        _copy(content, folder / file)
+    sources = [str(folder / file) for file in contents if file.endswith(".cpp")]
     flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
-    return str(cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False))
+    return str(cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False, build_directory=str(folder)))
+
+
+def _copy(content: bytes, to: Path) -> None:
+    """Writes a source to the build folder, where it is the same file for all checkouts and all jobs sent to a cluster.
+
+    Its time never changes: ninja compiles what is newer than the library.
+    """
+    if to.exists() and to.read_bytes() == content:
+        return
+    part = to.with_name(f"{to.name}.{os.getpid()}")
+    part.write_bytes(content)
+    os.utime(part, (0, 0))
+    part.replace(to)
 
 
 def forward(pre: Tensor, p: Tensor, out: Tensor) -> None:
