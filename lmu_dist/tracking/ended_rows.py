@@ -21,13 +21,12 @@ from lmu_dist import records
 from lmu_dist.storage import write_atomic
 from lmu_dist.tracking.experiments import find_experiment
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import CELLS, Store
 from lmu_dist.tracking.tags import HEARTBEAT, KEY, RETIRED_KEY, RUN_NAME, STATUS
 
 LOST = "lost"  # a state that no run has: started, and without a recent heartbeat
 MAX_AGE_SECONDS = 24 * 3600.0  # of a file, so that nothing stays wrong for long
 PAGE_RUNS = 100  # runs that are read at a time, those that ended last first, until all of them are known
-CELLS = f"tags.`{KEY}` LIKE '%'"  # the query for runs of cells
 
 
 @dataclass(frozen=True)
@@ -55,11 +54,11 @@ def rows_of(store: Store, experiment: str) -> list[Row]:
         ids = [found.experiment_id]
         gone, kept = _gone(store, ids), _read(_path(store, found))
         if kept is None or not kept.gone <= gone:  # a run that was gone is back, or `mlflow gc` has removed it
-            rows, runs = dict[str, Row](), store.search_runs(ids, CELLS)
+            rows, runs = dict[str, Row](), store.search_cells(ids)
         else:
             rows = {run_id: row for run_id, row in kept.rows.items() if run_id not in gone}
             is_live = (f"tags.`{STATUS}` != '{status}'" for status in records.ENDED)
-            runs = [*_ended_since(store, ids, rows), *store.search_runs(ids, " AND ".join([CELLS, *is_live]))]
+            runs = [*_ended_since(store, ids, rows), *store.search_cells(ids, " AND ".join(is_live))]
     rows |= {run.info.run_id: row_of(run) for run in runs}
     live = {run.info.run_id for run in runs if not _has_ended(run)}
     now_kept = _Kept({run_id: row for run_id, row in rows.items() if run_id not in live}, gone)

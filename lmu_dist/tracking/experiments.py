@@ -7,7 +7,6 @@ from mlflow.entities import Experiment, Run
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking import pages
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import KEY
 
 
 def open_experiment(store: Store, experiment: str) -> str:
@@ -44,7 +43,7 @@ def set_experiment_tags(store: Store, experiment_id: str, answer: str = "", runs
     `runs`: the runs of its cells, if the caller has them.
     """
     existing = store.client.get_experiment(experiment_id).tags
-    runs = store.search_runs([experiment_id], f"tags.`{KEY}` LIKE '%'") if runs is None else runs
+    runs = store.search_cells([experiment_id]) if runs is None else runs
     families = {run.data.params.get("family", "") for run in runs}
     for key, value in pages.experiment_tags(experiment_id, families - {""}, answer).items():
         ours = pages.OURS in existing.get(key, "") and answer

@@ -29,7 +29,7 @@ def runs_with_key(store: Store, key: str) -> list[Run]:
 def runs_of(store: Store, experiment: str) -> list[Run]:
     """The runs of all cells of an experiment. Raises ConfigError if there is no such experiment."""
     with store.one_line_errors():
-        return store.search_runs([find_experiment(store, experiment).experiment_id], f"tags.`{KEY}` LIKE '%'")
+        return store.search_cells([find_experiment(store, experiment).experiment_id])
 
 
 def records_of(store: Store, experiment: str) -> dict[str, RunRecord]:
@@ -62,8 +62,8 @@ def find_known_runs(store: Store, experiment: str, data_digest: str, train_versi
         other_ids = [experiment_id for experiment_id in store.experiment_ids() if experiment_id not in own_ids]
         made_with = f"params.data_digest = '{data_digest}' AND params.train_version = '{train_version}'"
         return KnownRuns(
-            store.search_runs(own_ids, f"tags.`{KEY}` LIKE '%'") if own_ids else [],
-            store.search_runs(other_ids, f"tags.`{KEY}` LIKE '%' AND {made_with}") if other_ids else [],
+            store.search_cells(own_ids) if own_ids else [],
+            store.search_cells(other_ids, made_with) if other_ids else [],
         )
 
 

@@ -92,7 +92,7 @@ def planned_elsewhere(store: Store, experiment: str, keys: Collection[str], runs
         with store.one_line_errors():
             own_id = find_experiment(store, experiment).experiment_id
             other_ids = [experiment_id for experiment_id in store.experiment_ids() if experiment_id != own_id]
-            runs = store.search_runs(other_ids, f"tags.`{KEY}` LIKE '%'") if other_ids else []
+            runs = store.search_cells(other_ids) if other_ids else []
     # Of several runs with one key keep a complete one, else the first created: the last in this order replaces others.
     runs = sorted(runs, key=lambda run: (run.data.tags.get(STATUS) == COMPLETE, -run.info.start_time))
     return {run.data.tags[KEY]: run for run in runs if run.data.tags[KEY] in keys}

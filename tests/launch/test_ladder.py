@@ -204,7 +204,7 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
 
 
 def test_cell_that_cannot_fit_is_refused_before_anything_starts(job: Path, local_ray: str, tmp_path: Path):
-    workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 9000, "n_workers": 8}]'
+    workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 3000, "n_workers": 8}]'
     with pytest.raises(
         ConfigError, match=r"n_workers=8 with 1 CPU each does not fit on the cluster, which can hold 4 such workers"
     ):

@@ -31,7 +31,7 @@ from lmu_dist.tracking.run_identity import RunIdentity
 from lmu_dist.tracking.runs import find_known_runs, find_run, records_of, runs_with_key
 from lmu_dist.tracking.store import Store, default_uri, existing_store
 from lmu_dist.tracking.studies import end_study, open_study, write_plan
-from lmu_dist.tracking.tags import STUDY
+from lmu_dist.tracking.tags import KEY, STUDY
 from lmu_dist.tracking.upload import MLflowUploader
 
 MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
@@ -296,3 +296,27 @@ def test_ui_prints_a_link_to_the_runs_and_saves_the_view_it_names(
     assert [section["name"] for section in saved["compareRunSections"]][:2] == ["val", "train"]
     assert main(["ui", "nothing"]) == 2
     assert "no experiment 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_server", [True, False])
+def test_all_pages_of_cells_are_read_and_each_once(store: Store, monkeypatch: pytest.MonkeyPatch, is_server: bool):
+    experiment = store.client.create_experiment("many")
+    for i in range(24):
+        tags = {KEY: f"{i % 16:x}{i}"} if i % 8 else {"other": "run"}  # three runs are of no cell
+        run = store.client.create_run(experiment, start_time=1000 + i // 6, tags=tags)  # some start at the same time
+        store.client.log_param(run.info.run_id, "data_digest", "ab"[i % 2])
+    search = MlflowClient.search_runs
+    queries = list[str]()
+
+    def small_pages(client: MlflowClient, ids: list[str], query: str, *args: int, page_token: str | None = None) -> PagedList:
+        queries.append(query)
+        return search(client, ids, query, *args, max_results=5, page_token=page_token)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", small_pages)
+    monkeypatch.setattr(Store, "is_server", is_server)
+    assert sorted(run.data.tags[KEY] for run in store.search_cells([experiment])) == sorted(
+        f"{i % 16:x}{i}" for i in range(24) if i % 8
+    )
+    found = store.search_cells([experiment], "params.data_digest = 'b'")
+    assert sorted(run.data.tags[KEY] for run in found) == sorted(f"{i % 16:x}{i}" for i in range(1, 24, 2))
+    assert any("LIKE 'f%'" in query for query in queries) == is_server
