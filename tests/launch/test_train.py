@@ -273,8 +273,9 @@ def test_run_of_an_interrupted_and_of_a_killed_driver_resumes(
     environment = os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)}
 
     def start_and_wait_for(step: int, **address: str) -> subprocess.Popen[str]:
-        outputs = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
-        driver = subprocess.Popen(command, env=environment | address, text=True, **outputs)  # pyright: ignore
+        driver = subprocess.Popen(
+            command, env=environment | address, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(f"lmu-*/*/step-{step:08}-*/meta.json")) and time.monotonic() < deadline:
             time.sleep(0.05)
