@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from lmu_dist.scaling.compare_laws import compare_laws
-from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER, Gamma
+from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA, Gamma
 from lmu_dist.scaling.forecast import predict_from
 from lmu_dist.scaling.laws import ScalingLaw
 from lmu_dist.scaling.published import HOFFMANN
@@ -26,9 +26,9 @@ from lmu_dist.scaling.table import Rows, rows_from_columns
 NOISE, N_RUNS, N_HELD_OUT = 0.002, 404, 20
 SIZES, RATIOS, EXTRAPOLATION = (1e8, 6e9), (1.0, 50.0), 4.0
 LAWS: dict[str, ScalingLaw] = {
-    "gamma": BUSBRIDGE,
+    "gamma": EXAMPLE_GAMMA,
     "gamma 0.7": Gamma(E=1.2, A=1500.0, B=8000.0, alpha=0.36, beta=0.40, gamma=0.7),
-    "farseer": FARSEER,
+    "farseer": EXAMPLE_FARSEER,
     "chinchilla": HOFFMANN,
 }
 

@@ -9,14 +9,14 @@ from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, sca
 
 LOG_TOKENS = 24.0  # ln of 2.6e10 tokens: the D at which the coordinates of Farseer's law take its token term
 MIN_CURVATURE = 1e-6
-MAX_CURVATURE = 1.0  # of the functions of N; the published ones are below 0.2, and a step in N is no law
+MAX_CURVATURE = 1.0  # of the functions of N: a step in N is no law
 
 
 @dataclass(frozen=True)
 class Gamma(ScalingLaw):
     """L = E + (A/N^alpha + B/D^beta)^gamma: with gamma = 1 Chinchilla's law, otherwise N and D interact.
 
-    Busbridge et al. 2025 (arXiv 2502.08606), eq. 7; also used for xLSTM (arXiv 2510.02228).
+    Busbridge et al. 2025 (arXiv 2502.08606), for supervised training; also used for xLSTM (arXiv 2510.02228).
     """
 
     E: float
@@ -174,8 +174,6 @@ def _box_cox(curvature: float | Floats, x: Floats) -> tuple[Floats, Floats]:
     return x * ratio, x**2 * bend
 
 
-# For simulations, and as a start of fits. Written from memory of the papers and not compared with them: do not cite them.
-# Li et al. 2025, for their mixture of English and code.
-FARSEER = Farseer(a1=-0.124, b1=0.424, alpha=0.123, a2=88.01, b2=-5.287, beta=-0.1, a3=-0.021, b3=-0.091, gamma=0.169)
-# Busbridge et al. 2025, table 6: the supervised law of the teachers.
-BUSBRIDGE = Gamma(E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452)
+# Laws with losses like those of language models, for simulations and as a start of fits: the values are nobody's results.
+EXAMPLE_FARSEER = Farseer(a1=-0.124, b1=0.424, alpha=0.123, a2=88.01, b2=-5.287, beta=-0.1, a3=-0.021, b3=-0.091, gamma=0.169)
+EXAMPLE_GAMMA = Gamma(E=1.220, A=3355.0, B=18186.0, alpha=0.408, beta=0.431, gamma=0.452)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy.optimize import nnls
 
-from lmu_dist.scaling.flexible_laws import FARSEER, Farseer, Gamma
+from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, Farseer, Gamma
 from lmu_dist.scaling.laws import SQRT_SIX, Chinchilla, Floats, Gadre, Kaplan, ScalingLaw
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import Objective, huber, log_residuals
@@ -51,7 +51,7 @@ def _gamma_starts(law: Chinchilla) -> Iterator[Gamma]:
 
 
 def _farseer_starts(law: Chinchilla, rows: Rows) -> Iterator[Farseer]:
-    """Yields laws close to Chinchilla's in the table, with the token term bent in several ways, and the published one."""
+    """Yields laws close to Chinchilla's in the table, with the token term bent in several ways, and one of plausible values."""
     middle = float(np.exp(np.log(rows.n_params).mean()))
     of_n = law.A * middle**-law.alpha
     value, slope = float(np.log(law.E + of_n)), float(-law.alpha * of_n / (law.E + of_n))
@@ -59,7 +59,7 @@ def _farseer_starts(law: Chinchilla, rows: Rows) -> Iterator[Farseer]:
         s1 = bend * 0.5
         scaled = np.array([np.log(law.beta), s1, 0.1, np.log(law.B) - 24 * law.beta, 0.0, -0.1, value, slope, curvature])
         yield Farseer.from_coordinates(scaled).rescaled(middle, 1.0)
-    yield FARSEER
+    yield EXAMPLE_FARSEER
 
 
 def _repeated_starts(form: type[ScalingLaw], rows: Rows) -> Iterator[ScalingLaw]:
