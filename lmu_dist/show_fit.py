@@ -21,7 +21,7 @@ def print_comparison(comparison: "LawComparison") -> None:
         misfit, held_out = candidate.misfit, candidate.held_out_error
         shown.add_row(
             candidate.name,
-            str(len(candidate.form.__dataclass_fields__)),  # pyright: ignore
+            str(candidate.n_free),
             f"{misfit.typical_miss:.2%}" if misfit else "",
             f"{misfit.worst_miss:+.2%}" if misfit else "",
             f"{held_out:.2%}" if held_out is not None else "",

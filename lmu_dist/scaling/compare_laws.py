@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
-from lmu_dist.scaling.fit import Fit, n_parameters, refit
+from lmu_dist.scaling.fit import Fit, refit
 from lmu_dist.scaling.forms import FORMS, law_name
 from lmu_dist.scaling.intervals import residual_scale, small_sample_correction
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
@@ -59,6 +59,11 @@ class Candidate:
     def name(self) -> str:
         """The name of the law."""
         return law_name(self.form)
+
+    @property
+    def n_free(self) -> int:
+        """The number of parameters that were fitted."""
+        return self.constraints.n_free(self.form)
 
     @property
     def fits(self) -> bool:
@@ -114,7 +119,7 @@ def compare_laws(
     candidates = _with_criteria(candidates, rows)
     if holdouts:
         candidates = _with_held_out(candidates, rows)
-    candidates = sorted(_with_support(candidates), key=lambda c: (not c.supported, n_parameters(c.form)))
+    candidates = sorted(_with_support(candidates), key=lambda c: (not c.supported, c.n_free))
     chosen = candidates[0] if candidates and candidates[0].supported and not checks.reasons else None
     reasons = list(checks.reasons)
     if not reasons and chosen is None:
@@ -126,7 +131,7 @@ def compare_laws(
 
 
 def _candidate(form: type[ScalingLaw], rows: Rows, labels: Sequence[str], constraints: Constraints) -> Candidate:
-    if reasons := check_table(form, rows):
+    if reasons := check_table(form, rows, constraints):
         return Candidate(form, None, FitDiagnostics(tuple(reasons)))
     fitted, diagnostics, constraints, _ = fit_and_diagnose(form, rows, constraints)
     return Candidate(form, fitted, diagnostics, find_misfit(fitted, rows, labels), constraints)
@@ -135,7 +140,8 @@ def _candidate(form: type[ScalingLaw], rows: Rows, labels: Sequence[str], constr
 def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidate]:
     """Adds the criterion: twice the objective in units of E[psi^2]/E[psi'] of the best law's residuals, plus two per parameter.
 
-    For normal residuals and least squares it is Akaike's criterion with a known variance (Ronchetti 1985 has the robust one).
+    Parameters are those that were fitted. For normal residuals and least squares it is Akaike's criterion with a known variance
+    (Ronchetti 1985 has the robust one).
     """
     sums = {c.name: float(huber(log_residuals(c.fit.law, rows)).sum()) for c in candidates if c.fit is not None}
     sums = {name: value for name, value in sums.items() if np.isfinite(value)}
@@ -143,9 +149,9 @@ def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
         return list(candidates)
     best = next(c for c in candidates if c.name == min(sums, key=sums.__getitem__))
     assert best.fit is not None
-    dof = max(len(rows) - n_parameters(best.form), 1)
+    dof = max(len(rows) - best.fit.n_free, 1)
     scale = residual_scale(best.fit.law, rows) * len(rows) / dof + ROUNDING_SCALE
-    criteria = {c.name: 2 * sums[c.name] / scale + 2 * n_parameters(c.form) for c in candidates if c.name in sums}
+    criteria = {c.name: 2 * sums[c.name] / scale + 2 * c.n_free for c in candidates if c.name in sums}
     eligible = [criteria[c.name] for c in candidates if c.name in criteria and c.diagnostics.passed]
     lowest = min(eligible or criteria.values())
     return [replace(c, criterion=criteria[c.name] - lowest) if c.name in criteria else c for c in candidates]
@@ -189,7 +195,7 @@ def _with_held_out(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
     for what, above, held in held_out_masks(rows):
         kept, rest = rows.where(~held), rows.where(held)
         for candidate in candidates:
-            if candidate.fit is None or check_table(candidate.form, kept):
+            if candidate.fit is None or check_table(candidate.form, kept, candidate.constraints):
                 continue
             start = candidate.fit.law
             with np.errstate(all="ignore"):

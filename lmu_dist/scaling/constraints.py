@@ -44,20 +44,23 @@ class Constraints:
         values = {second: getattr(law, first) for first, second in self.ties}
         return replace(law, **{**values, **self._all_held()})  # pyright: ignore
 
-    def basis(self, form: type[ScalingLaw]) -> Floats:
-        """Returns the directions (free, parameters) in which the coordinates of a law may change."""
+    def basis(self, form: type[ScalingLaw], with_kink: bool = False) -> Floats:
+        """Returns the directions (free, parameters) in which the coordinates of a law may change.
+
+        A parameter at which the law has a kink is searched on a grid, so it is left out for minimisers.
+        """
         names, held = parameter_names(form), self.names()
         followers = {second: first for first, second in self.ties}
         rows = list[Floats]()
         for name in names:
-            if name in held or name in followers or name == form.KINK:
+            if name in held or name in followers or (name == form.KINK and not with_kink):
                 continue
             rows.append(np.array([1.0 if other == name or followers.get(other) == name else 0.0 for other in names]))
         return np.array(rows)
 
     def n_free(self, form: type[ScalingLaw]) -> int:
-        """Returns the number of parameters that are fitted."""
-        return len(self.basis(form))
+        """Returns the number of parameters that are fitted: the degrees of freedom that the fit takes from the runs."""
+        return len(self.basis(form, with_kink=True))
 
     def _all_held(self) -> dict[str, float]:
         held = dict(self.held)

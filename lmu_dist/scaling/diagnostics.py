@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.fit import Fit, fit, n_parameters, unitless_values
+from lmu_dist.scaling.fit import Fit, fit, unitless_values
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameters
 from lmu_dist.scaling.table import Rows, size_bins
 
@@ -40,11 +40,12 @@ class FitDiagnostics:
         return not self.reasons
 
 
-def check_table(form: type[ScalingLaw], rows: Rows) -> list[str]:
+def check_table(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE) -> list[str]:
     """Returns the reasons why a table cannot determine a law, independent of any fit; empty if it can."""
-    size, reasons = n_parameters(form), list[str]()
+    size, reasons = constraints.n_free(form), list[str]()
     if (distinct := len(set(rows.duplicate_groups()))) < size + form.MIN_EXTRA_RUNS:
-        reasons.append(f"only {distinct} distinct runs, but a law with {size} parameters needs {size + form.MIN_EXTRA_RUNS}")
+        law = f"a law with {size} {'' if constraints == NONE else 'free '}parameters"
+        reasons.append(f"only {distinct} distinct runs, but {law} needs {size + form.MIN_EXTRA_RUNS}")
     fewest = 3 if form.HAS_FLOOR else 2
     for values, name in ((rows.n_params, "N"), (rows.tokens, "D")):
         if (n := len(set(size_bins(values)))) < fewest:

@@ -34,12 +34,18 @@ class Fit:
     """
 
     law: ScalingLaw
+    constraints: Constraints
     objective: float
     minimised_objective: float
     gradient: float
     start_optima: tuple[tuple[float, Floats], ...]
     condition: float
     leverage: Floats
+
+    @property
+    def n_free(self) -> int:
+        """The number of parameters that were fitted: without those that are held or tied to another."""
+        return self.constraints.n_free(type(self.law))
 
 
 def n_parameters(form: type[ScalingLaw]) -> int:
@@ -48,9 +54,9 @@ def n_parameters(form: type[ScalingLaw]) -> int:
 
 
 def fit(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE, extra_starts: Sequence[ScalingLaw] = ()) -> Fit:
-    """Fits a law from several starts and returns the best fit. Raises ValueError for fewer rows than parameters."""
-    if len(rows) < n_parameters(form):
-        raise ValueError(f"a law with {n_parameters(form)} parameters needs more than {len(rows)} runs")
+    """Fits a law from several starts and returns the best fit. Raises ValueError for fewer rows than free parameters."""
+    if len(rows) < (n_free := constraints.n_free(form)):
+        raise ValueError(f"a law with {n_free} free parameters needs more than {len(rows)} runs")
     objective, basis = Objective(form, rows), constraints.basis(form)
     starts = [constraints.apply(start) for start in (*start_laws(form, rows), *extra_starts)]
     if form.KINK and form.KINK not in constraints.names():
@@ -64,7 +70,7 @@ def fit(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE, ext
         best = int(np.argmin(found.values))
         found_values = zip(found.values, found.vectors, strict=True)
         optima = tuple((float(value) * DELTA**2, unitless_values(objective.law(vector))) for value, vector in found_values)
-    judged = _judged(objective, rows, found.vectors[best], float(found.values[best]), None, basis)
+    judged = _judged(objective, rows, found.vectors[best], float(found.values[best]), None, constraints)
     return replace(judged, start_optima=optima)
 
 
@@ -116,11 +122,14 @@ def refit(
     with np.errstate(all="ignore"):
         vectors = objective.vector(constraints.apply(start))[None]
         found = minimise(objective, vectors, many, basis, tolerance, far=0, max_steps=max_steps)
-    return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, basis)
+    return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, constraints)
 
 
-def _judged(objective: Objective, rows: Rows, vector: Floats, value: float, weights: Floats | None, basis: Floats) -> Fit:
+def _judged(
+    objective: Objective, rows: Rows, vector: Floats, value: float, weights: Floats | None, constraints: Constraints
+) -> Fit:
     """Returns the fit at a vector, with the numbers needed to judge it."""
+    basis = constraints.basis(objective.form)
     with np.errstate(all="ignore"):
         residuals, jacobian = objective.residuals_and_jacobian(vector)
         slope, jacobian = objective.slopes(residuals), jacobian @ basis.T
@@ -130,7 +139,7 @@ def _judged(objective: Objective, rows: Rows, vector: Floats, value: float, weig
         gradient = float((np.abs(jacobian.T @ slope) / np.where(pull > 0, pull, 1)).max())
         law = objective.law(vector)
         huber_sum = float(huber(log_residuals(law, rows)).sum())
-        return Fit(law, huber_sum, value * DELTA**2, gradient, (), *_conditioning(jacobian))
+        return Fit(law, constraints, huber_sum, value * DELTA**2, gradient, (), *_conditioning(jacobian))
 
 
 def _conditioning(jacobian: Floats) -> tuple[float, Floats]:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lmu_dist.scaling.compare_laws import Candidate, LawComparison, compare_laws
-from lmu_dist.scaling.fit import n_parameters
 from lmu_dist.scaling.intervals import CONFIDENCE, MIN_SHARE, bootstrap_weights, fit_resamples
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals
@@ -151,7 +150,7 @@ def draw_predictions(
     if not noise:
         return drawn
     residuals = log_residuals(candidate.fit.law, rows)
-    inflation = np.sqrt(len(rows) / max(len(rows) - n_parameters(form), 1))
+    inflation = np.sqrt(len(rows) / max(len(rows) - candidate.fit.n_free, 1))
     rng = np.random.default_rng(seed + 1)
     return drawn + inflation * rng.choice(residuals, drawn.shape)
 

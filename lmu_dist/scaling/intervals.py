@@ -11,7 +11,7 @@ from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.fit import Fit, n_parameters, refit
+from lmu_dist.scaling.fit import Fit, refit
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
@@ -66,7 +66,7 @@ def small_sample_correction(fit: Fit, rows: Rows, n_groups: int) -> float:
     least squares. A fit whose residuals are mostly beyond DELTA minimises absolute errors, for which the bootstrap is, if
     anything, too wide and needs no correction. In between, the correction is applied to the share of residuals within DELTA.
     """
-    dof = n_groups - n_parameters(type(fit.law))
+    dof = n_groups - fit.n_free
     if dof < 1:
         return 1.0
     upper = (1 + CONFIDENCE) / 2
@@ -113,7 +113,7 @@ def profile_interval(
     compared with the F distribution. There is no interval if the objective never reaches the limit. The second result is a law
     with a lower objective than the fit's, if a refit on the way found one: then the fit must start again from it.
     """
-    dof = len(rows) - n_parameters(type(fit.law))
+    dof = len(rows) - fit.n_free
     if dof < 1:
         return None, None
     best = getattr(fit.law, name)

@@ -103,6 +103,7 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     objective = Objective(type(fit.law), rows)
     with np.errstate(all="ignore"):
         residuals, jacobian = objective.residuals_and_jacobian(objective.vector(fit.law))
+    jacobian = jacobian @ fit.constraints.basis(type(fit.law), with_kink=True).T
     n_groups = int(groups.max()) + 1
     if not (np.all(np.isfinite(jacobian)) and np.all(np.isfinite(residuals))):
         return None, None

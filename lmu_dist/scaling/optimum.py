@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lmu_dist.scaling.compare_laws import LawComparison
-from lmu_dist.scaling.fit import n_parameters
+from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.intervals import CONFIDENCE, bootstrap_weights, fit_resamples
 from lmu_dist.scaling.isoflop import fit_parabolas, optimal_size_power_law
 from lmu_dist.scaling.laws import Floats, ScalingLaw
@@ -66,10 +66,9 @@ def optimum_of(comparison: LawComparison, flops: float, n_resamples: int = N_RES
     if chosen is None or chosen.fit is None or parametric.n_params is None:
         reason = "without a law that is certified, its bias is unknown"
         return [*(Optimum(name, flops, reason=reason) for name in APPROACHES[:2]), parametric]
-    law, rows = chosen.fit.law, comparison.rows
     return [
-        _corrected("envelope", _envelope_power_law, law, rows, flops),
-        _corrected("parabola", _parabola_power_law, law, rows, flops),
+        _corrected("envelope", _envelope_power_law, chosen.fit, comparison, flops),
+        _corrected("parabola", _parabola_power_law, chosen.fit, comparison, flops),
         parametric,
     ]
 
@@ -124,9 +123,13 @@ def _with_intervals(optimum: Optimum, drawn: Floats) -> Optimum:
 
 
 def _corrected(
-    approach: str, procedure: Callable[[Rows], PowerLawFit | str], law: ScalingLaw, rows: Rows, flops: float
+    approach: str, procedure: Callable[[Rows], PowerLawFit | str], fit: Fit, comparison: LawComparison, flops: float
 ) -> Optimum:
-    """Applies a procedure to the measured losses, takes off its bias, and simulates its spread from the law's residuals."""
+    """Applies a procedure to the measured losses, takes off its bias, and simulates its spread from the law's residuals.
+
+    Residuals are drawn again for every group of rows that are one run, as `_resampled` says.
+    """
+    law, rows = fit.law, comparison.rows
     measured, expected = procedure(rows), procedure(replace(rows, loss=losses(law, rows)))
     if isinstance(measured, str) or isinstance(expected, str):
         return Optimum(approach, flops, reason=measured if isinstance(measured, str) else str(expected))
@@ -135,11 +138,11 @@ def _corrected(
     if not 1 / MAX_BIAS < bias < MAX_BIAS:
         reason = f"biased: for losses without noise it returns {bias:.2g} times the N of lowest loss"
         return Optimum(approach, flops, bias=bias, reason=reason)
-    residuals = log_residuals(law, rows)
-    residuals *= np.sqrt(len(rows) / max(len(rows) - n_parameters(type(law)), 1))
+    n_groups = len(set(comparison.labels))
+    residuals = log_residuals(law, rows) * np.sqrt(n_groups / max(n_groups - fit.n_free, 1))
     rng, drawn = np.random.default_rng(0), list[tuple[float, float]]()
     for _ in range(N_SIMULATIONS):
-        simulated = procedure(replace(rows, loss=losses(law, rows) * np.exp(rng.choice(residuals, len(rows)))))
+        simulated = procedure(replace(rows, loss=losses(law, rows) * np.exp(_resampled(residuals, comparison.labels, rng))))
         if not isinstance(simulated, str):
             drawn.append((np.log(_size_at(simulated, flops)), simulated[1]))
     if len(drawn) < 0.8 * N_SIMULATIONS:
@@ -148,6 +151,19 @@ def _corrected(
     center = np.array([np.log(_size_at(expected, flops)), expected[1]])
     around = np.array([np.log(n), exponent]) + (np.array(drawn) - center)
     return _with_intervals(Optimum(approach, flops, n, exponent=exponent, bias=bias), around)
+
+
+def _resampled(residuals: Floats, labels: Sequence[str], rng: np.random.Generator) -> Floats:
+    """Returns residuals of simulated rows: any of all where rows are runs of their own, else with signs changed by group.
+
+    Rows of one group keep the sizes of their residuals and change their signs together, as their errors are not independent: a
+    wild bootstrap by cluster (Cameron, Gelbach and Miller 2008).
+    """
+    groups = np.unique(np.array(list(labels)), return_inverse=True)[1]
+    n_groups = int(groups.max()) + 1
+    if n_groups == len(residuals):
+        return rng.choice(residuals, len(residuals))
+    return residuals * rng.choice([-1.0, 1.0], n_groups)[groups]
 
 
 def _size_at(power_law: PowerLawFit, flops: float) -> float:

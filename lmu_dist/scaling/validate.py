@@ -10,7 +10,7 @@ import numpy as np
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose, fit_and_diagnose
-from lmu_dist.scaling.fit import Fit, fit, n_parameters
+from lmu_dist.scaling.fit import Fit, fit
 from lmu_dist.scaling.intervals import (
     N_RESAMPLES,
     Interval,
@@ -91,7 +91,7 @@ def fit_and_validate(
     """
     names = names or [str(i + 1) for i in range(len(rows))]
     checks = check_rows(rows, names, labels)
-    if reasons := check_table(form, rows):
+    if reasons := check_table(form, rows, constraints):
         return FitResult(form, len(rows), None, None, FitDiagnostics((*reasons, *checks.reasons)), warnings=checks.warnings)
     fitted, diagnostics, profiles, constraints, notes = fit_and_profile(form, rows, constraints)
     held = constraints.names() | {form.KINK}
@@ -111,7 +111,7 @@ def fit_and_validate(
     n_groups = len(set(checks.labels))
     correction = small_sample_correction(fitted, rows, n_groups)
     laws = list[ScalingLaw]()
-    if n_groups >= 2 * n_parameters(form):  # the law meets fewer exactly for any weights, and intervals would be too narrow
+    if n_groups >= 2 * fitted.n_free:  # the law meets fewer exactly for any weights, and intervals would be too narrow
         weights = bootstrap_weights(checks.labels, min(n_resamples, max(200, MAX_WEIGHTS // len(rows))), seed)
         laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES], constraints)
         if not check_intervals(parameter_intervals(fitted.law, laws, correction), form, held):
@@ -129,7 +129,7 @@ def fit_and_validate(
         intervals=intervals,
         profiles=profiles if diagnostics.passed else {},
         holdout=holdout(form, rows, constraints),
-        influence=influence(fitted, rows) if diagnostics.passed and constraints == NONE else {},
+        influence=influence(fitted, rows) if diagnostics.passed else {},
         n_resamples=len(laws),
         laws=tuple(laws),
         correction=correction,
@@ -169,7 +169,7 @@ def holdout(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE)
     sizes = size_bins(rows.n_params)
     largest = float(sizes.max())
     kept, held = rows.where(sizes < largest), rows.where(sizes == largest)
-    if reasons := check_table(form, kept):
+    if reasons := check_table(form, kept, constraints):
         return Holdout(largest, len(held), None, None, tuple(reasons))
     fitted = fit(form, kept, constraints)
     diagnostics = diagnose(fitted, kept)
@@ -182,19 +182,21 @@ def holdout(form: type[ScalingLaw], rows: Rows, constraints: Constraints = NONE)
 def influence(fitted: Fit, rows: Rows) -> dict[str, Influence]:
     """Finds, for E and every exponent, the run whose removal changes it most.
 
-    In long tables only the runs with the largest residuals are tried.
+    In long tables only the runs with the largest residuals are tried. Parameters that are held, or searched on a grid, stay.
     """
-    form = type(fitted.law)
+    form, constraints = type(fitted.law), fitted.constraints
     tried = np.argsort(-np.abs(log_residuals(fitted.law, rows)))[:MAX_LEAVE_ONE_OUT]
     weights = np.ones((len(tried), len(rows)))
     weights[np.arange(len(tried)), tried] = 0
     objective = Objective(form, rows)
     starts = np.repeat(objective.vector(fitted.law)[None], len(tried), axis=0)
-    optima = minimise(objective, starts, weights, tolerance=1e-4, far=0)
+    optima = minimise(objective, starts, weights, constraints.basis(form), tolerance=1e-4, far=0)
     strongest = dict[str, Influence]()
     for row, vector in zip(tried.tolist(), optima.vectors, strict=True):
         without = parameters(objective.law(vector))
         for name in unitless_names(form):
+            if name in constraints.names() or name == form.KINK:
+                continue
             value = getattr(fitted.law, name)
             if name not in strongest or abs(without[name] - value) > abs(strongest[name].without - value):
                 strongest[name] = Influence(row, without[name])

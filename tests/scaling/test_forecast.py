@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks
-from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER
+from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA
 from lmu_dist.scaling.forecast import predict, predict_from
 from lmu_dist.scaling.forms import FORMS
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
-from lmu_dist.scaling.optimum import optimum_of
+from lmu_dist.scaling.optimum import _resampled, optimum_of
 from lmu_dist.scaling.plot import plot_fit
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted
@@ -29,7 +29,7 @@ def grid(law: ScalingLaw, noise: float = 0.002) -> Rows:
     return rows_from_columns(n, d, law.loss(n, d) * np.exp(np.random.default_rng(0).normal(0, noise, len(n))))
 
 
-@pytest.mark.parametrize(("law", "name"), [(HOFFMANN, "chinchilla"), (BUSBRIDGE, "gamma"), (FARSEER, "farseer")])
+@pytest.mark.parametrize(("law", "name"), [(HOFFMANN, "chinchilla"), (EXAMPLE_GAMMA, "gamma"), (EXAMPLE_FARSEER, "farseer")])
 def test_the_true_law_is_supported_and_predicts_larger_runs(law: ScalingLaw, name: str):
     rows, larger = table(law, 1), table(law, 2, (6e9, 2.4e10), 40)
     comparison = compare_laws(rows, holdouts=False)
@@ -42,7 +42,7 @@ def test_the_true_law_is_supported_and_predicts_larger_runs(law: ScalingLaw, nam
 
 
 def test_held_out_errors_are_those_of_the_largest_runs():
-    rows = table(BUSBRIDGE, 3)
+    rows = table(EXAMPLE_GAMMA, 3)
     masks = held_out_masks(rows)
     assert {what for what, _, _ in masks} == {"N", "C"}
     for what, above, held in masks:
@@ -125,3 +125,14 @@ def test_the_figure_is_drawn_with_and_without_a_law(tmp_path: Path):
     few = compare_laws(rows_from_columns([1e7, 1e8, 1e9], [1e9, 1e9, 1e10], [4.0, 3.5, 3.0]))
     plot_fit(few, tmp_path / "few.svg")
     assert "no law is determined" in (tmp_path / "few.svg").read_text()
+
+
+def test_rows_of_one_run_are_resampled_together():
+    residuals, labels = np.array([0.1, 0.2, -0.3, 0.4, 0.5]), ["a", "b", "a", "c", "b"]
+    drawn = np.array([_resampled(residuals, labels, np.random.default_rng(seed)) / residuals for seed in range(40)])
+    assert np.array_equal(np.abs(np.round(drawn)), np.ones((40, 5)))
+    assert np.array_equal(drawn[:, 0], drawn[:, 2])
+    assert np.array_equal(drawn[:, 1], drawn[:, 4])
+    assert len({tuple(row) for row in np.round(drawn).tolist()}) == 8  # all signs of three groups
+    alone = _resampled(residuals, ["a", "b", "c", "d", "e"], np.random.default_rng(0))
+    assert set(alone) <= set(residuals)

@@ -7,11 +7,13 @@ import pytest
 
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.constraints import Constraints
-from lmu_dist.scaling.diagnostics import diagnose, fit_and_diagnose
+from lmu_dist.scaling.diagnostics import check_table, diagnose, fit_and_diagnose
 from lmu_dist.scaling.fit import fit
-from lmu_dist.scaling.flexible_laws import BUSBRIDGE, FARSEER, Gamma
+from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA, Gamma
+from lmu_dist.scaling.intervals import small_sample_correction
 from lmu_dist.scaling.laws import Chinchilla, Gadre, ScalingLaw, batch_law
-from lmu_dist.scaling.objective import losses
+from lmu_dist.scaling.misfit import find_misfit
+from lmu_dist.scaling.objective import log_residuals, losses
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted, Repeated
 from lmu_dist.scaling.table import Rows
@@ -22,7 +24,7 @@ D = np.array([1e9, 4e10, 5e11, 8e9])
 U = np.array([1e9, 1e10, 1e11, 5e8])
 REPEATED = Repeated(1.8, 530.0, 1950.0, 0.356, 0.362, 15.0)
 OVERFITTED = Overfitted(1.8, 530.0, 1950.0, 0.356, 0.362, 15.0, 6.3e-7, 0.5, 3.5)
-LAWS = [BUSBRIDGE, FARSEER, REPEATED, OVERFITTED]
+LAWS = [EXAMPLE_GAMMA, EXAMPLE_FARSEER, REPEATED, OVERFITTED]
 
 
 def grid(law: ScalingLaw, noise: float = 0.0, seed: int = 0) -> Rows:
@@ -73,15 +75,15 @@ def test_gamma_of_one_is_chinchillas_law():
 
 
 def test_farseers_token_exponent_depends_on_the_size():
-    drops = [FARSEER.loss(n, np.array([1e10, 1e11, 1e12])) for n in (1e8, 1e10)]
+    drops = [EXAMPLE_FARSEER.loss(n, np.array([1e10, 1e11, 1e12])) for n in (1e8, 1e10)]
     exponents = [float(np.log10((drop[0] - drop[1]) / (drop[1] - drop[2]))) for drop in drops]
     assert exponents == pytest.approx([np.exp(-0.124 * n**0.123 + 0.424) for n in (1e8, 1e10)])
-    assert FARSEER.loss(1e9, 1e10) == pytest.approx(
+    assert EXAMPLE_FARSEER.loss(1e9, 1e10) == pytest.approx(
         np.exp(-0.021 * 1e9**0.169 - 0.091) + np.exp(88.01 * 1e9**-0.1 - 5.287) * 1e10 ** -np.exp(-0.124 * 1e9**0.123 + 0.424)
     )
 
 
-@pytest.mark.parametrize("law", [FARSEER, BUSBRIDGE], ids=["search", "closed form"])
+@pytest.mark.parametrize("law", [EXAMPLE_FARSEER, EXAMPLE_GAMMA], ids=["search", "closed form"])
 def test_the_optimum_has_the_lowest_loss_at_its_compute(law: ScalingLaw):
     flops = np.array([1e20, 1e21])
     n, d = law.optimum(flops)
@@ -133,10 +135,12 @@ def test_held_and_tied_parameters():
     assert isinstance(result.law, Chinchilla)
     assert pytest.approx(1.69) == result.law.E
     assert "E" not in result.intervals
-    tied = fit_and_validate(Chinchilla, rows, n_resamples=100, constraints=Constraints(ties=(("alpha", "beta"),)))
+    assert not {"E"} & set(result.influence)
+    equal = grid(Gadre(1.7, 150, 300, -0.26), 0.003)
+    tied = fit_and_validate(Chinchilla, equal, n_resamples=100, constraints=Constraints(ties=(("alpha", "beta"),)))
     assert isinstance(tied.law, Chinchilla)
     assert tied.law.alpha == tied.law.beta
-    assert (tied.objective or 0) >= fit(Chinchilla, rows).objective
+    assert (tied.objective or 0) >= fit(Chinchilla, equal).objective
     assert tied.profiles["alpha"] == pytest.approx(tied.profiles["beta"])
     without = grid(Gadre(1.7, 150, 300, -0.26))  # of which Chinchilla's law with equal exponents is the same
     assert fit(Chinchilla, without, Constraints(ties=(("alpha", "beta"),))).law.alpha == pytest.approx(0.26)  # pyright: ignore
@@ -144,6 +148,26 @@ def test_held_and_tied_parameters():
         Constraints({"A": 3.0}).check(Chinchilla)
     with pytest.raises(ConfigError, match="--tie gamma"):
         Constraints(ties=(("gamma", "alpha"),)).check(Chinchilla)
+
+
+def test_only_free_parameters_take_degrees_of_freedom():
+    rows, held, tied = grid(HOFFMANN, 0.0002), Constraints({"E": 1.69}), Constraints(ties=(("alpha", "beta"),))
+    assert (Constraints().n_free(Chinchilla), held.n_free(Chinchilla), tied.n_free(Chinchilla)) == (5, 4, 4)
+    assert Constraints({"R_star": 15.0}).n_free(Overfitted) == 8  # epochs is fitted, too, although on a grid
+    few = rows.where(np.arange(len(rows)) < 10)
+    quadratic = np.mean(np.abs(log_residuals(fit(Chinchilla, few, held).law, few)) <= 1e-3)  # all, with so little noise
+    assert quadratic == 1
+    # Student's t with 10 - 4 degrees of freedom, from a table, over the normal's quantile; and 10/6 for the shrinkage.
+    assert small_sample_correction(fit(Chinchilla, few, held), few, 10) == pytest.approx(10 / 6 * 1.94318 / 1.64485, rel=1e-4)
+    nine = rows.where(np.isin(np.arange(len(rows)), [0, 9, 18, 27, 37, 47, 57, 67, 8]))
+    assert check_table(Chinchilla, nine)
+    assert not check_table(Chinchilla, nine, held)
+
+
+@pytest.mark.parametrize(("floor", "is_wrong"), [(1.69, False), (1.5, True), (1.85, True)])
+def test_a_parameter_that_is_held_at_a_wrong_value_is_a_misfit(floor: float, is_wrong: bool):
+    rows = grid(HOFFMANN, 0.003)
+    assert bool(find_misfit(fit(Chinchilla, rows, Constraints({"E": floor})), rows).reasons) == is_wrong
 
 
 def test_batch_laws_take_numbers_and_arrays():
