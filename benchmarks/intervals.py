@@ -19,14 +19,15 @@ import numpy as np
 from lmu_dist.scaling.diagnostics import check_intervals, check_table, diagnose
 from lmu_dist.scaling.efficiency import factor_from_laws
 from lmu_dist.scaling.fit import Fit, fit
-from lmu_dist.scaling.intervals import bootstrap_weights, fit_resamples, parameter_intervals, small_sample_correction
-from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.intervals import parameter_intervals, resample, small_sample_correction
+from lmu_dist.scaling.laws import Chinchilla, Floats
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import Rows, rows_from_columns
 
 TRUE_FACTOR = 4.0
 # Sizes, budgets, seeds, standard deviation of ln loss, and its distribution. 0 sizes: sizes and budgets at random; -6: six
-# sizes, each with budgets of 5, 20, 80 and 320 tokens per parameter.
+# sizes, each with budgets of 5, 20, 80 and 320 tokens per parameter. A trunk is the runs of one size and seed, which
+# have half of the variance of their noise in common.
 DESIGNS = {
     "7x7": (7, 7, 1, 0.01, "normal"),
     "5x4": (5, 4, 1, 0.005, "normal"),
@@ -37,6 +38,9 @@ DESIGNS = {
     "240 scattered": (0, 240, 1, 0.003, "normal"),
     "ladder": (-6, 4, 2, 0.004, "normal"),
     "outliers": (6, 6, 1, 0.004, "one of twenty"),
+    "8 trunks": (4, 5, 2, 0.003, "half by trunk"),
+    "12 trunks": (6, 4, 2, 0.003, "half by trunk"),
+    "18 trunks": (6, 5, 3, 0.003, "half by trunk"),
 }
 
 
@@ -56,8 +60,19 @@ def simulate(design: str, rng: np.random.Generator) -> tuple[Rows, Rows]:
         z = rng.standard_t(3, size=len(n)) / np.sqrt(3) if distribution == "t3" else rng.normal(size=len(n))
         if distribution == "one of twenty":
             z = np.where(rng.random(len(n)) < 0.05, 10 * z, z)
+        if distribution == "half by trunk":
+            trunks = np.unique(labels_of(design, n), return_inverse=True)[1]
+            z = np.sqrt(0.5) * (z + rng.normal(size=trunks.max() + 1)[trunks])
         tables.append(rows_from_columns(n, d, law.loss(n, d) * np.exp(deviation * z)))
     return tables[0], tables[1]
+
+
+def labels_of(design: str, n_params: Floats) -> list[str]:
+    """Returns the group of every run: its trunk in the designs with trunks, else itself."""
+    n_seeds = DESIGNS[design][2]
+    if DESIGNS[design][4] != "half by trunk":
+        return [str(i) for i in range(len(n_params))]
+    return [f"{n:.6g}/{i % n_seeds}" for i, n in enumerate(n_params.tolist())]
 
 
 def new_family_law() -> Chinchilla:
@@ -85,9 +100,9 @@ def simulate_study(design: str, seed: int, n_resamples: int) -> dict[str, bool |
     base, new = fits
     if base is None or new is None:
         return {"alpha": None, "beta": None, "factor": None}
-    resample_weights = bootstrap_weights([str(i) for i in range(len(tables[0]))], n_resamples, seed)
-    laws = [fit_resamples(fitted, rows, resample_weights) for fitted, rows in zip((base, new), tables, strict=True)]
-    correction = small_sample_correction(base, tables[0], len(tables[0]))
+    labels = labels_of(design, tables[0].n_params)
+    laws = [resample(fitted, rows, labels, n_resamples, seed) for fitted, rows in zip((base, new), tables, strict=True)]
+    correction = small_sample_correction(base, tables[0], labels)
     intervals = parameter_intervals(base.law, laws[0], correction)
     if any(
         check_intervals(parameter_intervals(f.law, resampled_laws, correction), Chinchilla)

@@ -188,7 +188,11 @@ def report_interval(knowledge: Knowledge, question: Question, n_resamples: int) 
     fits = list[FitResult]()
     for family in question.families:
         rows = rows_of(knowledge.results, family)
-        fits.append(fit_and_validate(Chinchilla, rows, [f"{n}" for n in range(len(rows))], n_resamples))
+        fits.append(
+            fit_and_validate(
+                Chinchilla, rows, [r.group.split("/", 1)[1] for r in knowledge.results if r.family == family], n_resamples
+            )
+        )
     if any(result.law is None for result in fits):
         return None
     if question.kind != "factor":

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
 from lmu_dist.planning.information import N_PARAMETERS, Information
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
-from lmu_dist.scaling.objective import DELTA
+from lmu_dist.scaling.shared_noise import huber_loss_of_precision
 from lmu_dist.scaling.table import SIZE_BIN_RATIO
 
 MARGIN = 1.1  # by which intervals are wider than their linear approximation, since they are looked at again and again
@@ -207,14 +206,3 @@ def same_size(a: float, b: float) -> bool:
 def quantile(freedom: int) -> float:
     """The quantile of the t distribution that a 90 % interval needs."""
     return float(t_distribution.ppf((1 + CONFIDENCE) / 2, max(1, freedom)))
-
-
-def huber_loss_of_precision(noise: float) -> float:
-    """How many times as wide the error of the Huber fit is as that of least squares, for normal noise of ln L.
-
-    sqrt(E[psi^2]) / E[psi'] with psi clipped at DELTA, in units of the noise (Huber 1964).
-    """
-    k = DELTA / noise
-    inside = 2 * norm.cdf(k) - 1
-    squared = inside - 2 * k * norm.pdf(k) + 2 * k**2 * norm.sf(k)
-    return float(np.sqrt(squared) / inside)

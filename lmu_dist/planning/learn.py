@@ -15,10 +15,9 @@ from lmu_dist.scaling.diagnostics import check_table, diagnose
 from lmu_dist.scaling.fit import Fit, fit
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.misfit import find_misfit
-from lmu_dist.scaling.objective import log_residuals
+from lmu_dist.scaling.shared_noise import find_noise
 from lmu_dist.scaling.table import Rows, rows_from_columns
 
-MAX_CONDITION = 1e6  # of the equations for the two parts of the noise
 MIN_NOISE = 1e-6  # of ln L; smaller residuals are rounding
 
 
@@ -46,37 +45,9 @@ def learn(
     found = _with_information(Knowledge(tuple(results), laws, reasons, noise, 0.0, freedom, _units(results)))
     if not freedom:
         return found
-    deviation, shared = _noise_of(found, list(fits))
-    return _with_information(replace(found, noise=max(deviation, MIN_NOISE), shared=shared))
-
-
-def _noise_of(knowledge: Knowledge, families: Sequence[str]) -> tuple[float, float]:
-    """The standard deviation of ln L between runs, and the share of its square that runs of a group have in common.
-
-    Two sums of squares, of residuals and of their sums by group, are set equal to what they are expected to be, pooled over
-    the families (MINQUE, Rao 1971). The expectations account for the parameters that were fitted.
-    """
-    left, right = np.zeros((2, 2)), np.zeros(2)
-    for family in families:
-        of_family = [r for r in knowledge.results if r.family == family]
-        rows = rows_of(of_family, family)
-        jacobian = knowledge.rows(family, rows.n_params.tolist(), rows.tokens.tolist())
-        basis = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)[0]
-        kept = np.eye(len(rows)) - basis @ basis.T
-        labels = np.array([r.group for r in of_family])
-        together = np.asarray(labels[:, None] == labels[None, :], np.float64)
-        residuals = log_residuals(knowledge.laws[family], rows)
-        right += [residuals @ residuals, residuals @ together @ residuals]
-        of_group = kept @ together
-        left += [[np.trace(kept), np.trace(of_group)], [np.trace(of_group), np.trace(of_group @ of_group)]]
-    pooled = right[0] / left[0, 0]  # without a common part
-    if np.linalg.cond(left) > MAX_CONDITION:  # no group has two runs
-        return float(np.sqrt(pooled)), 0.0
-    own, common = np.linalg.solve(left, right)
-    if common <= 0:
-        return float(np.sqrt(pooled)), 0.0
-    total = max(own, 0.0) + common
-    return float(np.sqrt(max(total, pooled))), float(common / total)
+    groups = {family: [r.group for r in results if r.family == family] for family in fits}
+    pooled = find_noise([(fitted, rows_of(results, family), groups[family]) for family, fitted in fits.items()])
+    return _with_information(replace(found, noise=max(pooled.deviation, MIN_NOISE), shared=pooled.shared))
 
 
 def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:

@@ -25,8 +25,6 @@ from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import cells_of
 from lmu_dist.tracking.tags import STATUS
 
-MIN_TRUNKS = 20  # with fewer trunks every run is resampled separately
-
 
 @dataclass(frozen=True)
 class Run:
@@ -110,15 +108,11 @@ def rows_from_runs(runs: Sequence[Run], with_head: bool = False) -> Rows:
 
 
 def resampling_groups(runs: Sequence[Run]) -> list[str]:
-    """Returns a label per run; the bootstrap resamples runs with the same label together, in all families alike.
+    """Returns a label per run; runs with the same label share a part of their noise, and families are resampled in pairs.
 
-    Runs of one size and seed share a trunk, so their errors are not independent and they form one group. With fewer than
-    MIN_TRUNKS trunks a bootstrap over trunks means nothing, so every run is a group.
+    Runs of one size and seed share a trunk, so their errors are not independent and they form one group.
     """
-    trunks = [f"{r.size_bin}/{r.record.seed}" for r in runs]
-    if len(set(trunks)) >= MIN_TRUNKS:
-        return trunks
-    return [f"{trunk}/{r.record.planned_tokens}" for trunk, r in zip(trunks, runs, strict=True)]
+    return [f"{r.size_bin}/{r.record.seed}" for r in runs]
 
 
 def collect(store: Store, experiment: str, any_code: bool = False) -> Study:

@@ -126,7 +126,7 @@ def compare_laws(
         reasons = [f"{c.name}: {'; '.join(c.diagnostics.reasons)}" for c in candidates]
     correction = 1.0
     if chosen is not None and chosen.fit is not None:
-        correction = small_sample_correction(chosen.fit, rows, len(set(checks.labels)))
+        correction = small_sample_correction(chosen.fit, rows, checks.labels)
     return LawComparison(rows, checks.labels, tuple(candidates), chosen, checks.warnings, tuple(reasons), correction)
 
 

@@ -170,12 +170,13 @@ def improvement_ratio(losses: ArrayLike, weights: Floats | None = None) -> Impro
             None, None, n, gains, None, f"the families have {n} cells in common; a ratio with an interval needs {MIN_CELLS}"
         )
     share = weights / weights.sum(axis=1, keepdims=True)
-    ends = (_percentile_interval(gains[0], share @ above, n), _percentile_interval(gains[1], share @ below, n))
+    groups = max(len(np.unique(weights, axis=1).T), 2)  # cells with the same weights are one group
+    ends = (_percentile_interval(gains[0], share @ above, groups), _percentile_interval(gains[1], share @ below, groups))
     if ends[1][0] <= 0:
         order = "is worse than" if ends[1][1] < 0 else "is not clearly better than"
         return Improvement(None, None, n, gains, ends, f"the second family {order} the third, so the ratio has no meaning")
     value = gains[0] / gains[1]
-    return Improvement(value, _percentile_interval(value, (share @ above) / (share @ below), n), n, gains, ends, "")
+    return Improvement(value, _percentile_interval(value, (share @ above) / (share @ below), groups), n, gains, ends, "")
 
 
 def _percentile_interval(best: float, resampled: Floats, n: int) -> Interval:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from lmu_dist.scaling.compare_laws import Candidate, LawComparison, compare_laws
-from lmu_dist.scaling.intervals import CONFIDENCE, MIN_SHARE, bootstrap_weights, fit_resamples
+from lmu_dist.scaling.intervals import CONFIDENCE, MIN_SHARE, resample
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals
 from lmu_dist.scaling.table import Rows
@@ -137,11 +137,10 @@ def draw_predictions(
     """
     assert candidate.fit is not None
     rows, form = comparison.rows, candidate.form
-    weights = bootstrap_weights(comparison.labels, n_resamples, seed)
     of_form = unique if form.NEEDS_UNIQUE else None
     with np.errstate(all="ignore"):
         best = np.log(candidate.fit.law.loss(n, d, of_form))
-        laws = fit_resamples(candidate.fit, rows, weights, candidate.constraints)
+        laws = resample(candidate.fit, rows, comparison.labels, n_resamples, seed)
         drawn = np.log(np.array([law.loss(n, d, of_form) for law in laws]))
     drawn = drawn[np.all(np.isfinite(drawn), axis=1)]
     if len(drawn) < MIN_SHARE * n_resamples or not np.all(np.isfinite(best)):

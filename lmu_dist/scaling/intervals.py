@@ -1,4 +1,8 @@
-"""90 % intervals of fitted numbers: from a bootstrap over whole runs, and from objective profiles as a cross-check."""
+"""90 % intervals of fitted numbers: from a bootstrap over whole runs, and from objective profiles as a cross-check.
+
+Runs that share a part of their noise form a group. Many groups are resampled whole; of few, runs are resampled one by one, and
+the laws are spread as far as the shared part of the noise demands (`shared_noise`).
+"""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -10,12 +14,12 @@ from scipy.stats import f as f_distribution
 from scipy.stats import norm
 from scipy.stats import t as t_distribution
 
-from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.fit import Fit, refit
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
-from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.shared_noise import MIN_GROUPS, with_shared_noise
+from lmu_dist.scaling.table import Rows, rows_are_copies
 
 CONFIDENCE = 0.9
 N_RESAMPLES = 1000
@@ -38,11 +42,30 @@ def bootstrap_weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, see
     return np.stack([by_label[label] for label in labels], axis=1)
 
 
-def fit_resamples(fit: Fit, rows: Rows, weights: Floats, constraints: Constraints = NONE) -> list[ScalingLaw]:
+def resampled_units(rows: Rows, labels: Sequence[str]) -> list[str]:
+    """Returns what a bootstrap resamples, as a label per row: groups with the same label, or runs if there are few groups.
+
+    Copies of a run stay together. A run of a group is named by its budget, so that other tables with such groups have it, too.
+    """
+    if len(set(labels)) >= MIN_GROUPS or rows_are_copies(rows, labels):
+        return list(labels)
+    return [f"{label}/{tokens:.12g}" for label, tokens in zip(labels, rows.tokens.tolist(), strict=True)]
+
+
+def resample(
+    fit: Fit, rows: Rows, labels: Sequence[str], n_resamples: int = N_RESAMPLES, seed: int = 0, first: int = 0
+) -> list[ScalingLaw]:
+    """Returns the laws of resamples `first` to `n_resamples` of a table whose rows with the same label share noise."""
+    units = resampled_units(rows, labels)
+    laws = fit_resamples(fit, rows, bootstrap_weights(units, n_resamples, seed)[first:])
+    return with_shared_noise(laws, fit, rows, labels) if len(set(units)) > len(set(labels)) else laws
+
+
+def fit_resamples(fit: Fit, rows: Rows, weights: Floats) -> list[ScalingLaw]:
     """Returns the law fitted to every resample, in the order of `weights` (n_resamples, runs)."""
     if not len(weights):
         return []
-    form = type(fit.law)
+    form, constraints = type(fit.law), fit.constraints
     objective, basis = Objective(form, rows), constraints.basis(form)
     starts = np.repeat(objective.vector(fit.law)[None], len(weights), axis=0)
     relative = weights / weights.mean(axis=1, keepdims=True)
@@ -58,14 +81,15 @@ def fit_resamples(fit: Fit, rows: Rows, weights: Floats, constraints: Constraint
     return [objective.law(vector) for vector in optima.vectors]
 
 
-def small_sample_correction(fit: Fit, rows: Rows, n_groups: int) -> float:
-    """Returns the small-sample correction of the bootstrap's standard deviation, a factor of at least 1.
+def small_sample_correction(fit: Fit, rows: Rows, labels: Sequence[str]) -> float:
+    """Returns the small-sample correction of the standard deviation of `resample`'s laws, a factor of at least 1.
 
     It has two causes: fitted parameters shrink the residuals, by p/n on average, and with them the spread of the resamples
     (White's HC3 corrects the same); and few degrees of freedom require a t in place of a normal distribution. Both hold for
     least squares. A fit whose residuals are mostly beyond DELTA minimises absolute errors, for which the bootstrap is, if
     anything, too wide and needs no correction. In between, the correction is applied to the share of residuals within DELTA.
     """
+    n_groups = len(set(resampled_units(rows, labels)))
     dof = n_groups - fit.n_free
     if dof < 1:
         return 1.0
@@ -104,9 +128,7 @@ def parameter_intervals(best: ScalingLaw, laws: Sequence[ScalingLaw], correction
     return {name: interval for name, interval in intervals.items() if interval is not None}
 
 
-def profile_interval(
-    fit: Fit, rows: Rows, name: str, constraints: Constraints = NONE
-) -> tuple[Interval | None, ScalingLaw | None]:
+def profile_interval(fit: Fit, rows: Rows, name: str) -> tuple[Interval | None, ScalingLaw | None]:
     """Returns the profile interval of E or an exponent: the values up to which the refitted objective rises to a limit.
 
     The objective is not a likelihood, so its rise is scaled by E[psi^2]/E[psi'] of the residuals, as in robust regression, and
@@ -128,7 +150,7 @@ def profile_interval(
         nonlocal lowest, better
         if value == best:
             return -allowed
-        refitted = refit(fit.law, rows, constraints=constraints.holding(name, value), tolerance=1e-4)
+        refitted = refit(fit.law, rows, constraints=fit.constraints.holding(name, value), tolerance=1e-4)
         if refitted.minimised_objective < lowest - slack:
             lowest, better = refitted.minimised_objective, refitted.law
         return refitted.minimised_objective - fit.minimised_objective - allowed

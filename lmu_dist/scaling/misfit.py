@@ -14,7 +14,8 @@ from scipy.stats import f as f_distribution
 from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import Objective, losses
-from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.shared_noise import MIN_GROUPS, whitening
+from lmu_dist.scaling.table import Rows, rows_are_copies
 
 SIGNIFICANCE = 0.01  # of the test of structure: the share of correct laws that are called a misfit
 MATERIAL = 1e-4  # smallest root mean square of the structure in ln L that counts
@@ -92,11 +93,12 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
 
     Residuals are projected onto polynomials of ln N and ln D, orthogonally to what the law's own parameters can change. If
     all runs are independent, the ratio of mean squares is compared with the F distribution; otherwise with those of residuals
-    whose signs are changed at random, group by group.
+    whose signs are changed at random, group by group. Of few groups there are few signs: there everything is multiplied by the
+    matrix that makes the noise of runs independent.
     """
     first = {label: i for i, label in enumerate(labels)}
     groups = np.unique(np.array(list(labels)), return_inverse=True)[1]
-    if _rows_are_copies(rows, labels):
+    if rows_are_copies(rows, labels):
         keep = np.zeros(len(rows), bool)
         keep[list(first.values())] = True
         rows, groups = rows.where(keep), np.arange(keep.sum())
@@ -104,23 +106,28 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     with np.errstate(all="ignore"):
         residuals, jacobian = objective.residuals_and_jacobian(objective.vector(fit.law))
     jacobian = jacobian @ fit.constraints.basis(type(fit.law), with_kink=True).T
-    n_groups = int(groups.max()) + 1
+    n_groups, whiten, colour = int(groups.max()) + 1, None, None
     if not (np.all(np.isfinite(jacobian)) and np.all(np.isfinite(residuals))):
         return None, None
+    if n_groups < MIN_GROUPS and n_groups < len(rows):
+        n_groups, (whiten, colour) = len(rows), whitening(fit, rows, labels)
+        jacobian = whiten @ jacobian
     law_space = _orthonormal(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
     n_free = n_groups - law_space.shape[1]
     n_terms = min(MAX_TERMS, n_free // 3)
     if n_terms < 1:
         return None, None
-    smooth = _smooth_terms(rows, law_space, n_terms)
+    smooth = _smooth_terms(rows, law_space, n_terms, whiten)
     if not smooth.shape[1]:
         return None, None
     deviation = _robust_deviation(residuals)
     clipped = np.clip(residuals, -CLIP * deviation, CLIP * deviation)
+    clipped = clipped if whiten is None else whiten @ clipped
     clipped -= law_space @ (law_space.T @ clipped)
     scores = smooth.T @ clipped
     remainder = clipped - smooth @ scores
-    structure = float(np.sqrt(np.sum(scores**2) / len(rows)))
+    smooth_part = smooth @ scores if colour is None else colour @ smooth @ scores
+    structure = float(np.sqrt(np.mean(smooth_part**2)))
     if n_groups == len(rows):
         n_left = len(rows) - law_space.shape[1] - smooth.shape[1]
         ratio = np.mean(scores**2) / max(float(np.sum(remainder**2)) / n_left, 1e-300)
@@ -147,13 +154,14 @@ def _percent(value: float) -> str:
     return f"{100 * value:.2g} %"
 
 
-def _smooth_terms(rows: Rows, law_space: Floats, n_terms: int) -> Floats:
+def _smooth_terms(rows: Rows, law_space: Floats, n_terms: int, whiten: Floats | None = None) -> Floats:
     """Returns orthonormal smooth functions of ln N and ln D (rows, terms) that the law cannot imitate, simple ones first."""
     x, y = (np.log(v / np.exp(np.log(v).mean())) for v in (rows.n_params, rows.tokens))
     x, y = x / max(float(x.std()), 1e-300), y / max(float(y.std()), 1e-300)
     terms = np.empty((len(rows), 0))
     columns = (np.ones_like(x), x, y, x * y, x**2, y**2, x**3, x**2 * y, x * y**2, y**3)
     for column in columns:
+        column = column if whiten is None else whiten @ column
         column = column / np.linalg.norm(column)
         left = column - law_space @ (law_space.T @ column)
         left -= terms @ (terms.T @ left)
@@ -173,13 +181,6 @@ def _orthonormal(columns: Floats) -> Floats:
 def _robust_deviation(values: Floats) -> float:
     """Returns the standard deviation of normal values that have the same median distance from zero."""
     return 1.4826 * float(np.median(np.abs(values))) + 1e-300
-
-
-def _rows_are_copies(rows: Rows, labels: Sequence[str]) -> bool:
-    """Returns whether all rows with one label have the same N and D."""
-    points = dict[str, tuple[float, float]]()
-    pairs = zip(labels, rows.n_params.tolist(), rows.tokens.tolist(), strict=True)
-    return all(points.setdefault(label, (n, d)) == (n, d) for label, n, d in pairs)
 
 
 def repeated_points(rows: Rows) -> list[list[int]]:

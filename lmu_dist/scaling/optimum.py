@@ -13,7 +13,7 @@ import numpy as np
 
 from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.fit import Fit
-from lmu_dist.scaling.intervals import CONFIDENCE, bootstrap_weights, fit_resamples
+from lmu_dist.scaling.intervals import CONFIDENCE, resample
 from lmu_dist.scaling.isoflop import fit_parabolas, optimal_size_power_law
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals, losses
@@ -87,8 +87,7 @@ def _parametric(comparison: LawComparison, flops: float, n_resamples: int) -> Op
     for candidate in comparison.supported:
         assert candidate.fit is not None
         count = max(1, round(n_resamples * candidate.weight))
-        weights = bootstrap_weights(comparison.labels, count)
-        laws = fit_resamples(candidate.fit, comparison.rows, weights, candidate.constraints)
+        laws = resample(candidate.fit, comparison.rows, comparison.labels, count)
         best = np.array(_optimum_and_exponent(candidate.fit.law, flops))
         found = np.array([_optimum_and_exponent(law, flops) for law in laws])
         spread = np.stack([np.log(found[:, 0] / best[0]), found[:, 1] - best[1]], axis=1) * comparison.correction

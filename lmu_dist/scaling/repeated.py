@@ -7,9 +7,9 @@ from numpy.typing import ArrayLike
 
 from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, scaled_prefactor
 
-# Muennighoff et al. 2023, appendix A: the R_D* of their law, in which N has diminishing returns, too (R_N* = 5.309743); the other
-# parameters were held at those of runs without repetition. In the form below, in which only D has, the same 182 runs give them
-# R_D* = 2.9157, at a worse fit: many of their models are larger than their data deserve.
+# Muennighoff et al. 2023, appendix A: the R_D* of their law, in which N has diminishing returns, too (R_N* = 5.309743). Other
+# parameters were held at those of runs without repetition. In the form below, in which only D has such returns, the same 182
+# runs give them R_D* = 2.9157, at a worse fit: many of their models are larger than their data deserve.
 PUBLISHED = {"R_star": 15.387756}
 
 

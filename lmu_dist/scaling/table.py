@@ -86,3 +86,10 @@ def size_bins(values: Floats) -> Floats:
             start = values[i]
         bins[i] = start
     return bins
+
+
+def rows_are_copies(rows: Rows, labels: Sequence[str]) -> bool:
+    """Returns whether all rows with one label have the same N and D."""
+    points = dict[str, tuple[float, float]]()
+    pairs = zip(labels, rows.n_params.tolist(), rows.tokens.tolist(), strict=True)
+    return all(points.setdefault(label, (n, d)) == (n, d) for label, n, d in pairs)

@@ -14,10 +14,10 @@ from lmu_dist.scaling.fit import Fit, fit
 from lmu_dist.scaling.intervals import (
     N_RESAMPLES,
     Interval,
-    bootstrap_weights,
-    fit_resamples,
     parameter_intervals,
     profile_interval,
+    resample,
+    resampled_units,
     small_sample_correction,
 )
 from lmu_dist.scaling.laws import ScalingLaw, parameters, unitless_names
@@ -85,7 +85,7 @@ def fit_and_validate(
     names: Sequence[str] | None = None,
     constraints: Constraints = NONE,
 ) -> FitResult:
-    """Fits a law and validates it. Runs with the same label are resampled together; without labels every run separately.
+    """Fits a law and validates it. Runs with the same label share a part of their noise; without labels none do.
 
     `names` has what messages call each row, by default its number.
     """
@@ -108,14 +108,14 @@ def fit_and_validate(
     )
     if not diagnostics.passed:
         return result
-    n_groups = len(set(checks.labels))
-    correction = small_sample_correction(fitted, rows, n_groups)
+    n_groups = len(set(resampled_units(rows, checks.labels)))
+    correction = small_sample_correction(fitted, rows, checks.labels)
     laws = list[ScalingLaw]()
     if n_groups >= 2 * fitted.n_free:  # the law meets fewer exactly for any weights, and intervals would be too narrow
-        weights = bootstrap_weights(checks.labels, min(n_resamples, max(200, MAX_WEIGHTS // len(rows))), seed)
-        laws = fit_resamples(fitted, rows, weights[:FIRST_RESAMPLES], constraints)
+        n_resamples = min(n_resamples, max(200, MAX_WEIGHTS // len(rows)))
+        laws = resample(fitted, rows, checks.labels, min(FIRST_RESAMPLES, n_resamples), seed)
         if not check_intervals(parameter_intervals(fitted.law, laws, correction), form, held):
-            laws += fit_resamples(fitted, rows, weights[FIRST_RESAMPLES:], constraints)
+            laws += resample(fitted, rows, checks.labels, n_resamples, seed, FIRST_RESAMPLES)
     intervals = parameter_intervals(fitted.law, laws, correction) if laws else {}
     intervals = {name: interval for name, interval in intervals.items() if name not in held}
     needed = [] if form.FLEXIBLE else [name for name in parameters(fitted.law) if name not in held]
@@ -154,7 +154,7 @@ def fit_and_profile(
         for name in unitless_names(form):
             if name in constraints.names() or name == form.KINK:
                 continue
-            profiles[name], lower = profile_interval(fitted, rows, name, constraints)
+            profiles[name], lower = profile_interval(fitted, rows, name)
             if lower is not None:
                 better.append(lower)
                 break

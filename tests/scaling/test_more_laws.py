@@ -158,7 +158,9 @@ def test_only_free_parameters_take_degrees_of_freedom():
     quadratic = np.mean(np.abs(log_residuals(fit(Chinchilla, few, held).law, few)) <= 1e-3)  # all, with so little noise
     assert quadratic == 1
     # Student's t with 10 - 4 degrees of freedom, from a table, over the normal's quantile; and 10/6 for the shrinkage.
-    assert small_sample_correction(fit(Chinchilla, few, held), few, 10) == pytest.approx(10 / 6 * 1.94318 / 1.64485, rel=1e-4)
+    assert small_sample_correction(fit(Chinchilla, few, held), few, list("abcdefghij")) == pytest.approx(
+        10 / 6 * 1.94318 / 1.64485, rel=1e-4
+    )
     nine = rows.where(np.isin(np.arange(len(rows)), [0, 9, 18, 27, 37, 47, 57, 67, 8]))
     assert check_table(Chinchilla, nine)
     assert not check_table(Chinchilla, nine, held)
