@@ -1,6 +1,6 @@
 """Prints laws side by side, forecasts and optima of a user's table, for people. `show` prints the fit of a single law."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmu_dist.show import new_table, print_table
@@ -8,11 +8,15 @@ from lmu_dist.show import new_table, print_table
 if TYPE_CHECKING:
     from lmu_dist.scaling.compare_laws import Candidate, LawComparison
     from lmu_dist.scaling.forecast import Forecast
+    from lmu_dist.scaling.intervals import Interval
     from lmu_dist.scaling.optimum import Optimum
 
 
-def print_comparison(comparison: "LawComparison") -> None:
-    """Prints every law with its misses, criterion and held-out error, and which ones the table supports."""
+def print_comparison(comparison: "LawComparison", intervals: Mapping[str, "Mapping[str, Interval]"]) -> None:
+    """Prints every law with its misses, criterion and held-out error, and which ones the table supports.
+
+    `intervals` has those of the parameters of every supported law that may be shown.
+    """
     for warning in comparison.warnings:
         print(f"warning      {warning}")
     print(f"laws         {len(comparison.candidates)} on {len(comparison.rows):,} rows")
@@ -33,10 +37,13 @@ def print_comparison(comparison: "LawComparison") -> None:
         for reason in (*candidate.diagnostics.reasons, *(candidate.misfit.reasons if candidate.misfit else ())):
             print(f"{candidate.name:<12} {reason}")
     print("criterion    robust Akaike criterion above the lowest; laws within 6 of it cannot be told apart")
-    held = comparison.candidates[0].held_out if comparison.candidates else ()
-    if held:
-        cuts = "; ".join(f"{h.n_rows} runs of {h.what} > {h.above:.3g}" for h in held)
-        print(f"holdouts     fits without {cuts}")
+    if held := comparison.candidates[0].held_out if comparison.candidates else ():
+        print(f"holdouts     fits without {'; '.join(f'{h.n_rows} runs of {h.what} > {h.above:.3g}' for h in held)}")
+    _print_supported(comparison, intervals)
+
+
+def _print_supported(comparison: "LawComparison", intervals: Mapping[str, "Mapping[str, Interval]"]) -> None:
+    """Prints which laws the table supports, and their parameters; or why there is none."""
     if comparison.chosen is None:
         print("NOT DETERMINED")
         for reason in comparison.reasons:
@@ -49,9 +56,24 @@ def print_comparison(comparison: "LawComparison") -> None:
         print(f"supported    a tie of {', '.join(names)}: the table cannot tell them apart; the simplest is {names[0]}")
     else:
         print(f"supported    {names[0]}")
-    law = comparison.chosen.fit.law if comparison.chosen.fit else None
-    values = ", ".join(f"{name} {value:.6g}" for name, value in vars(law).items())
-    print(f"law          {comparison.chosen.name}: {comparison.chosen.form.FORMULA}; {values}")
+    for candidate in comparison.supported:
+        _print_parameters(candidate, intervals.get(candidate.name, {}))
+
+
+def _print_parameters(candidate: "Candidate", intervals: "Mapping[str, Interval]") -> None:
+    """Prints the formula of a law, and its parameters with their intervals if it has any."""
+    assert candidate.fit is not None
+    values = vars(candidate.fit.law)
+    if not intervals:
+        shown = ", ".join(f"{name} {value:.6g}" for name, value in values.items())
+        print(f"law          {candidate.name}: {candidate.form.FORMULA}; {shown}")
+        return
+    print(f"law          {candidate.name}: {candidate.form.FORMULA}")
+    table = new_table("parameter", "value", "90 % interval")
+    for name, value in values.items():
+        ends = intervals.get(name)
+        table.add_row(name, f"{value:.6g}", f"{ends[0]:.4g} .. {ends[1]:.4g}" if ends else "")
+    print_table(table)
 
 
 def _status(candidate: "Candidate", comparison: "LawComparison") -> str:

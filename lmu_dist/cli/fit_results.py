@@ -1,7 +1,7 @@
 """What `lmu-dist fit` computes and shows: a table and the options in, an `Outcome` that prints itself out."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +11,11 @@ from lmu_dist import show, show_fit
 from lmu_dist.cli.fit_options import constraints_of, number_of, points_of
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, forecast_to_json, to_json
-from lmu_dist.scaling.compare_laws import LawComparison, compare_laws, forms_for
+from lmu_dist.scaling.compare_laws import LawComparison, compare_laws, forms_for, law_intervals
 from lmu_dist.scaling.constraints import NONE
 from lmu_dist.scaling.forecast import Forecast, predict_from
 from lmu_dist.scaling.forms import FORMS
+from lmu_dist.scaling.intervals import Interval
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.optimum import Optimum, optimum_of
 from lmu_dist.scaling.read_table import RunTable, read_points
@@ -54,6 +55,7 @@ class Outcome:
     optima: Sequence[Optimum]
     plotted: Path | None
     points_left_out: Sequence[LeftOutRows] = ()
+    intervals: Mapping[str, Mapping[str, Interval]] = field(default_factory=dict)  # of the supported laws, by law and parameter
 
     @property
     def determined(self) -> bool:
@@ -67,7 +69,7 @@ class Outcome:
         if self.result is not None:
             show.print_fit(self.result, self.table.rows, self.table.numbers)
         elif self.comparison is not None:
-            show_fit.print_comparison(self.comparison)
+            show_fit.print_comparison(self.comparison, self.intervals)
         if self.forecast is not None:
             show_fit.print_forecast(self.forecast, self.point_names)
             for out in self.points_left_out:
@@ -83,6 +85,8 @@ class Outcome:
         facts = fit_to_json(self.result, names) if self.result is not None else {}
         if self.result is None and self.comparison is not None:
             facts |= comparison_to_json(self.comparison)
+            for law in facts["laws"]:
+                law["intervals"] = to_json(self.intervals.get(law["law"], {}))
         if self.forecast is not None:
             left_out = [{"reason": out.reason, "rows": list(out.rows)} for out in self.points_left_out]
             facts["forecast"] = forecast_to_json(self.forecast, self.point_names) | {"left_out": left_out}
@@ -129,7 +133,8 @@ def fit_several(table: RunTable, request: Request) -> Outcome:
         chosen = comparison.chosen
         form = chosen.form if chosen else FORMS["repeated" if FORMS["repeated"] in forms else "chinchilla"]
         result = fit_and_validate(form, table.rows, n_resamples=request.resamples, names=names)
-    return _with_forecasts(table, request, questions, result, comparison)
+    outcome = _with_forecasts(table, request, questions, result, comparison)
+    return outcome if result is not None else replace(outcome, intervals=law_intervals(comparison, request.resamples))
 
 
 def _with_forecasts(

@@ -11,10 +11,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, refit
 from lmu_dist.scaling.forms import FORMS, law_name
-from lmu_dist.scaling.intervals import residual_scale, small_sample_correction
+from lmu_dist.scaling.intervals import (
+    N_RESAMPLES,
+    Interval,
+    parameter_intervals,
+    resample,
+    resampled_units,
+    residual_scale,
+    small_sample_correction,
+)
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.misfit import Misfit, find_misfit
 from lmu_dist.scaling.objective import huber, log_residuals
@@ -207,3 +215,22 @@ def _with_held_out(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
                 HeldOut(what, above, len(rest), float(np.median(np.abs(errors))), float(errors.mean()))
             )
     return [replace(c, held_out=tuple(found[c.name])) for c in candidates]
+
+
+def law_intervals(comparison: LawComparison, n_resamples: int = N_RESAMPLES) -> dict[str, dict[str, Interval]]:
+    """Returns the 90 % intervals of the parameters of the supported laws, by law and parameter.
+
+    Laws that do not fit have none, nor have those with too few runs, with parameters that no run determines by itself
+    (farseer), or with an interval that is too wide to mean anything.
+    """
+    found, rows, labels = dict[str, dict[str, Interval]](), comparison.rows, comparison.labels
+    n_units = len(set(resampled_units(rows, labels)))
+    for candidate in comparison.supported if comparison.fits else []:
+        fit, held = candidate.fit, candidate.constraints.names() | {candidate.form.KINK}
+        if fit is None or candidate.form.FLEXIBLE or n_units < 2 * fit.n_free:
+            continue
+        laws, correction = resample(fit, rows, labels, n_resamples), small_sample_correction(fit, rows, labels)
+        intervals = {k: v for k, v in parameter_intervals(fit.law, laws, correction).items() if k not in held}
+        if not check_intervals(intervals, candidate.form, held):
+            found[candidate.name] = intervals
+    return found

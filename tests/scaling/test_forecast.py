@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks
+from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks, law_intervals
 from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA
 from lmu_dist.scaling.forecast import predict, predict_from
 from lmu_dist.scaling.forms import FORMS
@@ -15,6 +15,7 @@ from lmu_dist.scaling.plot import plot_fit
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted
 from lmu_dist.scaling.table import Rows, rows_from_columns
+from lmu_dist.scaling.validate import fit_and_validate
 
 
 def table(law: ScalingLaw, seed: int, sizes: tuple[float, float] = (1e8, 6e9), n_runs: int = 300) -> Rows:
@@ -136,3 +137,16 @@ def test_rows_of_one_run_are_resampled_together():
     assert len({tuple(row) for row in np.round(drawn).tolist()}) == 8  # all signs of three groups
     alone = _resampled(residuals, ["a", "b", "c", "d", "e"], np.random.default_rng(0))
     assert set(alone) <= set(residuals)
+
+
+def test_supported_laws_have_intervals_and_others_none():
+    few = grid(HOFFMANN)
+    comparison = compare_laws(few, [Chinchilla, FORMS["kaplan"]], holdouts=False)
+    intervals = law_intervals(comparison, 200)
+    assert list(intervals) == [c.name for c in comparison.supported] == ["chinchilla"]
+    alone = fit_and_validate(Chinchilla, few, n_resamples=200).intervals
+    for name, interval in alone.items():
+        assert intervals["chinchilla"][name] == pytest.approx(interval)
+    for name, (low, high) in intervals["chinchilla"].items():
+        assert 0.8 * low < getattr(HOFFMANN, name) < 1.25 * high
+    assert not law_intervals(compare_laws(few, [FORMS["kaplan"]], holdouts=False), 200)

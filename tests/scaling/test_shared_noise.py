@@ -59,7 +59,8 @@ def test_few_groups_are_resampled_run_by_run_and_many_as_a_whole():
     assert len(set(resampled_units(rows, labels))) == 40
     many, names = study(5, 0.5, 0)
     assert resampled_units(many, names) == names
-    copies = Rows(*(np.repeat(v, 2) for v in (rows.n_params[:9], rows.tokens[:9], rows.loss[:9])))
+    n, d, loss = (np.repeat(v, 2) for v in (rows.n_params[:9], rows.tokens[:9], rows.loss[:9]))
+    copies = Rows(n, d, loss)
     twice = [str(i // 2) for i in range(18)]
     assert resampled_units(copies, twice) == twice
     fitted = fit(Chinchilla, rows)
