@@ -4,6 +4,7 @@ N is found as the planner finds it: a model of the family that is as large as wa
 """
 
 import ast
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,9 +15,9 @@ from lmu_dist.models import registry
 from lmu_dist.models.sizing import non_embedding_params, shape_for
 from lmu_dist.records import COMPLETE, DIVERGED, STOPPED_EARLY
 from lmu_dist.scaling.collect import Run, Study
-from lmu_dist.tracking.runs import runs_of
+from lmu_dist.tracking.runs import record_of, runs_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import RUN_NAME, STATUS
+from lmu_dist.tracking.tags import RETIRED_KEY, RUN_NAME, STATUS
 
 if TYPE_CHECKING:  # mlflow is for tracking only
     from mlflow.entities import Run as MLflowRun
@@ -62,7 +63,7 @@ def find_cell(store: Store, study: Study, family: str, n_params: int, tokens: in
     trained = -(-tokens // batch) * batch if batch else tokens
     of_cell = [run for run in same_size if is_budget(tokens, *_budget(run.data.params))]
     states = {run.info.run_id: run.data.tags.get(STATUS, "") for run in of_cell}
-    done = [run for run in of_cell if states[run.info.run_id] in (COMPLETE, STOPPED_EARLY)]
+    done = [run for run in of_cell if states[run.info.run_id] in (COMPLETE, STOPPED_EARLY) or _was_retired_with_a_loss(run)]
     if not done and set(states.values()) == {DIVERGED}:  # and no retry is under way
         done = of_cell
     ended = done[0].data.tags.get(RUN_NAME, done[0].info.run_id) if done else ""
@@ -94,6 +95,12 @@ def runs_of_cell(runs: Iterable[Run], family: str, requested_n_params: int, n_pa
 def is_budget(tokens: int, planned_tokens: int, batch_tokens: int) -> bool:
     """Returns whether a run of so many tokens has the budget `tokens`, which is rounded up to whole batches."""
     return 0 <= planned_tokens - tokens < max(batch_tokens, 1)
+
+
+def _was_retired_with_a_loss(run: "MLflowRun") -> bool:
+    """Returns whether --rerun took the run's key after it had ended: its loss is known, so a forecast tests nothing."""
+    record = record_of(run) if RETIRED_KEY in run.data.tags else None
+    return record is not None and record.phase == "decayed" and math.isfinite(record.val_loss_nats)
 
 
 def _requested(run: "MLflowRun") -> int:

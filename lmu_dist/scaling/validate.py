@@ -127,7 +127,8 @@ def fit_and_validate(
         law=fitted.law if diagnostics.passed else None,
         diagnostics=diagnostics,
         intervals=intervals,
-        profiles=profiles if diagnostics.passed else {},
+        # A profile keeps the kink where the fit has it, so it would be too narrow.
+        profiles=profiles if diagnostics.passed and (not form.KINK or form.KINK in constraints.names()) else {},
         holdout=holdout(form, rows, constraints),
         influence=influence(fitted, rows) if diagnostics.passed else {},
         n_resamples=len(laws),

@@ -17,8 +17,8 @@ LAW = Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29)
 
 def study(n_seeds: int, shared: float, seed: int, noise: float = 0.003) -> tuple[Rows, list[str]]:
     """Four sizes, five budgets; a share of the noise's variance is that of the trunk, a size and seed."""
-    n, k, d = (v.ravel() for v in np.meshgrid(np.geomspace(3e3, 1e6, 4), np.arange(n_seeds), np.geomspace(3e5, 3e7, 5)))
-    labels = [f"{size:.6g}/{number}" for size, number in zip(n, k, strict=True)]
+    n, k, d = (v.ravel() for v in np.meshgrid(np.geomspace(3e3, 1e6, 4), np.arange(float(n_seeds)), np.geomspace(3e5, 3e7, 5)))
+    labels = [f"{size:.6g}/{number:g}" for size, number in zip(n, k, strict=True)]
     trunks, rng = np.unique(labels, return_inverse=True)[1], np.random.default_rng(seed)
     z = np.sqrt(shared) * rng.normal(size=len(n))[trunks] + np.sqrt(1 - shared) * rng.normal(size=len(n))
     return Rows(n, d, LAW.loss(n, d) * np.exp(noise * z)), labels
