@@ -198,7 +198,7 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
             f"{line.steps:,}" + (f" ({line.shared_steps:,} shared)" if line.shared_steps else ""),
             f"{line.flops:.2e}",
             f"{line.executed_flops:.2e}",
-            f"{line.learning_rate:.2g}",
+            " > ".join(dict.fromkeys(f"{rate:.2g}" for rate in (line.first_learning_rate, line.learning_rate))),
             f"{line.batch_tokens:,}",
             str(line.n_workers),
             f"{line.zero_stage} (>= {stage})",
@@ -221,6 +221,11 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
     )
     if offloaded := max(line.host_bytes for line in plan.cells):
         print(f"offload: up to {offloaded / 1e9:.2g} GB more of the CPU's memory for each worker, for the optimizer")
+    if any(line.first_learning_rate != line.learning_rate for line in plan.cells):
+        print(
+            "rate: where the decay of a smaller budget starts, larger ones step to the next rate; a budget that is added between "
+            "others is a new step, so all larger ones are trained again"
+        )
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:

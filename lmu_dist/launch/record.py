@@ -101,7 +101,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         planned_tokens=train.n_steps * train.batch_tokens,
         planned_steps=train.n_steps,
         batch_tokens=train.batch_tokens,
-        learning_rate=train.learning_rate,
+        learning_rate=train.peak_rate,
         schedule=train.schedule,
         precision=train.precision,
         gradient_precision=train.gradient_precision if train.precision == "bf16" else "",

@@ -96,7 +96,8 @@ class CellCost:
     steps: int
     shared_steps: int  # steps that a cell of the same trunk with fewer tokens takes
     batch_tokens: int
-    learning_rate: float
+    learning_rate: float  # peak; where the schedule is stepped that of the last plateau, after first_learning_rate
+    first_learning_rate: float
     n_workers: int
     flops: float  # counted: those of the paper's form, which fits use
     executed_flops: float  # those that decide the time
@@ -293,7 +294,8 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
         steps=train.n_steps,
         shared_steps=shared_steps,
         batch_tokens=train.batch_tokens,
-        learning_rate=train.learning_rate,
+        learning_rate=train.peak_rate,
+        first_learning_rate=train.plateaus[0][1] if train.schedule == "wsd" else train.peak_rate,
         n_workers=workers,
         flops=steps * train.batch_tokens * flops.training,
         executed_flops=steps * workers * executed_step_flops(step_settings(cell)),

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
+from lmu_dist.config import Config, ConfigError, Family, LadderConfig, Tuned, WorkersFrom, with_settings
 from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.family import Family as FamilyOfModels
@@ -160,7 +160,10 @@ def trunk_settings(train: dict[str, Any]) -> dict[str, Any]:
     """The settings of `train` that determine the steps before the decay of a wsd schedule; all settings for other schedules."""
     if train["schedule"] != "wsd":
         return train
-    return {key: value for key, value in train.items() if key not in ("tokens", "decay_share")}
+    shared = {key: value for key, value in train.items() if key not in ("tokens", "decay_share", "earlier_tokens")}
+    if train["rate_token_exponent"]:  # the first steps have the rate of the smallest budget
+        shared["smallest_tokens"] = [*train["earlier_tokens"], train["tokens"]][0]
+    return shared
 
 
 def token_budgets(ladder: LadderConfig, n_params: int) -> list[int]:
@@ -185,6 +188,7 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
             scaled[key] = rule.at(n_params, anchor) if rule else anchor[0]
         elif rule is not None:
             scaled[key] = rule.at(n_params)
+    settings |= _rate_by_budget(config, ladder, tuned, tokens, n_params)
     row = config.train.sequence_tokens
     if "batch_tokens" in scaled:
         # Whole rows, regardless of the number of workers: the number of workers must not change the results of a cell.
@@ -204,6 +208,25 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
     settings |= {"cluster.activation_checkpointing": cluster.activation_checkpointing if recompute is None else recompute}
     settings |= {"cluster.offload": workers.offload or cluster.offload}
     return with_settings(config, settings | {"ladder": None, "tune": None})
+
+
+def _rate_by_budget(config: Config, ladder: LadderConfig, tuned: Tuned | None, tokens: int, n_params: int) -> dict[str, Any]:
+    """The settings that make the learning rate of a cell depend on its budget; none if the rule of the ladder does not."""
+    rule = ladder.learning_rate
+    if rule is None or not rule.token_exponent:
+        return {}
+    settings, at_tokens = tuned.settings if tuned else {}, rule.at_tokens
+    if tuned and "train.learning_rate" in settings:
+        at_tokens = tuned.tokens
+        if at_tokens is None:
+            raise ConfigError(
+                f"ladder.tuned: the entry of {tuned.family} at N = {tuned.n_params:,} has a learning rate and no tokens; add "
+                "tokens: the budget of the search (its train.tokens), because ladder.learning_rate has a token_exponent"
+            )
+    found: dict[str, Any] = {"train.rate_token_exponent": rule.token_exponent, "train.rate_at_tokens": at_tokens}
+    if settings.get("train.schedule", config.train.schedule) == "wsd":
+        found["train.earlier_tokens"] = [budget for budget in token_budgets(ladder, n_params) if budget < tokens]
+    return found
 
 
 def _workers(ladder: LadderConfig, n_params: int) -> WorkersFrom | None:

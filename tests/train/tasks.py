@@ -102,6 +102,33 @@ def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[flo
     return results
 
 
+def train_stepped_trunk(folder: str) -> dict[int, tuple[list[float], list[float]]]:
+    """Losses of three budgets whose rates are stepped, by their steps: as branches of a trunk, and as runs from step 0.
+
+    A branch starts from the branch point of the budget before it, as in a ladder.
+    """
+    budgets = [n_steps * TRAIN.batch_tokens for n_steps in (10, 20, 40)]
+    settings = {"schedule": "wsd", "rate_token_exponent": -0.5, "rate_at_tokens": budgets[0]}
+    trains = [replace(TRAIN, tokens=d, earlier_tokens=tuple(budgets[:i]), **settings) for i, d in enumerate(budgets)]
+
+    def losses(engine: Engine, train: TrainConfig, first: int, last: int) -> list[float]:
+        def rate(step: int) -> float:
+            return learning_rate(train, step)
+
+        return [m.loss_nats for m in train_steps(engine, batch, rate, first, last, train.batch_tokens)]
+
+    on_trunk, results = list[float](), {}
+    engine = _engine(1)
+    for i, train in enumerate(trains):
+        if i:
+            engine.load(Path(folder) / str(i - 1))
+        on_trunk += losses(engine, train, len(on_trunk), train.decay_start)
+        engine.save(Path(folder) / str(i))
+        branch = on_trunk + losses(engine, train, train.decay_start, train.n_steps)
+        results[train.n_steps] = branch, losses(_engine(1), train, 0, train.n_steps)
+    return results
+
+
 # ZeRO stage, precision, weight decay (with which there are two parameter groups)
 ELASTIC_CASES = ((0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 0.1), (3, "fp32", 0.1))
 

@@ -56,6 +56,14 @@ def test_resume_is_bitwise_at_every_stage(world_size: int, tmp_path: Path):
         assert resumed == uninterrupted, stage
 
 
+def test_branches_of_a_stepped_trunk_equal_runs_from_step_0_bitwise(tmp_path: Path):
+    results = spawn_ranks(1, tasks.train_stepped_trunk, str(tmp_path))
+    for n_steps, (branch, from_step_0) in results.items():
+        assert branch == from_step_0, n_steps
+    assert [len(branch) for branch, _ in results.values()] == [10, 20, 40]
+    assert results[10][0][9] != results[20][0][9]  # in its decay
+
+
 @pytest.mark.timeout(600)
 def test_changing_the_number_of_workers_keeps_state_and_loss_curve(plain, tmp_path: Path):
     """4 workers, then 2, then 3, which do not divide the batch: weights and Adam's state go on bit for bit."""
