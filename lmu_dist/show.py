@@ -223,8 +223,8 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
         print(f"offload: up to {offloaded / 1e9:.2g} GB more of the CPU's memory for each worker, for the optimizer")
     if any(line.first_learning_rate != line.learning_rate for line in plan.cells):
         print(
-            "rate: where the decay of a smaller budget starts, larger ones step to the next rate; a budget that is added between "
-            "others is a new step, so all larger ones are trained again"
+            "rate: where the decay of a smaller budget starts, larger ones step to the next rate; a budget that is added "
+            "between others is a new step, so all larger ones are trained again"
         )
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")

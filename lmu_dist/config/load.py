@@ -56,8 +56,8 @@ class Config:
             )
         if (self.ladder or self.tune) and (train.rate_token_exponent or train.earlier_tokens):
             raise ValueError(
-                "train.rate_token_exponent is for a single run; in a ladder set ladder.learning_rate.token_exponent and at_tokens, "
-                "and leave it out of a search, which has one budget"
+                "train.rate_token_exponent is for a single run; in a ladder set ladder.learning_rate.token_exponent and "
+                "at_tokens, and leave it out of a search, which has one budget"
             )
         rows, workers = self.train.batch_rows, self.cluster.n_workers
         if rows < workers:

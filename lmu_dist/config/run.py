@@ -93,9 +93,9 @@ class TrainConfig:
         0.0  # the peak is learning_rate * (tokens / rate_at_tokens)^this; a ladder sets it by ladder.learning_rate
     )
     rate_at_tokens: Count | None = None  # tokens of a run whose peak is learning_rate; needed if rate_token_exponent is not 0
-    earlier_tokens: Annotated[tuple[Count, ...], Listed] = (
-        ()  # wsd: smaller budgets of the ladder; the peak is that of the next budget after each one's branch point
-    )
+    earlier_tokens: Annotated[
+        tuple[Count, ...], Listed
+    ] = ()  # wsd: smaller budgets of the ladder; the peak is that of the next budget after each one's branch point
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: cosine to zero, or constant and then linear to zero (wsd)
     warmup_tokens: Natural = 125_000  # tokens of linear warm-up
     decay_share: Share = 0.2  # wsd: share of the run, at its end, in which the learning rate decays to zero
@@ -158,7 +158,7 @@ class TrainConfig:
 
     @property
     def plateaus(self) -> tuple[tuple[int, float], ...]:
-        """Of `wsd`: (step before which it ends, peak learning rate) of every plateau. The last one ends where the decay starts."""
+        """Of `wsd`: (step before which it ends, peak learning rate) of every plateau; the last ends at decay_start."""
         budgets = (*self.earlier_tokens, self.tokens)
         ends = (self._decay_start_of(-(-tokens // self.batch_tokens)) for tokens in budgets)
         return tuple(zip(ends, map(self._peak_rate_of, budgets), strict=True))
@@ -193,7 +193,9 @@ class TrainConfig:
             raise ValueError("earlier_tokens has a meaning only with schedule: wsd and a rate_token_exponent; remove it")
         budgets = (*self.earlier_tokens, self.tokens)
         if any(budget >= following for budget, following in pairwise(budgets)):
-            raise ValueError(f"earlier_tokens must ascend and be less than tokens ({self.tokens}), not {[*self.earlier_tokens]}")
+            raise ValueError(
+                f"earlier_tokens must ascend and be less than tokens ({self.tokens}), not {[*self.earlier_tokens]}"
+            )
         if self.warmup_steps > self.plateaus[0][0]:
             raise ValueError(
                 f"warmup_tokens ({self.warmup_tokens}) must end before the decay of the smallest budget starts, after "

@@ -55,7 +55,9 @@ NOT_TUNABLE |= {"train.rate_token_exponent", "train.rate_at_tokens", "train.earl
 
 def _check_tunable(key: str) -> None:
     if not key.startswith(("model.", "train.")) or key in NOT_TUNABLE:
-        raise ValueError(f"{key} cannot be tuned; take keys of model and train, not family, n_params, tokens or those of budgets")
+        raise ValueError(
+            f"{key} cannot be tuned; take keys of model and train, not family, n_params, tokens or those of budgets"
+        )
 
 
 def _rule(value: Any) -> Any:
@@ -86,8 +88,8 @@ WorkersBySize = Annotated[tuple[WorkersFrom, ...], Listed]
 @dataclass(frozen=True, config=STRICT)
 class Tuned:
     """Best settings that `tune` found for a family at a size. A cell of the ladder uses the entry of its family that is nearest
-    in log N. It scales learning rate, batch and warm-up from that size to its own by the exponents of the ladder's rules, and the
-    learning rate from `tokens` to its own budget if the rule has a token_exponent.
+    in log N. It scales learning rate, batch and warm-up from that size to its own by the exponents of the ladder's rules, and
+    the learning rate from `tokens` to its own budget if the rule has a token_exponent.
     """
 
     family: Family  # family that was tuned

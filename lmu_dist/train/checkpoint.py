@@ -241,8 +241,8 @@ def newest_branch_point(
 ) -> tuple[Folder | None, Meta | None]:
     """The latest intact branch point of a trunk at or before step `before_step` that this ZeRO stage can load.
 
-    A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped, and those that are not
-    `is_usable`.
+    A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped, and those
+    that are not `is_usable`.
     """
     for folder in list_checkpoints(branch_points, ranks):
         if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]

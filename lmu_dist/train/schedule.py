@@ -35,7 +35,9 @@ def has_same_peaks(train: TrainConfig, other: TrainConfig, n_steps: int) -> bool
 
     def peaks(train: TrainConfig) -> list[tuple[int, float]]:
         starts = (0, *(end for end, _ in train.plateaus))
-        return [(min(end, n_steps), rate) for start, (end, rate) in zip(starts, train.plateaus, strict=False) if start < n_steps]
+        return [
+            (min(end, n_steps), rate) for start, (end, rate) in zip(starts, train.plateaus, strict=False) if start < n_steps
+        ]
 
     return peaks(train) == peaks(other)
 
