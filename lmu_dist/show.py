@@ -63,6 +63,7 @@ def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
     for finished in result.finished:
         r = finished.record
         remarks = ["done before"] if finished.already_done else []
+        remarks += [f"{r.epochs:.3g} epochs"] if r.repeats_data else []
         remarks += ["retry at half the learning rate"] if r.retry_of else []
         row = (
             r.key[:KEY_CHARACTERS],
@@ -221,11 +222,8 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
     )
     if offloaded := max(line.host_bytes for line in plan.cells):
         print(f"offload: up to {offloaded / 1e9:.2g} GB more of the CPU's memory for each worker, for the optimizer")
-    if any(line.first_learning_rate != line.learning_rate for line in plan.cells):
-        print(
-            "rate: where the decay of a smaller budget starts, larger ones step to the next rate; a budget that is added "
-            "between others is a new step, so all larger ones are trained again"
-        )
+    for note in plan.notes:
+        print(note)
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:

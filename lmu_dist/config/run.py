@@ -96,12 +96,19 @@ class TrainConfig:
     earlier_tokens: Annotated[
         tuple[Count, ...], Listed
     ] = ()  # wsd: smaller budgets of the ladder; the peak is that of the next budget after each one's branch point
+    embedding_rate: Positive = 1.0  # factor of the learning rate of embeddings; the output head is tied to that of the tokens
+    matrix_rate: Positive = 1.0  # factor of the learning rate of all other matrices
+    vector_rate: Positive = 1.0  # factor of the learning rate of vectors: biases, norms, and p of the LMU
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: cosine to zero, or constant and then linear to zero (wsd)
     warmup_tokens: Natural = 125_000  # tokens of linear warm-up
     decay_share: Share = 0.2  # wsd: share of the run, at its end, in which the learning rate decays to zero
     plateau_patience: Natural = 0  # evaluations without a new best loss before the learning rate is reduced; 0: never
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # factor of each such reduction
     divergence_factor: Annotated[float, Field(gt=1)] = 2.0  # a run stops if its running mean loss is this many times its best
+    recipe: Family | None = (
+        None  # family: the optimizer settings of each family's paper; or a family whose recipe all take; None: the keys below
+    )
+    recipe_except: Texts | None = None  # keys of `train` that the recipe leaves alone; None: those that the configuration sets
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Adam: decay of the mean of gradients
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam: decay of the mean of squared gradients
     eps: Positive = 1e-8  # Adam: added to the root of the mean square
@@ -182,6 +189,8 @@ class TrainConfig:
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_tokens ({self.sequence_tokens})"
             )
+        if self.recipe_except is not None and self.recipe is None:
+            raise ValueError("recipe_except has a meaning only with recipe; remove it")
         if self.rate_token_exponent and self.rate_at_tokens is None:
             raise ValueError("rate_token_exponent needs rate_at_tokens, the tokens of a run whose peak is learning_rate")
         if self.earlier_tokens:
@@ -210,6 +219,11 @@ ADDED_TRAIN_KEYS: dict[str, Any] = {
     "rate_token_exponent": 0.0,
     "rate_at_tokens": None,
     "earlier_tokens": [],  # as JSON has it
+    "embedding_rate": 1.0,
+    "matrix_rate": 1.0,
+    "vector_rate": 1.0,
+    "recipe": None,  # of a cell it is None: planning/grid has set its keys
+    "recipe_except": None,
 }
 # Keys of `train` that change no loss: they are not in the key of a cell, and may change when a run resumes.
 PASSIVE_TRAIN_KEYS = frozenset({"log_every_steps"})

@@ -107,7 +107,7 @@ def record_of_cell(cell: Cell, outcome: Outcome | None) -> RunRecord:
         gradient_precision=train.gradient_precision if train.precision == "bf16" else "",
         seed=cell.config.seed,
         validation_rows=cell.validation_rows,
-        unique_tokens=cell.corpus.n_rows("train", train.sequence_tokens) * train.sequence_tokens,
+        unique_tokens=cell.corpus.manifest.unique_tokens("train", train.sequence_tokens),
         training_flops_per_token=flops.training,
         training_flops_per_token_kaplan=flops.training_kaplan,
         data_digest=cell.corpus.manifest.data_digest,

@@ -16,6 +16,7 @@ from lmu_dist.models import accounting, registry
 from lmu_dist.models.family import Family as FamilyOfModels
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
+from lmu_dist.planning.recipes import recipe_settings, with_recipe
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,15 @@ def _named_cells(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
     elif (tune := config.tune) is not None:
         for family in _distinct(tune.families):
             for n_params in sorted(set(tune.n_params)):
-                settings = unset_unknown_options(config, family) | {
+                settings = recipe_settings(config, family) | unset_unknown_options(config, family)
+                settings |= {
                     "model.family": family,
                     "model.n_params": n_params,
                     "tune": None,
                 }
                 yield f"tune: {registry.find(family).name}, N = {n_params:,}", partial(with_settings, config, settings)
     else:
-        yield "", lambda: config
+        yield "", lambda: with_recipe(config)
 
 
 def _distinct(references: Sequence[Family]) -> list[Family]:
@@ -177,7 +179,7 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
         key=lambda t: abs(math.log(t.n_params / n_params)),
         default=None,
     )
-    settings = dict(tuned.settings) if tuned else {}
+    settings = recipe_settings(config, family) | (dict(tuned.settings) if tuned else {})
     workers, cluster = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers), config.cluster
     rules = {key: getattr(ladder, key) for key in ("learning_rate", "batch_tokens", "warmup_tokens")}
     scaled: dict[str, Any] = {}
