@@ -180,12 +180,15 @@ def _with_options(tree: dict[str, Any]) -> dict[str, Any]:
 def _with_recipe_except(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the keys of `train` that it sets itself noted under train.recipe_except, if it names a recipe.
 
-    Afterwards nobody can tell a key that was set to its default from one that was not set.
+    Afterwards nobody can tell a key that was set to its default from one that was not set. In a tree that has all keys, as
+    `to_dict` makes it, those that differ from their defaults count as set.
     """
     train = tree.get("train")
     if not isinstance(train, dict) or train.get("recipe") is None or train.get("recipe_except") is not None:
         return tree
-    return tree | {"train": train | {"recipe_except": [key for key in train if key not in ("recipe", "recipe_except")]}}
+    defaults = dataclasses.asdict(TrainConfig()) if "recipe_except" in train else {}
+    own = [key for key, value in train.items() if key not in defaults or value != defaults[key]]
+    return tree | {"train": train | {"recipe_except": [key for key in own if key not in ("recipe", "recipe_except")]}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
