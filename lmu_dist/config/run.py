@@ -191,8 +191,10 @@ class TrainConfig:
             )
         if self.recipe_except is not None and self.recipe is None:
             raise ValueError("recipe_except has a meaning only with recipe; remove it")
-        if self.rate_token_exponent and self.rate_at_tokens is None:
-            raise ValueError("rate_token_exponent needs rate_at_tokens, the tokens of a run whose peak is learning_rate")
+        if bool(self.rate_token_exponent) != (self.rate_at_tokens is not None):
+            raise ValueError(
+                "rate_token_exponent and rate_at_tokens, the tokens of a run whose peak is learning_rate, need each other"
+            )
         if self.earlier_tokens:
             self._check_earlier_tokens()
         return self

@@ -31,8 +31,8 @@ class Rule:
 
 @dataclass(frozen=True, config=STRICT)
 class RateRule(Rule):
-    """The peak learning rate as a power law of the size N and the tokens D of a run: value * (N / at_n_params)^exponent, clipped
-    to [least, most], times (D / at_tokens)^token_exponent. A plain number is a constant. Under `wsd` budgets share a trunk all the
+    """The peak learning rate as a power law of the size N and the tokens D: value * (N / at_n_params)^exponent, clipped to
+    [least, most], times (D / at_tokens)^token_exponent. A plain number is a constant. Under `wsd` budgets share a trunk all the
     same: its rate is that of the smallest budget until the decay of that budget starts, then that of the next one, and so on.
     """
 

@@ -69,9 +69,14 @@ def test_cosine_has_the_rate_of_its_budget_and_an_exponent_of_0_changes_nothing(
 @pytest.mark.parametrize(
     ("budgets", "settings", "message"),
     [
-        ((40_000,), {"rate_at_tokens": None}, "rate_token_exponent needs rate_at_tokens"),
+        ((40_000,), {"rate_at_tokens": None}, "rate_token_exponent and rate_at_tokens, .* need each other"),
+        ((40_000,), {"rate_token_exponent": 0.0}, "rate_token_exponent and rate_at_tokens, .* need each other"),
         ((40_000, 10_000), {"schedule": "cosine"}, "only with schedule: wsd"),
-        ((40_000, 10_000), {"rate_token_exponent": 0.0}, "only with schedule: wsd and a rate_token_exponent"),
+        (
+            (40_000, 10_000),
+            {"rate_token_exponent": 0.0, "rate_at_tokens": None},
+            "only with schedule: wsd and a rate_token_exponent",
+        ),
         ((40_000, 40_000), {}, "must ascend and be less than tokens"),
         ((40_000, 20_000, 10_000), {}, "must ascend and be less than tokens"),
         ((40_000, 10_000), {"warmup_tokens": 9000}, "warmup_tokens .* must end before .* after 8000 tokens"),
