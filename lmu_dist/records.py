@@ -96,6 +96,7 @@ class Appearance:
     line: str = "-"
 
 
+REPEATED = 1.01  # epochs from which data count as repeated
 SCHEMA_VERSION = 2  # of RunRecord; schema 1 had a digest of all code instead of versions
 Value = str | int | float
 
@@ -160,6 +161,16 @@ class RunRecord:
     fork_step: int = _tag(0)  # first step of its own; another run of the trunk has the steps before; 0: none
     retry_of: str = _tag()  # key of the run that diverged at twice the learning rate; empty: no retry
     unknown: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"kind": "unknown"})
+
+    @property
+    def epochs(self) -> float:
+        """How often the run trained on the rows of its data; NaN if their number is unknown, in older records."""
+        return self.tokens / self.unique_tokens if self.unique_tokens else math.nan
+
+    @property
+    def repeats_data(self) -> bool:
+        """Whether the run trained on rows of its data more than once. Such tokens are worth less than new ones."""
+        return self.epochs > REPEATED
 
     @property
     def versions(self) -> tuple[str, str]:

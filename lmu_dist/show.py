@@ -63,6 +63,7 @@ def print_ladder(result: "LadderResult", tracking_uri: str) -> None:
     for finished in result.finished:
         r = finished.record
         remarks = ["done before"] if finished.already_done else []
+        remarks += [f"{r.epochs:.3g} epochs"] if r.repeats_data else []
         remarks += ["retry at half the learning rate"] if r.retry_of else []
         row = (
             r.key[:KEY_CHARACTERS],
@@ -198,7 +199,7 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
             f"{line.steps:,}" + (f" ({line.shared_steps:,} shared)" if line.shared_steps else ""),
             f"{line.flops:.2e}",
             f"{line.executed_flops:.2e}",
-            f"{line.learning_rate:.2g}",
+            " > ".join(dict.fromkeys(f"{rate:.2g}" for rate in (line.first_learning_rate, line.learning_rate))),
             f"{line.batch_tokens:,}",
             str(line.n_workers),
             f"{line.zero_stage} (>= {stage})",
@@ -221,6 +222,8 @@ def print_plan(plan: "Plan", power: "PowerEstimate", assumed: PlanConfig) -> Non
     )
     if offloaded := max(line.host_bytes for line in plan.cells):
         print(f"offload: up to {offloaded / 1e9:.2g} GB more of the CPU's memory for each worker, for the optimizer")
+    for note in plan.notes:
+        print(note)
     for name in plan.left_out:
         print(f"left out, because it exceeds ladder.max_cell_flops: {name}")
     if plan.worker_seconds is None:

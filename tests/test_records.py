@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,15 @@ def old_store(tmp_path: Path) -> Store:
     with gzip.open(OLD / "schema-1-mlflow.db.gz") as packed, (tmp_path / "mlflow.db").open("wb") as file:
         shutil.copyfileobj(packed, file)
     return Store(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def test_epochs_are_tokens_over_unique_tokens():
+    record = RunRecord(family="lmu", n_params=5, tokens=300)
+    assert math.isnan(record.epochs)
+    assert not record.repeats_data
+    assert replace(record, unique_tokens=200).epochs == 1.5
+    assert replace(record, unique_tokens=200).repeats_data
+    assert not replace(record, unique_tokens=299).repeats_data  # rounded up to whole batches
 
 
 def test_reads_a_record_of_schema_1():

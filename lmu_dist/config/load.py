@@ -54,6 +54,11 @@ class Config:
             raise ValueError(
                 f"train.warmup_tokens ({train.warmup_tokens}) must be less than train.tokens ({train.tokens}); change one"
             )
+        if (self.ladder or self.tune) and (train.rate_token_exponent or train.earlier_tokens):
+            raise ValueError(
+                "train.rate_token_exponent is for a single run; in a ladder set ladder.learning_rate.token_exponent and "
+                "at_tokens, and leave it out of a search, which has one budget"
+            )
         rows, workers = self.train.batch_rows, self.cluster.n_workers
         if rows < workers:
             raise ValueError(
@@ -147,7 +152,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def parse(tree: dict[str, Any]) -> Config:
     """Validates a nested mapping and returns the Config. Raises ConfigError."""
     try:
-        return _ADAPTER.validate_json(json.dumps(_with_options(tree)), strict=True)
+        return _ADAPTER.validate_json(json.dumps(_with_recipe_except(_with_options(tree))), strict=True)
     except ValidationError as e:
         raise ConfigError(explain(e, Config)) from e
 
@@ -170,6 +175,20 @@ def _with_options(tree: dict[str, Any]) -> dict[str, Any]:
     own = {key: value for key, value in model.items() if key in COMMON_MODEL_KEYS}
     options = {key: value for key, value in model.items() if key not in own and value is not None}
     return tree | {"model": own | {"options": options}}
+
+
+def _with_recipe_except(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the keys of `train` that it sets itself noted under train.recipe_except, if it names a recipe.
+
+    Afterwards nobody can tell a key that was set to its default from one that was not set. In a tree that has all keys, as
+    `to_dict` makes it, those that differ from their defaults count as set.
+    """
+    train = tree.get("train")
+    if not isinstance(train, dict) or train.get("recipe") is None or train.get("recipe_except") is not None:
+        return tree
+    defaults = dataclasses.asdict(TrainConfig()) if "recipe_except" in train else {}
+    own = [key for key, value in train.items() if key not in defaults or value != defaults[key]]
+    return tree | {"train": train | {"recipe_except": [key for key in own if key not in ("recipe", "recipe_except")]}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

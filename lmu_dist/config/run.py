@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import field
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lmu_dist.config.types import STRICT, Count, Family, Natural, Positive, Section, Share, Texts
+from lmu_dist.config.types import STRICT, Count, Exponent, Family, Listed, Natural, Positive, Section, Share, Texts
 
 CURVE_POINTS = 1000  # about as many points of a training curve as a plot can show
 LEAST_GPU_SHARE = 0.01  # of a worker; Ray counts in steps of 0.0001, and each process takes some memory of the GPU
@@ -87,13 +88,27 @@ class TrainConfig:
     tokens: Count = 2_500_000  # training tokens of the run, rounded up to whole batches
     sequence_tokens: Count = 256  # tokens per row: the context length
     batch_tokens: Count = 2048  # tokens per optimizer step, summed over all workers
-    learning_rate: Positive = 1e-2  # peak learning rate, reached after warm-up
+    learning_rate: Positive = 1e-2  # peak learning rate, reached after warm-up; with rate_token_exponent that at rate_at_tokens
+    rate_token_exponent: Exponent = (
+        0.0  # the peak is learning_rate * (tokens / rate_at_tokens)^this; a ladder sets it by ladder.learning_rate
+    )
+    rate_at_tokens: Count | None = None  # tokens of a run whose peak is learning_rate; needed if rate_token_exponent is not 0
+    earlier_tokens: Annotated[
+        tuple[Count, ...], Listed
+    ] = ()  # wsd: smaller budgets of the ladder; the peak is that of the next budget after each one's branch point
+    embedding_rate: Positive = 1.0  # factor of the learning rate of embeddings; the output head is tied to that of the tokens
+    matrix_rate: Positive = 1.0  # factor of the learning rate of all other matrices
+    vector_rate: Positive = 1.0  # factor of the learning rate of vectors: biases, norms, and p of the LMU
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: cosine to zero, or constant and then linear to zero (wsd)
     warmup_tokens: Natural = 125_000  # tokens of linear warm-up
     decay_share: Share = 0.2  # wsd: share of the run, at its end, in which the learning rate decays to zero
     plateau_patience: Natural = 0  # evaluations without a new best loss before the learning rate is reduced; 0: never
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # factor of each such reduction
     divergence_factor: Annotated[float, Field(gt=1)] = 2.0  # a run stops if its running mean loss is this many times its best
+    recipe: Family | None = (
+        None  # family: the optimizer settings of each family's paper; or a family whose recipe all take; None: the keys below
+    )
+    recipe_except: Texts | None = None  # keys of `train` that the recipe leaves alone; None: those that the configuration sets
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Adam: decay of the mean of gradients
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam: decay of the mean of squared gradients
     eps: Positive = 1e-8  # Adam: added to the root of the mean square
@@ -132,7 +147,28 @@ class TrainConfig:
     @property
     def decay_start(self) -> int:
         """First step of the decay of `wsd`. Runs that differ in `tokens` only are identical up to the smallest of these."""
-        return self.n_steps - max(1, round(self.decay_share * self.n_steps))
+        return self._decay_start_of(self.n_steps)
+
+    def _decay_start_of(self, n_steps: int) -> int:
+        return n_steps - max(1, round(self.decay_share * n_steps))
+
+    @property
+    def peak_rate(self) -> float:
+        """Peak learning rate of a run of `tokens`; of a wsd run with smaller budgets before it, that of its last plateau."""
+        return self._peak_rate_of(self.tokens)
+
+    def _peak_rate_of(self, tokens: int) -> float:
+        if not self.rate_token_exponent:
+            return self.learning_rate
+        assert self.rate_at_tokens is not None
+        return self.learning_rate * (tokens / self.rate_at_tokens) ** self.rate_token_exponent
+
+    @property
+    def plateaus(self) -> tuple[tuple[int, float], ...]:
+        """Of `wsd`: (step before which it ends, peak learning rate) of every plateau; the last ends at decay_start."""
+        budgets = (*self.earlier_tokens, self.tokens)
+        ends = (self._decay_start_of(-(-tokens // self.batch_tokens)) for tokens in budgets)
+        return tuple(zip(ends, map(self._peak_rate_of, budgets), strict=True))
 
     @property
     def eval_every_steps(self) -> int:
@@ -153,12 +189,44 @@ class TrainConfig:
             raise ValueError(
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of sequence_tokens ({self.sequence_tokens})"
             )
+        if self.recipe_except is not None and self.recipe is None:
+            raise ValueError("recipe_except has a meaning only with recipe; remove it")
+        if bool(self.rate_token_exponent) != (self.rate_at_tokens is not None):
+            raise ValueError(
+                "rate_token_exponent and rate_at_tokens, the tokens of a run whose peak is learning_rate, need each other"
+            )
+        if self.earlier_tokens:
+            self._check_earlier_tokens()
         return self
+
+    def _check_earlier_tokens(self) -> None:
+        if self.schedule != "wsd" or not self.rate_token_exponent:
+            raise ValueError("earlier_tokens has a meaning only with schedule: wsd and a rate_token_exponent; remove it")
+        budgets = (*self.earlier_tokens, self.tokens)
+        if any(budget >= following for budget, following in pairwise(budgets)):
+            raise ValueError(
+                f"earlier_tokens must ascend and be less than tokens ({self.tokens}), not {[*self.earlier_tokens]}"
+            )
+        if self.warmup_steps > self.plateaus[0][0]:
+            raise ValueError(
+                f"warmup_tokens ({self.warmup_tokens}) must end before the decay of the smallest budget starts, after "
+                f"{self.plateaus[0][0] * self.batch_tokens} tokens, because the learning rate steps there; change one"
+            )
 
 
 # Keys of `train` that were added since train.VERSION 1, each with the value that changes nothing. At this value the setting is
 # left out of the key of a cell, so that finished runs keep their keys.
-ADDED_TRAIN_KEYS: dict[str, Any] = {"gradient_precision": "bf16"}
+ADDED_TRAIN_KEYS: dict[str, Any] = {
+    "gradient_precision": "bf16",
+    "rate_token_exponent": 0.0,
+    "rate_at_tokens": None,
+    "earlier_tokens": [],  # as JSON has it
+    "embedding_rate": 1.0,
+    "matrix_rate": 1.0,
+    "vector_rate": 1.0,
+    "recipe": None,  # of a cell it is None: planning/grid has set its keys
+    "recipe_except": None,
+}
 # Keys of `train` that change no loss: they are not in the key of a cell, and may change when a run resumes.
 PASSIVE_TRAIN_KEYS = frozenset({"log_every_steps"})
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 from pydantic.dataclasses import dataclass
 
-from lmu_dist.config.types import STRICT, Count, Family, Listed, Natural, Positive, Section, number, numbers_in
+from lmu_dist.config.types import STRICT, Count, Exponent, Family, Listed, Natural, Positive, Section, number, numbers_in
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -18,7 +18,7 @@ class Rule:
 
     value: Positive  # value of the setting at at_n_params, in the unit of the setting
     at_n_params: Count = 1_000_000  # N at which the setting has this value
-    exponent: Annotated[float, Field(ge=-3, le=3)] = 0.0  # exponent of N; 0: the same value at all sizes
+    exponent: Exponent = 0.0  # exponent of N; 0: the same value at all sizes
     least: Positive | None = None  # lower bound; None: no bound
     most: Positive | None = None  # upper bound; None: no bound
 
@@ -29,12 +29,35 @@ class Rule:
         return min(max(value, self.least or 0.0), self.most or math.inf)
 
 
+@dataclass(frozen=True, config=STRICT)
+class RateRule(Rule):
+    """The peak learning rate as a power law of the size N and the tokens D: value * (N / at_n_params)^exponent, clipped to
+    [least, most], times (D / at_tokens)^token_exponent. A plain number is a constant. Under `wsd` budgets share a trunk all the
+    same: its rate is that of the smallest budget until the decay of that budget starts, then that of the next one, and so on.
+    """
+
+    token_exponent: Exponent = 0.0  # exponent of D, such as -0.5; 0: the same rate for all budgets
+    at_tokens: Count | None = None  # D at which the rate is that of the size; needed if token_exponent is not 0
+
+    @model_validator(mode="after")
+    def _anchored(self) -> "RateRule":
+        if self.token_exponent and self.at_tokens is None:
+            raise ValueError("token_exponent needs at_tokens, the budget at which the rate is `value`, such as 1e6")
+        return self
+
+
 RULED = ("train.learning_rate", "train.batch_tokens", "train.warmup_tokens")  # settings that ladder rules scale with N
 
 
+NOT_TUNABLE = frozenset({"model.family", "model.n_params", "train.tokens"})
+NOT_TUNABLE |= {"train.rate_token_exponent", "train.rate_at_tokens", "train.earlier_tokens"}  # a search has a single budget
+
+
 def _check_tunable(key: str) -> None:
-    if not key.startswith(("model.", "train.")) or key in ("train.tokens", "model.family", "model.n_params"):
-        raise ValueError(f"{key} cannot be tuned; take keys of model and train, not family, n_params or tokens")
+    if not key.startswith(("model.", "train.")) or key in NOT_TUNABLE:
+        raise ValueError(
+            f"{key} cannot be tuned; take keys of model and train, not family, n_params, tokens or those of budgets"
+        )
 
 
 def _rule(value: Any) -> Any:
@@ -43,6 +66,7 @@ def _rule(value: Any) -> Any:
 
 
 PowerLaw = Annotated[Rule, BeforeValidator(_rule)]
+RatePowerLaw = Annotated[RateRule, BeforeValidator(_rule)]
 Settings = Annotated[dict[str, Any], BeforeValidator(numbers_in)]
 
 
@@ -64,12 +88,14 @@ WorkersBySize = Annotated[tuple[WorkersFrom, ...], Listed]
 @dataclass(frozen=True, config=STRICT)
 class Tuned:
     """Best settings that `tune` found for a family at a size. A cell of the ladder uses the entry of its family that is nearest
-    in log N. It scales learning rate, batch and warm-up from that size to its own by the exponents of the ladder's rules.
+    in log N. It scales learning rate, batch and warm-up from that size to its own by the exponents of the ladder's rules, and
+    the learning rate from `tokens` to its own budget if the rule has a token_exponent.
     """
 
     family: Family  # family that was tuned
     n_params: Count  # N at which it was tuned
     settings: Settings  # dotted keys of `model` and `train`, with their best values
+    tokens: Count | None = None  # tokens of the trials; needed for a tuned learning rate if the rule has a token_exponent
 
     @model_validator(mode="after")
     def _tunable(self) -> "Tuned":
@@ -116,7 +142,7 @@ class LadderConfig:
     tokens_per_param: Annotated[tuple[Positive, ...], Listed] = ()  # token budgets per parameter: multiplied by N
     seeds: Annotated[tuple[Natural, ...], Listed, Field(min_length=1)] = (0,)  # random seeds; each trains the whole grid once
     max_cell_flops: Positive | None = None  # cells with more training FLOPs are left out, `plan` lists them; None: no limit
-    learning_rate: PowerLaw | None = None  # peak learning rate by size; None: train.learning_rate
+    learning_rate: RatePowerLaw | None = None  # peak learning rate by size, and by budget; None: train.learning_rate
     batch_tokens: PowerLaw | None = None  # tokens per step by size, rounded to whole rows; None: train.batch_tokens
     warmup_tokens: PowerLaw | None = None  # tokens of warm-up by size; None: train.warmup_tokens
     workers: WorkersBySize = ()  # workers by size: the last entry with n_params <= N applies; none: section cluster

@@ -95,6 +95,7 @@ Count = Annotated[int, BeforeValidator(whole), Field(gt=0, lt=2**63)]
 Natural = Annotated[int, BeforeValidator(whole), Field(ge=0, lt=2**63)]
 Positive = Annotated[float, BeforeValidator(number), Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Exponent = Annotated[float, Field(ge=-3, le=3)]
 # A name that models/registry knows, or path/to/file.py:CLASS: whether there is such a family is checked there.
 Family = Annotated[
     str,

@@ -39,7 +39,7 @@ class Corpus:
 
     def n_rows(self, split: str, sequence_tokens: int) -> int:
         """Number of rows of a split."""
-        return max(0, self.manifest.splits[split]["tokens"] - 1) // sequence_tokens
+        return self.manifest.n_rows(split, sequence_tokens)
 
     def check_rows(self, split: str, sequence_tokens: int) -> None:
         """Raises ConfigError if a split is too short for one row of `sequence_tokens` tokens."""

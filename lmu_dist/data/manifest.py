@@ -62,6 +62,14 @@ class Manifest:
     end_of_text: str = END_OF_TEXT
     notes: tuple[str, ...] = ()  # what preparing changed, in sentences for the user
 
+    def n_rows(self, split: str, sequence_tokens: int) -> int:
+        """Number of rows of a split."""
+        return max(0, self.splits[split]["tokens"] - 1) // sequence_tokens
+
+    def unique_tokens(self, split: str, sequence_tokens: int) -> int:
+        """Number of tokens in the rows of a split: with more training tokens rows are repeated."""
+        return self.n_rows(split, sequence_tokens) * sequence_tokens
+
     def bytes_per_token(self, split: str) -> float:
         """Mean bytes of text per token of a split."""
         return self.splits[split]["bytes"] / self.splits[split]["tokens"]

@@ -19,6 +19,8 @@ from lmu_dist.config import Folder
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell
 from lmu_dist.launch.collectives import all_ranks
 from lmu_dist.train import VERSION, checkpoint
+from lmu_dist.train.checkpoint import Ranks
+from lmu_dist.train.schedule import has_same_peaks
 
 
 class StartPoint(NamedTuple):
@@ -38,8 +40,7 @@ def find_start_point(cell: Cell) -> StartPoint:
     if state is not None:
         return StartPoint(folder, True, state, attempt_id)
     if cell.config.train.schedule == "wsd":
-        branch_points, decay_start = cell.trunk_folder / BRANCH_POINTS, cell.config.train.decay_start
-        folder, state = checkpoint.newest_branch_point(branch_points, decay_start, cluster.zero_stage, ranks)
+        folder, state = newest_branch_point(cell, cell.config.train.decay_start, ranks)
         if state is not None and state.key == cell.key:
             return StartPoint(folder, True, state, attempt_id)
         if state is not None:
@@ -59,6 +60,24 @@ def find_start_point(cell: Cell) -> StartPoint:
         shape=cell.shape.to_dict(),
     )
     return StartPoint(None, False, fresh, attempt_id)
+
+
+def newest_branch_point(cell: Cell, before_step: int, ranks: Ranks) -> tuple[Folder | None, checkpoint.Meta | None]:
+    """The latest branch point at or before a step from which a cell can start: its steps had the rates of the cell. Collective.
+
+    Where the learning rate depends on the budgets of the ladder, cells of another list of budgets may have saved others.
+    """
+
+    def is_usable(meta: checkpoint.Meta) -> bool:
+        train = cell.config.train
+        if not train.rate_token_exponent:
+            return True
+        theirs = {key: meta.config["train"][key] for key in ("tokens", "decay_share", "earlier_tokens")}
+        other = replace(train, **theirs | {"earlier_tokens": tuple(theirs["earlier_tokens"])})
+        return has_same_peaks(train, other, meta.step)
+
+    folder = cell.trunk_folder / BRANCH_POINTS
+    return checkpoint.newest_branch_point(folder, before_step, cell.config.cluster.zero_stage, ranks, is_usable)
 
 
 def state_for_cell(state: checkpoint.Meta, cell: Cell, fork_step: int) -> checkpoint.Meta:

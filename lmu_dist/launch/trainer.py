@@ -27,6 +27,7 @@ from lmu_dist.launch.work_source import OneTrunk
 from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import shape_of
+from lmu_dist.planning.recipes import with_recipe
 from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError, OwnerUnresponsiveError
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
 from lmu_dist.tracking.store import Store
@@ -45,7 +46,7 @@ def train(
     its record is returned.
     """
     set_client_limits()
-    store = Store(tracking_uri)
+    config, store = with_recipe(config), Store(tracking_uri)
     check_before_start([config])
     try:
         claim.check_store(store, config)

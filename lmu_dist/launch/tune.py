@@ -46,6 +46,7 @@ from lmu_dist.models import registry
 from lmu_dist.models.family_source import FamilySource
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid, unset_unknown_options
+from lmu_dist.planning.recipes import recipe_settings
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
 from lmu_dist.tracking.runs import find_run, validation_losses
@@ -123,7 +124,7 @@ class _Driver:
             "tune": None,
             "ladder": None,
         }
-        settings |= unset_unknown_options(config, family)
+        settings |= recipe_settings(config, family) | unset_unknown_options(config, family)
         settings |= {"storage": str(config.storage_folder)}  # trials have working folders of their own
         # ASHA sees a rung only where there is an evaluation.
         settings |= {"train.eval_every_tokens": first_rung} if first_rung else {}

@@ -19,7 +19,8 @@ def write_winners(path: Path, config: Config, searches: Sequence[SearchResult]) 
         if search.best is None:
             continue
         record = search.best.record
-        entry = CommentedMap(family=search.family, n_params=search.n_params, settings=dict(search.best.settings))
+        entry = CommentedMap(family=search.family, n_params=search.n_params, tokens=config.train.tokens)
+        entry["settings"] = dict(search.best.settings)
         comment = f"{record.val_loss_nats:.4f} nats after {record.tokens:,} tokens, best of {len(search.trials)}"
         entry.yaml_set_start_comment(f"{comment}; key {record.key[:12]}", indent=4)
         entries.append(entry)

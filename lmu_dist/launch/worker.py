@@ -235,8 +235,7 @@ class _CellRun:
 
     def has_branch_point(self, state: checkpoint.Meta) -> bool:
         """Whether the trunk already has a branch point at this step, from an earlier attempt."""
-        folder = self.cell.trunk_folder / BRANCH_POINTS
-        _, found = checkpoint.newest_branch_point(folder, state.step, state.zero_stage, all_ranks())
+        _, found = start_point.newest_branch_point(self.cell, state.step, all_ranks())
         return found is not None and found.step == state.step
 
     def evaluate(self, state: checkpoint.Meta) -> checkpoint.Meta:

@@ -19,6 +19,7 @@ from torch import nn
 from lmu_dist.config.types import STRICT, ConfigError
 from lmu_dist.models import counting
 from lmu_dist.models.mixers.feed_forward import FeedForward
+from lmu_dist.models.recipe import LLAMA, Recipe
 from lmu_dist.models.shape import Shape
 from lmu_dist.records import Appearance
 
@@ -58,6 +59,7 @@ class Family(ABC):
     sizing_options: ClassVar[tuple[str, ...]] = ()
     learned_positions: ClassVar[bool] = False  # whether the model has a learned position embedding
     residual: ClassVar[bool] = True  # True: x <- x + sublayer(LayerNorm(x)); False: x <- sublayer(x)
+    recipe: ClassVar[Recipe] = LLAMA  # optimizer settings for `train.recipe`; default: those that are usual for language models
     d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
 
     def __init_subclass__(cls) -> None:

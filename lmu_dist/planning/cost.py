@@ -8,7 +8,6 @@ import heapq
 import json
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -16,12 +15,12 @@ from typing import Any
 from filelock import FileLock
 
 from lmu_dist import storage
-from lmu_dist.config import Config, ConfigError, FailedError, Folder, to_dict
-from lmu_dist.data.manifest import locate, read_manifest
+from lmu_dist.config import Config, ConfigError, Folder, to_dict
 from lmu_dist.data.tokenizer import configured_vocab_size
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import GridCell, grid, trunk_settings
+from lmu_dist.planning.plan_notes import epochs_of, plan_notes, prepared_corpus
 from lmu_dist.records import known_fields
 
 CALIBRATION = "calibration.json"  # in the storage folder
@@ -92,11 +91,13 @@ class CellCost:
     d_model: int
     widths: dict[str, int]  # other widths of the family
     tokens: int
+    epochs: float | None  # how often the run trains on the rows of the corpus; None: the corpus is not prepared
     seed: int
     steps: int
     shared_steps: int  # steps that a cell of the same trunk with fewer tokens takes
     batch_tokens: int
-    learning_rate: float
+    learning_rate: float  # peak; where the schedule is stepped that of the last plateau, after first_learning_rate
+    first_learning_rate: float
     n_workers: int
     flops: float  # counted: those of the paper's form, which fits use
     executed_flops: float  # those that decide the time
@@ -120,6 +121,7 @@ class Plan:
     n_trials: int  # trials per cell: more than one for a search (ASHA stops most of them early)
     n_slots: int  # number of workers that run at the same time
     wall_seconds: float | None  # on n_slots workers; excludes validation and the start of the workers
+    notes: tuple[str, ...]  # recipes, steps of the learning rate, repeated data
 
     @property
     def flops(self) -> float:
@@ -146,7 +148,7 @@ class Plan:
     def totals(self) -> dict[str, Any]:
         """The totals by name, for JSON output."""
         names = ("n_trials", "n_slots", "wall_seconds", "flops", "executed_flops", "saved_share", "worker_seconds", "price")
-        return {name: getattr(self, name) for name in (*names, "device", "left_out")}
+        return {name: getattr(self, name) for name in (*names, "device", "left_out", "notes")}
 
     @property
     def price(self) -> float | None:
@@ -157,20 +159,19 @@ class Plan:
 
 def vocab_tokens(config: Config) -> int:
     """Vocabulary size of the prepared corpus, or of the tokenizer's settings if no corpus is prepared."""
-    with suppress(ConfigError, FailedError):  # the corpus is not on this machine, or its server does not answer
-        corpus = locate(config.data, config.storage_folder)
-        if corpus.prepared:
-            return read_manifest(corpus.folder).vocab_tokens
-    return configured_vocab_size(config.data.tokenizer)
+    corpus = prepared_corpus(config)
+    return corpus.vocab_tokens if corpus else configured_vocab_size(config.data.tokenizer)
 
 
 def plan(config: Config) -> Plan:
     """Plans the ladder, the search or the single run of a configuration. Raises ConfigError, as `grid` does."""
-    cells, left_out = grid(config, vocab_tokens(config))
+    corpus = prepared_corpus(config)
+    cells, left_out = grid(config, corpus.vocab_tokens if corpus else configured_vocab_size(config.data.tokenizer))
     calibration = read_calibration(config.storage_folder)
     trunks = _trunks(cells)
     shared = _shared_steps(cells, trunks)
-    costs = tuple(_cell_cost(cell, shared[i], calibration) for i, cell in enumerate(cells))
+    epochs = [epochs_of(cell, corpus) if corpus else None for cell in cells]
+    costs = tuple(_cell_cost(cell, shared[i], epochs[i], calibration) for i, cell in enumerate(cells))
     names_left_out = tuple(f"{c.shape.family} N={c.config.model.n_params:,} D={c.config.train.tokens:,}" for c in left_out)
     planned = {(cell.shape.family, cell.config.train.precision) for cell in cells}
     used = [] if config.plan.flops_per_second else [m for m in calibration if m.speed_group[:2] in planned]
@@ -178,7 +179,7 @@ def plan(config: Config) -> Plan:
     n_trials = config.tune.n_trials if config.tune and not config.ladder else 1
     n_slots = config.plan.n_slots or max(cost.n_workers for cost in costs)
     wall_seconds = _wall_seconds(costs, trunks * n_trials, n_slots)
-    return Plan(costs, names_left_out, device, n_trials, n_slots, wall_seconds)
+    return Plan(costs, names_left_out, device, n_trials, n_slots, wall_seconds, plan_notes(config, cells, corpus))
 
 
 def step_seconds(cell: GridCell, calibration: Sequence[StepTime]) -> float | None:
@@ -272,7 +273,7 @@ def _wall_seconds(costs: Sequence[CellCost], trunks: list[list[int]], n_slots: i
     return now
 
 
-def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -> CellCost:
+def _cell_cost(cell: GridCell, shared_steps: int, epochs: float | None, calibration: list[StepTime]) -> CellCost:
     config, shape = cell.config, cell.shape
     train, workers = config.train, config.cluster.n_workers
     counts, flops = accounting.parameters(shape), accounting.flops(shape)
@@ -289,11 +290,13 @@ def _cell_cost(cell: GridCell, shared_steps: int, calibration: list[StepTime]) -
         d_model=shape.d_model,
         widths=dict(shape.widths),
         tokens=train.tokens,
+        epochs=epochs,
         seed=config.seed,
         steps=train.n_steps,
         shared_steps=shared_steps,
         batch_tokens=train.batch_tokens,
-        learning_rate=train.learning_rate,
+        learning_rate=train.peak_rate,
+        first_learning_rate=train.plateaus[0][1] if train.schedule == "wsd" else train.peak_rate,
         n_workers=workers,
         flops=steps * train.batch_tokens * flops.training,
         executed_flops=steps * workers * executed_step_flops(step_settings(cell)),

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from lmu_dist.config import Config, ConfigError, Family, LadderConfig, WorkersFrom, with_settings
+from lmu_dist.config import Config, ConfigError, Family, LadderConfig, Tuned, WorkersFrom, with_settings
 from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.family import Family as FamilyOfModels
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
+from lmu_dist.planning.recipes import recipe_settings, with_recipe
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,15 @@ def _named_cells(config: Config) -> Iterator[tuple[str, Callable[[], Config]]]:
     elif (tune := config.tune) is not None:
         for family in _distinct(tune.families):
             for n_params in sorted(set(tune.n_params)):
-                settings = unset_unknown_options(config, family) | {
+                settings = recipe_settings(config, family) | unset_unknown_options(config, family)
+                settings |= {
                     "model.family": family,
                     "model.n_params": n_params,
                     "tune": None,
                 }
                 yield f"tune: {registry.find(family).name}, N = {n_params:,}", partial(with_settings, config, settings)
     else:
-        yield "", lambda: config
+        yield "", lambda: with_recipe(config)
 
 
 def _distinct(references: Sequence[Family]) -> list[Family]:
@@ -160,7 +162,10 @@ def trunk_settings(train: dict[str, Any]) -> dict[str, Any]:
     """The settings of `train` that determine the steps before the decay of a wsd schedule; all settings for other schedules."""
     if train["schedule"] != "wsd":
         return train
-    return {key: value for key, value in train.items() if key not in ("tokens", "decay_share")}
+    shared = {key: value for key, value in train.items() if key not in ("tokens", "decay_share", "earlier_tokens")}
+    if train["rate_token_exponent"]:  # the first steps have the rate of the smallest budget
+        shared["smallest_tokens"] = [*train["earlier_tokens"], train["tokens"]][0]
+    return shared
 
 
 def token_budgets(ladder: LadderConfig, n_params: int) -> list[int]:
@@ -174,7 +179,7 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
         key=lambda t: abs(math.log(t.n_params / n_params)),
         default=None,
     )
-    settings = dict(tuned.settings) if tuned else {}
+    settings = recipe_settings(config, family) | (dict(tuned.settings) if tuned else {})
     workers, cluster = _workers(ladder, n_params) or WorkersFrom(0, config.cluster.n_workers), config.cluster
     rules = {key: getattr(ladder, key) for key in ("learning_rate", "batch_tokens", "warmup_tokens")}
     scaled: dict[str, Any] = {}
@@ -185,6 +190,7 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
             scaled[key] = rule.at(n_params, anchor) if rule else anchor[0]
         elif rule is not None:
             scaled[key] = rule.at(n_params)
+    settings |= _rate_by_budget(config, ladder, tuned, tokens, n_params)
     row = config.train.sequence_tokens
     if "batch_tokens" in scaled:
         # Whole rows, regardless of the number of workers: the number of workers must not change the results of a cell.
@@ -204,6 +210,25 @@ def _cell_config(config: Config, ladder: LadderConfig, family: Family, n_params:
     settings |= {"cluster.activation_checkpointing": cluster.activation_checkpointing if recompute is None else recompute}
     settings |= {"cluster.offload": workers.offload or cluster.offload}
     return with_settings(config, settings | {"ladder": None, "tune": None})
+
+
+def _rate_by_budget(config: Config, ladder: LadderConfig, tuned: Tuned | None, tokens: int, n_params: int) -> dict[str, Any]:
+    """The settings that make the learning rate of a cell depend on its budget; none if the rule of the ladder does not."""
+    rule = ladder.learning_rate
+    if rule is None or not rule.token_exponent:
+        return {}
+    settings, at_tokens = tuned.settings if tuned else {}, rule.at_tokens
+    if tuned and "train.learning_rate" in settings:
+        at_tokens = tuned.tokens
+        if at_tokens is None:
+            raise ConfigError(
+                f"ladder.tuned: the entry of {tuned.family} at N = {tuned.n_params:,} has a learning rate and no tokens; add "
+                "tokens: the budget of the search (its train.tokens), because ladder.learning_rate has a token_exponent"
+            )
+    found: dict[str, Any] = {"train.rate_token_exponent": rule.token_exponent, "train.rate_at_tokens": at_tokens}
+    if settings.get("train.schedule", config.train.schedule) == "wsd":
+        found["train.earlier_tokens"] = [budget for budget in token_budgets(ladder, n_params) if budget < tokens]
+    return found
 
 
 def _workers(ladder: LadderConfig, n_params: int) -> WorkersFrom | None:

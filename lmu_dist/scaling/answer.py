@@ -129,6 +129,11 @@ def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
     size_range = f"N = {min(sizes):,}" if len(sizes) == 1 else f"N from {min(sizes):,} to {max(sizes):,}"
     token_range = f"{min(tokens):,} to {max(tokens):,} training tokens of {study.source}"
     caveats = [f"The runs cover {size_range} and {token_range}. The answer holds only within this range."]
+    if repeating := [run.record.epochs for run in study.runs if run.record.repeats_data]:
+        caveats.append(
+            f"{len(repeating)} of the {len(study.runs)} runs repeat their data, up to {max(repeating):.3g} epochs; repeated "
+            "tokens teach less than new ones, so factors and laws of these runs need not hold for more text."
+        )
     if noise is None:
         caveats.append("No size and budget was trained with more than one seed, so the seed noise is unknown.")
     else:

@@ -153,7 +153,7 @@ def write_runs(path: Path, study: Study) -> None:
     """Writes all runs as CSV; those left out with the reason and what is known about them."""
     columns = [f.name for f in fields(RunRecord) if f.name != "unknown"]
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["run_id", "name", "rung", "left_out", *columns], restval="")
+        writer = csv.DictWriter(file, ["run_id", "name", "rung", "left_out", *columns, "epochs"], restval="")
         writer.writeheader()
         for run in study.runs:
             writer.writerow({"run_id": run.run_id, "name": run.name, "rung": run.size_bin} | _columns(run.record))
@@ -169,7 +169,7 @@ def _set_fields(record: RunRecord) -> list[tuple[str, Any]]:
 
 
 def _columns(record: RunRecord) -> dict[str, Any]:
-    return {name: value for name, value in asdict(record).items() if name != "unknown"}
+    return {name: value for name, value in asdict(record).items() if name != "unknown"} | {"epochs": record.epochs}
 
 
 def _reason_to_leave_out(record: RunRecord | None, status: str) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from lmu_dist.records import REPEATED
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, refit
@@ -32,7 +33,6 @@ from lmu_dist.scaling.table_checks import check_rows
 TIE = 6.0  # laws whose criterion is higher than the lowest by less are tied; as for Akaike's: a likelihood ratio of exp(3)
 HELD_OUT_FACTORS = (1.5, 2.5, 4.0)  # runs above the largest N (or C = 6ND) divided by these are held out
 HELD_OUT_SHARE = (0.02, 0.4)  # of the runs, at least and at most
-REPEATED = 1.01  # tokens over unique tokens from which data count as repeated
 ROUNDING_SCALE = 1e-14  # squared residuals below it are rounding errors
 HELD_OUT_TOLERANCE, HELD_OUT_STEPS = 1e-2, 200  # of the refits, which start at the law of all runs
 HELD_OUT_TIE = 1.3  # laws that all misfit are tied if their held-out errors are within this ratio

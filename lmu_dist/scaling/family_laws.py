@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from lmu_dist.records import REPEATED
 from lmu_dist.scaling.collect import Run, resampling_groups, rows_from_runs
-from lmu_dist.scaling.compare_laws import REPEATED, LawComparison, compare_laws
+from lmu_dist.scaling.compare_laws import LawComparison, compare_laws
 from lmu_dist.scaling.diagnostics import check_table
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.table import Rows

@@ -17,6 +17,7 @@ WIDTH = "width."  # start of the keys of widths
 Settings = tuple[tuple[str, str | float], ...]  # (dotted key, value), sorted by key
 # Keys of `model` and `train` that tell cells apart, that are compared elsewhere, or that change no loss of a complete run.
 NOT_SETTINGS = frozenset({"model.family", "model.n_params", "train.tokens", "train.sequence_tokens", "train.divergence_factor"})
+NOT_SETTINGS |= {"train.earlier_tokens"}  # the other budgets of the ladder
 NOT_SETTINGS |= {f"train.{key}" for key in PASSIVE_TRAIN_KEYS}
 
 
@@ -30,7 +31,7 @@ def settings_of(record: RunRecord, params: Mapping[str, str]) -> Settings:
     found |= {key: value for key, value in params.items() if key.startswith(("train.", "model."))}
     found |= {
         "model.n_blocks": record.n_blocks,
-        "train.learning_rate": record.learning_rate * (2 if record.retry_of else 1),
+        "train.learning_rate": _learning_rate(record, params) * (2 if record.retry_of else 1),
         "train.batch_tokens": record.batch_tokens,
         "train.schedule": record.schedule,
         "train.precision": record.precision,
@@ -60,6 +61,13 @@ def difference(settings: Settings, best: Settings) -> str:
     these, those = dict(settings), dict(best)
     keys = [key for key in sorted(these | those) if these.get(key) != those.get(key)]
     return ", ".join(f"{_words(key)} {_text(these.get(key))} (best {_text(those.get(key))})" for key in keys)
+
+
+def _learning_rate(record: RunRecord, params: Mapping[str, str]) -> float:
+    """The peak learning rate; where it depends on the budget that at rate_at_tokens, which all budgets of a ladder share."""
+    if float(params.get("train.rate_token_exponent", 0.0)):
+        return float(params["train.learning_rate"])
+    return record.learning_rate
 
 
 def _unused_options(record: RunRecord, params: Mapping[str, Any]) -> set[str]:

@@ -233,18 +233,23 @@ def is_loadable(meta: Meta, zero_stage: int) -> bool:
 
 
 def newest_branch_point(
-    branch_points: Folder, before_step: int, zero_stage: int, ranks: Ranks = SINGLE_PROCESS
+    branch_points: Folder,
+    before_step: int,
+    zero_stage: int,
+    ranks: Ranks = SINGLE_PROCESS,
+    is_usable: Callable[[Meta], bool] = lambda _: True,
 ) -> tuple[Folder | None, Meta | None]:
     """The latest intact branch point of a trunk at or before step `before_step` that this ZeRO stage can load.
 
-    A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped.
+    A branch point is a checkpoint of the trunk from which decay branches start. Damaged ones are skipped, and those
+    that are not `is_usable`.
     """
     for folder in list_checkpoints(branch_points, ranks):
         if int(NAME.match(folder.name)[1]) > before_step:  # pyright: ignore[reportOptionalSubscript]
             continue
         with suppress(CheckpointError):
             meta = verify(folder, ranks=ranks)
-            if is_loadable(meta, zero_stage):
+            if is_loadable(meta, zero_stage) and is_usable(meta):
                 return folder, meta
     return None, None
 

@@ -10,9 +10,10 @@ import math
 import re
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -43,11 +44,13 @@ class Engine:
         self.model = model.to(device)
         self.model.activation_checkpointing = cluster.activation_checkpointing
         self.model.reentrant_checkpoints = cluster.zero_stage == 3
+        groups = parameter_groups(self.model, train)
+        self._rate_factors = [group.rate_factor for group in groups]
         self._ds: Any
         self._optimizer: Any
         self._ds, self._optimizer, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=_adam(self.model, train),
+            optimizer=_adam(groups, train),
             config={
                 "train_micro_batch_size_per_gpu": self.micro_rows,
                 "gradient_accumulation_steps": self._n_micro,
@@ -75,8 +78,8 @@ class Engine:
         and the weights are damaged: close the engine. To keep the weights, the CPU would have to wait for the loss before it
         could queue the update. It waits once, at the end (and within DeepSpeed's update, see tests/train/test_engine.py).
         """
-        for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+        for group, factor in zip(self._optimizer.param_groups, self._rate_factors, strict=True):
+            group["lr"] = learning_rate * factor
         self._ds.train()
         result = torch.zeros(2, dtype=torch.float64, device=self.device)  # mean loss, gradient norm
         mean, n_ranks = result[0], dist.get_world_size()
@@ -198,16 +201,33 @@ class Engine:
         return peak_bytes(self.device)
 
 
-def _adam(model: LanguageModel, train: TrainConfig) -> torch.optim.Optimizer:
-    """torch's AdamW, which is Adam when weight_decay is 0. Biases, norms and other vectors get no weight decay."""
+class ParameterGroup(NamedTuple):
+    """Parameters with the same learning rate, as a factor of that of the step, and the same weight decay."""
+
+    parameters: list[torch.nn.Parameter]
+    rate_factor: float
+    weight_decay: float
+
+
+def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
+    """The parameters of a model by role: matrices, vectors (biases, norms, p), embeddings. Roles with equal settings are one
+    group. Vectors get no weight decay.
+    """
+    embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
+    found = dict[tuple[float, float], list[torch.nn.Parameter]]()
+    for parameter in model.parameters():
+        is_vector = parameter.ndim < 2
+        factor = train.embedding_rate if id(parameter) in embedded else train.vector_rate if is_vector else train.matrix_rate
+        found.setdefault((factor, 0.0 if is_vector else train.weight_decay), []).append(parameter)
+    return [ParameterGroup(parameters, *settings) for settings, parameters in found.items()]
+
+
+def _adam(groups: Sequence[ParameterGroup], train: TrainConfig) -> torch.optim.Optimizer:
+    """torch's AdamW, which is Adam when weight_decay is 0."""
     # foreach is torch's default on GPUs; on CPUs it saves one of two temporaries.
     settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps, "foreach": True}
-    if not train.weight_decay:
-        return torch.optim.AdamW(model.parameters(), weight_decay=0.0, **settings)
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, **settings)
+    by_group = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
+    return torch.optim.AdamW(by_group, **settings)
 
 
 def _precision_settings(train: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:

@@ -14,16 +14,32 @@ def learning_rate(train: TrainConfig, step: int, val_losses: Sequence[float] = (
 
     cosine: 1/2 (1 + cos(pi x)), where x is the share of the steps after warm-up that are done.
     wsd (warmup-stable-decay): constant, then linear to zero over the last `decay_share` of all steps (Hu et al. 2024,
-    arXiv 2404.06395).
+    arXiv 2404.06395). With `earlier_tokens` the peak is stepped: that of the smallest budget until the decay of that budget
+    starts, then that of the next one, and so on. So all budgets still share a trunk, and each decays from a peak of its own
+    (the stepped schedule of OLMo-core's WSDSChinchillaRunConfigurator, with any exponent).
     """
-    total, warmup = train.n_steps, train.warmup_steps
+    total, warmup, peak = train.n_steps, train.warmup_steps, train.peak_rate
+    if train.earlier_tokens:
+        peak = next((rate for end, rate in train.plateaus if step < end), peak)
     if step < warmup:
         shape = (step + 1) / warmup
     elif train.schedule == "cosine":
         shape = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
     else:
         shape = min(1.0, (total - step) / (total - train.decay_start))
-    return train.learning_rate * shape * plateau_scale(train, val_losses)
+    return peak * shape * plateau_scale(train, val_losses)
+
+
+def has_same_peaks(train: TrainConfig, other: TrainConfig, n_steps: int) -> bool:
+    """Whether the peak learning rates of two wsd runs are the same in their first `n_steps` steps, before either decays."""
+
+    def peaks(train: TrainConfig) -> list[tuple[int, float]]:
+        starts = (0, *(end for end, _ in train.plateaus))
+        return [
+            (min(end, n_steps), rate) for start, (end, rate) in zip(starts, train.plateaus, strict=False) if start < n_steps
+        ]
+
+    return peaks(train) == peaks(other)
 
 
 def plateau_scale(train: TrainConfig, val_losses: Sequence[float]) -> float:

@@ -13,16 +13,25 @@ from lmu_dist.config import Config, Folder, parse, to_dict, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import clean, tidy
+from lmu_dist.launch import clean, start_point, tidy
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell
 from lmu_dist.launch.locks import exclusive_lock, run_identity
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import Outcome, record_of_cell, record_path, write_record
+from lmu_dist.planning.grid import grid
 from lmu_dist.tracking.new_run import create_run_of
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import write_plan
 from lmu_dist.train import kept_weights
-from lmu_dist.train.checkpoint import Meta, folder_name, newest_branch_point, newest_intact, upload, write_manifest
+from lmu_dist.train.checkpoint import (
+    SINGLE_PROCESS,
+    Meta,
+    folder_name,
+    newest_branch_point,
+    newest_intact,
+    upload,
+    write_manifest,
+)
 from lmu_dist.train.export import export
 from lmu_dist.train.kept_weights import WEIGHTS_ONLY, keep_only_weights, newest_model
 from lmu_dist.train.model import build_model
@@ -59,9 +68,9 @@ def cells_in(where: str, base: Config, corpus: Corpus) -> list[Cell]:
     ]
 
 
-def write_checkpoint(to: Folder, cell: Cell, step: int, scratch: Path) -> Folder:
+def write_checkpoint(to: Folder, cell: Cell, step: int, scratch: Path, attempt: str = "a1") -> Folder:
     """Writes a checkpoint of two ranks."""
-    folder = to / folder_name(step, 2, "a1")
+    folder = to / folder_name(step, 2, attempt)
     for rank in (0, 1):
         local = scratch / f"rank-{rank}"
         (local / "zero").mkdir(parents=True)
@@ -95,6 +104,33 @@ def branch_points(cell: Cell) -> list[int]:
 
 def checkpoints(cell: Cell) -> list[int]:
     return sorted(int(path.name[5:13]) for path in cell.folder.glob("step-*"))
+
+
+def test_a_branch_point_is_used_only_by_cells_that_had_its_rates(base: Config, corpus: Corpus, tmp_path: Path):
+    """A budget that is added between two others is one more step of the rate: only the first branch point is shared."""
+
+    def cells(*budgets: int) -> list[Cell]:
+        rule = {"value": 0.01, "token_exponent": -0.5, "at_tokens": 20 * BATCH}
+        ladder = {"families": ["lmu"], "n_params": [3000], "tokens": [n * BATCH for n in budgets], "learning_rate": rule}
+        config = with_settings(base, {"storage": str(tmp_path / "storage"), "ladder": ladder})
+        return [make_cell(cell.config, corpus) for cell in grid(config, 400)[0]]
+
+    before, after = cells(20, 80, 160), cells(20, 40, 80, 160)
+    assert len({cell.trunk for cell in (*before, *after)}) == 1
+    assert before[0].key == after[0].key
+    assert not {cell.key for cell in before[1:]} & {cell.key for cell in after[1:]}
+    for cell in before[:2]:
+        write_checkpoint(cell.trunk_folder / BRANCH_POINTS, cell, cell.config.train.decay_start, tmp_path)
+
+    def found(cell: Cell) -> int | None:
+        _, meta = start_point.newest_branch_point(cell, cell.config.train.decay_start, SINGLE_PROCESS)
+        return meta and meta.step
+
+    assert [found(cell) for cell in before] == [10, 40, 40]
+    assert [found(cell) for cell in after] == [10, 10, 10, 10]
+    write_checkpoint(after[2].trunk_folder / BRANCH_POINTS, after[2], 40, tmp_path, "a2")
+    assert [found(cell) for cell in after] == [10, 10, 40, 40]
+    assert [found(cell) for cell in before] == [10, 40, 40]
 
 
 def test_a_run_that_has_ended_keeps_its_weights_and_its_trunk_what_is_still_needed(cells: list[Cell], tmp_path: Path):

@@ -76,6 +76,7 @@ def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, local_ray: st
     assert "best" in capfd.readouterr().out
     assert (tmp_path / "winners.png").stat().st_size > 5000
     ladder = ["ladder.families=[lmu]", "ladder.n_params=[1000]", "ladder.tokens=[1e6]"]
+    assert load(job, ladder).ladder.tuned[0].tokens == 102_400  # pyright: ignore[reportOptionalMemberAccess]
     [cell], _ = grid(load(job, ladder), 400)
     assert cell.config.train.learning_rate == search.best.settings["train.learning_rate"]
 

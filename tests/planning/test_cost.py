@@ -2,13 +2,15 @@
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, parse, with_settings
+from lmu_dist.data.manifest import Manifest
 from lmu_dist.models import accounting
 from lmu_dist.planning.cost import (
     StepTime,
@@ -20,6 +22,7 @@ from lmu_dist.planning.cost import (
     write_calibration,
 )
 from lmu_dist.planning.grid import GridCell, grid
+from lmu_dist.planning.plan_notes import epochs_of, plan_notes
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -96,6 +99,30 @@ def test_step_time_is_interpolated_between_measured_sizes(tmp_path: Path):
     large, small = (executed_step_flops(step_settings(by_size["lmu", n])) for n in (300_000, 30_000))
     assert beyond == pytest.approx(0.05 * large / small)
     assert step_seconds(by_size["lstm", 3000], known) is None
+
+
+def test_plan_says_which_budgets_repeat_the_corpus_and_what_recipes_and_steps_do(tmp_path: Path):
+    recipe = {"train.recipe": "family", "train.weight_decay": 0.1}
+    steps = {"ladder.learning_rate": {"value": 0.01, "token_exponent": -0.5, "at_tokens": 500_000}}
+    config = with_settings(make_config(tmp_path), {"ladder.n_params": [3000], **steps})
+    cells, _ = grid(config, 400)
+    facts = {"bytes": 1, "documents": 1, "sha256": "0" * 64}
+    splits: Any = {"train": {"tokens": 800_001, **facts}, "validation": {"tokens": 10_000, **facts}}
+    digests = ("0" * 64, splits, {}, "0" * 64)
+    corpus = Manifest(2, "files", "", 400, 0, "<u2", *digests)
+    assert epochs_of(cells[0], corpus) == pytest.approx(0.628, abs=0.001)  # 245 steps of 2,048 tokens
+    rates, epochs = plan_notes(config, cells, corpus)
+    assert rates.startswith("rate: where the decay of a smaller budget starts")
+    assert "the corpus has 800,000 training tokens" in epochs
+    assert epochs.endswith("their runs: 1,000,000 (1.25 epochs), 2,000,000 (2.5 epochs)")
+    [unknown] = plan(with_settings(make_config(tmp_path), {"ladder.n_params": [3000]})).notes
+    assert unknown.startswith("epochs: unknown until the corpus is prepared")
+    enough = replace(corpus, splits=splits | {"train": {"tokens": 10**8, **facts}})
+    of_lmu, of_lstm = plan_notes(with_settings(make_config(tmp_path), recipe), cells[:1], enough)
+    assert of_lmu.startswith(
+        "recipe of lmu: beta1 0.9, beta2 0.999, eps 1e-08; set by the configuration: weight_decay 0.1; from Kaplan"
+    )
+    assert of_lstm.startswith("recipe of lstm: ")
 
 
 def test_time_follows_executed_flops(tmp_path: Path):

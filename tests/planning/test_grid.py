@@ -1,10 +1,13 @@
 """Cells of a grid: every combination once, settings by the rules of the ladder, and errors that name the cell and the key."""
 
+from pathlib import Path
+
 import pytest
 
-from lmu_dist.config import Config, ConfigError, parse, with_settings
-from lmu_dist.models import accounting
-from lmu_dist.planning.grid import grid
+from lmu_dist.config import Config, ConfigError, parse, to_dict, with_settings
+from lmu_dist.models import accounting, registry
+from lmu_dist.models.recipe import Recipe
+from lmu_dist.planning.grid import grid, trunk_settings
 
 FAMILIES = ["lmu", "lmu_attention", "transformer", "lstm"]
 
@@ -72,6 +75,70 @@ def test_tuned_settings_are_scaled_to_other_sizes_by_the_rules():
     assert {c.config.cluster.zero_stage for c in cells} == {1}
 
 
+BY_TOKENS = {"value": 0.01, "token_exponent": -0.5, "at_tokens": 250_000}
+
+
+def test_rate_depends_on_the_budget_and_wsd_cells_share_a_trunk():
+    ladder = {"families": ["lmu"], "n_params": [3000], "tokens": [250_000, 1_000_000, 4_000_000], "learning_rate": BY_TOKENS}
+    cosine = [cell.config.train for cell in grid(make_config(**ladder), 400)[0]]
+    assert [train.peak_rate for train in cosine] == pytest.approx([0.01, 0.005, 0.0025])
+    assert {train.earlier_tokens for train in cosine} == {()}
+    wsd = [cell.config for cell in grid(with_settings(make_config(**ladder), {"train.schedule": "wsd"}), 400)[0]]
+    assert [c.train.peak_rate for c in wsd] == [train.peak_rate for train in cosine]
+    assert [c.train.earlier_tokens for c in wsd] == [(), (250_000,), (250_000, 1_000_000)]
+    trunks = [trunk_settings(to_dict(c)["train"]) for c in wsd]
+    assert trunks[0] == trunks[1] == trunks[2]
+    other = with_settings(make_config(**ladder | {"tokens": [500_000, 1_000_000]}), {"train.schedule": "wsd"})
+    assert trunk_settings(to_dict(grid(other, 400)[0][0].config)["train"]) != trunks[0]
+
+
+def test_a_tuned_rate_holds_at_the_budget_of_its_search():
+    tuned = {"family": "lmu", "n_params": 3000, "tokens": 500_000, "settings": {"train.learning_rate": 0.02}}
+    ladder = {"families": ["lmu"], "n_params": [3000, 30_000], "tokens": [2_000_000]}
+    rule = BY_TOKENS | {"exponent": -0.5}
+    rates = [c.config.train.peak_rate for c in grid(make_config(**ladder, learning_rate=rule, tuned=[tuned]), 400)[0]]
+    assert rates == pytest.approx([0.01, 0.01 * 10**-0.5])
+    del tuned["tokens"]
+    with pytest.raises(ConfigError, match=r"ladder\.tuned: the entry of lmu at N = 3,000 has a learning rate and no tokens"):
+        grid(make_config(**ladder, learning_rate=rule, tuned=[tuned]), 400)
+    assert grid(make_config(**ladder, tuned=[tuned]), 400)[0][0].config.train.peak_rate == 0.02
+
+
+def test_recipe_of_each_family_yields_to_keys_that_are_set():
+    tree = {"train": {"recipe": "family", "clip_norm": 0.5, "weight_decay": 0.0}, "ladder": {"tokens": 1e6, "n_params": 3000}}
+    tree["ladder"] |= {"families": ["lmu", "linear_attention"], "tuned": []}
+    tree["ladder"]["families"][1] = f"{Path(__file__).parents[2]}/examples/gated_linear_attention.py:GatedLinearAttention"
+    tree["ladder"]["tuned"] = [{"family": "lmu", "n_params": 3000, "settings": {"train.beta2": 0.98}}]
+    cells = {cell.shape.family: cell.config.train for cell in grid(parse(tree), 400)[0]}
+    lmu, modern = cells["lmu"], cells["gated_linear_attention"]
+    assert (lmu.beta1, lmu.beta2, lmu.weight_decay, lmu.clip_norm) == (0.9, 0.98, 0.0, 0.5)
+    # the weight decay and clipping that are set, although the first is the default, and the betas of the recipe
+    assert (modern.beta1, modern.beta2, modern.weight_decay, modern.clip_norm) == (0.9, 0.95, 0.0, 0.5)
+    assert {(train.recipe, train.recipe_except) for train in cells.values()} == {(None, None)}
+    one_for_all = parse(tree | {"train": {"recipe": tree["ladder"]["families"][1]}})
+    assert {cell.config.train.weight_decay for cell in grid(one_for_all, 400)[0]} == {0.1}
+    with pytest.raises(ConfigError, match=r"train\.recipe: unknown family 'gpt2'; .*, or family for the recipe of each family"):
+        grid(parse(tree | {"train": {"recipe": "gpt2"}}), 400)
+
+
+def test_recipe_of_a_single_run_and_of_a_search():
+    [single], _ = grid(parse({"train": {"recipe": "family", "eps": 1e-6}, "model": {"family": "transformer"}}), 400)
+    assert (single.config.train.beta2, single.config.train.eps) == (0.999, 1e-6)
+    space = {"train.learning_rate": {"log": [1e-3, 1e-1]}}
+    tune = {"families": ["lmu"], "n_params": [2000], "space": space}
+    [searched], _ = grid(parse({"train": {"recipe": "family"}, "tune": tune}), 400)
+    assert searched.config.train.recipe is None
+
+
+def test_a_recipe_sets_the_optimizer_only():
+    with pytest.raises(ConfigError, match="a recipe cannot set learning_rate; it may set beta1"):
+        Recipe("a paper", {"learning_rate": 1.0})
+    for name in registry.names():
+        recipe = registry.find(name).recipe
+        assert "arXiv" in recipe.source
+        assert recipe.settings
+
+
 def test_cells_above_max_cell_flops_are_left_out():
     all_cells, _ = grid(make_config(), 400)
     limit = all_cells[5].training_flops
@@ -137,6 +204,8 @@ def test_grid_without_ladder_is_the_search_or_the_single_run():
     [
         ({"families": ["GPT 2"]}, "ladder.families"),
         ({"tokens": []}, "give token budgets"),
+        ({"learning_rate": {"value": 1, "token_exponent": -0.5}}, "token_exponent needs at_tokens"),
+        ({"batch_tokens": {"value": 1, "token_exponent": -0.5}}, r"ladder\.batch_tokens\.token_exponent: unknown key"),
         ({"token": [1]}, "did you mean ladder.tokens"),
         ({"learning_rate": {"value": -1}}, r"ladder\.learning_rate"),
         ({"tuned": [{"family": "lmu", "n_params": 1, "settings": {"storage": "/x"}}]}, "storage cannot be tuned"),

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mlflow.tracking import MlflowClient
 from simulate import TOKEN_WORTH, TRUTH, make_record, write_runs_to_mlflow
 
 from lmu_dist.cli import main
+from lmu_dist.report.page import render
 from lmu_dist.report.write import ReportFiles, stale_reports, write_report
 from lmu_dist.scaling.answer import answer
 from lmu_dist.scaling.compare import Comparison, SizeComparison
@@ -190,6 +192,22 @@ def test_the_answer_is_for_the_largest_size_and_mentions_others(written: ReportF
     assert (
         "interval includes 1" in answer(written.study, comparison((10_000, factor_with_interval(1.1, 0.9, 1.3))), None).sentence
     )
+
+
+def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
+    """In this study the corpus is smaller than the largest budget."""
+    budgets = sorted({run.record.tokens for run in written.study.runs})
+    unique = budgets[-1] // 4
+    runs = tuple(replace(run, record=replace(run.record, unique_tokens=unique)) for run in written.study.runs)
+    study = replace(written.study, runs=runs)
+    repeating = [run for run in runs if run.record.tokens > unique]
+    assert 0 < len(repeating) < len(runs)
+    [caveat] = [text for text in answer(study, None, None).caveats if "epochs" in text]
+    assert caveat.startswith(f"{len(repeating)} of the {len(runs)} runs repeat their data, up to 4 epochs")
+    page = render(study, written.results, written.forecasts, [], [])
+    assert page.count('<b title="repeats its data">') == len(repeating)
+    assert "Epochs in bold" in page
+    assert "Epochs in bold" not in render(written.study, written.results, written.forecasts, [], [])
 
 
 def test_one_common_loss_gives_no_interval(tmp_path: Path, new_store: Callable[[Path], Store]):

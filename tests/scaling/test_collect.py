@@ -40,6 +40,19 @@ def test_collect_returns_the_recorded_runs(store: Store):
     ]
 
 
+def test_budgets_whose_rate_follows_from_one_rule_have_the_same_settings():
+    def settings(rate: float, at_reference: float, exponent: float, **change: object) -> object:
+        params = {"train.learning_rate": at_reference, "train.rate_token_exponent": exponent, "train.rate_at_tokens": 10**6}
+        params = {key: str(value) for key, value in (params | {"train.earlier_tokens": [10**6]}).items()}
+        record = make_record("lmu", 10_000, 4 * 10**6, 0, 4.0)
+        return settings_of(replace(record, learning_rate=rate, **change), params)  # pyright: ignore[reportArgumentType]
+
+    assert settings(0.01, 0.01, -0.5) == settings(0.005, 0.01, -0.5)
+    assert settings(0.005, 0.005, -0.5, retry_of="k") == settings(0.005, 0.01, -0.5)
+    assert settings(0.005, 0.01, -0.5) != settings(0.005, 0.02, -0.5)
+    assert settings(0.01, 0.01, -0.5) != settings(0.01, 0.01, -1.0)
+
+
 def test_sizes_within_five_percent_share_a_size_bin(store: Store):
     write_runs_to_mlflow(
         store.client, "e", [make_record("lmu", 10_120, 10**6, 0, 4.0), make_record("transformer", 9_990, 10**6, 0, 4.2)]

@@ -41,15 +41,19 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:])
 
 
-def plain_adam(family: str = "lmu", n_steps: int = 20) -> list[float]:
-    """Losses of the same training in plain torch: one process, one thread, no DeepSpeed."""
+def plain_adam(family: str = "lmu", n_steps: int = 20, rates: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
+    """Losses of the same training in plain torch: one process, one thread, no DeepSpeed.
+
+    `rates`: factors of the learning rate for embeddings, matrices and vectors.
+    """
     torch.set_num_threads(1)
     net = model(family)
-    adam = torch.optim.Adam(net.parameters(), betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
+    roles = [[p for name, p in net.named_parameters() if role_of(name, p) == role] for role in range(3)]
+    adam = torch.optim.Adam([{"params": role} for role in roles], betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
     losses = []
     for step in range(n_steps):
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(TRAIN, step)
+        for group, factor in zip(adam.param_groups, rates, strict=True):
+            group["lr"] = factor * learning_rate(TRAIN, step)
         loss = net(batch(step).inputs, batch(step).targets).mean()
         adam.zero_grad()
         loss.backward()
@@ -57,6 +61,22 @@ def plain_adam(family: str = "lmu", n_steps: int = 20) -> list[float]:
         adam.step()
         losses.append(loss.item())
     return losses
+
+
+def role_of(name: str, parameter: torch.Tensor) -> int:
+    """0: embedding, 1: another matrix, 2: vector."""
+    return 0 if name.startswith(("embedding.", "position.")) else 1 if parameter.ndim >= 2 else 2
+
+
+ROLE_RATES = (0.5, 2.0, 4.0)  # of embeddings, matrices, vectors
+BY_ROLE = dict(zip(("embedding_rate", "matrix_rate", "vector_rate"), ROLE_RATES, strict=True))
+
+
+def train_by_role(stages: list[int], n_steps: int) -> dict[int, list[float]]:
+    """Losses with a learning rate for each role, by ZeRO stage."""
+    return {
+        stage: [m.loss_nats for m in _train(_engine(stage, train=replace(TRAIN, **BY_ROLE)), 0, n_steps)] for stage in stages
+    }
 
 
 def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAIN) -> Engine:
@@ -102,7 +122,34 @@ def train_and_resume(stages: list[int], folder: str) -> dict[int, tuple[list[flo
     return results
 
 
-# ZeRO stage, precision, weight decay (with which there are two parameter groups)
+def train_stepped_trunk(folder: str) -> dict[int, tuple[list[float], list[float]]]:
+    """Losses of three budgets whose rates are stepped, by their steps: as branches of a trunk, and as runs from step 0.
+
+    A branch starts from the branch point of the budget before it, as in a ladder.
+    """
+    budgets = [n_steps * TRAIN.batch_tokens for n_steps in (10, 20, 40)]
+    settings = {"schedule": "wsd", "rate_token_exponent": -0.5, "rate_at_tokens": budgets[0]}
+    trains = [replace(TRAIN, tokens=d, earlier_tokens=tuple(budgets[:i]), **settings) for i, d in enumerate(budgets)]
+
+    def losses(engine: Engine, train: TrainConfig, first: int, last: int) -> list[float]:
+        def rate(step: int) -> float:
+            return learning_rate(train, step)
+
+        return [m.loss_nats for m in train_steps(engine, batch, rate, first, last, train.batch_tokens)]
+
+    on_trunk, results = list[float](), {}
+    engine = _engine(1)
+    for i, train in enumerate(trains):
+        if i:
+            engine.load(Path(folder) / str(i - 1))
+        on_trunk += losses(engine, train, len(on_trunk), train.decay_start)
+        engine.save(Path(folder) / str(i))
+        branch = on_trunk + losses(engine, train, train.decay_start, train.n_steps)
+        results[train.n_steps] = branch, losses(_engine(1), train, 0, train.n_steps)
+    return results
+
+
+# ZeRO stage, precision, weight decay (with which there are three parameter groups, as there is a learning rate for each role)
 ELASTIC_CASES = ((0, "fp32", 0.0), (1, "fp32", 0.0), (2, "bf16", 0.1), (3, "fp32", 0.1))
 
 
@@ -119,7 +166,8 @@ def train_elastically(root: str, sources: tuple[int, ...], first: int, last: int
     results = {}
     for case in ELASTIC_CASES:
         stage, precision, weight_decay = case
-        engine = _engine(stage, train=replace(TRAIN, precision=precision, weight_decay=weight_decay))
+        roles = BY_ROLE if weight_decay else {}
+        engine = _engine(stage, train=replace(TRAIN, precision=precision, weight_decay=weight_decay, **roles))
         loaded = {}
         for n_ranks in sources:
             engine.load(Path(root) / f"{case}-{n_ranks}")

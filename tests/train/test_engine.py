@@ -34,6 +34,13 @@ def test_zero_stages_on_two_workers_equal_plain_adam(plain):
             assert float((weight - expected).norm()) < 1e-5 * max(1.0, float(expected.norm())), (stage, name)
 
 
+def test_learning_rates_by_role_equal_plain_adam_at_every_stage(plain):
+    by_role = tasks.plain_adam(n_steps=8, rates=tasks.ROLE_RATES)
+    assert abs(by_role[-1] - plain[7]) > 0.01
+    for stage, losses in spawn_ranks(1, tasks.train_by_role, [0, 1, 2, 3], 8).items():
+        assert np.abs(np.array(losses) - by_role).max() < 1e-5, stage
+
+
 def test_gradient_accumulation_equals_the_full_batch(plain):
     for losses, _, _ in spawn_ranks(2, tasks.train_stages, [1, 2], 1).values():
         assert np.abs(np.array(losses) - plain).max() < 1e-5
@@ -54,6 +61,14 @@ def test_bf16_losses_are_close_to_fp32_at_every_stage(plain):
 def test_resume_is_bitwise_at_every_stage(world_size: int, tmp_path: Path):
     for stage, (uninterrupted, resumed) in spawn_ranks(world_size, tasks.train_and_resume, [0, 1, 2, 3], str(tmp_path)).items():
         assert resumed == uninterrupted, stage
+
+
+def test_branches_of_a_stepped_trunk_equal_runs_from_step_0_bitwise(tmp_path: Path):
+    results = spawn_ranks(1, tasks.train_stepped_trunk, str(tmp_path))
+    for n_steps, (branch, from_step_0) in results.items():
+        assert branch == from_step_0, n_steps
+    assert [len(branch) for branch, _ in results.values()] == [10, 20, 40]
+    assert results[10][0][9] != results[20][0][9]  # in its decay
 
 
 @pytest.mark.timeout(600)

@@ -18,6 +18,7 @@ from lmu_dist.models.kernels.compiled import LANES
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.feed_forward import FeedForward
 from lmu_dist.models.mixers.lmu import chunked, fourier, mixer
+from lmu_dist.models.recipe import KAPLAN
 from lmu_dist.models.shape import Shape
 
 PAPER_REDUCED_ORDER_PER_WIDTH = 25 / 204  # the paper's largest model: q' = 25 at d = 204
@@ -45,6 +46,7 @@ class LMU(Family):
     title = "LMU"
     report_rank = 0
     colour, colour_dark, marker, line = "#0072b2", "#56b4e9", "o", "-"
+    recipe = KAPLAN
     Options = LMUOptions
     passive_options = ("form",)
     sizing_options = ("max_reduced_order",)

@@ -11,6 +11,7 @@ from torch import nn
 from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.family import Family, paper_d_model
 from lmu_dist.models.mixers import lstm as lstm_mixer
+from lmu_dist.models.recipe import KAPLAN
 from lmu_dist.models.shape import Shape
 
 
@@ -22,6 +23,7 @@ class LSTM(Family):
     title = "LSTM"
     report_rank = 3
     colour, colour_dark, marker, line = "#a8508a", "#e59ac8", "D", ":"
+    recipe = KAPLAN
     residual = False
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:

@@ -11,6 +11,7 @@ from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.family import Family, paper_d_model
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.attention import Attention
+from lmu_dist.models.recipe import KAPLAN
 from lmu_dist.models.shape import Shape
 
 HEAD_WIDTHS = (12, 64)  # smallest and largest width of a head, for d_model < 512
@@ -25,6 +26,7 @@ class Transformer(Family):
     title = "transformer"
     report_rank = 2
     colour, colour_dark, marker, line = "#c24f00", "#f2914f", "^", "--"
+    recipe = KAPLAN
     learned_positions = True
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
