@@ -19,6 +19,7 @@ from torch import nn
 from lmu_dist.config.types import STRICT, ConfigError
 from lmu_dist.models import counting
 from lmu_dist.models.mixers.feed_forward import FeedForward
+from lmu_dist.models.norms import Norm
 from lmu_dist.models.shape import Shape
 from lmu_dist.records import Appearance
 
@@ -57,7 +58,8 @@ class Family(ABC):
     passive_options: ClassVar[tuple[str, ...]] = ()
     sizing_options: ClassVar[tuple[str, ...]] = ()
     learned_positions: ClassVar[bool] = False  # whether the model has a learned position embedding
-    residual: ClassVar[bool] = True  # True: x <- x + sublayer(LayerNorm(x)); False: x <- sublayer(x)
+    residual: ClassVar[bool] = True  # True: x <- x + sublayer(norm(x)); False: x <- sublayer(x)
+    norm: ClassVar[Norm] = "layer"  # "layer": LayerNorm; "rms": RMSNorm. Also of the norm before the head
     d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
 
     def __init_subclass__(cls) -> None:
