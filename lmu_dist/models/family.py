@@ -168,6 +168,10 @@ class Family(ABC):
         keys = {f.name for f in fields(self.Options)} & set(shape.widths)
         return self.Options(**{key: type(getattr(self.Options(), key) or 0)(shape.widths[key]) for key in keys})
 
+    def version_with(self, options: Any) -> str:
+        """The version of the family under its options, for keys and records. It has the versions of all parts."""
+        return str(self.version)
+
     def appearance(self) -> Appearance:
         """How reports show the family."""
         title = self.title or self.name.replace("_", " ")

@@ -128,6 +128,11 @@ def options_of(family: Family, values: Mapping[str, Any]) -> Any:
         raise ConfigError(explain(e, family.Options, "model")) from e
 
 
+def version_of(family: Family, values: Mapping[str, Any]) -> str:
+    """The version of a family with its keys under `model`, for keys and records. Raises ConfigError as `options_of` does."""
+    return family.version_with(options_of(family, values))
+
+
 def option_names(family: Family) -> tuple[str, ...]:
     """Keys of a family under `model`."""
     return tuple(f.name for f in fields(family.Options))
