@@ -36,7 +36,7 @@ class ShortConvolution(nn.Module):
         inputs = torch.cat([state, x], 1)
         return self._convolve(inputs, x.shape[1]), inputs[:, inputs.shape[1] - before :]
 
-    def _convolve(self, inputs: Float[Tensor, "B T+W-1 D"], length: int) -> Float[Tensor, "B T D"]:
+    def _convolve(self, inputs: Float[Tensor, "B L D"], length: int) -> Float[Tensor, "B T D"]:
         """A sum of shifted inputs: on CPUs it takes half the time of torch's convolution with groups (LOG.md)."""
         y = inputs[:, :length] * self.weight[:, 0]
         for j in range(1, self.weight.shape[1]):
