@@ -101,7 +101,7 @@ def test_peak_is_the_larger_of_backward_and_update():
 
 def saved_bytes(shape, n_rows: int) -> int:
     """Bytes that autograd saves for the backward pass, without weights. Each storage counts once."""
-    model = LanguageModel(shape, options=LMUOptions(form="fused") if "order" in shape.widths else None)
+    model = LanguageModel(shape, options=family_of(shape).Options(form="fused") if "order" in shape.widths else None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
