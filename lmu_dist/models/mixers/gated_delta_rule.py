@@ -9,7 +9,7 @@ Called by mixers/gated_deltanet.
 The chunked form is the paper's section 3.3: the updates of a chunk of C tokens are one triangular system. Its solution is
 linear in the state S before the chunk, so that all products run for all chunks at once, and what remains from chunk to chunk
 is S' = P + M S, one small product. The backward pass is written by hand: it keeps a few tensors of a chunk and computes the
-others again. Legend: Z = chunks x B x H, the batch of all products; C tokens of a chunk; G_i the log decays summed up to token i.
+others again. Legend: Z = chunks x B x H, the batch of all products; C tokens of a chunk; G_i sum of log decays up to token i.
 """
 
 from typing import Any, NamedTuple
