@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional as F
 
 NORM_EPS = 1e-6  # added to squared norms, as in fla and in Qwen3-Next
 CHUNK_TOKENS = (16, 64)  # fewest and most tokens of a chunk
@@ -72,21 +73,20 @@ def chunked(
     (b, t, h, n_keys), n_values = q.shape, v.shape[-1]
     chunk = chunk_tokens(t, n_keys)
     # Tokens that fill up the last chunk have beta = 0 and g = 0, and leave the state as it is.
-    vectors = torch.cat([_by_chunk(q, chunk), _by_chunk(k, chunk)], 1)
-    values = _by_chunk(v, chunk)
-    g, beta = (_by_chunk(x.unsqueeze(-1), chunk).squeeze(-1) for x in (g, beta))
+    q, k, v, g, beta = (_by_chunk(x, chunk) for x in (q, k, v, g.unsqueeze(-1), beta.unsqueeze(-1)))
+    vectors, values = torch.cat([q, k], 3).flatten(0, 2), v.flatten(0, 2)
+    total, beta = g.flatten(0, 2).squeeze(-1).cumsum(-1), beta.flatten(0, 2).squeeze(-1)
     initial = q.new_zeros(b * h, n_keys, n_values) if state is None else state.flatten(0, 1)
-    out, end = _GatedDeltaRule.apply(vectors, values, g.cumsum(-1), beta, initial)  # pyright: ignore[reportGeneralTypeIssues]
+    out, end = _GatedDeltaRule.apply(vectors, values, total, beta, initial)  # pyright: ignore[reportGeneralTypeIssues]
     out = out.view(-1, b, h, chunk, n_values).permute(1, 0, 3, 2, 4).reshape(b, -1, h, n_values)
     return out[:, :t], end.view(b, h, n_keys, n_values)
 
 
-def _by_chunk(x: Float[Tensor, "B T H E"], chunk: int) -> Float[Tensor, "Z C E"]:
-    """The tokens of every chunk, batch and head, padded with zeros. Chunks come first: those of one time are a block."""
-    b, t, h, width = x.shape
-    if t % chunk:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -t % chunk))
-    return x.view(b, -1, chunk, h, width).permute(1, 0, 3, 2, 4).reshape(-1, chunk, width)
+def _by_chunk(x: Float[Tensor, "B T H E"], chunk: int) -> Float[Tensor, "N B H C E"]:
+    """A view of the tokens of N chunks, padded with zeros. Chunks come first: all products of one time are a block."""
+    if x.shape[1] % chunk:
+        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % chunk))
+    return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4)
 
 
 class _Chunks(NamedTuple):
@@ -106,7 +106,9 @@ def _matrices(query_keys: Tensor, total: Tensor) -> _Chunks:
     decays = (total[:, :, None] - total[:, None]).masked_fill_(later, -torch.inf).exp_()
     scores = query_keys @ keys.mT
     to_end = (total[:, -1:] - total).exp_()[..., None]
-    weights = torch.cat([scores[:, :chunk] * decays, (keys * to_end).mT], 1)
+    weights = scores.new_empty(len(scores), chunk + keys.shape[2], chunk)
+    torch.mul(scores[:, :chunk], decays, out=weights[:, :chunk])
+    torch.mul(keys.mT, to_end.mT, out=weights[:, chunk:])
     return _Chunks(decays, scores, weights, total.exp()[..., None], to_end)
 
 
@@ -132,9 +134,13 @@ class _GatedDeltaRule(torch.autograd.Function):
         system = (m.scores[:, chunk:] * m.decays).mul_(beta[..., None])
         identity = torch.eye(chunk, dtype=total.dtype, device=total.device).expand(z, -1, -1)
         inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
-        solved = inverse @ torch.cat([values, keys * m.from_start], 2).mul_(beta[..., None])
+        rhs = values.new_empty(z, chunk, n_values + keys.shape[2])
+        torch.mul(values, beta[..., None], out=rhs[..., :n_values])
+        torch.mul(keys, m.from_start * beta[..., None], out=rhs[..., n_values:])
+        solved = inverse @ rhs
         found = m.weights @ solved
-        transition = torch.diag_embed(m.from_start[:, -1].expand(-1, keys.shape[2])) - found[:, chunk:, n_values:]
+        transition = found[:, chunk:, n_values:].neg()
+        transition.diagonal(0, 1, 2).add_(m.from_start[:, -1])
         added = found[:, chunk:, :n_values]
         before, end = _scan(transition, added, initial, reverse=False)
         readers = (query_keys[:, :chunk] * m.from_start).sub_(found[:, :chunk, n_values:])
@@ -154,20 +160,24 @@ class _GatedDeltaRule(torch.autograd.Function):
         dstates, dinitial = _scan(transition.mT, readers.mT @ dout, dend, reverse=True)
         dtransition = dstates @ before.mT
         # The products with the solved system, and the system.
-        dfound = torch.cat([torch.cat([dout, -dreaders], 2), torch.cat([dstates, -dtransition], 2)], 1)
+        dfound = dout.new_empty(len(dout), m.weights.shape[1], solved.shape[2])
+        dfound[:, :chunk, :n_values], dfound[:, chunk:, :n_values] = dout, dstates
+        torch.neg(dreaders, out=dfound[:, :chunk, n_values:])
+        torch.neg(dtransition, out=dfound[:, chunk:, n_values:])
         dweights = dfound @ solved.mT
         drhs = inverse.mT @ (m.weights.mT @ dfound)
         dsystem = (drhs @ solved.mT).neg_().tril_(-1)
         rhs_keys = keys * m.from_start
         dbeta = (drhs[..., :n_values] * values).sum(2) + (drhs[..., n_values:] * rhs_keys).sum(2)
         dsystem.mul_(m.decays)
-        key_scores = m.scores[:, chunk:]
-        dbeta += (dsystem * key_scores).sum(2)
+        moved = dsystem * m.scores[:, chunk:]
+        dbeta += moved.sum(2)
         drhs.mul_(beta[..., None])
-        dsystem.mul_(beta[..., None])
         # Scores and decays.
-        dscores = torch.cat([dweights[:, :chunk] * m.decays, dsystem], 1)
-        moved = (dscores * m.scores).view(-1, 2, chunk, chunk).sum(1)
+        dscores = torch.empty_like(m.scores)
+        torch.mul(dweights[:, :chunk], m.decays, out=dscores[:, :chunk])
+        torch.mul(dsystem, beta[..., None], out=dscores[:, chunk:])
+        moved.mul_(beta[..., None]).addcmul_(dscores[:, :chunk], m.scores[:, :chunk])
         moved.diagonal(0, 1, 2).zero_()  # a token reads its own update without a decay, and both sums would cancel
         drhs_keys, dreaders = drhs[..., n_values:], dreaders.mul_(m.from_start)
         dkept = dweights[:, chunk:].mT * m.to_end
@@ -190,12 +200,14 @@ def _scan(
     transition: Float[Tensor, "Z K K"], added: Float[Tensor, "Z K V"], state: Float[Tensor, "BH K V"], reverse: bool
 ) -> tuple[Float[Tensor, "Z K V"], Float[Tensor, "BH K V"]]:
     """The state that comes into every chunk, and the one that leaves the last: S <- transition S + added."""
-    steps = list(zip(transition.split(len(state)), added.split(len(state)), strict=True))
-    incoming = list[Tensor]()
-    for transition_c, added_c in reversed(steps) if reverse else steps:
-        incoming.append(state)
-        state = torch.baddbmm(added_c, transition_c, state)
-    return torch.cat(incoming[::-1] if reverse else incoming), state
+    (n_rows, *_), rows = state.shape, state
+    states, steps = added.contiguous().unflatten(0, (-1, n_rows)), transition.unflatten(0, (-1, n_rows)).unbind()
+    each = list(zip(states.unbind(), steps, strict=True))
+    for state_c, transition_c in reversed(each) if reverse else each:
+        state_c.baddbmm_(transition_c, rows)
+        rows = state_c
+    parts = (states[1:], state[None]) if reverse else (state[None], states[:-1])
+    return torch.cat(parts).flatten(0, 1), rows.clone()
 
 
 def flops(length: int, n_keys: int, n_values: int) -> float:

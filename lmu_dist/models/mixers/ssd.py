@@ -149,9 +149,11 @@ def _scan(
 ) -> tuple[Float[Tensor, "B n G N h P"], Float[Tensor, "B G N h P"]]:
     """The state that comes into every chunk, and the one that leaves the last: S <- after S + added."""
     incoming, order = torch.empty_like(added), range(added.shape[1])
-    for i in reversed(order) if reverse else order:
-        incoming[:, i] = state
-        state = torch.addcmul(added[:, i], state, after[:, i, :, None, :, None])
+    order = order[::-1] if reverse else order
+    places = [*(incoming[:, i] for i in order[1:]), torch.empty_like(state)]
+    incoming[:, order[0]] = state
+    for i, place in zip(order, places, strict=True):
+        state = torch.addcmul(added[:, i], state, after[:, i, :, None, :, None], out=place)
     return incoming, state
 
 
