@@ -1,9 +1,10 @@
 """The family llama against Qwen3 of transformers, with the same weights in float64."""
 
-from typing import Any
+from types import ModuleType
 
 import pytest
 import torch
+from float64 import in_float64
 
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.mixers.rotary_attention import RotaryAttention
@@ -13,20 +14,10 @@ from lmu_dist.models.sizing import shape_for
 VOCAB, LENGTH = 61, 24
 
 
-class Float64:
-    """The module torch with float64 in place of float32: transformers computes norms and angles in float32 at any precision."""
-
-    def __getattr__(self, name: str) -> Any:
-        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
-
-
 @pytest.fixture
-def qwen3(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module of Qwen3 in transformers, made to compute in float64 throughout."""
-    module = pytest.importorskip("transformers.models.qwen3.modeling_qwen3", reason="needs transformers, of the extra `dev`")
-    monkeypatch.setattr(module, "torch", Float64())
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    return module
+def qwen3(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module of Qwen3 in transformers, made to compute in float64."""
+    return in_float64("transformers.models.qwen3.modeling_qwen3", "dev", monkeypatch)
 
 
 def build(n_params: int, **options: int) -> LanguageModel:
@@ -66,7 +57,7 @@ def as_qwen3(model: LanguageModel) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("n_params", "options"), [(4_000, {}), (90_000, {"rotary_base": 500})])
-def test_logits_are_those_of_qwen3(qwen3: Any, n_params: int, options: dict[str, int]):
+def test_logits_are_those_of_qwen3(qwen3: ModuleType, n_params: int, options: dict[str, int]):
     model = build(n_params, **options)
     shape = model.shape
     config = qwen3.Qwen3Config(
