@@ -1,13 +1,12 @@
 """Hybrid: the mixer of another modern family, and attention in every k-th block, as in Qwen3-Next and OLMo's hybrid.
 
 Published hybrids have attention in every fourth block (Qwen3-Next, Kimi Linear: arXiv 2510.26692). The default is every second
-one, because the default model has two blocks. The parts are llama's attention and any other family that is derived from
-models/modern_family.ModernFamily.
+one, because the default model has two blocks. The parts are families derived from models/modern_family.ModernFamily.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -15,11 +14,15 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmu_dist.config.types import STRICT, ConfigError
-from lmu_dist.models import registry
+from lmu_dist.models.families.gated_deltanet import GatedDeltaNet
+from lmu_dist.models.families.llama import Llama
+from lmu_dist.models.families.lmu_modern import LMUModern
+from lmu_dist.models.families.mamba2 import Mamba2
+from lmu_dist.models.family_options import options_of
 from lmu_dist.models.modern_family import ModernBlock, ModernFamily
 from lmu_dist.models.shape import Shape
 
-ATTENTION = "llama"
+ATTENTION = Llama()
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -41,10 +44,12 @@ class Hybrid(ModernBlock):
     colour, colour_dark, marker, line = "#3c0f00", "#ff5718", "d", ":"
     Options = HybridOptions
     sizing_options = ("mixer",)  # names the widths
+    # The families in `model.mixer`. A derived class may add its own: {**Hybrid.mixer_families, "own": Own()}
+    mixer_families: ClassVar[Mapping[str, ModernFamily]] = {f.name: f for f in (GatedDeltaNet(), Mamba2(), LMUModern())}
 
     def version_with(self, options: HybridOptions) -> str:
         """The versions of the hybrid and of its two parts."""
-        parts = (_mixer_family(options.mixer), _attention_family())
+        parts = (self._mixer_family(options.mixer), ATTENTION)
         return "+".join([str(self.version), *(f"{part.name}:{part.version}" for part in parts)])
 
     def mixer(self, shape: Shape, options: HybridOptions) -> nn.Module:
@@ -54,8 +59,7 @@ class Hybrid(ModernBlock):
     def mixers(self, shape: Shape, options: HybridOptions) -> Iterator[nn.Module]:
         """Builds the mixer of every block: attention if its number, counted from 1, is a multiple of attention_every."""
         (other, other_shape, _), (attention, attention_shape, _) = self.parts(shape)
-        # A model that is built from its shape alone, without options, has the mixer that the shape names.
-        other_options = _mixer_options(other, options) if options.mixer == other.name else other.Options()
+        other_options = _mixer_options(other, options)
         for block in range(1, shape.n_blocks + 1):
             if block % shape.attention_every:
                 yield other.mixer(other_shape, other_options)
@@ -64,16 +68,16 @@ class Hybrid(ModernBlock):
 
     def parts(self, shape: Shape) -> Sequence[tuple[ModernFamily, Shape, int]]:
         """The mixer's family, then llama, each with its own widths and its number of blocks."""
-        name = next(key.partition(".")[0] for key in shape.widths if "." in key and not key.startswith(f"{ATTENTION}."))
+        name = next(key.partition(".")[0] for key in shape.widths if "." in key and not key.startswith(f"{ATTENTION.name}."))
         n_attention = shape.n_blocks // shape.attention_every
         return [
-            (*_part(shape, _mixer_family(name)), shape.n_blocks - n_attention),
-            (*_part(shape, _attention_family()), n_attention),
+            (*_part(shape, self._mixer_family(name)), shape.n_blocks - n_attention),
+            (*_part(shape, ATTENTION), n_attention),
         ]
 
     def widths(self, d_model: int, sequence_tokens: int, options: HybridOptions) -> dict[str, int] | None:
         """Those of both parts, with their names in front, and the common width of SwiGLU."""
-        other, attention = _mixer_family(options.mixer), _attention_family()
+        other, attention = self._mixer_family(options.mixer), ATTENTION
         of_other = other.mixer_widths(d_model, sequence_tokens, _mixer_options(other, options))
         of_attention = attention.mixer_widths(d_model, sequence_tokens, attention.Options())
         if of_other is None or of_attention is None:
@@ -101,31 +105,25 @@ class Hybrid(ModernBlock):
         other, part, _ = self.parts(shape)[0]
         return HybridOptions(other.name, shape.attention_every, asdict(other.options_for_counting(part)))
 
-
-def _mixer_family(name: str) -> ModernFamily:
-    """The family in `model.mixer`. Raises ConfigError if it is not one with the modern block, or is that of attention."""
-    family = registry.find(name) if name in registry.names() and name != ATTENTION else None
-    if not isinstance(family, ModernFamily):
-        known = [name for name, built in registry.built_in().items() if isinstance(built, ModernFamily) and name != ATTENTION]
-        raise ConfigError(
-            f"model.mixer={name!r}: no other family with the block of {ATTENTION} has this name; take {', '.join(known)} "
-            "or one of an installed package (a user's file cannot be part of a hybrid)"
-        )
-    return family
+    def _mixer_family(self, name: str) -> ModernFamily:
+        """The family in `model.mixer`. Raises ConfigError if there is none."""
+        if name not in self.mixer_families:
+            raise ConfigError(
+                f"model.mixer={name!r}: the blocks without attention cannot have this mixer; take one of "
+                f"{', '.join(self.mixer_families)}"
+            )
+        return self.mixer_families[name]
 
 
 def _mixer_options(family: ModernFamily, options: HybridOptions) -> Any:
-    """The options of the mixer's family. Raises ConfigError for unknown keys and invalid values."""
+    """The options of the mixer's family. Raises ConfigError for unknown keys and invalid values.
+
+    A model that is built from its shape alone has the mixer that the shape names, and default options.
+    """
     try:
-        return registry.options_of(family, options.mixer_options)
+        return options_of(family, options.mixer_options if options.mixer == family.name else {})
     except ConfigError as e:
         raise ConfigError(f"model.mixer_options: {e}") from e
-
-
-def _attention_family() -> ModernFamily:
-    family = registry.find(ATTENTION)
-    assert isinstance(family, ModernFamily)
-    return family
 
 
 def _part(shape: Shape, family: ModernFamily) -> tuple[ModernFamily, Shape]:
