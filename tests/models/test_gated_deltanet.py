@@ -8,6 +8,7 @@ import pytest
 import torch
 from float64 import in_float64
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmu_dist.models.mixers import gated_delta_rule, gpu_kernels
 from lmu_dist.models.mixers.gated_deltanet import GatedDeltaNet
@@ -268,3 +269,16 @@ def test_widths_and_initial_values_are_those_of_the_papers_code():
     assert 0.01 < rates.min() < 0.2 < 15.8 < rates.max() <= 16
     assert steps.log().mean().item() == pytest.approx(math.log(0.01), abs=0.2)
     assert 0.0009 < steps.min() < steps.max() < 0.101
+
+
+@pytest.mark.parametrize("length", [64, 70])
+def test_executed_flops_equal_torchs_counter(length: int):
+    family = find("gated_deltanet")
+    shape = shape_for(family, 20_000, vocab_tokens=97, sequence_tokens=length)
+    mixer, x = family.mixer(shape, family.Options()), torch.randn(2, length, shape.d_model, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        y = mixer(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    counted = [2 * length * count for count in family.mixer_executed_flops(shape, 2, on_gpu=False)]
+    assert [forward.get_total_flops(), backward.get_total_flops()] == pytest.approx(counted, rel=1e-12)

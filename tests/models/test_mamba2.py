@@ -8,10 +8,12 @@ import pytest
 import torch
 from float64 import in_float64
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from lmu_dist.models.mixers import gpu_kernels, ssd
 from lmu_dist.models.mixers.mamba2 import Mamba2
 from lmu_dist.models.registry import find
+from lmu_dist.models.sizing import shape_for
 
 WIDTH, HEADS, CHANNELS, STATE = 12, 4, 5, 6
 LENGTHS = (1, 2, 31, 32, 33, 100)  # chunks have 32 tokens
@@ -264,3 +266,16 @@ def test_widths_and_initial_values_are_those_of_the_papers_code():
     assert 1 <= rates.min() < 1.2 < 15.8 < rates.max() <= 16
     assert steps.log().mean().item() == pytest.approx(math.log(0.01), abs=0.2)
     assert 0.0009 < steps.min() < steps.max() < 0.101
+
+
+@pytest.mark.parametrize("length", [64, 70])
+def test_executed_flops_equal_torchs_counter(length: int):
+    family = find("mamba2")
+    shape = shape_for(family, 20_000, vocab_tokens=97, sequence_tokens=length)
+    mixer, x = family.mixer(shape, family.Options()), torch.randn(2, length, shape.d_model, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        y = mixer(x)
+    with FlopCounterMode(display=False) as backward:
+        y.sum().backward()
+    counted = [2 * length * count for count in family.mixer_executed_flops(shape, 2, on_gpu=False)]
+    assert [forward.get_total_flops(), backward.get_total_flops()] == pytest.approx(counted, rel=1e-12)

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmu_dist.config.types import STRICT, Count
-from lmu_dist.models.mixers import gated_deltanet, gpu_kernels
+from lmu_dist.models.mixers import gated_delta_rule, gated_deltanet, gpu_kernels
 from lmu_dist.models.mixers.gated_deltanet import GatedDeltaNet as Mixer
 from lmu_dist.models.modern_family import ModernFamily
 from lmu_dist.models.shape import Shape, power_of_two
@@ -64,6 +64,12 @@ class GatedDeltaNet(ModernFamily):
     def mixer_matmul_flops(self, shape: Shape) -> float:
         """The projections, and the chunked rule at the chunk length that runs on a CPU."""
         return gated_deltanet.matmul_flops(shape.d_model, *_heads(shape), shape.sequence_tokens)
+
+    def mixer_executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """Those of the chunked rule in plain torch, also on a GPU."""
+        forward = self.mixer_matmul_flops(shape)
+        again = shape.n_heads * gated_delta_rule.recomputed_flops(shape.sequence_tokens, shape.key_width)
+        return forward, 2 * forward + again
 
     def mixer_saved_elements(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
         """Of the chunked rule in plain torch; the kernels of fla-core save less."""

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmu_dist.config.types import STRICT, Count
-from lmu_dist.models.mixers import gpu_kernels, mamba2
+from lmu_dist.models.mixers import gpu_kernels, mamba2, ssd
 from lmu_dist.models.mixers.mamba2 import Mamba2 as Mixer
 from lmu_dist.models.modern_family import ModernFamily
 from lmu_dist.models.shape import Shape, power_of_two
@@ -65,6 +65,11 @@ class Mamba2(ModernFamily):
     def mixer_matmul_flops(self, shape: Shape) -> float:
         """The projections, and the chunked recurrence at the chunk length that runs on a CPU."""
         return mamba2.matmul_flops(shape.d_model, *_sizes(shape), shape.sequence_tokens)
+
+    def mixer_executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
+        """Those of the chunked recurrence in plain torch, also on a GPU."""
+        forward = self.mixer_matmul_flops(shape)
+        return forward, 2 * forward + ssd.recomputed_flops(shape.sequence_tokens, *_sizes(shape))
 
     def mixer_saved_elements(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
         """Of the chunked recurrence in plain torch; the kernels of fla-core save less."""

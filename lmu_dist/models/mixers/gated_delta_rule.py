@@ -218,6 +218,12 @@ def flops(length: int, n_keys: int, n_values: int) -> float:
     return (per_token + of_state) * (-(-length // chunk) * chunk / length)
 
 
+def recomputed_flops(length: int, n_keys: int) -> float:
+    """FLOPs per token of one head that the backward pass of `chunked` computes again: the scores."""
+    chunk = chunk_tokens(length, n_keys)
+    return 4 * chunk * n_keys * (-(-length // chunk) * chunk / length)
+
+
 def saved_elements(length: int, n_keys: int, n_values: int) -> float:
     """Elements per token of one head that `chunked` saves for the backward pass, padding included."""
     chunk = chunk_tokens(length, n_keys)

@@ -162,3 +162,13 @@ def flops(length: int, n_heads: int, head_width: int, d_state: int, n_groups: in
     chunk, inner = chunk_tokens(length), n_heads * head_width
     per_token = 2 * n_groups * chunk * d_state + 2 * chunk * inner + 4 * d_state * inner
     return per_token * (-(-length // chunk) * chunk / length)
+
+
+def recomputed_flops(length: int, n_heads: int, head_width: int, d_state: int, n_groups: int) -> float:
+    """FLOPs per token that the backward pass of `chunked` computes again: scores, and what tokens read from the states.
+
+    With them are the sums over the scores of a head, weighted with the steps.
+    """
+    chunk, inner = chunk_tokens(length), n_heads * head_width
+    per_token = 2 * n_groups * chunk * d_state + 2 * d_state * inner + 2 * chunk * n_heads
+    return per_token * (-(-length // chunk) * chunk / length)
