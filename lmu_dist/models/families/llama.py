@@ -18,7 +18,9 @@ from lmu_dist.models.shape import Shape
 class LlamaOptions:
     """Keys of llama under `model`."""
 
-    rotary_base: Count = 10_000  # base of the rotary positions: the slowest pair of channels turns by 1/base per token
+    rotary_base: Count = (
+        10_000  # base of the rotary positions: pair i of the E/2 of a head turns by base^(-2i/E) radians per token
+    )
 
 
 class Llama(ModernFamily):

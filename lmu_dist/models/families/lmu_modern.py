@@ -22,7 +22,9 @@ from lmu_dist.models.shape import Shape
 
 @dataclass(frozen=True, config=STRICT)
 class LMUModernOptions(LMUOptions):
-    """Keys of lmu_modern under `model`: those of lmu, and three parts that other recurrent mixers have."""
+    """Keys of lmu_modern under `model`: those of lmu, of which q is not fitted to N here, and three parts that other recurrent
+    mixers have.
+    """
 
     short_convolution: bool = True  # a causal convolution over 4 tokens per channel, with SiLU, before the memory
     output_gate: bool = False  # after the memory RMSNorm, a gate by the mixer's input, and a projection
