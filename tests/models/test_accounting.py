@@ -168,7 +168,7 @@ def test_executed_flops_add_what_the_backward_pass_computes_again(shape):
         assert accounting.executed_flops(shape, n_rows, on_gpu, activation_checkpointing=True) == pytest.approx(plain + forward)
     counted = accounting.flops(shape)
     if "order" not in shape.widths:
-        assert 0.8 * counted.training < plain <= counted.training
+        assert 0.8 * counted.training < plain < 1.1 * counted.training  # chunked forms compute scores twice
     # A transform for every channel and kernel is most of the work in both counts.
     assert accounting.executed_flops(shape, n_rows, False) == pytest.approx(counted.training, rel=0.5)
 
