@@ -31,6 +31,7 @@ SECTIONS = {
     "ceilings": "measure:ceilings",
     "mixers": "mixers:measure",
     "step": "steps:step",
+    "families": "families:measure",
     "head": "steps:head",
     "loader": "steps:loader",
     "tokenizing": "tokenizing:measure",

@@ -231,7 +231,7 @@ def _bounds(metadata: Iterable[Any]) -> str:
 
 @cache
 def _comments(made: type) -> dict[str, str]:
-    """The trailing comments of a class' fields, by field, those of its base class too."""
+    """The trailing comments of a class' fields, also of those that it inherits, by field."""
     source = Path(inspect.getfile(made)).read_text(encoding="utf-8")
     comments = {
         token.start[0]: token.string.lstrip("# ")
@@ -239,7 +239,7 @@ def _comments(made: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
     body = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == made.__name__).body
-    found = dict(_comments(made.__base__)) if is_dataclass(made.__base__) else dict[str, str]()
+    found = {field: text for base in reversed(made.__bases__) if is_dataclass(base) for field, text in _comments(base).items()}
     for node in body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)

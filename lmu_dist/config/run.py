@@ -74,7 +74,7 @@ class DataConfig:
 class ModelConfig:
     """Model family and size. The widths follow from n_params by the rules in models/sizing."""
 
-    family: Family = "lmu"  # lmu, lmu_attention, transformer, lstm, a family of an installed package, or path/to/file.py:CLASS
+    family: Family = "lmu"  # a built-in family (docs/families.md), one of an installed package, or path/to/file.py:CLASS
     n_params: Count = 56_000  # N, number of non-embedding parameters; the model has it within 2 %
     n_blocks: Count = 2  # number of blocks; for lstm: number of layers
     # Keys of the family itself, written directly under `model` (model.order) and checked by the family (models/registry).

@@ -47,7 +47,7 @@ def make_cell(config: Config, corpus: Corpus) -> Cell:
         parameters=accounting.parameters(shape),
         flops=accounting.flops(shape),
         appearance=family.appearance(),
-        family_version=str(family.version),
+        family_version=registry.version_of(family, config.model.options),
         code_digest=code_digest(),
         key=key,
         trunk=trunk,
@@ -71,7 +71,7 @@ def key_of(
     in_shape_or_passive = {*family.passive_options, *family.sizing_options, *shape.widths}
     options = {key: value for key, value in model.options.items() if key not in in_shape_or_passive}
     content = {
-        "family": [family.name, str(family.version)],
+        "family": [family.name, registry.version_of(family, model.options)],
         "train_version": VERSION,
         "model": {"n_params": model.n_params, "n_blocks": model.n_blocks, **options},
         "train": {key: value for key, value in train.items() if key not in ADDED_TRAIN_KEYS or value != ADDED_TRAIN_KEYS[key]},

@@ -137,7 +137,7 @@ class _Driver:
         self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
         self.final_statuses = (*FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else FINAL_STATUSES
-        versions = [str(registry.find(family).version), VERSION]
+        versions = [registry.version_of(registry.find(family), self.base.model.options), VERSION]
         # Only what differs from a default, so that a key added by a later version does not start the search anew.
         defaults = flatten(to_dict(Config()))
         settings = {key: value for key, value in flatten(to_dict(self.base)).items() if value != defaults.get(key)}

@@ -9,6 +9,7 @@ saves. Legend: V vocabulary, n sequence length.
 from dataclasses import dataclass
 
 from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.models import norms
 from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.counts import Flops, Parameters
 from lmu_dist.models.head import MAX_LOGITS, block_logits
@@ -82,8 +83,10 @@ def activation_bytes(
     family = family_of(shape)
     n_norms = family.n_sublayers(shape) * family.residual + 1
     n_tokens = n_rows * shape.sequence_tokens
-    per_token = (n_norms + 1) * shape.d_model  # inputs of the norms and of the head
-    float32_per_token = 2 * n_norms + 3  # statistics of the norms, log-sum-exp of the head, token ids
+    width = bytes_of(precision)
+    elements, float32_elements = norms.saved_elements(family.norm, shape.d_model, on_gpu)
+    norm_bytes = width * elements + 4 * float32_elements  # of one norm and token
+    head_inputs = width * shape.d_model + 4 * 3  # per token: input and log-sum-exp of the head, token ids
     logits = n_tokens * shape.vocab_tokens
     matrix, features = shape.vocab_tokens * shape.d_model, n_tokens * shape.d_model
     if logits <= MAX_LOGITS:
@@ -93,14 +96,12 @@ def activation_bytes(
     else:
         head = 4 * (min(logits, block_logits(on_gpu)) + matrix + features)
     sublayers = family.activation_bytes(shape, n_rows, precision, on_gpu)
-    width = bytes_of(precision)
     if checkpointing:
         n_sublayers = family.n_sublayers(shape)
         n_parts = n_checkpoints(n_sublayers, shape.n_blocks)
-        norms = (n_norms - 1) / n_parts * n_tokens * (width * shape.d_model + 8)
-        kept = n_tokens * (width * (n_parts + 2) * shape.d_model + 4 * 5)
-        return kept + max(head, sublayers / n_parts + norms)
-    return sublayers + n_tokens * (width * per_token + 4 * float32_per_token) + head
+        kept = n_tokens * (width * n_parts * shape.d_model + norm_bytes + head_inputs)
+        return kept + max(head, sublayers / n_parts + (n_norms - 1) / n_parts * n_tokens * norm_bytes)
+    return sublayers + n_tokens * (n_norms * norm_bytes + head_inputs) + head
 
 
 def worker_bytes(shape: Shape, n_rows: int, train: TrainConfig, cluster: ClusterConfig) -> tuple[float, float, float, float]:

@@ -19,6 +19,7 @@ from torch import nn
 from lmu_dist.config.types import STRICT, ConfigError
 from lmu_dist.models import counting
 from lmu_dist.models.mixers.feed_forward import FeedForward
+from lmu_dist.models.norms import Norm
 from lmu_dist.models.recipe import LLAMA, Recipe
 from lmu_dist.models.shape import Shape
 from lmu_dist.records import Appearance
@@ -58,7 +59,8 @@ class Family(ABC):
     passive_options: ClassVar[tuple[str, ...]] = ()
     sizing_options: ClassVar[tuple[str, ...]] = ()
     learned_positions: ClassVar[bool] = False  # whether the model has a learned position embedding
-    residual: ClassVar[bool] = True  # True: x <- x + sublayer(LayerNorm(x)); False: x <- sublayer(x)
+    residual: ClassVar[bool] = True  # True: x <- x + sublayer(norm(x)); False: x <- sublayer(x)
+    norm: ClassVar[Norm] = "layer"  # "layer": LayerNorm; "rms": RMSNorm. Also of the norm before the head
     recipe: ClassVar[Recipe] = LLAMA  # optimizer settings for `train.recipe`; default: those that are usual for language models
     d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
 
@@ -167,6 +169,10 @@ class Family(ABC):
         """The options that the default counts build with: those that are widths of the shape, defaults for the others."""
         keys = {f.name for f in fields(self.Options)} & set(shape.widths)
         return self.Options(**{key: type(getattr(self.Options(), key) or 0)(shape.widths[key]) for key in keys})
+
+    def version_with(self, options: Any) -> str:
+        """The version of the family under its options, for keys and records. It has the versions of all parts."""
+        return str(self.version)
 
     def appearance(self) -> Appearance:
         """How reports show the family."""

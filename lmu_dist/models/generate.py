@@ -1,7 +1,7 @@
 """Text generation: prompts in, an endless stream of token ids out, one per text and step. Called by the command line.
 
-For the LMU and the LSTM, memory and work per token do not grow with the text. Attention keeps the keys and values of all
-tokens.
+For recurrent mixers (LMU, LSTM, Gated DeltaNet, Mamba-2), memory and work per token do not grow with the text. Attention keeps
+the keys and values of all tokens.
 """
 
 import math

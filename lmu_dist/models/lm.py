@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lmu_dist.models import norms
 from lmu_dist.models.head import linear_cross_entropy
 from lmu_dist.models.registry import family_of
 from lmu_dist.models.shape import Shape
 
 
 class LanguageModel(nn.Module):
-    """Embedding -> sublayers -> LayerNorm -> tied head. A sublayer is x <- x + sublayer(LayerNorm(x)); LSTM: x <- sublayer(x).
+    """Embedding -> sublayers -> norm -> tied head. A sublayer is x <- x + sublayer(norm(x)); LSTM: x <- sublayer(x).
 
     The same seed gives the same weights on every rank and every device: all random numbers are drawn on the CPU, in float32.
     The weights are on `device` in `dtype`; None keeps the dtype in which modules are built. While the model is built, the CPU
@@ -54,10 +55,10 @@ class LanguageModel(nn.Module):
                 nn.Embedding(shape.sequence_tokens, shape.d_model).to(device, dtype) if family.learned_positions else None
             )
             self.norms = nn.ModuleList(
-                nn.LayerNorm(shape.d_model) if self.residual else nn.Identity() for _ in range(n_sublayers)
+                norms.build(family.norm, shape.d_model) if self.residual else nn.Identity() for _ in range(n_sublayers)
             )
             self.sublayers = nn.ModuleList(sublayer.to(device, dtype) for sublayer in family.sublayers(shape, options))
-            self.norm = nn.LayerNorm(shape.d_model)
+            self.norm = norms.build(family.norm, shape.d_model)
             self.norms.to(device, dtype)
             self.norm.to(device, dtype)
             self._initialise(n_sublayers, dtype)

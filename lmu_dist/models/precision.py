@@ -23,3 +23,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16"):
         return torch.float32
     return dtype
+
+
+def recurrence_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Precision of a recurrence under activations of `dtype`: float64 for float64, else float32, since rounding accumulates."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -6,13 +6,11 @@ once. Workers receive its text (`FamilySource`) and `register` it, so the path d
 
 import difflib
 import inspect
-import json
 import os
 import pkgutil
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import fields
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -20,14 +18,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from lmu_dist.config.explain import explain
-from lmu_dist.config.load import COMMON_MODEL_KEYS
 from lmu_dist.config.types import ConfigError
 from lmu_dist.models import families as built_in_families
 from lmu_dist.models.family import Family
 from lmu_dist.models.family_checks import USER_MODULE, check_imports, check_sublayers, family_from_class
+from lmu_dist.models.family_options import option_names as option_names
+from lmu_dist.models.family_options import options_of as options_of
 from lmu_dist.models.family_source import FamilySource
 from lmu_dist.models.shape import Shape
 
@@ -113,24 +109,9 @@ def register(source: FamilySource) -> Family:
     return family
 
 
-def options_of(family: Family, values: Mapping[str, Any]) -> Any:
-    """The family's options from its keys under `model`. Raises ConfigError for unknown keys and invalid values."""
-    known = option_names(family)
-    for key in values:
-        if key not in known:
-            similar = difflib.get_close_matches(key, [*known, *COMMON_MODEL_KEYS], 1)
-            keys = f"its own keys are {', '.join(known)}" if known else "it has no keys of its own"
-            hint = f"did you mean model.{similar[0]}?" if similar else keys
-            raise ConfigError(f"model.{key}: unknown key of family {family.name}; {hint}")
-    try:
-        return TypeAdapter(family.Options).validate_json(json.dumps(dict(values)), strict=True)
-    except ValidationError as e:
-        raise ConfigError(explain(e, family.Options, "model")) from e
-
-
-def option_names(family: Family) -> tuple[str, ...]:
-    """Keys of a family under `model`."""
-    return tuple(f.name for f in fields(family.Options))
+def version_of(family: Family, values: Mapping[str, Any]) -> str:
+    """The version of a family with its keys under `model`, for keys and records. Raises ConfigError as `options_of` does."""
+    return family.version_with(options_of(family, values))
 
 
 def family_of(shape: Shape) -> Family:

@@ -54,3 +54,8 @@ class Shape:
         return cls(
             **{name: value for name, value in stored.items() if name in common} | {"widths": flat | stored.get("widths", {})}
         )
+
+
+def power_of_two(most: float) -> int:
+    """The largest power of two that is not above `most`, and at least 1: widths that kernels on a GPU do not have to pad."""
+    return 1 << (max(1, int(most)).bit_length() - 1)

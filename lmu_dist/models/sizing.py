@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from lmu_dist.models import registry
+from lmu_dist.models import norms, registry
 from lmu_dist.models.family import Family
 from lmu_dist.models.shape import Shape
 
@@ -14,7 +14,7 @@ GOOD_ENOUGH = 0.01  # relative deviation at which the search stops
 def non_embedding_params(family: Family, shape: Shape) -> int:
     """N as in Kaplan et al. 2020: parameters of sublayers and norms, including biases; no embeddings."""
     n_norms = family.n_sublayers(shape) * family.residual + 1
-    return 2 * shape.d_model * n_norms + family.n_params(shape)
+    return n_norms * norms.n_params(family.norm, shape.d_model) + family.n_params(shape)
 
 
 def shape_for(

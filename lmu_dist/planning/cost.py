@@ -55,7 +55,7 @@ def step_settings(cell: GridCell) -> dict[str, Any]:
     }
     return {key: value for key, value in added.items() if value is not None} | {
         "family": cell.shape.family,
-        "family_version": str(registry.family_of(cell.shape).version),
+        "family_version": registry.version_of(registry.family_of(cell.shape), cell.config.model.options),
         "shape": cell.shape.to_dict(),
         "batch_rows": train.batch_rows,
         "precision": train.precision,

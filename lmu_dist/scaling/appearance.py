@@ -17,7 +17,7 @@ FREE_COLOURS = (
     ("#4d5560", "#b6bfc9"),
 )
 COLOUR = "(#[0-9a-f]{6})?"  # what may stand in the page's CSS
-FREE_MARKERS = ("v", "P", "X", "*", "<")
+FREE_MARKERS = ("v", "P", "X", "*", "<", ">", "h")
 
 
 def title(family: str) -> str:

@@ -49,13 +49,14 @@ def load_trained_model(folder: Folder, family: str | None = None) -> TrainedMode
         shape = Shape.from_dict(metadata["shape"])
         found = _find_family(folder, shape, family)
         stored = metadata.get("training", {}).get("model", {})
-        options = {k: v for k, v in stored.items() if k in registry.option_names(found) and v is not None}
-        model = LanguageModel(shape, options=registry.options_of(found, options))
-        version = metadata.get("family_version") or str(found.version)
-        if version != str(found.version):
+        given = {k: v for k, v in stored.items() if k in registry.option_names(found) and v is not None}
+        options = registry.options_of(found, given)
+        model, own_version = LanguageModel(shape, options=options), found.version_with(options)
+        version = metadata.get("family_version") or own_version
+        if version != own_version:
             skipped = [
                 *skipped,
-                f"trained with version {version} of {found.name}, and this is {found.version}: check its outputs",
+                f"trained with version {version} of {found.name}, and this is {own_version}: check its outputs",
             ]
         model.load_state_dict({name: w.float() for name, w in weights.items()})
         expected = metadata["tokenizer_digest"]

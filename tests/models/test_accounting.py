@@ -101,7 +101,7 @@ def test_peak_is_the_larger_of_backward_and_update():
 
 def saved_bytes(shape, n_rows: int) -> int:
     """Bytes that autograd saves for the backward pass, without weights. Each storage counts once."""
-    model = LanguageModel(shape, options=LMUOptions(form="fused") if "order" in shape.widths else None)
+    model = LanguageModel(shape, options=family_of(shape).Options(form="fused") if "order" in shape.widths else None)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -168,7 +168,7 @@ def test_executed_flops_add_what_the_backward_pass_computes_again(shape):
         assert accounting.executed_flops(shape, n_rows, on_gpu, activation_checkpointing=True) == pytest.approx(plain + forward)
     counted = accounting.flops(shape)
     if "order" not in shape.widths:
-        assert 0.8 * counted.training < plain <= counted.training
+        assert 0.8 * counted.training < plain < 1.1 * counted.training  # chunked forms compute scores twice
     # A transform for every channel and kernel is most of the work in both counts.
     assert accounting.executed_flops(shape, n_rows, False) == pytest.approx(counted.training, rel=0.5)
 

@@ -16,7 +16,7 @@ import torch
 
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.mixers.attention import Attention
-from lmu_dist.models.registry import built_in, find
+from lmu_dist.models.registry import built_in, find, version_of
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.train import VERSION
 
@@ -56,6 +56,11 @@ def difference(name: str, version: Any, found: list[float]) -> float:
     return max(abs(a - b) / b for a, b in zip(found, stored[str(version)], strict=True))
 
 
+def key_of(family: str) -> str:
+    """The key of a family's losses in its file: the versions of the family, of its parts and of the training."""
+    return f"{version_of(find(family), {})} with train.VERSION {VERSION}"
+
+
 def check_shared() -> None:
     """Raises an AssertionError with instructions if what all families share computes something else."""
     moved = difference("shared", VERSION, losses(SHARED))
@@ -70,7 +75,7 @@ def check_shared() -> None:
 def check(family: str) -> None:
     """Raises an AssertionError with instructions if the losses of a family have changed."""
     version = find(family).version
-    moved = difference(family, f"{version} with train.VERSION {VERSION}", losses(family))
+    moved = difference(family, key_of(family), losses(family))
     if moved >= TOLERANCE:
         check_shared()  # the cause, if it fails too
     assert moved < TOLERANCE, (
@@ -131,5 +136,5 @@ def update(name: str, version: Any, found: list[float]) -> None:
 
 if __name__ == "__main__":
     update("shared", VERSION, losses(SHARED))
-    for name, built in built_in().items():
-        update(name, f"{built.version} with train.VERSION {VERSION}", losses(name))
+    for name in built_in():
+        update(name, key_of(name), losses(name))

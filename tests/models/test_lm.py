@@ -1,4 +1,4 @@
-"""All four families as one LanguageModel: causality, chunked state, seeds, errors."""
+"""All built-in families as one LanguageModel: causality, chunked state, seeds, errors."""
 
 import math
 import weakref
@@ -41,6 +41,20 @@ def test_initial_loss_is_near_that_of_uniform_guessing(model, tokens):
     assert loss.shape == (2, LENGTH - 1)
     # logits of variance 1 add half a nat
     assert loss.mean().item() == pytest.approx(math.log(VOCAB) + 0.5, abs=0.5)
+
+
+def test_a_batch_is_learned_and_every_weight_takes_part(model, tokens):
+    adam = torch.optim.Adam(model.parameters(), 1e-2)
+    losses = list[float]()
+    for _ in range(20):
+        loss = model(tokens[:, :-1], tokens[:, 1:]).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
+    unused = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    assert not unused
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ def written(folder: Path, body: str, name: str = "own.py") -> str:
 
 
 def test_the_built_in_families_are_files(tmp_path: Path):
-    assert registry.names() == ("lmu", "lmu_attention", "transformer", "lstm")
+    paper = ("lmu", "lmu_attention", "transformer", "lstm")
+    assert registry.names() == (*paper, "llama", "gated_deltanet", "mamba2", "lmu_modern", "hybrid")
     folder = Path(registry.built_in_families.__file__).parent
     assert {path.stem for path in folder.glob("[!_]*.py")} == set(registry.names())
 

@@ -79,8 +79,8 @@ def train_by_role(stages: list[int], n_steps: int) -> dict[int, list[float]]:
     }
 
 
-def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAIN) -> Engine:
-    return Engine(model(), train, ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows), torch.device("cpu"))
+def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAIN, family: str = "lmu") -> Engine:
+    return Engine(model(family), train, ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows), torch.device("cpu"))
 
 
 def _train(engine: Engine, first: int, last: int) -> list:
@@ -97,6 +97,17 @@ def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, 
         engine = _engine(stage, micro_rows)
         metrics = _train(engine, 0, 20)
         results[stage] = [m.loss_nats for m in metrics], [m.grad_norm for m in metrics], engine.weights()
+    return results
+
+
+def train_families(families: list[str], cases: list[tuple[int, str]]) -> dict[tuple[str, int, str], list[float]]:
+    """Losses of 4 steps, by family, ZeRO stage and precision."""
+    results = {}
+    for family in families:
+        for stage, precision in cases:
+            engine = _engine(stage, train=replace(TRAIN, precision=precision), family=family)
+            results[family, stage, precision] = [m.loss_nats for m in _train(engine, 0, 4)]
+            engine.close()
     return results
 
 

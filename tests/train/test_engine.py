@@ -11,6 +11,8 @@ import torch
 from spawn_ranks import spawn_ranks
 
 from lmu_dist.data.batches import TokenDataset
+from lmu_dist.models.modern_family import ModernBlock
+from lmu_dist.models.registry import built_in
 from lmu_dist.train.engine import peak_bytes, reset_peak_bytes
 from lmu_dist.train.evaluate import evaluated_rows
 
@@ -39,6 +41,16 @@ def test_learning_rates_by_role_equal_plain_adam_at_every_stage(plain):
     assert abs(by_role[-1] - plain[7]) > 0.01
     for stage, losses in spawn_ranks(1, tasks.train_by_role, [0, 1, 2, 3], 8).items():
         assert np.abs(np.array(losses) - by_role).max() < 1e-5, stage
+
+
+def test_modern_families_train_at_zero_stages_and_in_bf16():
+    """Stage 3 gathers the weights of each module for its own forward pass: a module must not read those of another one."""
+    families = [name for name, family in built_in().items() if isinstance(family, ModernBlock)]
+    results = spawn_ranks(2, tasks.train_families, families, [(1, "fp32"), (3, "fp32"), (2, "bf16")])
+    for family in families:
+        plain = np.array(tasks.plain_adam(family, 4))
+        for case, tolerance in (((1, "fp32"), 1e-5), ((3, "fp32"), 1e-5), ((2, "bf16"), 0.05)):
+            assert np.abs(results[family, *case] - plain).max() < tolerance, (family, case)
 
 
 def test_gradient_accumulation_equals_the_full_batch(plain):

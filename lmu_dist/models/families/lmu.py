@@ -63,16 +63,8 @@ class LMU(Family):
             yield FeedForward(shape.d_model, shape.d_ff)
 
     def widths(self, d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int] | None:
-        """q' = 25/204 d, at most max_reduced_order, and q = 10 q' as in the paper's largest model, unless `options` set them.
-
-        q is at most theta, because a window of theta tokens has only theta independent coefficients. In wider models than the
-        paper's, more orders would cost more operations than all other sublayers together.
-        """
-        theta = options.theta_tokens or sequence_tokens
-        by_rule = max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
-        rows = options.reduced_order or min(by_rule, options.max_reduced_order)
-        order = options.order or min(PAPER_ORDERS_PER_ROW * rows, theta)
-        return {"d_ff": 1, "order": order, "reduced_order": rows, "theta_tokens": theta}
+        """Those of the memory. The feed-forward width is a free width."""
+        return {"d_ff": 1, **memory_widths(d_model, sequence_tokens, options)}
 
     def free_widths(self, blank: Shape, options: LMUOptions, n_params: int) -> Iterator[tuple[str, int, int]]:
         """The feed-forward width; then the order within a third of its value, unless `options` set it."""
@@ -102,13 +94,8 @@ class LMU(Family):
         return shape.n_blocks * (mixer_matmul_flops(shape) + 2 * feed_forward.matmul_flops(shape.d_model, shape.d_ff))
 
     def fft_flops(self, shape: Shape) -> float:
-        """5/2 m log2 m per real transform of m = 2n points, 6 per complex product.
-
-        Counts the paper's form, whichever form runs, so that the compute of a study does not depend on its hardware.
-        """
-        k, d, m = 3 * shape.reduced_order, shape.d_model, 2 * shape.sequence_tokens
-        transforms = d + k + k * d
-        return shape.n_blocks * ((transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / shape.sequence_tokens)
+        """Those of the mixers."""
+        return shape.n_blocks * mixer_fft_flops(shape)
 
     def executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
         """Those of the fused form and of two feed-forward layers per block."""
@@ -131,6 +118,19 @@ class LMU(Family):
         return LMUOptions(form="fft")
 
 
+def memory_widths(d_model: int, sequence_tokens: int, options: LMUOptions) -> dict[str, int]:
+    """q' = 25/204 d, at most max_reduced_order, and q = 10 q' as in the paper's largest model, unless `options` set them.
+
+    q is at most theta, because a window of theta tokens has only theta independent coefficients. In wider models than the
+    paper's, more orders would cost more operations than all other sublayers together.
+    """
+    theta = options.theta_tokens or sequence_tokens
+    by_rule = max(1, min(round(d_model * PAPER_REDUCED_ORDER_PER_WIDTH), theta // PAPER_ORDERS_PER_ROW))
+    rows = options.reduced_order or min(by_rule, options.max_reduced_order)
+    order = options.order or min(PAPER_ORDERS_PER_ROW * rows, theta)
+    return {"order": order, "reduced_order": rows, "theta_tokens": theta}
+
+
 def mixer_params(shape: Shape) -> int:
     """Trainable parameters of one LMU: projections, their biases, and p."""
     return 3 * shape.reduced_order * shape.order + 3 * shape.reduced_order + shape.reduced_order
@@ -143,6 +143,16 @@ def mixer_matmul_flops(shape: Shape) -> int:
     """
     d, r = shape.d_model, shape.reduced_order
     return 6 * r * shape.order + 2 * d * r * r + 2 * r * r + 2 * d * r
+
+
+def mixer_fft_flops(shape: Shape) -> float:
+    """Forward FLOPs per token of one LMU in transforms: 5/2 m log2 m per real one of m = 2n points, 6 per complex product.
+
+    Counts the paper's form, whichever form runs, so that the compute of a study does not depend on its hardware.
+    """
+    k, d, m = 3 * shape.reduced_order, shape.d_model, 2 * shape.sequence_tokens
+    transforms = d + k + k * d
+    return (transforms * 2.5 * m * math.log2(m) + 6 * k * d * (m / 2 + 1)) / shape.sequence_tokens
 
 
 def mixer_executed_flops(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:

@@ -1,6 +1,7 @@
-"""C++ kernels of the LMU for CPUs, built at first use and called through ctypes: implicit_attention.cpp and convolve.cpp.
+"""C++ kernels for CPUs, built at first use and called through ctypes.
 
-Called by implicit_attention and mixers/lmu/fourier.
+Those of implicit_attention.cpp, convolve.cpp and short_convolution.cpp. Called by implicit_attention, mixers/lmu/fourier and
+mixers/short_convolution.
 """
 
 import ctypes
@@ -21,7 +22,9 @@ from lmu_dist.toolchain import configure_extension_builds
 
 HERE = Path(__file__).parent
 LANES = 16  # channels in a vector; the same number as in lanes.h
-SOURCES = tuple(HERE / name for name in ("lanes.h", "transform.h", "implicit_attention.cpp", "convolve.cpp"))
+SOURCES = tuple(
+    HERE / name for name in ("lanes.h", "transform.h", "implicit_attention.cpp", "convolve.cpp", "short_convolution.cpp")
+)
 FLAGS = (
     "-O3",
     "-fopenmp",

@@ -19,25 +19,6 @@
 
 namespace {
 
-// e^x for x <= 0, with an error of at most two units in the last place; e^-87 for x < -87.
-inline Vec exp_negative(Vec x) {
-    const Vec floor_ = splat(-87.0f);
-    x = x < floor_ ? floor_ : x;
-    Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
-    IVec n = (IVec)shifted - 0x4B400000;
-    Vec k = shifted - 12582912.0f;
-    Vec r = x - k * 0.693359375f;
-    r = r - k * -2.12194440e-4f;
-    Vec y = splat(1.9875691500e-4f);
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    return (Vec)((IVec)y + (n << 23));
-}
-
 // gelu(x) = x Phi(x), and its derivative Phi(x) + x phi(x). Phi by Abramowitz & Stegun 7.1.26, to 8e-8; NaN stays NaN.
 inline void gelu(Vec x, Vec& value, Vec& derivative) {
     Vec magnitude = x < 0.0f ? -x : x;

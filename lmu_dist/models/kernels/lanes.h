@@ -1,5 +1,5 @@
 // Vectors of sixteen float32 numbers, with loads and stores of float32 or bfloat16.
-// Used by convolve.cpp and implicit_attention.cpp. Needs g++: clang has no __builtin_shuffle.
+// Used by convolve.cpp, implicit_attention.cpp and short_convolution.cpp. Needs g++: clang has no __builtin_shuffle.
 
 #pragma once
 
@@ -78,6 +78,25 @@ inline void store(T* to, int64_t n, Vec v) {
     T padded[LANES];
     store(padded, v);
     std::memcpy(to, padded, n * sizeof(T));
+}
+
+// e^x for x <= 0, with an error of at most two units in the last place; e^-87 for x < -87.
+inline Vec exp_negative(Vec x) {
+    const Vec floor_ = splat(-87.0f);
+    x = x < floor_ ? floor_ : x;
+    Vec shifted = x * 1.44269504088896341f + 12582912.0f;  // adding 1.5 * 2^23 rounds to an integer
+    IVec n = (IVec)shifted - 0x4B400000;
+    Vec k = shifted - 12582912.0f;
+    Vec r = x - k * 0.693359375f;
+    r = r - k * -2.12194440e-4f;
+    Vec y = splat(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    return (Vec)((IVec)y + (n << 23));
 }
 
 // Flushes denormals, numbers below 1.2e-38, to 0 while in scope. The tails of softmax and gelu, and the gradients computed from

@@ -1,5 +1,6 @@
 """Causal multi-head self-attention, the mixer of the transformer: (B, T, D) in, (B, T, D) out.
 
+`KVCache` and `attend_to_cache` are also used by rotary_attention.
 Legend: B batch, T time, D width, H heads, E = D / H channels of a head. Built by the families.
 """
 
@@ -31,6 +32,18 @@ class KVCache:
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
+def attend_to_cache(
+    q: Float[Tensor, "B H T E"], k: Float[Tensor, "B H T E"], v: Float[Tensor, "B H T E"], cache: KVCache | None
+) -> tuple[Float[Tensor, "B H T E"], KVCache]:
+    """Attention of the next chunk and the updated cache. Tokens attend to all earlier ones, cached or in the chunk."""
+    cache = cache or KVCache(k[:, :, :0], v[:, :, :0])
+    k, v = cache.extend(k, v)
+    n_keys, n_queries = k.shape[2], q.shape[2]
+    # A single query attends to every key, which needs no mask.
+    mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), cache
+
+
 class Attention(nn.Module):
     """GPT-2's attention sublayer: joint projection to Q, K, V, scaled dot product, output projection; all with biases."""
 
@@ -50,12 +63,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        """Outputs of the next chunk and the updated cache. Tokens attend to all earlier ones, cached or in the chunk."""
-        q, k, v = self._heads(x)
-        state = state or KVCache(k[:, :, :0], v[:, :, :0])
-        k, v = state.extend(k, v)
-        n_keys, n_queries = k.shape[2], q.shape[2]
-        # A single query attends to every key, which needs no mask.
-        mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        """Outputs of the next chunk and the updated cache."""
+        y, state = attend_to_cache(*self._heads(x), state)
         return self.out(y.transpose(1, 2).flatten(2)), state

@@ -220,4 +220,7 @@ class LMU(nn.Module):
         form: Form = "recurrent" if x.shape[1] == 1 else "chunked"
         projected, state = projected_memory(x, self.projection_matrix, self.theta_tokens, state, form)
         assert state is not None
-        return attend_to_memory(projected.to(x.dtype), self.bias, self.p), state
+        return self._attend(projected.to(x.dtype)), state
+
+    def _attend(self, projected: Float[Tensor, "B T K D"]) -> Float[Tensor, "B T D"]:
+        return attend_to_memory(projected, self.bias, self.p)
