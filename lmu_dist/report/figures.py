@@ -16,11 +16,12 @@ from matplotlib.figure import Figure
 
 from lmu_dist.report import panels
 from lmu_dist.report.panels import FAINT, INK
-from lmu_dist.scaling.answer import BASE, NEW
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.results import Results
 
 MAX_SIZE_FIGURES = 8  # most figures of loss against tokens
+MAX_LEGEND_INSIDE = 5  # most entries of a legend that fits beside the curves
+LEGEND_LINE_INCHES = 0.17
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,23 @@ def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFig
             axes.xaxis.label.set_color(INK)
             axes.yaxis.label.set_color(INK)
             draw_panel(axes)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+            _draw_legend(figure, axes)
             figure.savefig(folder / f"{name}.png", dpi=160)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading, variables)))
     return figures
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    """Draws the legend inside the axes if it is short, else in two columns below them, and makes the figure taller."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > MAX_LEGEND_INSIDE:
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * -(-len(labels) // 2))
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+    elif labels:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def css_variable(family: str) -> str:
@@ -96,16 +106,17 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         "are for 13 billion tokens of another text with another vocabulary: compare slopes and order, not the loss itself.",
         lambda axes: panels.loss_vs_n(axes, study),
     )
-    headline = results.headline
+    headline, pair = results.headline, results.pair
     if headline and any(size.curves.known or size.curves.bound or size.laws.known for size in headline.sizes):
         yield (
             "efficiency",
             "efficiency",
-            f"Data-efficiency factor: {study.title(BASE)} against {study.title(NEW)}",
-            f"Tokens that the {study.title(BASE)} needs, divided by the tokens that the {study.title(NEW)} needs for the same "
-            "loss at equal N; with 90 % intervals where known. Triangles are bounds, where the families have no loss in common "
-            "(pointing up: the factor is larger). Dotted line: the factor of 10 that the paper claims.",
-            lambda axes: panels.efficiency(axes, study, headline),
+            f"Data-efficiency factor: {study.title(pair.base)} against {study.title(pair.new)}",
+            f"Tokens that the {study.title(pair.base)} needs, divided by the tokens that the {study.title(pair.new)} needs "
+            "for the same loss at equal N; with 90 % intervals where known. Triangles are bounds, where the families have no "
+            "loss in common (pointing up: the factor is larger)."
+            + (f" Dotted line: the factor of {pair.claimed_factor:g} that the paper claims." if pair.claimed_factor else ""),
+            lambda axes: panels.efficiency(axes, study, headline, pair.claimed_factor),
         )
     sizes = (
         study.size_bins

@@ -4,7 +4,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from lmu_dist.scaling.answer import CLAIMED_FACTOR, NEW
 from lmu_dist.scaling.collect import Study, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, loss_curve
 from lmu_dist.scaling.compute import SIX_ND, within_table
@@ -41,10 +40,9 @@ def loss_vs_n(axes: Axes, study: Study) -> None:
     axes.set_ylabel("validation loss (nats per token)")
 
 
-def efficiency(axes: Axes, study: Study, comparison: Comparison) -> None:
+def efficiency(axes: Axes, study: Study, comparison: Comparison, claimed: float | None) -> None:
     """Draws the data-efficiency factor against N, from curves and from laws, with intervals and bounds."""
-    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
-    axes.axhline(1, color=INK, linewidth=0.8)
+    _factor_lines(axes, claimed)
     colour = study.appearances[comparison.new].colour
     for shift, marker, pick, label in ((0.97, "o", lambda s: s.curves, "curves"), (1.03, "s", lambda s: s.laws, "laws")):
         first = True
@@ -61,7 +59,7 @@ def efficiency(axes: Axes, study: Study, comparison: Comparison) -> None:
             elif factor.bound:
                 up = factor.bound[0] == ">"
                 axes.plot([x], [factor.bound[1]], "^" if up else "v", color=FAINT, markersize=8)
-    axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(15, axes.get_ylim()[1]))
+    axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(1.5 * (claimed or 2), axes.get_ylim()[1]))
     _log(axes, x=True, y=True)
     axes.set_xlabel("parameters N, without embeddings")
     axes.set_ylabel("data-efficiency factor")
@@ -127,12 +125,11 @@ def by_position(axes: Axes, study: Study, results: Results) -> None:
                 [factor.value],
                 yerr=reach,
                 fmt="o",
-                color=study.appearances[NEW].colour,
+                color=study.appearances[results.pair.new].colour,
                 markersize=4,
                 capsize=2,
             )
-    axes.axhline(1, color=INK, linewidth=0.8)
-    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
+    _factor_lines(axes, results.pair.claimed_factor)
     _log(axes, x=True, y=True)
     axes.set_xlabel("position in the sequence (tokens)")
     axes.set_ylabel("data-efficiency factor")
@@ -190,6 +187,7 @@ def isoflop(axes: Axes, study: Study, fitted: FamilyFit) -> None:
 def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
     """Draws the residual of each run from its law, against N (`n`) or D (`d`)."""
     axes.axhline(0, color=INK, linewidth=0.8)
+    step, middle = 1.04 ** min(1, 4 / len(results.fits)), (len(results.fits) - 1) / 2  # families do not hide each other
     for i, fitted in enumerate(results.fits):
         if fitted.result.law is None:
             continue
@@ -198,11 +196,24 @@ def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
         x: Floats = table.n_params if axis == "n" else table.tokens
         residual = -log_residuals(fitted.result.law, table)
         axes.plot(
-            x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=study.title(fitted.family)
+            x * step ** (i - middle),
+            residual,
+            marker,
+            color=colour,
+            markersize=3,
+            alpha=0.8,
+            label=study.title(fitted.family),
         )
     _log(axes, x=True)
     axes.set_xlabel({"n": "parameters N, without embeddings", "d": "training tokens D"}[axis])
     axes.set_ylabel("ln(measured / predicted)")
+
+
+def _factor_lines(axes: Axes, claimed: float | None) -> None:
+    """Draws the factor that the paper claims for the pair, if there is one, and a factor of 1."""
+    if claimed is not None:
+        axes.axhline(claimed, color=INK, linestyle=":", linewidth=1)
+    axes.axhline(1, color=INK, linewidth=0.8)
 
 
 def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
