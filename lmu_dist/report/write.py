@@ -84,7 +84,7 @@ def write_report(
     results = analyse(study, curves, n_resamples, pair)
     forecasts = score_forecasts(study, forecasts_of(store, experiment))
     show("drawing", 3, 4)
-    figures = draw_figures(study, results, folder)
+    figures = draw_figures(study, results, forecasts, folder)
     write_runs(folder / "runs.csv", study)
     facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
     pair_facts = {"version": RESULTS_VERSION, "pair": asdict(pair)}
