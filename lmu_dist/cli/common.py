@@ -158,7 +158,9 @@ def print_notes(notes: Sequence[str]) -> None:
         show.console.print(f"note: {note}")
 
 
-def write_report_files(experiment: str, output: str, any_code: bool = False) -> "ReportFiles":
+def write_report_files(
+    experiment: str, output: str, any_code: bool = False, baseline: str | None = None, family: str | None = None
+) -> "ReportFiles":
     """Writes the report of an experiment to a folder, and shows the progress."""
     from lmu_dist.report.write import write_report
     from lmu_dist.tracking.store import existing_store
@@ -166,4 +168,5 @@ def write_report_files(experiment: str, output: str, any_code: bool = False) -> 
 
     set_client_limits()
     with show.progress_bars() as bars, local_output_dir(open_folder(resolve_path(output))) as folder:
-        return write_report(existing_store(tracking_uri()), experiment, folder, any_code, bars.update)
+        store = existing_store(tracking_uri())
+        return write_report(store, experiment, folder, any_code, bars.update, baseline=baseline, family=family)

@@ -58,13 +58,19 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 @click.argument("experiment")
 @click.option("-o", "--output", default="report", show_default=True, help="Folder in which the report is written.")
 @click.option("--any-code", is_flag=True, help="Versions of a family or of the training may differ between runs.")
+@click.option(
+    "--baseline",
+    metavar="F",
+    help="Family that the others are compared with; by default plan.baseline of the ladder, else transformer, else llama.",
+)
+@click.option("--family", metavar="F", help="Family whose factor over the baseline is the answer; by default lmu.")
 @json_option
-def report(experiment: str, output: str, any_code: bool, as_json: bool) -> None:
+def report(experiment: str, output: str, any_code: bool, baseline: str | None, family: str | None, as_json: bool) -> None:
     """Write the report of an experiment and upload it to MLflow.
 
-    It has scaling laws, the data-efficiency factor, figures, and the page report.html.
+    It has scaling laws, data-efficiency factors of all families over one of them, figures, and the page report.html.
     """
-    written = write_report_files(experiment, output, any_code)
+    written = write_report_files(experiment, output, any_code, baseline, family)
     if as_json:
         show.print_json(written.results_json)
     else:

@@ -224,6 +224,6 @@ class PlanConfig:
     price_per_worker_hour: Annotated[float, Field(ge=0)] = 0.0  # price of a worker for an hour, in any currency
     law: Annotated[AssumedLaw, Section] = AssumedLaw()  # assumed scaling law of the baseline family
     efficiency_factor: Positive = 10.0  # assumed: the other families reach a loss with this many times fewer tokens
-    baseline: Family = "transformer"  # family that the others are compared with
+    baseline: Family = "transformer"  # family that the others are compared with, also by `report` and `next`
     n_slots: Count | None = None  # workers that run at the same time; None: as many as the largest cell has
     noise: Positive = 0.005  # standard deviation of ln L between runs that differ in the seed only

@@ -42,6 +42,7 @@ from lmu_dist.launch.trials import (
 )
 from lmu_dist.launch.waves import Waves, plan_of
 from lmu_dist.launch.work_queue import WorkItem, WorkState, start_work_queue
+from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid
 from lmu_dist.planning.plan_rows import to_row
@@ -318,4 +319,5 @@ def _write_plan(store: Store, cells: Sequence[Cell], not_needed: Collection[str]
     with suppress(MLflowUnavailableError, OSError):  # of the disk of temporary files or artifacts
         config = cells[0].config
         rows = [to_row(cell) for cell in plan_of(cells)]
-        write_plan(store, config.experiment, STUDY, [row | {"not_needed": row["key"] in not_needed} for row in rows])
+        rows = [row | {"not_needed": row["key"] in not_needed} for row in rows]
+        write_plan(store, config.experiment, STUDY, rows, registry.find(config.plan.baseline).name)

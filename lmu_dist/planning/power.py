@@ -5,6 +5,7 @@ be. The spread of the estimates is the precision that the grid can reach. To sav
 assumed law. The simulation therefore does not notice that a fit of a poor grid can end in another optimum from another start.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,8 +14,10 @@ from lmu_dist.config import Config
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import GridCell, grid
+from lmu_dist.scaling.appearance import family_order
 from lmu_dist.scaling.fit import refit
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.pair import Pair, choose_pair
 from lmu_dist.scaling.table import rows_from_columns
 
 SIMULATIONS = 100
@@ -54,11 +57,11 @@ def estimate_power(config: Config, seed: int = 0) -> PowerEstimate:
     base_law = Chinchilla(E=law.E, A=law.A, B=law.B, alpha=law.alpha, beta=law.beta)
     other_law = replace(base_law, B=base_law.B * factor**-base_law.beta)
     assumed = {"alpha": law.alpha, "beta": law.beta, "efficiency_factor": factor, "noise": config.plan.noise}
-    families = {cell.shape.family for cell in cells}
+    n_cells = Counter(sorted((cell.shape.family for cell in cells), key=family_order))
     named = registry.find(config.plan.baseline).name
-    baseline = named if named in families else min(families, default=named)
+    pair = choose_pair(n_cells, planned=named) if len(n_cells) > 1 else Pair(min(n_cells, default=named), "")
+    baseline, others = pair.base, [pair.new] if pair.new else []
     base_grid = _sizes_and_tokens(cells, baseline)
-    others = sorted(families - {baseline})
     if len(base_grid) < MIN_CELLS or len(set(base_grid[:, 0])) < 3 or len(set(base_grid[:, 1])) < 3:
         remark = (
             f"{len(base_grid)} cells of {baseline} cannot determine a law of five parameters; "

@@ -12,14 +12,14 @@ from lmu_dist.planning.next_cell import Choice, next_cells
 from lmu_dist.planning.plan_rows import from_rows
 from lmu_dist.planning.until import largest_common_size
 from lmu_dist.records import ENDED, RUNNING
-from lmu_dist.scaling.answer import BASE
 from lmu_dist.scaling.appearance import family_order
 from lmu_dist.scaling.collect import collect
 from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.pair import choose_pair
 from lmu_dist.tracking.experiments import find_experiment
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.studies import read_plans
+from lmu_dist.tracking.studies import planned_baseline, read_plans
 
 HEADER = ("cell", "N", "tokens", "cost", "interval now", "after it", "gain", "per {}", "why")
 
@@ -76,8 +76,13 @@ class Proposal:
         )
 
 
-def propose(store: Store, experiment: str, ask: str, family: str | None, count: int, per: str) -> Proposal:
-    """Ranks the missing cells of an experiment's plan. Raises ConfigError if there is no plan, or it cannot answer."""
+def propose(
+    store: Store, experiment: str, ask: str, family: str | None, count: int, per: str, baseline: str | None = None
+) -> Proposal:
+    """Ranks the missing cells of an experiment's plan. Raises ConfigError if there is no plan, or it cannot answer.
+
+    `baseline` is the base of factors; by default plan.baseline of the ladder, or what a report takes.
+    """
     with store.one_line_errors():
         find_experiment(store, experiment)
     planned_rows = read_plans(store, experiment)
@@ -90,7 +95,7 @@ def propose(store: Store, experiment: str, ask: str, family: str | None, count: 
             "--per hours: step times are unknown; run lmu-dist plan --calibrate or set plan.flops_per_second, and start the "
             "ladder once"
         )
-    questions = questions_of(plan, ask, family)
+    questions = questions_of(plan, ask, family, baseline, planned_baseline(store, experiment))
     families = list(dict.fromkeys(f for question in questions for f in question.families))
     states = {row.key: row.state for row in rows(store, experiment)}
     n_running = sum(states.get(cell.key) == RUNNING for cell in plan)
@@ -105,11 +110,18 @@ def propose(store: Store, experiment: str, ask: str, family: str | None, count: 
     )
 
 
-def questions_of(plan: Sequence[PlannedCell], ask: str, family: str | None) -> list[Question]:
-    """The questions of `--ask` and `--family`. Raises ConfigError with what is allowed."""
+def questions_of(
+    plan: Sequence[PlannedCell], ask: str, family: str | None, baseline: str | None = None, planned: str | None = None
+) -> list[Question]:
+    """The questions of `--ask`, `--family` and `--baseline`. Raises ConfigError with what is allowed.
+
+    `planned`: plan.baseline, for which no option is needed.
+    """
     families = sorted({cell.family for cell in plan}, key=family_order)
     if family is not None and family not in families:
         raise ConfigError(f"--family {family}: the plan has {', '.join(families)}")
+    if baseline is not None and ask != "factor":
+        raise ConfigError(f"--baseline {baseline}: only --ask factor compares families, and --ask is {ask}; leave it out")
     kind, _, point = ask.partition("=")
     if kind in ("alpha", "beta") and not point:
         return [Question(kind, f) for f in families if family in (None, f)]
@@ -121,7 +133,8 @@ def questions_of(plan: Sequence[PlannedCell], ask: str, family: str | None) -> l
         return [Question("loss", f, n_params=float(n_params), tokens=float(tokens)) for f in families if family in (None, f)]
     if ask != "factor":
         raise ConfigError(f"--ask {ask}: must be factor, alpha, beta or loss=N,D")
-    base = BASE if BASE in families else families[-1]
+    n_cells = {f: sum(cell.family == f for cell in plan) for f in families}
+    base = families[0] if len(families) < 2 else choose_pair(n_cells, baseline, None, planned, "the plan has").base
     others = [f for f in families if f != base and family in (None, f)]
     if not others:
         raise ConfigError(f"--ask factor: the plan has {', '.join(families)}, and a factor needs a family besides {base}")

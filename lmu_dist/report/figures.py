@@ -14,13 +14,16 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lmu_dist.report import panels
+from lmu_dist.report import factor_panels, panels
+from lmu_dist.report.forecasts import ForecastScores
 from lmu_dist.report.panels import FAINT, INK
-from lmu_dist.scaling.answer import BASE, NEW
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.results import Results
 
 MAX_SIZE_FIGURES = 8  # most figures of loss against tokens
+MAX_COMPARISONS_WITHOUT_FIGURE = 3  # most families beside the base whose factors are easily read in the table
+MAX_LEGEND_INSIDE = 5  # most entries of a legend that fits beside the curves
+LEGEND_LINE_INCHES = 0.17
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,15 @@ class ReportFigure:
     svg: str
 
 
-DrawPanel = Callable[[Axes], None]
+FigureToDraw = tuple[str, str, str, str, Callable[[Axes], None]]  # name, section, heading, caption
 
 
-def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFigure]:
+def draw_figures(study: Study, results: Results, forecasts: ForecastScores, folder: Path) -> list[ReportFigure]:
     """Writes all figures for which the study has data, and returns them in the order of the page."""
     figures = list[ReportFigure]()
     families = {look.colour: css_variable(family) for family, look in study.appearances.items()}
     variables = {INK: "--ink", FAINT: "--faint"} | families
-    for name, section, heading, caption, draw_panel in _figures(study, results):
+    for name, section, heading, caption, draw_panel in _figures(study, results, forecasts):
         with rc_context(
             {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": INK, "text.color": INK}
         ):
@@ -54,14 +57,23 @@ def draw_figures(study: Study, results: Results, folder: Path) -> list[ReportFig
             axes.xaxis.label.set_color(INK)
             axes.yaxis.label.set_color(INK)
             draw_panel(axes)
-            if axes.get_legend_handles_labels()[1]:
-                axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+            _draw_legend(figure, axes)
             figure.savefig(folder / f"{name}.png", dpi=160)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading, variables)))
     return figures
+
+
+def _draw_legend(figure: Figure, axes: Axes) -> None:
+    """Draws the legend inside the axes if it is short, else in two columns below them, and makes the figure taller."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > MAX_LEGEND_INSIDE:
+        figure.set_figheight(figure.get_figheight() + LEGEND_LINE_INCHES * -(-len(labels) // 2))
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=8, labelcolor=INK)
+    elif labels:
+        axes.legend(frameon=False, fontsize=8, labelcolor=INK)
 
 
 def css_variable(family: str) -> str:
@@ -87,7 +99,7 @@ def _to_page_svg(svg: str, heading: str, variables: Mapping[str, str]) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{heading}" ', 1)
 
 
-def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, str, DrawPanel]]:
+def _figures(study: Study, results: Results, forecasts: ForecastScores) -> Iterator[FigureToDraw]:
     yield (
         "loss_vs_n",
         "size",
@@ -96,17 +108,7 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
         "are for 13 billion tokens of another text with another vocabulary: compare slopes and order, not the loss itself.",
         lambda axes: panels.loss_vs_n(axes, study),
     )
-    headline = results.headline
-    if headline and any(size.curves.known or size.curves.bound or size.laws.known for size in headline.sizes):
-        yield (
-            "efficiency",
-            "efficiency",
-            f"Data-efficiency factor: {study.title(BASE)} against {study.title(NEW)}",
-            f"Tokens that the {study.title(BASE)} needs, divided by the tokens that the {study.title(NEW)} needs for the same "
-            "loss at equal N; with 90 % intervals where known. Triangles are bounds, where the families have no loss in common "
-            "(pointing up: the factor is larger). Dotted line: the factor of 10 that the paper claims.",
-            lambda axes: panels.efficiency(axes, study, headline),
-        )
+    yield from _factor_figures(study, results)
     sizes = (
         study.size_bins
         if len(study.size_bins) <= MAX_SIZE_FIGURES
@@ -138,7 +140,7 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
             f"Data-efficiency factor by position at N = {results.by_position.n_params:,}",
             "Computed from loss against tokens in each bin of positions, with 90 % intervals. Bins in which the families have "
             "no loss in common are missing.",
-            lambda axes: panels.by_position(axes, study, results),
+            lambda axes: factor_panels.by_position(axes, study, results),
         )
     yield (
         "frontier",
@@ -169,3 +171,36 @@ def _figures(study: Study, results: Results) -> Iterator[tuple[str, str, str, st
                 "ln(measured loss / predicted loss) of every run. A trend shows where the law itself is wrong, beyond noise.",
                 lambda axes, axis=axis: panels.residuals(axes, study, results, axis),
             )
+    if forecasts.counted:
+        yield (
+            "forecasts",
+            "forecasts",
+            "Forecasts and what came of them",
+            "Markers: the actual loss relative to the predicted one, for the first forecast of each cell that has ended. Bars: "
+            "the 90 % interval of the forecast. About nine markers of ten should be on their bars.",
+            lambda axes: panels.forecasts(axes, study, forecasts.counted),
+        )
+
+
+def _factor_figures(study: Study, results: Results) -> Iterator[FigureToDraw]:
+    headline, pair = results.headline, results.pair
+    if headline and any(size.curves.known or size.curves.bound or size.laws.known for size in headline.sizes):
+        yield (
+            "efficiency",
+            "efficiency",
+            f"Data-efficiency factor: {study.title(pair.base)} against {study.title(pair.new)}",
+            f"Tokens that the {study.title(pair.base)} needs, divided by the tokens that the {study.title(pair.new)} needs "
+            "for the same loss at equal N; with 90 % intervals where known. Triangles are bounds, where the families have no "
+            "loss in common (pointing up: the factor is larger)."
+            + (f" Dotted line: the factor of {pair.claimed_factor:g} that the paper claims." if pair.claimed_factor else ""),
+            lambda axes: factor_panels.efficiency(axes, study, headline, pair.claimed_factor),
+        )
+    if len(results.comparisons) > MAX_COMPARISONS_WITHOUT_FIGURE:
+        yield (
+            "efficiency_all",
+            "efficiency",
+            f"Data-efficiency factor of every family over the {study.title(pair.base)}",
+            f"At the largest size that the family and the {study.title(pair.base)} have in common, from laws if these give an "
+            "interval, else from curves. Bars are 90 % intervals; an open marker has none. Triangles are bounds.",
+            lambda axes: factor_panels.all_families(axes, study, results.comparisons),
+        )

@@ -12,11 +12,10 @@ from lmu_dist import __version__
 from lmu_dist.report.figures import ReportFigure, css_variable
 from lmu_dist.report.forecasts import ForecastScores
 from lmu_dist.report.law_table import law_rows, law_sentence, misfit_sentence, p_text
-from lmu_dist.scaling.answer import BASE, NEW, WORST
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.laws import parameters
 from lmu_dist.scaling.published import KAPLAN_NS, PAPER
-from lmu_dist.scaling.results import Results
+from lmu_dist.scaling.results import PAPER_ORDER, Results
 
 SECTIONS = (
     ("size", "Loss against size"),
@@ -55,14 +54,20 @@ def render(
         figures={name: [f for f in figures if f.section == name] for name, _ in SECTIONS},
         sections=SECTIONS,
         reproduce=reproduce,
-        base=BASE,
-        new=NEW,
-        worst=WORST,
+        pair=results.pair,
+        paper_order=PAPER_ORDER,
+        show_controlled=_show_controlled(study, results),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
         paper_exponents={name: law.exponent for name, law in PAPER.items()} | {"transformer": KAPLAN_NS.alpha_N},
         libraries={name: version(name) for name in ("numpy", "scipy", "mlflow")},
     )
+
+
+def _show_controlled(study: Study, results: Results) -> bool:
+    """Whether the controlled comparisons say more than the headline."""
+    possible = {(c.base, c.new) for c in results.controlled if {c.base, c.new} <= set(study.families)}
+    return bool(possible - {(results.pair.base, results.pair.new)})
 
 
 def _number(value: float | None, digits: int = 4) -> str:

@@ -1,14 +1,15 @@
 """Draws the content of each figure on matplotlib axes. Colour, marker and line of a family are the study's."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from lmu_dist.scaling.answer import CLAIMED_FACTOR, NEW
+from lmu_dist.report.forecasts import ForecastScore
 from lmu_dist.scaling.collect import Study, rows_from_runs
-from lmu_dist.scaling.compare import Comparison, loss_curve
+from lmu_dist.scaling.compare import loss_curve
 from lmu_dist.scaling.compute import SIX_ND, within_table
-from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import log_residuals
 from lmu_dist.scaling.positions import bin_positions
@@ -36,35 +37,9 @@ def loss_vs_n(axes: Axes, study: Study) -> None:
             axes.plot(sizes, paper_loss(family, sizes), line, color=colour, linewidth=0.7, alpha=0.7)
         except KeyError:
             continue
-    _log(axes, x=True, y=True)
+    log_axes(axes, x=True, y=True)
     axes.set_xlabel("parameters N, without embeddings")
     axes.set_ylabel("validation loss (nats per token)")
-
-
-def efficiency(axes: Axes, study: Study, comparison: Comparison) -> None:
-    """Draws the data-efficiency factor against N, from curves and from laws, with intervals and bounds."""
-    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
-    axes.axhline(1, color=INK, linewidth=0.8)
-    colour = study.appearances[comparison.new].colour
-    for shift, marker, pick, label in ((0.97, "o", lambda s: s.curves, "curves"), (1.03, "s", lambda s: s.laws, "laws")):
-        first = True
-        for size in comparison.sizes:
-            factor: Factor = pick(size)
-            x = size.n_params * shift
-            if factor.value is not None:
-                y, ends = factor.value, factor.interval
-                reach = [[y - ends[0]], [ends[1] - y]] if ends else None
-                fill = colour if marker == "o" else "none"
-                axes.errorbar([x], [y], yerr=reach, fmt=marker, color=colour, markerfacecolor=fill, capsize=3,
-                              label=f"from {label}" if first else None)  # fmt: skip
-                first = False
-            elif factor.bound:
-                up = factor.bound[0] == ">"
-                axes.plot([x], [factor.bound[1]], "^" if up else "v", color=FAINT, markersize=8)
-    axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(15, axes.get_ylim()[1]))
-    _log(axes, x=True, y=True)
-    axes.set_xlabel("parameters N, without embeddings")
-    axes.set_ylabel("data-efficiency factor")
 
 
 def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
@@ -77,7 +52,8 @@ def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
         look = study.appearances[family]
         colour, marker, line = look.colour, look.marker, look.line
         tokens = np.array([r.record.tokens for r in runs], np.float64)
-        axes.plot(tokens, [r.record.val_loss_nats for r in runs], marker, color=colour, markersize=4, label=study.title(family))
+        axes.plot(tokens, [r.record.val_loss_nats for r in runs], marker, color=colour, markersize=4)
+        axes.plot([], [], line, marker=marker, color=colour, markersize=4, linewidth=1, label=study.title(family))
         law = laws[family]
         if law is not None:
             dense = np.geomspace(tokens.min(), tokens.max(), 50)
@@ -85,7 +61,7 @@ def tokens(axes: Axes, study: Study, results: Results, size_bin: int) -> None:
         else:
             curve = loss_curve(study, family, size_bin)
             axes.plot(curve.tokens, curve.loss, line, color=colour, linewidth=1)
-    _log(axes, x=True, y=True)
+    log_axes(axes, x=True, y=True)
     axes.set_xlabel("training tokens D")
     axes.set_ylabel("validation loss (nats per token)")
 
@@ -111,31 +87,9 @@ def positions(axes: Axes, study: Study, results: Results, size_bin: int) -> None
         )
         if position.level.position and position.level.determined:
             axes.axvline(position.level.position, color=colour, linewidth=0.7, alpha=0.6)
-    _log(axes, x=True)
+    log_axes(axes, x=True)
     axes.set_xlabel("position in the sequence (tokens)")
     axes.set_ylabel("validation loss (nats per token)")
-
-
-def by_position(axes: Axes, study: Study, results: Results) -> None:
-    """Draws the data-efficiency factor against position."""
-    assert results.by_position is not None
-    for first, last, factor in results.by_position.bins:
-        if factor.value is not None and factor.interval is not None:
-            reach = [[factor.value - factor.interval[0]], [factor.interval[1] - factor.value]]
-            axes.errorbar(
-                [np.sqrt(first * last)],
-                [factor.value],
-                yerr=reach,
-                fmt="o",
-                color=study.appearances[NEW].colour,
-                markersize=4,
-                capsize=2,
-            )
-    axes.axhline(1, color=INK, linewidth=0.8)
-    axes.axhline(CLAIMED_FACTOR, color=INK, linestyle=":", linewidth=1)
-    _log(axes, x=True, y=True)
-    axes.set_xlabel("position in the sequence (tokens)")
-    axes.set_ylabel("data-efficiency factor")
 
 
 def frontier(axes: Axes, study: Study, results: Results) -> None:
@@ -160,7 +114,7 @@ def frontier(axes: Axes, study: Study, results: Results) -> None:
             n, d = law.optimum(dense)
             seen = within_table(rows_from_runs(runs), n, d)
             axes.plot(dense[seen], law.loss(n[seen], d[seen]), line, color=colour, linewidth=1.2)
-    _log(axes, x=True, y=True)
+    log_axes(axes, x=True, y=True)
     axes.xaxis.set_major_locator(LogLocator(numticks=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.0e}".replace("e+", "e")))
     axes.set_xlabel("training compute (6 N D FLOPs)")
@@ -181,7 +135,7 @@ def isoflop(axes: Axes, study: Study, fitted: FamilyFit) -> None:
         axes.annotate(f" {parabola.flops:.0e}".replace("e+", "e"), end, fontsize=7, color=INK, va="center")
         if parabola.n_params:
             axes.plot([parabola.n_params], parabola.loss(np.array([parabola.n_params])), "*", color=INK, markersize=8)
-    _log(axes, x=True)
+    log_axes(axes, x=True)
     axes.margins(x=0.12)
     axes.set_xlabel("parameters N, without embeddings")
     axes.set_ylabel("validation loss (nats per token)")
@@ -190,6 +144,7 @@ def isoflop(axes: Axes, study: Study, fitted: FamilyFit) -> None:
 def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
     """Draws the residual of each run from its law, against N (`n`) or D (`d`)."""
     axes.axhline(0, color=INK, linewidth=0.8)
+    step, middle = 1.04 ** min(1, 8 / len(results.fits)), (len(results.fits) - 1) / 2  # families do not hide each other
     for i, fitted in enumerate(results.fits):
         if fitted.result.law is None:
             continue
@@ -198,14 +153,39 @@ def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
         x: Floats = table.n_params if axis == "n" else table.tokens
         residual = -log_residuals(fitted.result.law, table)
         axes.plot(
-            x * 1.04 ** (i - 1.5), residual, marker, color=colour, markersize=3, alpha=0.8, label=study.title(fitted.family)
+            x * step ** (i - middle),
+            residual,
+            marker,
+            color=colour,
+            markersize=3,
+            alpha=0.8,
+            label=study.title(fitted.family),
         )
-    _log(axes, x=True)
+    log_axes(axes, x=True)
     axes.set_xlabel({"n": "parameters N, without embeddings", "d": "training tokens D"}[axis])
     axes.set_ylabel("ln(measured / predicted)")
 
 
-def _log(axes: Axes, x: bool = False, y: bool = False) -> None:
+def forecasts(axes: Axes, study: Study, scores: Sequence[ForecastScore]) -> None:
+    """Draws by how much each actual loss differs from its forecast, and the interval of the forecast around zero."""
+    axes.axhline(0, color=INK, linewidth=0.8)
+    titled = set[str]()
+    for i, score in enumerate(scores, 1):
+        made, look = score.forecast, study.appearances[score.forecast.family]
+        assert score.actual_nats is not None
+        ends = [100 * (end / made.loss_nats - 1) for end in (made.low_nats, made.high_nats)]
+        axes.plot([i, i], ends, "-", color=look.colour, linewidth=5, alpha=0.3, solid_capstyle="butt")
+        label = None if made.family in titled else study.title(made.family)
+        actual = 100 * (score.actual_nats / made.loss_nats - 1)
+        axes.plot([i], [actual], look.marker, color=look.colour, markersize=5, label=label)
+        titled.add(made.family)
+    axes.set_xlim(0.5, max(len(scores), 5) + 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("forecast, in the order in which they were made")
+    axes.set_ylabel("actual loss over predicted, minus 1 (%)")
+
+
+def log_axes(axes: Axes, x: bool = False, y: bool = False) -> None:
     """Makes axes logarithmic, with labels between decades if they span few."""
     for wanted, scaled, axis, limits in (
         (x, axes.set_xscale, axes.xaxis, axes.get_xlim),

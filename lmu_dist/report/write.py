@@ -21,13 +21,23 @@ from lmu_dist.report.page import render
 from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, to_json
 from lmu_dist.scaling.collect import Study, collect, write_runs
 from lmu_dist.scaling.intervals import N_RESAMPLES
-from lmu_dist.scaling.results import FamilyFit, Results, analyse, runs_at_largest_budget, runs_compared_by_position
+from lmu_dist.scaling.pair import Pair
+from lmu_dist.scaling.results import (
+    FamilyFit,
+    Results,
+    analyse,
+    default_pair,
+    runs_at_largest_budget,
+    runs_compared_by_position,
+)
 from lmu_dist.tracking.errors import MLflowUnavailableError
 from lmu_dist.tracking.forecasts import forecasts_of
 from lmu_dist.tracking.reports import reports_of, save_report
 from lmu_dist.tracking.runs import position_losses
 from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import planned_baseline
 
+RESULTS_VERSION = 2  # of results.json, see docs/reading-a-report.md; 1 had no version, and always lmu over transformer
 ShowProgress = Callable[[str, float, float], None]
 
 
@@ -45,29 +55,40 @@ class ReportFiles:
 
 
 def write_report(
-    store: Store, experiment: str, folder: Path, any_code: bool, show: ShowProgress, n_resamples: int = N_RESAMPLES
+    store: Store,
+    experiment: str,
+    folder: Path,
+    any_code: bool,
+    show: ShowProgress,
+    n_resamples: int = N_RESAMPLES,
+    baseline: str | None = None,
+    family: str | None = None,
 ) -> ReportFiles:
     """Collects and analyses the runs of an experiment and writes all files of the report.
 
-    Raises ConfigError if the experiment has no usable run, OSError if a file cannot be written.
+    `baseline` and `family` are the two whose factor is the answer; by default the baseline is plan.baseline of the experiment's
+    ladder, and else `choose_pair` has a rule. Raises ConfigError if the experiment has no usable run or lacks one of these
+    families, OSError if a file cannot be written.
     """
     show("collecting runs", 0, 4)
     study = collect(store, experiment, any_code)
+    pair = default_pair(study, baseline, family, planned_baseline(store, experiment))
     _prepare_folder(folder)
-    wanted = {run.run_id: run for run in [*runs_at_largest_budget(study), *runs_compared_by_position(study)]}
+    wanted = {run.run_id: run for run in [*runs_at_largest_budget(study), *runs_compared_by_position(study, pair)]}
     curves = dict[str, np.ndarray]()
     for i, run_id in enumerate(wanted):
         show("reading losses by position", 1 + i / len(wanted), 4)
         if len(losses := position_losses(store, run_id)):
             curves[run_id] = np.array(losses)
     show("fitting", 2, 4)
-    results = analyse(study, curves, n_resamples)
+    results = analyse(study, curves, n_resamples, pair)
     forecasts = score_forecasts(study, forecasts_of(store, experiment))
     show("drawing", 3, 4)
-    figures = draw_figures(study, results, folder)
+    figures = draw_figures(study, results, forecasts, folder)
     write_runs(folder / "runs.csv", study)
     facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
-    results_json = facts | to_json(_results(study, results) | {"forecasts": forecasts.to_json()})
+    pair_facts = {"version": RESULTS_VERSION, "pair": asdict(pair)}
+    results_json = facts | pair_facts | to_json(_results(study, results) | {"forecasts": forecasts.to_json()})
     fits = facts | to_json({"fits": [_fit(fit) for fit in results.fits]})
     _write_json(folder / "results.json", results_json)
     _write_json(folder / "fits.json", fits)
@@ -85,7 +106,9 @@ def write_report(
         kept = [folder / name for name in names]
         answer = f"{results.answer.verdict}. {results.answer.sentence}"
         metrics = _metrics(results, forecasts)
-        run_id, stale = save_report(store, experiment, study.digest, any_code, kept, _params(study), metrics, answer)
+        run_id, stale = save_report(
+            store, experiment, study.digest, any_code, pair.name, kept, _params(study, pair), metrics, answer
+        )
     except MLflowUnavailableError as e:
         raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
     return ReportFiles(folder, run_id, study, results, forecasts, results_json, tuple(stale))
@@ -126,7 +149,7 @@ def _fit(fit: FamilyFit) -> dict[str, Any]:
 
 def _results(study: Study, results: Results) -> dict[str, Any]:
     left_out = [{"run_id": out.run_id, "name": out.name, "reason": out.reason} for out in study.left_out]
-    parts = ("answer", "comparisons", "improvement", "in_size", "positions")
+    parts = ("answer", "comparisons", "controlled", "improvement", "in_size", "positions")
     return {
         **{
             name: [asdict(v) for v in value] if isinstance(value := getattr(results, name), tuple) else asdict(value)
@@ -140,8 +163,10 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
     }
 
 
-def _params(study: Study) -> dict[str, str]:
+def _params(study: Study, pair: Pair) -> dict[str, str]:
     return {
+        "baseline": pair.base,
+        "family": pair.new,
         "data_digest": study.runs[0].record.data_digest,
         "versions": study.versions,
         "lmu_dist": __version__,
@@ -159,7 +184,7 @@ def _metrics(results: Results, forecasts: ForecastScores) -> dict[str, float]:
     for fit in results.fits:
         if law := fit.result.law:
             found |= {f"fit/{fit.family}/{name}": value for name, value in vars(law).items()}
-    for comparison in results.comparisons:
+    for comparison in results.all_comparisons:
         for size in comparison.sizes:
             for source, factor in (("curves", size.curves), ("laws", size.laws)):
                 key = f"efficiency_factor/{comparison.new}_over_{comparison.base}/{source}"
@@ -170,10 +195,12 @@ def _metrics(results: Results, forecasts: ForecastScores) -> dict[str, float]:
 
 def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str, str]]:
     flag = " --any-code" if any_code else ""
-    again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}"
+    pair, usual = results.pair, default_pair(study)
+    asked = "" if (pair.base, pair.new) == (usual.base, usual.new) else f" --baseline {pair.base} --family {pair.new}"
+    again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}{asked}"
     commands = [
         ("this report", f"{again}  (set MLFLOW_TRACKING_URI to the MLflow store)"),
-        ("answer, factors, change with size", f"{again} --json  (keys answer, comparisons)"),
+        ("answer, factors, change with size", f"{again} --json  (keys answer, pair, comparisons, controlled)"),
         ("improvement ratio, seed noise, power laws in N", f"{again} --json  (keys improvement, seed_noise, in_size)"),
         ("loss by position", f"{again} --json  (keys positions, by_position)"),
         ("forecasts and their scores", f"{again} --json  (key forecasts)"),

@@ -7,13 +7,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lmu_dist.scaling.appearance import title
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor, SeedNoise
+from lmu_dist.scaling.pair import PAPER, Pair
 
-CLAIMED_FACTOR = 10.0  # the paper's claim: the transformer needs ten times the tokens
-BASE, NEW, WORST = "transformer", "lmu", "lstm"
 NOT_DETERMINED = "Not determined"
 SOURCES = {"laws": "the fitted scaling laws", "curves": "the curves of loss against tokens"}
 
@@ -36,37 +34,42 @@ class Answer:
 
 
 def answer(
-    study: Study, headline: Comparison | None, noise: SeedNoise | None, other_laws: Mapping[str, Sequence[str]] | None = None
+    study: Study,
+    headline: Comparison | None,
+    noise: SeedNoise | None,
+    other_laws: Mapping[str, Sequence[str]] | None = None,
+    pair: Pair = PAPER,
 ) -> Answer:
-    """Returns the answer from the comparison of BASE and NEW; `headline` is None if the study has no such comparison.
+    """Returns the answer from the comparison of a pair of families; `headline` is None if the study has no such comparison.
 
     `other_laws` has, for each family whose runs support other laws than the one of its factors, the names of these.
     """
     caveats = _caveats(study, noise)
     if headline is None or not headline.sizes:
-        sentence = f"This study cannot answer the question: {_explain_missing_families(study)}."
+        sentence = f"This study cannot answer the question: {explain_missing(study, pair.base, pair.new)}."
         return Answer(NOT_DETERMINED, sentence, "", None, None, "none", "", caveats)
     largest = headline.sizes[-1]
     factor, source = best_known_factor(largest)
     if source == "laws":
-        caveats += _law_caveats(other_laws or {})
-    verdict = _verdict(factor)
-    at_size, tokens = f"At N = {largest.n_params:,} parameters", f"{_format_factor(factor)} as many tokens as the {title(NEW)}"
+        caveats += _law_caveats(study, pair, other_laws or {})
+    verdict = _verdict(factor, pair)
+    base, new = study.title(pair.base), study.title(pair.new)
+    at_size, tokens = f"At N = {largest.n_params:,} parameters", f"{_format_factor(factor)} as many tokens as the {new}"
     if factor.interval is not None:
         undecided = factor.interval[0] < 1 < factor.interval[1]
         which = " The interval includes 1, so the study does not show which of the two needs fewer tokens." if undecided else ""
-        needs = f"{at_size}, the {title(BASE)} needs {tokens} to reach the same loss"
+        needs = f"{at_size}, the {base} needs {tokens} to reach the same loss"
         sentence = f"{needs} (90 % interval in brackets; computed from {SOURCES[source]}).{which}"
     elif factor.value is not None:
-        sentence = f"{at_size}, the {title(BASE)} needs {tokens} to reach the same loss. "
+        sentence = f"{at_size}, the {base} needs {tokens} to reach the same loss. "
         sentence += f"This factor has no interval ({factor.remark}), so it does not decide the question."
     else:
-        sentence = f"{at_size}, the {title(BASE)} seems to need {tokens} to reach the same loss. "
+        sentence = f"{at_size}, the {base} seems to need {tokens} to reach the same loss. "
         sentence += f"The error of this bound is unknown: {factor.remark}."
     others = [
-        f"At N = {size.n_params:,} the verdict is different: {_verdict(other).lower()}, namely {_format_factor(other)}."
+        f"At N = {size.n_params:,} the verdict is different: {_verdict(other, pair).lower()}, namely {_format_factor(other)}."
         for size in headline.sizes[:-1]
-        if _verdict(other := best_known_factor(size)[0]) not in (verdict, NOT_DETERMINED)
+        if _verdict(other := best_known_factor(size)[0], pair) not in (verdict, NOT_DETERMINED)
     ]
     summary = f"{verdict}: {_format_factor(factor)}" if factor.interval else verdict
     return Answer(summary, sentence, " ".join(others), largest.n_params, factor, source, _growth(headline), caveats)
@@ -77,13 +80,16 @@ def best_known_factor(size: SizeComparison) -> tuple[Factor, str]:
     return (size.laws, "laws") if size.laws.interval is not None else (size.curves, "curves")
 
 
-def _verdict(factor: Factor) -> str:
+def _verdict(factor: Factor, pair: Pair) -> str:
+    """Compares the interval with the factor that the paper claims for the pair, else with 1."""
     if factor.interval is None:
         return NOT_DETERMINED
     low, high = factor.interval
-    if low > CLAIMED_FACTOR:
-        return "More than 10 times"
-    return "Less than 10 times" if high < CLAIMED_FACTOR else "10 times is possible"
+    if (claimed := pair.claimed_factor) is None:
+        return "More data-efficient" if low > 1 else "Less data-efficient" if high < 1 else "No difference found"
+    if low > claimed:
+        return f"More than {claimed:g} times"
+    return f"Less than {claimed:g} times" if high < claimed else f"{claimed:g} times is possible"
 
 
 def _format_factor(factor: Factor) -> str:
@@ -94,13 +100,14 @@ def _format_factor(factor: Factor) -> str:
     return f"{factor.value:.3g} times{ends}"
 
 
-def _explain_missing_families(study: Study) -> str:
-    missing = [name for name in (NEW, BASE) if name not in study.families]
+def explain_missing(study: Study, base: str, new: str, subject: str = "it") -> str:
+    """Returns why a study, which a sentence calls `subject`, has no factor of two families at any size."""
+    missing = [name for name in (new, base) if name not in study.families]
     if not missing:
-        return f"{title(NEW)} and {title(BASE)} were not trained at a common size"
+        return f"{study.title(new)} and {study.title(base)} were not trained at a common size"
     out = Counter(o.reason.split(":")[0] for o in study.left_out if o.record and o.record.family in missing)
     reasons = "; left out: " + ", ".join(f"{n} {reason}" for reason, n in out.items()) if out else ""
-    return f"it has no finished, comparable run of {' or '.join(map(title, missing))}{reasons}"
+    return f"{subject} has no finished, comparable run of {' or '.join(map(study.title, missing))}{reasons}"
 
 
 def _growth(headline: Comparison) -> str:
@@ -115,12 +122,12 @@ def _growth(headline: Comparison) -> str:
     return f"{trend}: {change}, between N = {first:,} and N = {last:,} ({source})."
 
 
-def _law_caveats(other_laws: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def _law_caveats(study: Study, pair: Pair, other_laws: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(
-        f"The factor is computed from chinchilla's law, but the runs of the {title(family)} are described better by "
+        f"The factor is computed from chinchilla's law, but the runs of the {study.title(family)} are described better by "
         f"{' or '.join(laws)}: compare it with the factor from curves."
         for family, laws in other_laws.items()
-        if family in (BASE, NEW)
+        if family in (pair.base, pair.new)
     )
 
 

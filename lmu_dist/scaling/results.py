@@ -3,25 +3,29 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
 from lmu_dist.scaling import positions
-from lmu_dist.scaling.answer import BASE, NEW, WORST, Answer, answer
+from lmu_dist.scaling.answer import Answer, answer
 from lmu_dist.scaling.collect import Run, Study, resampling_groups, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, compare
 from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.compute import CountingConvention, fit_conventions
+from lmu_dist.scaling.controlled import ControlledComparison, controlled_comparisons
 from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement_ratio, seed_noise
 from lmu_dist.scaling.family_laws import compare_family_laws
 from lmu_dist.scaling.forms import law_name
 from lmu_dist.scaling.intervals import N_RESAMPLES, bootstrap_weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.pair import PAPER, Pair, choose_pair
 from lmu_dist.scaling.positions import Plateau
 from lmu_dist.scaling.sizes import SizeLaw, fit_power_law
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
 Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
+PAPER_ORDER = (PAPER.new, PAPER.base, "lstm")  # the families of the paper's second claim, the best first
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class FactorByPosition:
-    """The factor of NEW against BASE by position, at one size. It needs known seed noise, since bins are noisy."""
+    """The factor of the study's pair by position, at one size. It needs known seed noise, since bins are noisy."""
 
     n_params: int
     bins: tuple[tuple[int, int, Factor], ...]
@@ -61,12 +65,17 @@ class FactorByPosition:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report shows. `headline` is the comparison of NEW and BASE, one of `comparisons`."""
+    """Everything the report shows.
 
+    `headline` is the comparison of `pair`, one of `comparisons`, which compare every family with the base of the pair.
+    """
+
+    pair: Pair
     headline: Comparison | None
     answer: Answer
     fits: tuple[FamilyFit, ...]
     comparisons: tuple[Comparison, ...]
+    controlled: tuple[ControlledComparison, ...]
     improvement: Improvement
     noise: SeedNoise | None
     in_size: tuple[SizeLaw, ...]
@@ -77,6 +86,19 @@ class Results:
     def other_laws(self) -> dict[str, list[str]]:
         """For families whose runs do not support the law that their factors are computed from: the laws they do support."""
         return _other_laws(self.fits)
+
+    @property
+    def all_comparisons(self) -> tuple[Comparison, ...]:
+        """Those with the base of the pair, and the controlled ones that are not among them."""
+        known = {(c.base, c.new) for c in self.comparisons}
+        more = (c.comparison for c in self.controlled if c.comparison and (c.base, c.new) not in known)
+        return (*self.comparisons, *more)
+
+
+def default_pair(study: Study, baseline: str | None = None, family: str | None = None, planned: str | None = None) -> Pair:
+    """Returns the pair whose factor is the headline; see `choose_pair`, also for the errors."""
+    n_runs = {name: len(study.runs_of(name)) for name in study.families}
+    return choose_pair(n_runs, baseline, family, planned, f"experiment {study.experiment!r} has finished, comparable runs of")
 
 
 def runs_at_largest_budget(study: Study) -> list[Run]:
@@ -90,30 +112,40 @@ def runs_at_largest_budget(study: Study) -> list[Run]:
     return largest
 
 
-def runs_compared_by_position(study: Study) -> list[Run]:
-    """Returns the runs of BASE and NEW at the largest common size; the factor by position is computed from them."""
-    common = [n for n in study.size_bins if study.runs_of(BASE, n) and study.runs_of(NEW, n)]
-    return [run for family in (BASE, NEW) for run in study.runs_of(family, common[-1])] if common else []
+def runs_compared_by_position(study: Study, pair: Pair) -> list[Run]:
+    """Returns the runs of a pair at its largest common size; the factor by position is computed from them."""
+    common = [n for n in study.size_bins if study.runs_of(pair.base, n) and study.runs_of(pair.new, n)]
+    return [run for family in (pair.base, pair.new) for run in study.runs_of(family, common[-1])] if common else []
 
 
-def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES) -> Results:
-    """Computes all results from the runs of a study, and the losses by position of those runs that have them."""
+def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES, pair: Pair | None = None) -> Results:
+    """Computes all results from the runs of a study, and the losses by position of those runs that have them.
+
+    `pair`: whose factor is the headline; by default as `default_pair` chooses.
+    """
+    pair = pair or default_pair(study)
     noise = seed_noise(_cells(study.runs))
     fits = tuple(_fit(study, family, n_resamples) for family in study.families)
     laws = {f.family: f.result for f in fits}
-    base = BASE if BASE in study.families else (study.families[-1])
-    comparisons = tuple(compare(study, laws, base, new, noise) for new in study.families if new != base)
-    headline = next((c for c in comparisons if (c.base, c.new) == (BASE, NEW)), None)
+
+    @cache
+    def compared(base: str, new: str) -> Comparison:
+        return compare(study, laws, base, new, noise)
+
+    others = [name for name in study.families if name != pair.base and pair.base in study.families]
+    headline = compared(pair.base, pair.new) if pair.new in others else None
     return Results(
+        pair=pair,
         headline=headline,
-        answer=answer(study, headline, noise, _other_laws(fits)),
+        answer=answer(study, headline, noise, _other_laws(fits), pair),
         fits=fits,
-        comparisons=comparisons,
+        comparisons=tuple(compared(pair.base, new) for new in others),
+        controlled=controlled_comparisons(study, compared),
         improvement=_improvement(study, n_resamples),
         noise=noise,
         in_size=tuple(_size_law(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
-        by_position=_by_position(study, curves, noise) if noise else None,
+        by_position=_by_position(study, curves, noise, pair) if noise else None,
     )
 
 
@@ -142,9 +174,9 @@ def _improvement(study: Study, n_resamples: int) -> Improvement:
     losses = defaultdict[tuple[int, int, int], dict[str, Run]](dict)
     for run in study.runs:
         losses[run.size_bin, run.record.planned_tokens, run.record.seed][run.record.family] = run
-    common = [cell for cell in losses.values() if all(name in cell for name in (NEW, BASE, WORST))]
-    table = [[cell[name].record.val_loss_nats for name in (NEW, BASE, WORST)] for cell in common]
-    weights = bootstrap_weights(resampling_groups([cell[NEW] for cell in common]), n_resamples) if common else None
+    common = [cell for cell in losses.values() if all(name in cell for name in PAPER_ORDER)]
+    table = [[cell[name].record.val_loss_nats for name in PAPER_ORDER] for cell in common]
+    weights = bootstrap_weights(resampling_groups([cell[PAPER.new] for cell in common]), n_resamples) if common else None
     return improvement_ratio(np.array(table), weights)
 
 
@@ -174,11 +206,12 @@ def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
     return position_losses
 
 
-def _by_position(study: Study, curves: Curves, noise: SeedNoise) -> FactorByPosition | None:
-    tables: dict[str, dict[int, list[Floats]]] = {BASE: defaultdict(list), NEW: defaultdict(list)}
-    runs = [run for run in runs_compared_by_position(study) if run.run_id in curves]
+def _by_position(study: Study, curves: Curves, noise: SeedNoise, pair: Pair) -> FactorByPosition | None:
+    tables: dict[str, dict[int, list[Floats]]] = {pair.base: defaultdict(list), pair.new: defaultdict(list)}
+    runs = [run for run in runs_compared_by_position(study, pair) if run.run_id in curves]
     for run in runs:
         tables[run.record.family][run.record.tokens].append(curves[run.run_id])
-    if not tables[BASE] or not tables[NEW]:
+    base, new = tables[pair.base], tables[pair.new]
+    if not base or not new:
         return None
-    return FactorByPosition(runs[0].size_bin, tuple(positions.factors_by_position(tables[BASE], tables[NEW], noise)))
+    return FactorByPosition(runs[0].size_bin, tuple(positions.factors_by_position(base, new, noise)))

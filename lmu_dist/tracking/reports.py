@@ -11,7 +11,7 @@ from lmu_dist.tracking.errors import MLflowUnavailableError, one_line
 from lmu_dist.tracking.experiments import set_experiment_tags
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import describe_study
-from lmu_dist.tracking.tags import ANSWER, REPORT, REPORT_ANY_CODE, RUN_NAME, STALE, STUDY
+from lmu_dist.tracking.tags import ANSWER, REPORT, REPORT_ANY_CODE, REPORT_FACTOR, RUN_NAME, STALE, STUDY
 
 
 def save_report(
@@ -19,6 +19,7 @@ def save_report(
     experiment: str,
     digest: str,
     any_code: bool,
+    factor: str,
     files: Sequence[Path],
     params: dict[str, str],
     metrics: dict[str, float],
@@ -26,16 +27,20 @@ def save_report(
 ) -> tuple[str, list[str]]:
     """Saves a report as a run of its experiment. Returns its run id and the ids of older reports, which are marked stale.
 
-    The studies of the experiment get the answer, one sentence, and the files too. A report of the same inputs replaces the
-    files of the same run. Raises MLflowUnavailableError, also if MLflow cannot store the files; the run is FAILED then.
+    `factor` is the name of the factor that the report is about, as in "lmu_over_transformer". The studies of the experiment get
+    the answer, one sentence, and the files too. A report of the same inputs and factor replaces the files of the same run.
+    Raises MLflowUnavailableError, also if MLflow cannot store the files; the run is FAILED then.
     """
     known = reports_of(store, experiment)
     same = [run_id for run_id, old, any_old in known if (old, any_old) == (digest, any_code)]
+    with store.one_line_errors():
+        factors = {run_id: store.client.get_run(run_id).data.tags.get(REPORT_FACTOR, factor) for run_id in same}
+    same = [run_id for run_id in same if factors[run_id] == factor]  # reports of earlier versions do not name theirs
     others = [run_id for run_id, old, any_old in known if old != digest and any_old == any_code]
     with store.one_line_errors():
         found = store.client.get_experiment_by_name(experiment)
         assert found is not None
-        tags = {REPORT: digest, REPORT_ANY_CODE: str(any_code), RUN_NAME: "report"}
+        tags = {REPORT: digest, REPORT_ANY_CODE: str(any_code), REPORT_FACTOR: factor, RUN_NAME: "report"}
         run_id = same[0] if same else store.client.create_run(found.experiment_id, tags=tags).info.run_id
         now = int(time.time() * 1000)
         new_params = [] if same else [Param(k, v) for k, v in params.items()]
@@ -50,6 +55,7 @@ def save_report(
             store.client.set_terminated(run_id, "FAILED")
             raise MLflowUnavailableError(f"MLflow at {store.uri} cannot store the files of run {run_id}: {one_line(e)}") from e
         store.client.set_tag(run_id, STALE, "false")
+        store.client.set_tag(run_id, REPORT_FACTOR, factor)
         store.client.set_tag(run_id, pages.NOTE, answer)
         store.client.set_terminated(run_id)
         for other in others:

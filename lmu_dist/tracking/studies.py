@@ -17,7 +17,7 @@ from lmu_dist.tracking import pages
 from lmu_dist.tracking.experiments import find_experiment, open_experiment, set_experiment_tags
 from lmu_dist.tracking.runs import KnownRuns, runs_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import ANSWER, KEY, PARENT, RUN_NAME, STATUS, STUDY
+from lmu_dist.tracking.tags import ANSWER, BASELINE, KEY, PARENT, RUN_NAME, STATUS, STUDY
 
 PLAN = "plan.json"  # artifact of a study
 
@@ -43,12 +43,26 @@ def start_study(store: Store, experiment: str, study: str) -> None:
         store.client.update_run(study_id, status="RUNNING")
 
 
-def write_plan(store: Store, experiment: str, study: str, cells: list[dict[str, Any]]) -> None:
-    """Saves the cells that a study plans to run as an artifact of the study, for `lmu-dist status`."""
+def write_plan(store: Store, experiment: str, study: str, cells: list[dict[str, Any]], baseline: str = "") -> None:
+    """Saves the cells that a study plans to run as an artifact of the study, for `lmu-dist status`.
+
+    `baseline`: the name of the family that the others are compared with, for reports.
+    """
     start_study(store, experiment, study)
     _, study_id = open_study(store, experiment, study)
     with store.one_line_errors():
         store.client.log_dict(study_id, {"cells": cells}, PLAN)
+        if baseline:
+            store.client.set_tag(study_id, BASELINE, baseline)
+
+
+def planned_baseline(store: Store, experiment: str) -> str | None:
+    """The family that the ladders of an experiment compare the others with; None if none says so, or two disagree."""
+    with store.one_line_errors():
+        found = store.client.get_experiment_by_name(experiment)
+        studies = store.search_runs([found.experiment_id], f"tags.`{STUDY}` LIKE '%'") if found else []
+        named = {study.data.tags[BASELINE] for study in studies if BASELINE in study.data.tags}
+        return named.pop() if len(named) == 1 else None
 
 
 def read_plans(store: Store, experiment: str, study_id: str | None = None) -> list[dict[str, Any]]:

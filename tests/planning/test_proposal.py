@@ -12,7 +12,7 @@ from lmu_dist import cli
 from lmu_dist.config import ConfigError
 from lmu_dist.planning.design import PlannedCell
 from lmu_dist.planning.plan_rows import to_row
-from lmu_dist.planning.proposal import propose
+from lmu_dist.planning.proposal import propose, questions_of
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import write_plan
@@ -106,6 +106,18 @@ def test_mistakes_are_one_line(store: Store, arguments: tuple[str, str, str | No
     experiment, ask, family, per = arguments
     with pytest.raises(ConfigError, match=message):
         propose(store, experiment, ask, family, 1, per)
+
+
+def test_factors_are_over_the_baseline_that_is_asked_for_or_planned():
+    cells = [planned(r) for r in STUDY]
+    [asked] = questions_of(cells, "factor", None, "lmu")
+    assert (asked.family, asked.base) == ("transformer", "lmu")
+    [of_plan] = questions_of(cells, "factor", None, None, "lmu")
+    assert of_plan == asked
+    with pytest.raises(ConfigError, match="--baseline gpt: the plan has lmu, transformer"):
+        questions_of(cells, "factor", None, "gpt")
+    with pytest.raises(ConfigError, match="--baseline lmu: only --ask factor compares families, and --ask is alpha; leave it"):
+        questions_of(cells, "alpha", None, "lmu")
 
 
 def test_command_prints_a_table_or_json(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -18,8 +18,9 @@ from lmu_dist.scaling.answer import answer
 from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
-from lmu_dist.tracking.reports import reports_of
+from lmu_dist.tracking.reports import reports_of, save_report
 from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import write_plan
 
 
 def ignore_progress(*_: object) -> None:
@@ -69,7 +70,7 @@ def test_all_files_are_written_and_uploaded(store: Store, written: ReportFiles):
         "frontier",
         "isoflop_lmu",
     } <= figures
-    assert {"residuals_n", "residuals_d"} <= figures
+    assert {"residuals_n", "residuals_d", "forecasts"} <= figures
     assert {f"{name}.svg" for name in figures} <= names
     kept = {file.path for file in store.client.list_artifacts(written.run_id)}
     assert kept == names
@@ -132,6 +133,43 @@ def test_a_study_without_the_base_family_gives_no_answer(
     assert "lmu-dist fit" in (tmp_path / "r" / "report.html").read_text()
     assert main(["report", "nothing", "-o", str(tmp_path / "r2")]) == 2
     assert not (tmp_path / "r2").exists()
+
+
+def test_the_pair_of_a_report_is_a_choice(
+    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    store = new_store(tmp_path)
+    losses = {"transformer": (5.0, 4.0), "lmu": (4.0, 3.0), "llama": (4.5, 3.5)}
+    records = [
+        make_record(family, 10_000, 10**6 * 4**i, seed, loss + 0.01 * seed)
+        for family, of_budgets in losses.items()
+        for i, loss in enumerate(of_budgets)
+        for seed in (0, 1)
+    ]
+    write_runs_to_mlflow(store.client, "e", records)
+    write_plan(store, "e", "ladder", [], "llama")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    assert main(["report", "e", "-o", str(tmp_path / "none"), "--baseline", "gpt"]) == 2
+    message = "--baseline gpt: experiment 'e' has finished, comparable runs of lmu, transformer, llama"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "none").exists()
+
+    assert main(["report", "e", "-o", str(tmp_path / "planned"), "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert (planned["version"], planned["pair"]["base"], planned["pair"]["new"]) == (2, "llama", "lmu")
+    assert {c["base"] for c in planned["comparisons"]} == {"llama"}
+    page = (tmp_path / "planned" / "report.html").read_text()
+    assert "as plan.baseline of its ladder says" in page
+    [command] = set(re.findall(r"<code>lmu-dist (report e --baseline llama --family lmu --json)", page))
+    assert "the paper&#39;s LMU beside a transformer of today" in page
+    write_plan(store, "e", "ladder", [], "transformer")
+    assert main([*command.split(), "-o", str(tmp_path / "again")]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert (again["answer"], again["controlled"]) == (planned["answer"], planned["controlled"])
+    [(run_id, digest, _)] = reports_of(store, "e")
+    assert store.client.get_run(run_id).data.tags["lmu.report_factor"] == "lmu_over_llama"
+    other, stale = save_report(store, "e", digest, False, "lmu_over_transformer", [], {}, {})
+    assert (other != run_id, stale, stale_reports(store, "e")) == (True, [], [])
 
 
 def test_unwritable_folder_and_failed_upload(
