@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typecheck
 
 if TYPE_CHECKING:
     from lmu_dist.tracking.store import Store
 
+typecheck.install()
 # Set before Ray or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["RAY_AUTH_MODE"] = "token"
