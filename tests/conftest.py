@@ -87,7 +87,7 @@ def _no_user_families(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_waits_for_the_disk() -> Iterator[None]:
-    """SQLite does not wait until data are on disk, which MLflow makes it do seven times a run: that helps if the power fails."""
+    """SQLite does not wait for the disk, as MLflow makes it do seven times a run: only a loss of power could show it."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
