@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import typecheck
 
 if TYPE_CHECKING:
     from lmu_dist.tracking.store import Store
 
+typecheck.install()
 # Set before Ray or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["RAY_AUTH_MODE"] = "token"
@@ -80,6 +83,21 @@ def _no_user_families(monkeypatch: pytest.MonkeyPatch):
     from lmu_dist.models import registry  # not at the top, where it would be imported before its types can be checked
 
     monkeypatch.setattr(registry, "_user_families", {})
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_waits_for_the_disk() -> Iterator[None]:
+    """SQLite does not wait for the disk, as MLflow makes it do seven times a run: only a loss of power could show it."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    def set_pragma(connection: object, _: object) -> None:
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    event.listen(Engine, "connect", set_pragma)
+    yield
+    event.remove(Engine, "connect", set_pragma)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def test_stale_lock_file_of_torch_is_ignored(tmp_path: Path):
 def test_waiting_process_builds_after_the_builder_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "small.cpp").write_text(SOURCE)
     slow = tmp_path / "slow-compiler"
-    slow.write_text(f'#!/bin/sh\ntouch {tmp_path}/began\nsleep 3\nexec g++ "$@"\n')
+    # Only the first call is slow. It compiles nothing, so that what remains of the killed build cannot disturb the other one.
+    slow.write_text(f'#!/bin/sh\nmkdir {tmp_path}/began 2>/dev/null && sleep 3 && exit 1\nexec g++ "$@"\n')
     slow.chmod(0o755)
     monkeypatch.setenv("CXX", str(slow))
     processes = start_build(tmp_path), start_build(tmp_path)

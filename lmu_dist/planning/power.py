@@ -15,7 +15,7 @@ from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import GridCell, grid
 from lmu_dist.scaling.appearance import family_order
-from lmu_dist.scaling.fit import refit
+from lmu_dist.scaling.fit import refit_simulated
 from lmu_dist.scaling.laws import Chinchilla, Floats
 from lmu_dist.scaling.pair import Pair, choose_pair
 from lmu_dist.scaling.table import rows_from_columns
@@ -71,19 +71,18 @@ def estimate_power(config: Config, seed: int = 0) -> PowerEstimate:
     other_grid = _sizes_and_tokens(cells, others[0]) if others else base_grid[:0]
     point, remark = _comparison_point(base_grid, other_grid, base_law, factor)
     remarks = [f"no token-efficiency factor of {others[0]} against {baseline}: {remark}"] if others and remark else []
-    rng = np.random.default_rng(seed)
     estimates: dict[str, list[float]] = {"alpha": [], "beta": [], "efficiency_factor": []}
-    n_failed = 0
-    for _ in range(SIMULATIONS):
-        try:
-            fitted = _simulate_and_fit(base_grid, base_law, config.plan.noise, rng)
-            estimates["alpha"].append(fitted.alpha)
-            estimates["beta"].append(fitted.beta)
-            if point is not None:
-                other = _simulate_and_fit(other_grid, other_law, config.plan.noise, rng)
-                estimates["efficiency_factor"].append(_efficiency_factor(fitted, other, *point))
-        except (ValueError, FloatingPointError):
-            n_failed += 1
+    other_grid = other_grid if point is not None else other_grid[:0]
+    noise = np.random.default_rng(seed).normal(0.0, config.plan.noise, (SIMULATIONS, len(base_grid) + len(other_grid)))
+    fitted = _simulate_and_fit(base_grid, base_law, noise[:, : len(base_grid)])
+    compared = _simulate_and_fit(other_grid, other_law, noise[:, len(base_grid) :]) if point is not None else fitted
+    for base, other in zip(fitted, compared, strict=True):
+        if base is not None:
+            estimates["alpha"].append(base.alpha)
+            estimates["beta"].append(base.beta)
+        if base is not None and other is not None and point is not None:
+            estimates["efficiency_factor"].append(_efficiency_factor(base, other, *point))
+    n_failed = sum(base is None or other is None for base, other in zip(fitted, compared, strict=True))
     if n_failed:
         remarks.append(f"the fit failed for {n_failed} of {SIMULATIONS} simulated grids")
     intervals = {}
@@ -126,10 +125,20 @@ def _comparison_point(
     return (n, float(base_law.loss(n, np.sqrt(low * high)))), ""
 
 
-def _simulate_and_fit(points: Floats, law: Chinchilla, noise: float, rng: np.random.Generator) -> Chinchilla:
-    loss = law.loss(points[:, 0], points[:, 1]) * np.exp(rng.normal(0.0, noise, len(points)))
-    fitted = refit(law, rows_from_columns(points[:, 0], points[:, 1], loss)).law
-    assert isinstance(fitted, Chinchilla)
+def _simulate_and_fit(points: Floats, law: Chinchilla, noise: Floats) -> list[Chinchilla | None]:
+    """The law fitted to every simulation of a grid: one for each row of `noise` (simulations, cells), which is added to ln L.
+
+    None where a simulated loss overflows.
+    """
+    expected = law.loss(points[:, 0], points[:, 1])
+    with np.errstate(over="ignore", under="ignore"):
+        losses = expected * np.exp(noise)
+    usable = np.all(np.isfinite(losses) & (losses > 0), axis=1)
+    fitted = list[Chinchilla | None]([None] * len(losses))
+    found = refit_simulated(law, rows_from_columns(points[:, 0], points[:, 1], expected), losses[usable])
+    for i, law_found in zip(np.flatnonzero(usable), found, strict=True):
+        assert isinstance(law_found, Chinchilla)
+        fitted[i] = law_found
     return fitted
 
 

@@ -125,6 +125,18 @@ def refit(
     return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, constraints)
 
 
+def refit_simulated(start: ScalingLaw, rows: Rows, losses: Floats, max_steps: int = 3000) -> list[ScalingLaw]:
+    """Returns the laws fitted to simulations of a table, each with its own `losses` (simulations, rows), from one start.
+
+    The fits take their steps together, which is many times faster than `refit` for each.
+    """
+    objective = Objective(type(start), rows)
+    with np.errstate(all="ignore"):
+        starts = np.repeat(objective.vector(start)[None], len(losses), axis=0)
+        found = minimise(objective, starts, far=0, max_steps=max_steps, losses=losses)
+        return [objective.law(vector) for vector in found.vectors]
+
+
 def _judged(
     objective: Objective, rows: Rows, vector: Floats, value: float, weights: Floats | None, constraints: Constraints
 ) -> Fit:

@@ -1,4 +1,4 @@
-"""Minimises the objective from many starts, or for many weights, at once: arrays of vectors in, arrays of optima out.
+"""Minimises the objective from many starts, or for many weights or losses, at once: arrays of vectors in, of optima out.
 
 First a few steps of Levenberg and Marquardt on reweighted least squares, which find the valley from far away; then BFGS,
 which converges in it. All laws take their steps together, so numpy's overhead is paid once for all of them.
@@ -41,15 +41,19 @@ class _State:
 
 
 class Batch:
-    """A batch of problems on one table: `weights` is (laws, rows), `basis` (free, parameters) the directions of change."""
+    """A batch of problems on one table: `weights` and `losses` are (laws, rows), or None for ones and the table's losses.
 
-    def __init__(self, objective: Objective, weights: Floats | None, basis: Floats | None) -> None:
-        self.objective, self.weights, self.basis = objective, weights, basis
+    `basis` (free, parameters) has the directions of change.
+    """
+
+    def __init__(self, objective: Objective, weights: Floats | None, losses: Floats | None, basis: Floats | None) -> None:
+        self.objective, self.weights, self.losses, self.basis = objective, weights, losses, basis
         self.n_free = n_parameters(objective) if basis is None else len(basis)
 
     def state(self, vectors: Floats, which: NDArray[np.intp], hessian: bool) -> _State:
         """Returns values, gradients and, if asked for, Hessians of reweighted least squares at vectors (laws, parameters)."""
-        residuals, jacobian = self.objective.residuals_and_jacobian(vectors)
+        measured = None if self.losses is None else self.losses[which]
+        residuals, jacobian = self.objective.residuals_and_jacobian(vectors, measured)
         if self.basis is not None:
             jacobian = jacobian @ self.basis.T
         weights = np.ones_like(residuals) if self.weights is None else self.weights[which]
@@ -78,18 +82,21 @@ def minimise(
     tolerance: float = 1e-8,
     far: int = 30,
     max_steps: int = 400,
+    losses: Floats | None = None,
 ) -> Optima:
     """Minimises from `starts` (laws, parameters), with `weights` (laws, rows), until gradients are below `tolerance`.
 
-    `basis` (free, parameters) has the directions in which the vectors may change, by default all. `far` is the
-    number of steps of Levenberg and Marquardt; 0 for starts that are close to the optimum.
+    `losses` (laws, rows) takes the place of the table's losses, for many simulations of one table. `basis` (free, parameters)
+    has the directions in which the vectors may change, by default all. `far` is the number of steps of Levenberg and
+    Marquardt; 0 for starts that are close to the optimum.
     """
     size = max(1, ENTRIES // len(objective.loss))
     parts = list[Optima]()
     with np.errstate(all="ignore"):  # steps that overflow are rejected
         for first in range(0, len(starts), size):
             part = slice(first, first + size)
-            batch = Batch(objective, None if weights is None else weights[part], basis)
+            own_weights, own_losses = (None if values is None else values[part] for values in (weights, losses))
+            batch = Batch(objective, own_weights, own_losses, basis)
             vectors = starts[part].copy()
             if far:
                 vectors = _levenberg(batch, vectors, far)

@@ -60,14 +60,18 @@ class Objective:
         loss = self.form.from_coordinates(vector).loss(self.n, self.d, self.unique)
         return (loss - self.loss) / self.unit_of_loss if self.form.LEAST_SQUARES else np.log(loss / self.loss)
 
-    def residuals_and_jacobian(self, vector: Floats) -> tuple[Floats, Floats]:
-        """Returns the residuals (.., rows) and their Jacobian (.., rows, parameters)."""
+    def residuals_and_jacobian(self, vector: Floats, measured: Floats | None = None) -> tuple[Floats, Floats]:
+        """Returns the residuals (.., rows) and their Jacobian (.., rows, parameters).
+
+        `measured` (.., rows) takes the place of the table's losses.
+        """
+        measured = self.loss if measured is None else measured
         law = self.form.from_coordinates(vector)
         loss = law.loss(self.n, self.d, self.unique)
         jacobian = law.coordinate_gradient(self.n, self.d, self.unique)
         if self.form.LEAST_SQUARES:
-            return (loss - self.loss) / self.unit_of_loss, jacobian / self.unit_of_loss
-        return np.log(loss / self.loss), jacobian / loss[..., None]
+            return (loss - measured) / self.unit_of_loss, jacobian / self.unit_of_loss
+        return np.log(loss / measured), jacobian / loss[..., None]
 
     def row_values(self, residuals: Floats) -> Floats:
         """Returns the objective of every residual, not divided by DELTA^2."""

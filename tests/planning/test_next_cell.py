@@ -17,7 +17,7 @@ from lmu_dist.planning.design import (
 from lmu_dist.planning.learn import assume, learn
 from lmu_dist.planning.next_cell import next_cells
 from lmu_dist.planning.prices import Costs, total_cost, trunk_cost
-from lmu_dist.scaling.fit import refit
+from lmu_dist.scaling.fit import refit_simulated
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.table import rows_from_columns
@@ -55,16 +55,15 @@ def deviation_of_log(knowledge: Knowledge, question: Question) -> float:
 def test_deviation_is_that_of_simulated_fits():
     noise, cells = 0.004, cells_of()
     known = assume(results_of(cells), LAWS, noise)
-    estimates = list[tuple[float, float]]()
-    for seed in range(80):
-        results = results_of(cells, noise, seed)
-        fitted = dict[str, Chinchilla]()
-        for family, law in LAWS.items():
-            table = np.array([(r.n_params, r.tokens, r.loss) for r in results if r.family == family])
-            fitted[family] = refit(law, rows_from_columns(*table.T)).law  # pyright: ignore
-        loss = known.compared_loss(FACTOR)
-        base, new = (fitted[f].tokens_for(loss, FACTOR.n_params) for f in FACTOR.families)  # pyright: ignore
-        estimates.append((np.log(float(base / new)), np.log(fitted["lmu"].beta)))
+    simulations = [results_of(cells, noise, seed) for seed in range(80)]
+    fitted = dict[str, list[Chinchilla]]()
+    for family, law in LAWS.items():
+        tables = np.array([[(r.n_params, r.tokens, r.loss) for r in one if r.family == family] for one in simulations])
+        rows = rows_from_columns(*tables[0].T)
+        fitted[family] = refit_simulated(law, rows, tables[..., 2])  # pyright: ignore
+    loss = known.compared_loss(FACTOR)
+    base, new = ([law.tokens_for(loss, FACTOR.n_params) for law in fitted[f]] for f in FACTOR.families)  # pyright: ignore
+    estimates = np.stack([np.log(np.divide(base, new)), np.log([law.beta for law in fitted["lmu"]])], axis=-1)
     simulated = np.std(estimates, axis=0)
     expected = [deviation_of_log(known, question) for question in (FACTOR, Question("beta", "lmu"))]
     assert simulated == pytest.approx(expected, rel=0.25)  # of 80 simulations: 8 %

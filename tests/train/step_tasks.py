@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import sys
+import time
 import traceback
 import warnings
 from collections import Counter
@@ -161,7 +163,10 @@ def save_memory(stages: list[int]) -> dict[tuple[int, str], list[tuple[float, fl
         results[stage, way] = [engine.step(batch(step, rank, world_size), 1e-2) for step in range(3)]
         engine.close()
         if len(results) > 1:  # the first engine also fills caches
-            assert live_bytes() - before < weights_bytes / 4, (stage, way, weights_bytes, live_bytes() - before)
+            deadline = time.monotonic() + 10
+            while (held := live_bytes() - before) >= weights_bytes / 4 and time.monotonic() < deadline:
+                time.sleep(0.05)  # a thread of gloo may hold the last tensor for a moment
+            assert held < weights_bytes / 4, (stage, way, weights_bytes, held)
     return results
 
 
@@ -170,3 +175,12 @@ def live_bytes() -> int:
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def imported_compilers(stages: list[int]) -> set[str]:
+    """What engines import of torch's compiler besides what torch's own optimizers import."""
+    for stage in stages:
+        engine = Engine(model(), TRAIN, ClusterConfig(zero_stage=stage), torch.device("cpu"))
+        engine.step(batch(0), 1e-2)
+        engine.close()
+    return {"torch._inductor.compile_fx", "functorch.compile"} & set(sys.modules)

@@ -152,6 +152,11 @@ def test_ways_to_save_memory_do_not_change_the_steps():
         assert way == "offload" or steps == results[stage, "none"], (stage, way)
 
 
+def test_engines_do_not_import_a_compiler():
+    """DeepSpeed's Muon would, at every stage from 1 on: it takes time and memory of every worker."""
+    assert spawn_ranks(1, step_tasks.imported_compilers, [1, 3]) == set()
+
+
 def test_peak_memory_can_be_reset():
     cpu, before = torch.device("cpu"), torch.ones(50_000_000, dtype=torch.uint8)
     del before
