@@ -36,3 +36,11 @@ LLAMA = Recipe(
     "Touvron et al. 2023, section 2.2 (arXiv 2302.13971)",
     {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
 )
+GATED_DELTANET = Recipe(
+    "Yang et al. 2024, section 4 (arXiv 2412.06464); betas, which it does not state, as in Mamba",
+    {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
+)
+MAMBA = Recipe(
+    "Gu and Dao 2023, appendix E.2.1 (arXiv 2312.00752), kept by Mamba-2 (arXiv 2405.21060)",
+    {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
+)

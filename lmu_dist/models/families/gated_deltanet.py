@@ -11,6 +11,7 @@ from lmu_dist.config.types import STRICT, Count
 from lmu_dist.models.mixers import gated_delta_rule, gated_deltanet, gpu_kernels
 from lmu_dist.models.mixers.gated_deltanet import GatedDeltaNet as Mixer
 from lmu_dist.models.modern_family import ModernFamily
+from lmu_dist.models.recipe import GATED_DELTANET
 from lmu_dist.models.shape import Shape, power_of_two
 
 KEYS_PER_WIDTH = 3 / 4  # H K = 3/4 D, as in the paper's code (fla), where the mixer has about 6 D^2 parameters
@@ -36,6 +37,7 @@ class GatedDeltaNet(ModernFamily):
     report_rank = 5
     colour, colour_dark, marker, line = "#3a1fc0", "#9388ff", "P", "--"
     Options = GatedDeltaNetOptions
+    recipe = GATED_DELTANET
     sizing_options = ("value_expansion",)
 
     def mixer(self, shape: Shape, options: GatedDeltaNetOptions) -> nn.Module:

@@ -12,6 +12,7 @@ from lmu_dist.config.types import STRICT, Count
 from lmu_dist.models.mixers import gpu_kernels, mamba2, ssd
 from lmu_dist.models.mixers.mamba2 import Mamba2 as Mixer
 from lmu_dist.models.modern_family import ModernFamily
+from lmu_dist.models.recipe import MAMBA
 from lmu_dist.models.shape import Shape, power_of_two
 
 STATE_LIMIT = 128  # N of the paper's models; narrower models than that have the largest power of two that is not above D
@@ -37,6 +38,7 @@ class Mamba2(ModernFamily):
     report_rank = 6
     colour, colour_dark, marker, line = "#4d4b09", "#f5eba2", "X", "-."
     Options = Mamba2Options
+    recipe = MAMBA
     sizing_options = ("expand",)
 
     def mixer(self, shape: Shape, options: Mamba2Options) -> nn.Module:
