@@ -22,12 +22,13 @@ check = beartype(conf=CONF)
 
 
 def modules_for_jaxtyping() -> list[str]:
-    """Names of the modules with shapes, and of those whose annotations name types that cannot be found, which beartype refuses.
+    """Names of the modules with shapes, and of those that beartype cannot take, which jaxtyping leaves unchecked.
 
-    Such types are imported for type checkers only, or stand in quotes in Ray's ActorProxy. jaxtyping does not check these.
+    Their annotations name types that are imported for type checkers only, or stand in quotes in Ray's ActorProxy; or they have
+    kernels of Triton, objects of which beartype would make methods.
     """
     paths = sorted((ROOT / "lmu_dist").rglob("*.py"))
-    found = [path for path in paths if re.search("jaxtyping|TYPE_CHECKING|ActorProxy", path.read_text())]
+    found = [path for path in paths if re.search("jaxtyping|TYPE_CHECKING|ActorProxy|triton.jit", path.read_text())]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
 
 
