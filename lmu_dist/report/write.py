@@ -144,7 +144,9 @@ def _fit(fit: FamilyFit) -> dict[str, Any]:
     facts = fit_to_json(fit.result, fit.run_ids)
     laws = comparison_to_json(fit.comparison)
     conventions = [asdict(c) for c in fit.conventions]
-    return {"family": fit.family, **facts, "conventions": conventions, "run_ids": list(fit.run_ids), "comparison": laws}
+    effective = asdict(fit.effective) if fit.effective else None
+    more = {"conventions": conventions, "run_ids": list(fit.run_ids), "comparison": laws, "effective_tokens": effective}
+    return {"family": fit.family, **facts, **more}
 
 
 def _results(study: Study, results: Results) -> dict[str, Any]:

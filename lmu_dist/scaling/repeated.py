@@ -39,6 +39,10 @@ class Repeated(ScalingLaw):
         effective, _ = _effective_tokens(tokens, unique_tokens, self.R_star)
         return np.asarray(self.E + self.A * np.asarray(n_params, np.float64) ** -self.alpha + self.B * effective**-self.beta)
 
+    def effective_tokens(self, tokens: ArrayLike, unique_tokens: ArrayLike) -> Floats:
+        """Returns D': as many new tokens would give the same loss."""
+        return _effective_tokens(tokens, unique_tokens, self.R_star)[0]
+
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(E, A, B, alpha, beta, R_star)."""
         effective, by_r_star = _effective_tokens(tokens, unique_tokens, self.R_star)

@@ -14,6 +14,7 @@ from lmu_dist.scaling.compare import Comparison, compare
 from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.compute import CountingConvention, fit_conventions
 from lmu_dist.scaling.controlled import ControlledComparison, controlled_comparisons
+from lmu_dist.scaling.effective_tokens import EffectiveTokens, effective_tokens
 from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement_ratio, seed_noise
 from lmu_dist.scaling.family_laws import compare_family_laws
 from lmu_dist.scaling.forms import law_name
@@ -41,6 +42,7 @@ class FamilyFit:
     conventions: tuple[CountingConvention, ...]
     run_ids: tuple[str, ...]
     comparison: LawComparison
+    effective: EffectiveTokens | None  # of the most repeated data
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,8 @@ def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
     names = [run.name or run.run_id for run in runs]
     result = fit_and_validate(Chinchilla, rows_from_runs(runs), resampling_groups(runs), n_resamples, names=names)
     conventions, comparison = tuple(fit_conventions(runs, result)), compare_family_laws(runs)
-    return FamilyFit(family, result, conventions, tuple(run.run_id for run in runs), comparison)
+    effective = effective_tokens(comparison, n_resamples)
+    return FamilyFit(family, result, conventions, tuple(run.run_id for run in runs), comparison, effective)
 
 
 def _other_laws(fits: Sequence[FamilyFit]) -> dict[str, list[str]]:

@@ -1,13 +1,15 @@
 """Gamma, Farseer and the laws of repeated data: gradients, units, optima, recovery; parameters that are held or tied."""
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
 
 from lmu_dist.config import ConfigError
+from lmu_dist.scaling.compare_laws import compare_laws
 from lmu_dist.scaling.constraints import Constraints
 from lmu_dist.scaling.diagnostics import check_table, diagnose, fit_and_diagnose
+from lmu_dist.scaling.effective_tokens import effective_tokens
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA, Gamma
 from lmu_dist.scaling.intervals import small_sample_correction
@@ -176,3 +178,14 @@ def test_batch_laws_take_numbers_and_arrays():
     assert batch_law(Chinchilla, astuple(HOFFMANN)) == HOFFMANN
     many = batch_law(Chinchilla, [np.array([v, v]) for v in astuple(HOFFMANN)])
     assert many.loss(N, D).shape == (2, 4)
+
+
+def test_effective_tokens_are_those_of_the_true_law_and_only_of_repeated_data():
+    rows = grid(REPEATED, noise=0.002)
+    found = effective_tokens(compare_laws(rows, [Repeated], holdouts=False), 60)
+    assert found is not None
+    assert found.interval is not None
+    assert (found.tokens, found.unique_tokens) == (10**11, 4 * 10**8)  # 250 readings
+    assert found.effective_tokens == pytest.approx(4e8 * (1 + 15), rel=0.05)  # as many as repetition can ever be worth
+    assert found.interval[0] < 4e8 * (1 + 15) < found.interval[1]
+    assert effective_tokens(compare_laws(replace(rows, unique_tokens=None), [Chinchilla], holdouts=False), 60) is None

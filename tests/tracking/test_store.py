@@ -270,7 +270,7 @@ def test_ended_study_has_a_table_numbers_and_the_answer(tmp_path: Path, store: S
     assert store.client.get_run(other_id).data.metrics["study/cells"] == 0
     page = tmp_path / "report.html"
     page.write_text("<p>")
-    save_report(store, "e", "digest", False, [page], {}, {}, "More than 10 times. Because.")
+    save_report(store, "e", "digest", False, "lmu_over_transformer", [page], {}, {}, "More than 10 times. Because.")
     assert store.client.get_run(study_id).data.tags[pages.NOTE].startswith("**More than 10 times. Because.**\n\nThe study")
     assert [a.path for a in store.client.list_artifacts(study_id, "report")] == ["report/report.html"]
     tags = store.client.get_experiment(experiment_id).tags
