@@ -206,8 +206,11 @@ class RunRecord:
         return cls(**known_fields(cls, stored), unknown={name: value for name, value in stored.items() if name not in names})
 
 
-def known_fields(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a stored dictionary that are fields of a dataclass. Other versions may have stored other entries."""
+def known_fields(cls: type, stored: Any) -> dict[str, Any]:
+    """The entries of a dictionary from a JSON file that are fields of a dataclass; of a list none. Raises TypeError for numbers.
+
+    Other versions may have stored other entries.
+    """
     return {f.name: stored[f.name] for f in fields(cls) if f.name in stored and f.name != "unknown"}
 
 

@@ -36,7 +36,7 @@ class LMUModern(ModernFamily):
 
     name = "lmu_modern"
     version = 1
-    title = "LMU, modern block"
+    title = "modern LMU"
     report_rank = 7
     colour, colour_dark, marker, line = "#10284a", "#2a7de1", "p", "-"
     Options = LMUModernOptions
