@@ -207,7 +207,7 @@ class RunRecord:
 
 
 def known_fields(cls: type, stored: Any) -> dict[str, Any]:
-    """The entries of a dictionary from a JSON file that are fields of a dataclass; of a list none. Raises TypeError for numbers.
+    """The entries of a JSON dictionary that are fields of a dataclass; of a list none. Raises TypeError for a number.
 
     Other versions may have stored other entries.
     """

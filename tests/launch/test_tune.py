@@ -63,12 +63,13 @@ def test_asha_stops_trials_and_closes_their_runs(corpus_glob: str, local_ray: st
     tune_job.write_text(
         json.dumps(
             {
+                "train": {"tokens": 102_400, "warmup_tokens": 2560},
                 "tune": {
                     "families": ["lmu"],
                     "n_params": [1000],
                     "search": "sweep",
                     "space": {"train.learning_rate": {"choice": RATES}},
-                }
+                },
             }
         )
     )
