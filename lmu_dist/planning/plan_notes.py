@@ -59,9 +59,10 @@ def _transfers(cells: Sequence[GridCell]) -> Iterator[str]:
             base = (cell.shape.family, cell.config.model.base_n_params)
             ratios.setdefault(base, set()).add(cell.shape.d_model / cell.shape.base.d_model)
     for (family, n_params), of_family in ratios.items():
+        widths = ", ".join(f"{ratio:.3g}" for ratio in sorted(of_family))
         yield (
-            f"rate: {family} takes over the rate of N = {n_params:,} at {', '.join(f'{r:.3g}' for r in sorted(of_family))} times "
-            "its width: rates of matrices by fan-in, logits and scores are scaled (model.base_n_params)"
+            f"rate: {family} takes over the rate of N = {n_params:,} at {widths} times its width, by model.base_n_params: "
+            "rates of matrices go by fan-in, logits and scores are scaled"
         )
 
 
