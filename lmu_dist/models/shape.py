@@ -55,9 +55,9 @@ class Shape:
         """Restores a shape from `to_dict`, of this version or of version 0.1 (which stored all widths at the top level)."""
         common = {f.name for f in fields(cls)}
         flat = {name: value for name, value in stored.items() if name not in common and value}
-        known = {name: value for name, value in stored.items() if name in common} | {"widths": flat | stored.get("widths", {})}
-        base = stored.get("base")
-        return cls(**known | {"base": cls.from_dict(base) if base else None})
+        known: dict[str, Any] = {name: value for name, value in stored.items() if name in common}
+        base = known.pop("base", None)
+        return cls(**known | {"widths": flat | stored.get("widths", {})}, base=cls.from_dict(base) if base else None)
 
 
 def power_of_two(most: float) -> int:

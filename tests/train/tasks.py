@@ -31,8 +31,10 @@ TRAIN = TrainConfig(
 
 
 def model(family: str = "lmu", base_n_params: int | None = None) -> LanguageModel:
-    shape, base = (n and shape_for(family, n, vocab_tokens=VOCAB, sequence_tokens=LENGTH) for n in (3000, base_n_params))
-    return LanguageModel(replace(shape, base=base), seed=3)
+    shape = shape_for(family, 3000, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+    if base_n_params is not None:
+        shape = replace(shape, base=shape_for(family, base_n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH))
+    return LanguageModel(shape, seed=3)
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:

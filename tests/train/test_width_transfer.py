@@ -21,13 +21,13 @@ FAMILIES = [name for name, family in registry.built_in().items() if family.rates
 OPTIONS = {name: {"order": 32, "reduced_order": 16} for name in ("lmu", "lmu_attention", "lmu_modern")}
 
 
-def shape_at(name: str, d_model: int, base: int | None = None, **options: object) -> Shape:
+def shape_at(name: str, d_model: int, base: int | None = None) -> Shape:
     """A model of this width, with d_ff = 4 d_model and two blocks."""
     family = registry.find(name)
-    widths = family.widths(d_model, LENGTH, family.Options(**OPTIONS.get(name, {}) | options))
+    widths = family.widths(d_model, LENGTH, family.Options(**OPTIONS.get(name, {})))
     assert widths is not None
     widths = widths | {"d_ff": 4 * d_model}
-    return Shape(name, d_model, 2, LENGTH, VOCAB, widths, None if base is None else shape_at(name, base, **options))
+    return Shape(name, d_model, 2, LENGTH, VOCAB, widths, None if base is None else shape_at(name, base))
 
 
 def tokens() -> torch.Tensor:
@@ -52,7 +52,11 @@ def train(model: LanguageModel) -> list[float]:
 def outputs(model: LanguageModel) -> list[torch.Tensor]:
     """Output of every sublayer, and the logits."""
     found = list[torch.Tensor]()
-    hooks = [sublayer.register_forward_hook(lambda _module, _inputs, y: found.append(y)) for sublayer in model.sublayers]
+
+    def keep(_module: torch.nn.Module, _inputs: object, output: torch.Tensor) -> None:
+        found.append(output)
+
+    hooks = [sublayer.register_forward_hook(keep) for sublayer in model.sublayers]
     found.append(model.logits(tokens()[:, :-1]))
     for hook in hooks:
         hook.remove()
@@ -114,9 +118,9 @@ def test_coordinate_check_of_the_lmus_own_parameters(parameter: str, width: str)
     logs = torch.tensor([math.log(size) for size in sizes]) - math.log(sizes[0])
     logs -= logs.mean()
     for has_base in (True, False):
-        changes = torch.tensor([[log_change(size, has_base, seed) for size in sizes] for seed in range(3)])
+        changes = torch.tensor([[log_change(size, has_base, seed) for size in sizes] for seed in range(6)])
         slope = float(logs @ changes.mean(0) / logs.square().sum())
-        assert abs(slope) < 0.3 if has_base else slope > 0.6, (has_base, slope)
+        assert abs(slope) < 0.4 if has_base else slope > 0.6, (has_base, slope)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -146,8 +150,8 @@ def test_text_is_generated_by_the_model_that_was_trained(name: str):
 
 def test_rates_follow_the_fan_in_of_every_parameter():
     """The rules of docs/recipes.md. What weight decay takes off a weight in a step does not depend on the width."""
-    shape = shape_at("lmu", 64, 32, order=None, reduced_order=None)
-    shape = replace(shape.with_widths(order=30, reduced_order=6), base=shape.base and shape.base.with_widths(order=10))
+    base = shape_at("lmu", 32).with_widths(order=10, reduced_order=3)
+    shape = replace(shape_at("lmu", 64).with_widths(order=30, reduced_order=6), base=base)
     model = LanguageModel(shape)
     groups = parameter_groups(model, TrainConfig(weight_decay=0.1, embedding_rate=0.5, vector_rate=4.0))
     settings = {id(p): (group.rate_factor, group.weight_decay) for group in groups for p in group.parameters}
@@ -157,7 +161,7 @@ def test_rates_follow_the_fan_in_of_every_parameter():
     assert got["sublayers.0.up.weight"] == (0.5, 0.2)
     assert got["sublayers.0.out.weight"] == (0.5, 0.2)
     assert got["sublayers.1.reading"] == (pytest.approx(third), pytest.approx(0.3))  # over q
-    assert got["sublayers.1.p"] == (4.0 * shape.base.reduced_order / 6, 0.0)  # pyright: ignore[reportOptionalMemberAccess]
+    assert got["sublayers.1.p"] == (2.0, 0.0)  # over q'
     assert {got[name] for name in got if "norm" in name or name.endswith("bias")} == {(4.0, 0.0)}
 
 
