@@ -54,7 +54,10 @@ def shape_of(config: Config, vocab_tokens: int) -> Shape:
             f"model.base_n_params={model.base_n_params}: learning rates of family {family.name} are not known to hold at "
             "every width; remove the key, or for a family of your own set rates_transfer in its class (docs/recipes.md)"
         )
-    base = _shape(family, model.base_n_params, *sizes)
+    try:
+        base = _shape(family, model.base_n_params, *sizes)
+    except ConfigError as e:
+        raise ConfigError(f"model.base_n_params={model.base_n_params}: the base cannot be built: {e}") from e
     # A model that is its own base is an ordinary model, and has the key of one.
     return shape if base == shape else replace(shape, base=base)
 

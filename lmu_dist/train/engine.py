@@ -229,14 +229,16 @@ class ParameterGroup(NamedTuple):
     weight_decay: float
 
 
-def parameter_groups(model: LanguageModel, train: TrainConfig) -> list[ParameterGroup]:
+def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
     """The parameters of a model by role: matrices, vectors (biases, norms, p), embeddings. Roles with equal settings are one
     group. Vectors get no weight decay. If the model has a base, rates also depend on fan-ins (models/width_transfer); what
     decay takes off a weight in a step does not.
     """
     embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
     found = dict[tuple[float, float], list[torch.nn.Parameter]]()
-    by_width = rate_factors(model, model.shape, registry.family_of(model.shape))
+    by_width = dict[str, float]()
+    if isinstance(model, LanguageModel):
+        by_width = rate_factors(model, model.shape, registry.family_of(model.shape))
     for name, parameter in model.named_parameters():
         is_vector, of_width = parameter.ndim < 2, by_width.get(name, 1.0)
         factor = train.embedding_rate if id(parameter) in embedded else train.vector_rate if is_vector else train.matrix_rate
