@@ -74,7 +74,7 @@ class Config:
         return self
 
 
-COMMON_MODEL_KEYS = ("family", "n_params", "n_blocks")  # of every family
+COMMON_MODEL_KEYS = ("family", "n_params", "n_blocks", "base_n_params")  # of every family
 MAX_FILES = 100  # that a file may include, those that they include themselves counted too
 _ADAPTER = TypeAdapter(Config)
 

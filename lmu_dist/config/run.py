@@ -77,6 +77,9 @@ class ModelConfig:
     family: Family = "lmu"  # a built-in family (docs/families.md), one of an installed package, or path/to/file.py:CLASS
     n_params: Count = 56_000  # N, number of non-embedding parameters; the model has it within 2 %
     n_blocks: Count = 2  # number of blocks; for lstm: number of layers
+    base_n_params: Count | None = (
+        None  # N of the model at which the learning rate was tuned: it then holds at every width (muP); None: only at its own
+    )
     # Keys of the family itself, written directly under `model` (model.order) and checked by the family (models/registry).
     options: Mapping[str, Any] = field(default_factory=dict)
 

@@ -42,6 +42,7 @@ class Family(ABC):
     Options             keys of the family under `model` in a configuration: a frozen pydantic dataclass with defaults
     passive_options     options that change only the speed, not the results. They are not part of a run's key
     sizing_options      options that act only through `widths`. The widths are part of a run's key, so these options are not
+    rates_transfer      whether rates hold at every width under `model.base_n_params` (models/width_transfer). Not inherited
     sublayers           the sublayers of all blocks; default: n_blocks times (mixer, feed-forward)
     widths              the family's widths at a given d_model
     n_params, ...       counts of parameters, FLOPs and bytes; default: counted on the meta device (models/counting)
@@ -62,12 +63,15 @@ class Family(ABC):
     residual: ClassVar[bool] = True  # True: x <- x + sublayer(norm(x)); False: x <- sublayer(x)
     norm: ClassVar[Norm] = "layer"  # "layer": LayerNorm; "rms": RMSNorm. Also of the norm before the head
     recipe: ClassVar[Recipe] = LLAMA  # optimizer settings for `train.recipe`; default: those that are usual for language models
+    rates_transfer: ClassVar[bool] = False
     d_model_multiple: ClassVar[int] = 1  # d_model must be a multiple of it, for example the number of heads
 
     def __init_subclass__(cls) -> None:
         for own in ("title", "colour", "colour_dark", "marker"):  # a derived family must not look like its base in a report
             if own not in cls.__dict__:
                 setattr(cls, own, "")
+        if "rates_transfer" not in cls.__dict__:  # its mixer may be another one
+            cls.rates_transfer = False
         if not cls.__dict__.get("name"):
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", cls.__name__).lower()
 

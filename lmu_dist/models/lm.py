@@ -15,6 +15,7 @@ from lmu_dist.models import norms
 from lmu_dist.models.head import linear_cross_entropy
 from lmu_dist.models.registry import family_of
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import width_ratio
 
 
 class LanguageModel(nn.Module):
@@ -45,7 +46,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.shape, family = shape, family_of(shape)
         options = family.Options() if options is None else options
-        self.residual = family.residual
+        self.residual, self.logit_factor = family.residual, width_ratio(shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             n_sublayers = family.n_sublayers(shape)
@@ -67,7 +68,8 @@ class LanguageModel(nn.Module):
     def _initialise(self, n_sublayers: int, dtype: torch.dtype | None) -> None:
         """Initialises the weights: normal, matrices scaled by fan-in, outputs of sublayers also by depth (as in GPT-2).
 
-        Embeddings have variance 1/d_model: logits start with variance 1, and embeddings have the scale of sublayers.
+        Embeddings have variance 1/d_model: logits start with variance 1, and embeddings have the scale of sublayers. If the
+        shape has a base, it is the base's d_model.
         """
 
         def draw(weight: Tensor, std: float) -> None:
@@ -76,7 +78,7 @@ class LanguageModel(nn.Module):
 
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                draw(module.weight, module.embedding_dim**-0.5)
+                draw(module.weight, (module.embedding_dim * self.logit_factor) ** -0.5)
             elif isinstance(module, nn.Linear):
                 std = module.in_features**-0.5
                 draw(module.weight, std * (n_sublayers**-0.5 if name.endswith(".out") else 1.0))
@@ -95,8 +97,13 @@ class LanguageModel(nn.Module):
             )
         return x + self.position.weight[start:end]
 
+    def _features(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The inputs of the head. The factor of the logits is theirs: that costs less, and is the same."""
+        features = self.norm(x)
+        return features if self.logit_factor == 1 else features * self.logit_factor
+
     def _logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self._features(x), self.embedding.weight)
 
     def _hidden(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x = self._embed(tokens, 0)
@@ -121,7 +128,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, inputs: Int[Tensor, "B T"], targets: Int[Tensor, "B T"]) -> Float[Tensor, "B T"]:
         """Cross-entropy of every target in nats, float32 in every precision."""
-        x = self.norm(self._hidden(inputs)).flatten(0, 1)
+        x = self._features(self._hidden(inputs)).flatten(0, 1)
         return linear_cross_entropy(x, self.embedding.weight, targets.flatten()).view_as(targets)
 
     def advance(self, tokens: Int[Tensor, "B T"], state: "State | None" = None) -> tuple[Float[Tensor, "B T V"], "State"]:

@@ -19,6 +19,7 @@ class Shape:
     sequence_tokens length n of the training sequences
     vocab_tokens    size of the vocabulary
     widths          other widths of the family, by name; also attributes: shape.d_ff, shape.n_heads, shape.order
+    base            the model whose learning rates this one takes over (models/width_transfer); None: rates are its own
     """
 
     family: str
@@ -27,6 +28,7 @@ class Shape:
     sequence_tokens: int
     vocab_tokens: int
     widths: Mapping[str, int] = field(default_factory=dict)
+    base: "Shape | None" = None
 
     def __getattr__(self, name: str) -> int:
         widths: Mapping[str, int] = self.__dict__.get("widths", {})  # missing while an object is unpickled
@@ -44,16 +46,18 @@ class Shape:
 
     def to_dict(self) -> dict[str, Any]:
         """A dictionary of JSON types. `from_dict` restores the shape."""
-        return asdict(replace(self, widths=dict(self.widths)))
+        plain = asdict(replace(self, widths=dict(self.widths), base=None))
+        # Left out where there is none: shapes are in the keys of runs, and those of earlier versions have no base.
+        return plain | {"base": self.base.to_dict()} if self.base else {k: v for k, v in plain.items() if k != "base"}
 
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "Shape":
         """Restores a shape from `to_dict`, of this version or of version 0.1 (which stored all widths at the top level)."""
         common = {f.name for f in fields(cls)}
         flat = {name: value for name, value in stored.items() if name not in common and value}
-        return cls(
-            **{name: value for name, value in stored.items() if name in common} | {"widths": flat | stored.get("widths", {})}
-        )
+        known: dict[str, Any] = {name: value for name, value in stored.items() if name in common}
+        base = known.pop("base", None)
+        return cls(**known | {"widths": flat | stored.get("widths", {})}, base=cls.from_dict(base) if base else None)
 
 
 def power_of_two(most: float) -> int:

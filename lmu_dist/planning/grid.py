@@ -6,7 +6,7 @@ Learning rate, batch, warm-up and workers of a size are computed only here. Call
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -40,13 +40,26 @@ class GridCell:
 def shape_of(config: Config, vocab_tokens: int) -> Shape:
     """The widths of a run.
 
-    Raises ConfigError if no widths give model.n_params, or if the family does not have one of the keys under `model`.
+    Raises ConfigError if no widths give model.n_params or model.base_n_params, if the family does not have one of the keys
+    under `model`, or if its rates do not transfer between widths.
     """
-    model = config.model
+    model, family = config.model, registry.find(config.model.family)
     options = json.dumps(dict(model.options), sort_keys=True)
-    return _shape(
-        registry.find(model.family), model.n_params, vocab_tokens, config.train.sequence_tokens, model.n_blocks, options
-    )
+    sizes = (vocab_tokens, config.train.sequence_tokens, model.n_blocks, options)
+    shape = _shape(family, model.n_params, *sizes)
+    if model.base_n_params is None:
+        return shape
+    if not family.rates_transfer:
+        raise ConfigError(
+            f"model.base_n_params={model.base_n_params}: learning rates of family {family.name} are not known to hold at "
+            "every width; remove the key, or for a family of your own set rates_transfer in its class (docs/recipes.md)"
+        )
+    try:
+        base = _shape(family, model.base_n_params, *sizes)
+    except ConfigError as e:
+        raise ConfigError(f"model.base_n_params={model.base_n_params}: the base cannot be built: {e}") from e
+    # A model that is its own base is an ordinary model, and has the key of one.
+    return shape if base == shape else replace(shape, base=base)
 
 
 @lru_cache(maxsize=4096)

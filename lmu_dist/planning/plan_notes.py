@@ -30,7 +30,7 @@ def epochs_of(cell: GridCell, corpus: Manifest) -> float:
 
 def plan_notes(config: Config, cells: Sequence[GridCell], corpus: Manifest | None) -> tuple[str, ...]:
     """Lines about the cells that are planned."""
-    return (*_recipes(config), *_rates(cells), *_repeats(cells, corpus))
+    return (*_recipes(config), *_rates(cells), *_transfers(cells), *_repeats(cells, corpus))
 
 
 def _recipes(config: Config) -> Iterator[str]:
@@ -48,6 +48,21 @@ def _rates(cells: Sequence[GridCell]) -> Iterator[str]:
         yield (
             "rate: where the decay of a smaller budget starts, the larger ones step to the next rate; a budget that is added "
             "between others is a new step, so all larger ones are trained again"
+        )
+
+
+def _transfers(cells: Sequence[GridCell]) -> Iterator[str]:
+    """Of which families learning rates are taken over from which base, and over how much of a width."""
+    ratios = dict[tuple[str, int | None], set[float]]()
+    for cell in cells:
+        if cell.shape.base is not None:
+            base = (cell.shape.family, cell.config.model.base_n_params)
+            ratios.setdefault(base, set()).add(cell.shape.d_model / cell.shape.base.d_model)
+    for (family, n_params), of_family in ratios.items():
+        widths = ", ".join(f"{ratio:.3g}" for ratio in sorted(of_family))
+        yield (
+            f"rate: {family} takes over the rate of N = {n_params:,} at {widths} times its width, by model.base_n_params: "
+            "rates of matrices go by fan-in, logits and scores are scaled"
         )
 
 

@@ -28,7 +28,10 @@ def settings_of(record: RunRecord, params: Mapping[str, str]) -> Settings:
     learning rate has the settings of the first attempt.
     """
     found: dict[str, Any] = {f"train.{key}": value for key, value in (asdict(TrainConfig()) | ADDED_TRAIN_KEYS).items()}
+    found |= {"model.base_n_params": None}
     found |= {key: value for key, value in params.items() if key.startswith(("train.", "model."))}
+    if found["model.base_n_params"] == found.get("model.n_params"):  # the base itself is an ordinary model
+        found["model.base_n_params"] = None
     found |= {
         "model.n_blocks": record.n_blocks,
         "train.learning_rate": _learning_rate(record, params) * (2 if record.retry_of else 1),

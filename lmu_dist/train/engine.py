@@ -27,8 +27,10 @@ from torch import Tensor
 
 from lmu_dist.config import ClusterConfig, Folder, TrainConfig
 from lmu_dist.data.batches import Batch
+from lmu_dist.models import registry
 from lmu_dist.models.accounting import bucket_size, executed_stage, overlaps_communication
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.width_transfer import rate_factors
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
@@ -229,14 +231,19 @@ class ParameterGroup(NamedTuple):
 
 def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
     """The parameters of a model by role: matrices, vectors (biases, norms, p), embeddings. Roles with equal settings are one
-    group. Vectors get no weight decay.
+    group. Vectors get no weight decay. If the model has a base, rates also depend on fan-ins (models/width_transfer); what
+    decay takes off a weight in a step does not.
     """
     embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
     found = dict[tuple[float, float], list[torch.nn.Parameter]]()
-    for parameter in model.parameters():
-        is_vector = parameter.ndim < 2
+    by_width = dict[str, float]()
+    if isinstance(model, LanguageModel):
+        by_width = rate_factors(model, model.shape, registry.family_of(model.shape))
+    for name, parameter in model.named_parameters():
+        is_vector, of_width = parameter.ndim < 2, by_width.get(name, 1.0)
         factor = train.embedding_rate if id(parameter) in embedded else train.vector_rate if is_vector else train.matrix_rate
-        found.setdefault((factor, 0.0 if is_vector else train.weight_decay), []).append(parameter)
+        decay = 0.0 if is_vector else train.weight_decay / of_width
+        found.setdefault((factor * of_width, decay), []).append(parameter)
     return [ParameterGroup(parameters, *settings) for settings, parameters in found.items()]
 
 

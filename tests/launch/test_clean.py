@@ -32,7 +32,7 @@ from lmu_dist.train.checkpoint import (
     upload,
     write_manifest,
 )
-from lmu_dist.train.export import export
+from lmu_dist.train.export import export, load_trained_model
 from lmu_dist.train.kept_weights import WEIGHTS_ONLY, keep_only_weights, newest_model
 from lmu_dist.train.model import build_model
 from lmu_dist.train.weights import WEIGHTS, read_weights, write_weights
@@ -131,6 +131,19 @@ def test_a_branch_point_is_used_only_by_cells_that_had_its_rates(base: Config, c
     write_checkpoint(after[2].trunk_folder / BRANCH_POINTS, after[2], 40, tmp_path, "a2")
     assert [found(cell) for cell in after] == [10, 10, 40, 40]
     assert [found(cell) for cell in before] == [10, 40, 40]
+
+
+def test_the_weights_that_are_kept_restore_a_model_with_the_rates_of_another_size(base: Config, corpus: Corpus, tmp_path: Path):
+    settings = {"storage": str(tmp_path / "storage"), "train.tokens": 20 * BATCH, "model.base_n_params": 1000}
+    cell = make_cell(with_settings(base, settings), corpus)
+    end(cell, tmp_path)
+    export(cell.folder, tmp_path / "exported")
+    expected, text = build_model(cell.config, cell.shape, torch.device("cpu")), torch.arange(20)[None]
+    with torch.no_grad():
+        for folder in (cell.folder, tmp_path / "exported"):
+            assert torch.equal(load_trained_model(folder).model.logits(text), expected.logits(text))
+    ordinary = make_cell(with_settings(base, settings | {"model.base_n_params": None}), corpus)
+    assert ordinary.key != cell.key
 
 
 def test_a_run_that_has_ended_keeps_its_weights_and_its_trunk_what_is_still_needed(cells: list[Cell], tmp_path: Path):

@@ -33,11 +33,11 @@ def problem(rows, width, dtype, device=CPU, n=3, chunk=2):
     return pre, torch.randn(rows).to(device), torch.randn(n, chunk, width).to(device, dtype)
 
 
-def expected_results(pre, p, dout):
+def expected_results(pre, p, dout, scale=1.0):
     """out, d pre and d p in plain torch and float64."""
     n, chunk, width = dout.shape
     pre, p = (tensor.double().clone().requires_grad_() for tensor in (pre, p))
-    out = implicit_attention.attend(pre.view(chunk, -1, n, width).permute(2, 0, 1, 3), p)
+    out = implicit_attention.attend(pre.view(chunk, -1, n, width).permute(2, 0, 1, 3), p, scale)
     return out.detach(), *torch.autograd.grad(out, (pre, p), dout.double())
 
 
@@ -46,11 +46,11 @@ def compare(got, expected, bound):
     assert float((got.double() - expected).norm()) <= bound * max(1e-6, float(expected.norm()))
 
 
-def check(kernels, pre, p, dout, bound):
-    expected = expected_results(pre, p, dout)
+def check(kernels, pre, p, dout, bound, scale=1.0):
+    expected = expected_results(pre, p, dout, scale)
     out, dp = torch.empty_like(dout), torch.ones_like(p)
-    kernels.forward(pre, p, out)
-    kernels.backward(pre, p, dout, dp)  # overwrites pre
+    kernels.forward(pre, p, out, scale)
+    kernels.backward(pre, p, dout, dp, scale)  # overwrites pre
     for got, exact, tolerance in zip((out, pre, dp - 1), expected, (bound, bound, max(bound, 1e-5)), strict=True):
         compare(got, exact, tolerance)
 
@@ -87,6 +87,12 @@ def test_cpp_equals_plain_torch(rows, width, dtype, bound):
 
 
 @pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+def test_cpp_scales_the_scores(dtype, bound):
+    check(implicit_attention, *problem(5, 33, dtype), bound, scale=0.125)
+
+
+@pytest.mark.usefixtures("cpp")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cpp_propagates_nan(dtype):
     check_nan(implicit_attention, *problem(3, 17, dtype))
@@ -110,7 +116,7 @@ def test_missing_compiler_logs_one_line(monkeypatch, caplog):
 
 def test_plain_torch_overwrites_pre_too():
     assert implicit_attention.implementation(torch.float64, CPU) == "torch"
-    check(implicit_attention, *problem(3, 17, torch.float64), 1e-12)
+    check(implicit_attention, *problem(3, 17, torch.float64), 1e-12, scale=0.125)
 
 
 @needs_gpu
@@ -121,6 +127,14 @@ def test_triton_equals_plain_torch(rows, width, dtype, bound):
 
     assert INTERPRETED or implicit_attention.implementation(dtype, GPU, rows) == "triton"
     check(triton_kernels if INTERPRETED else implicit_attention, *problem(rows, width, dtype, GPU), bound)
+
+
+@needs_gpu
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS)
+def test_triton_scales_the_scores(dtype, bound):
+    from lmu_dist.models.kernels import triton_kernels
+
+    check(triton_kernels if INTERPRETED else implicit_attention, *problem(5, 33, dtype, GPU), bound, scale=0.125)
 
 
 @needs_gpu
@@ -208,7 +222,7 @@ def test_triton_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "test_triton", "-p", "no:cacheprovider"]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert result.returncode == 0, result.stdout + result.stderr
-    assert f"{2 * len(FEW_SHAPES) + 4} passed" in result.stdout
+    assert f"{2 * len(FEW_SHAPES) + 6} passed" in result.stdout
 
 
 COMPILE = """
@@ -221,7 +235,8 @@ for name, dtype, rows, width in json.loads(sys.argv[1]):
     kernel, config = getattr(triton_kernels, name), triton_kernels.launch_config(rows, width, getattr(torch, dtype))
     warps = config.pop("num_warps")
     element = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
-    types = {"p": "*fp32", "dp": "*fp32", "n_chunks": "i32", "n_tokens": "i32", **dict.fromkeys(config, "constexpr")}
+    types = {"p": "*fp32", "dp": "*fp32", "scale": "fp32", "n_chunks": "i32", "n_tokens": "i32"}
+    types |= dict.fromkeys(config, "constexpr")
     signature = {n: types.get(n, element) for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in config.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

@@ -149,6 +149,7 @@ def test_grids_of_other_settings_are_not_mixed(store: Store):
         ("train.eval_tokens", 262_144, 1024),
         ("model.theta_tokens", None, 64),
         ("model.order", None, 20),
+        ("model.base_n_params", None, 1000),
     ],
 )
 def test_all_that_can_be_tuned_is_a_setting(key: str, usual: object, other: object):
@@ -177,6 +178,7 @@ def test_settings_without_effect_are_no_settings():
         {"train.decay_share": "0.5", "train.eval_every_tokens": "7", "train.divergence_factor": "3.0", "train.tokens": "1"},
         {"model.form": "fft", "train.gradient_precision": "bf16", "train.plateau_factor": "0.1", "data.source": "files"},
         {"train.log_every_steps": "7"},
+        {"model.n_params": "10000", "model.base_n_params": "10000"},
     ):
         assert settings_of(record, params) == settings_of(record, {})
 

@@ -30,8 +30,11 @@ TRAIN = TrainConfig(
 )
 
 
-def model(family: str = "lmu") -> LanguageModel:
-    return LanguageModel(shape_for(family, 3000, vocab_tokens=VOCAB, sequence_tokens=LENGTH), seed=3)
+def model(family: str = "lmu", base_n_params: int | None = None) -> LanguageModel:
+    shape = shape_for(family, 3000, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+    if base_n_params is not None:
+        shape = replace(shape, base=shape_for(family, base_n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH))
+    return LanguageModel(shape, seed=3)
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -41,18 +44,27 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
     return Batch(rows[:, :-1], rows[:, 1:])
 
 
-def plain_adam(family: str = "lmu", n_steps: int = 20, rates: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
+def plain_adam(
+    family: str = "lmu",
+    n_steps: int = 20,
+    rates: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    base_n_params: int | None = None,
+) -> list[float]:
     """Losses of the same training in plain torch: one process, one thread, no DeepSpeed.
 
     `rates`: factors of the learning rate for embeddings, matrices and vectors.
     """
     torch.set_num_threads(1)
-    net = model(family)
-    roles = [[p for name, p in net.named_parameters() if role_of(name, p) == role] for role in range(3)]
-    adam = torch.optim.Adam([{"params": role} for role in roles], betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
+    net = model(family, base_n_params)
+    base = dict(LanguageModel(net.shape.base or net.shape).named_parameters())
+    factors = list[float]()
+    for name, p in net.named_parameters():
+        has_fan_in = role_of(name, p) == 1 or name.endswith(".p")
+        factors.append(rates[role_of(name, p)] * (base[name].shape[-1] / p.shape[-1] if has_fan_in else 1.0))
+    adam = torch.optim.Adam([{"params": p} for p in net.parameters()], betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
     losses = []
     for step in range(n_steps):
-        for group, factor in zip(adam.param_groups, rates, strict=True):
+        for group, factor in zip(adam.param_groups, factors, strict=True):
             group["lr"] = factor * learning_rate(TRAIN, step)
         loss = net(batch(step).inputs, batch(step).targets).mean()
         adam.zero_grad()
@@ -69,18 +81,32 @@ def role_of(name: str, parameter: torch.Tensor) -> int:
 
 
 ROLE_RATES = (0.5, 2.0, 4.0)  # of embeddings, matrices, vectors
+BASE_N_PARAMS = 1000
 BY_ROLE = dict(zip(("embedding_rate", "matrix_rate", "vector_rate"), ROLE_RATES, strict=True))
 
 
-def train_by_role(stages: list[int], n_steps: int) -> dict[int, list[float]]:
-    """Losses with a learning rate for each role, by ZeRO stage."""
+def train_by_role(cases: list[tuple[int, str]], n_steps: int) -> dict[tuple[int, str], list[float]]:
+    """Losses with a learning rate for each role and width, by ZeRO stage and precision."""
+    train = replace(TRAIN, **BY_ROLE)
     return {
-        stage: [m.loss_nats for m in _train(_engine(stage, train=replace(TRAIN, **BY_ROLE)), 0, n_steps)] for stage in stages
+        (stage, precision): [
+            m.loss_nats
+            for m in _train(_engine(stage, train=replace(train, precision=precision), base_n_params=BASE_N_PARAMS), 0, n_steps)
+        ]
+        for stage, precision in cases
     }
 
 
-def _engine(stage: int, micro_rows: int | None = None, train: TrainConfig = TRAIN, family: str = "lmu") -> Engine:
-    return Engine(model(family), train, ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows), torch.device("cpu"))
+def _engine(
+    stage: int,
+    micro_rows: int | None = None,
+    train: TrainConfig = TRAIN,
+    family: str = "lmu",
+    base_n_params: int | None = None,
+) -> Engine:
+    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
+    net, cluster = model(family, base_n_params).to(dtype), ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows)
+    return Engine(net, train, cluster, torch.device("cpu"))
 
 
 def _train(engine: Engine, first: int, last: int) -> list:

@@ -37,6 +37,7 @@ class GatedDeltaNet(ModernFamily):
     report_rank = 5
     colour, colour_dark, marker, line = "#3a1fc0", "#9388ff", "P", "--"
     Options = GatedDeltaNetOptions
+    rates_transfer = True
     recipe = GATED_DELTANET
     sizing_options = ("value_expansion",)
 

@@ -43,6 +43,7 @@ class Hybrid(ModernBlock):
     report_rank = 8
     colour, colour_dark, marker, line = "#3c0f00", "#ff5718", "d", ":"
     Options = HybridOptions
+    rates_transfer = True
     sizing_options = ("mixer",)  # names the widths
     # The families in `model.mixer`. A derived class may add its own: {**Hybrid.mixer_families, "own": Own()}
     mixer_families: ClassVar[Mapping[str, ModernFamily]] = {f.name: f for f in (GatedDeltaNet(), Mamba2(), LMUModern())}
@@ -130,4 +131,5 @@ def _part(shape: Shape, family: ModernFamily) -> tuple[ModernFamily, Shape]:
     """A part of a hybrid, and the shape that a model of this family alone would have."""
     prefix = f"{family.name}."
     widths = {key.removeprefix(prefix): width for key, width in shape.widths.items() if key.startswith(prefix)}
-    return family, replace(shape, family=family.name, widths={"d_ff": shape.d_ff, **widths})
+    base = _part(shape.base, family)[1] if shape.base else None
+    return family, replace(shape, family=family.name, widths={"d_ff": shape.d_ff, **widths}, base=base)

@@ -12,6 +12,7 @@ from lmu_dist.models.mixers import rotary_attention
 from lmu_dist.models.mixers.rotary_attention import RotaryAttention
 from lmu_dist.models.modern_family import ModernFamily
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import score_scale
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -32,10 +33,11 @@ class Llama(ModernFamily):
     report_rank = 4
     colour, colour_dark, marker, line = "#c61644", "#ee6577", "v", "-"
     Options = LlamaOptions
+    rates_transfer = True
 
     def mixer(self, shape: Shape, options: LlamaOptions) -> nn.Module:
         """Builds attention."""
-        return RotaryAttention(shape.d_model, shape.n_heads, shape.rotary_base)
+        return RotaryAttention(shape.d_model, shape.n_heads, shape.rotary_base, score_scale(shape))
 
     def mixer_widths(self, d_model: int, sequence_tokens: int, options: LlamaOptions) -> dict[str, int] | None:
         """The number of heads, as in the transformer, but halved until the width of a head is even."""

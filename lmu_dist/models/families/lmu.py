@@ -20,6 +20,7 @@ from lmu_dist.models.mixers.feed_forward import FeedForward
 from lmu_dist.models.mixers.lmu import chunked, fourier, mixer
 from lmu_dist.models.recipe import KAPLAN
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import width_ratio
 
 PAPER_REDUCED_ORDER_PER_WIDTH = 25 / 204  # the paper's largest model: q' = 25 at d = 204
 PAPER_ORDERS_PER_ROW = 10  # q = 250 at q' = 25
@@ -50,10 +51,11 @@ class LMU(Family):
     Options = LMUOptions
     passive_options = ("form",)
     sizing_options = ("max_reduced_order",)
+    rates_transfer = True
 
     def mixer(self, shape: Shape, options: LMUOptions) -> nn.Module:
         """Builds the LMU."""
-        return mixer.LMU(shape.order, shape.reduced_order, float(shape.theta_tokens), options.form)
+        return mixer.LMU(shape.order, shape.reduced_order, float(shape.theta_tokens), options.form, width_ratio(shape))
 
     def sublayers(self, shape: Shape, options: LMUOptions) -> Iterator[nn.Module]:
         """Builds FFN, LMU, FFN for each block."""

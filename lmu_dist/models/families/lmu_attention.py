@@ -24,6 +24,7 @@ from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.attention import Attention
 from lmu_dist.models.mixers.feed_forward import FeedForward
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import score_scale
 
 
 class LMUAttention(LMU):
@@ -34,11 +35,12 @@ class LMUAttention(LMU):
     title = "LMU with attention"
     report_rank = 1
     colour, colour_dark, marker, line = "#00805d", "#3fce9f", "s", "-."
+    rates_transfer = True
 
     def sublayers(self, shape: Shape, options: LMUOptions) -> Iterator[nn.Module]:
         """Builds attention, LMU, FFN for each block."""
         for _ in range(shape.n_blocks):
-            yield Attention(shape.d_model, shape.n_heads)
+            yield Attention(shape.d_model, shape.n_heads, score_scale(shape))
             yield self.mixer(shape, options)
             yield FeedForward(shape.d_model, shape.d_ff)
 

@@ -18,6 +18,7 @@ from lmu_dist.models.mixers.lmu import mixer
 from lmu_dist.models.mixers.lmu_modern import ModernLMU
 from lmu_dist.models.modern_family import ModernFamily
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import width_ratio
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -42,6 +43,7 @@ class LMUModern(ModernFamily):
     Options = LMUModernOptions
     passive_options = ("form",)
     sizing_options = ("max_reduced_order",)
+    rates_transfer = True
 
     def mixer(self, shape: Shape, options: LMUModernOptions) -> nn.Module:
         """Builds the LMU and the parts that the shape names."""
@@ -54,6 +56,7 @@ class LMUModern(ModernFamily):
             short_convolution=bool(shape.short_convolution),
             output_gate=bool(shape.output_gate),
             qk_norm=bool(shape.qk_norm),
+            width_ratio=width_ratio(shape),
         )
 
     def mixer_widths(self, d_model: int, sequence_tokens: int, options: LMUModernOptions) -> dict[str, int] | None:

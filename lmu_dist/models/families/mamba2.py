@@ -38,6 +38,7 @@ class Mamba2(ModernFamily):
     report_rank = 6
     colour, colour_dark, marker, line = "#4d4b09", "#f5eba2", "X", "-."
     Options = Mamba2Options
+    rates_transfer = True
     recipe = MAMBA
     sizing_options = ("expand",)
 

@@ -13,6 +13,7 @@ from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.attention import Attention
 from lmu_dist.models.recipe import KAPLAN
 from lmu_dist.models.shape import Shape
+from lmu_dist.models.width_transfer import score_scale
 
 HEAD_WIDTHS = (12, 64)  # smallest and largest width of a head, for d_model < 512
 WIDE_HEAD_WIDTHS = (64, 128)  # for d_model >= 512
@@ -28,10 +29,11 @@ class Transformer(Family):
     colour, colour_dark, marker, line = "#c24f00", "#f2914f", "^", "--"
     recipe = KAPLAN
     learned_positions = True
+    rates_transfer = True
 
     def mixer(self, shape: Shape, options: Any) -> nn.Module:
         """Builds attention."""
-        return Attention(shape.d_model, shape.n_heads)
+        return Attention(shape.d_model, shape.n_heads, score_scale(shape))
 
     def widths(self, d_model: int, sequence_tokens: int, options: Any) -> dict[str, int] | None:
         """The number of heads. The feed-forward width is a free width."""

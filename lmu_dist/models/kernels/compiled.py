@@ -86,23 +86,27 @@ def _copy(content: bytes, to: Path) -> None:
     part.replace(to)
 
 
-def forward(pre: Tensor, p: Tensor, out: Tensor) -> None:
+def forward(pre: Tensor, p: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """See implicit_attention.forward."""
     n, chunk, width = out.shape
-    call("lmu_attention_forward", pre.dtype, (n, chunk, len(p), width), (pre, p, out))
+    call("lmu_attention_forward", pre.dtype, (n, chunk, len(p), width), (pre, p, out), scale)
 
 
-def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor) -> None:
+def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.0) -> None:
     """See implicit_attention.backward."""
     n, chunk, width = dout.shape
-    call("lmu_attention_backward", pre.dtype, (n, chunk, len(p), width), (pre, p, dout, dp))
+    call("lmu_attention_backward", pre.dtype, (n, chunk, len(p), width), (pre, p, dout, dp), scale)
 
 
-def call(name: str, dtype: torch.dtype, sizes: Sequence[int], tensors: Sequence[Tensor]) -> None:
-    """Calls the C++ function `name` for tensors of `dtype`, with all sizes first and then the addresses. Raises MemoryError."""
+def call(name: str, dtype: torch.dtype, sizes: Sequence[int], tensors: Sequence[Tensor], *factors: float) -> None:
+    """Calls the C++ function `name` for tensors of `dtype`: all sizes, then the addresses, then float32 factors.
+
+    Raises MemoryError.
+    """
     loaded = library()
     assert loaded is not None
     assert all(tensor.is_contiguous() for tensor in tensors), "C++ gets addresses without strides: tensors must be contiguous"
     function = getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
-    if function(*map(ctypes.c_int64, sizes), *(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)):
+    addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
+    if function(*map(ctypes.c_int64, sizes), *addresses, *map(ctypes.c_float, factors)):
         raise MemoryError(f"out of memory: {name} cannot allocate its workspace")

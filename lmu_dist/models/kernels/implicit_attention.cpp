@@ -1,7 +1,7 @@
 // Implicit self-attention over the memory rows of every token, forward and backward.
 //
-// For every token: Q, K, V (each R x D) = gelu(pre), A = softmax(Q K^T) by rows, out = (p A) V. All matrices of a token stay in
-// one core's cache. Pre-activations and out are float32 or bfloat16, everything else is float32. Built and called by
+// For every token: Q, K, V (each R x D) = gelu(pre), A = softmax(scale Q K^T) by rows, out = (p A) V. All matrices of a token
+// stay in one core's cache; there Q is stored with the scale. Pre-activations and out are float32 or bfloat16, everything else is float32. Built and called by
 // kernels/compiled.py; kernels/implicit_attention.attend computes the same in plain torch.
 //
 // Layout, for token i of a chunk, with N chunks of C tokens: pre[(i * 3R + row) * N * D + chunk * D + column] and
@@ -66,17 +66,19 @@ struct Workspace {
     }
 
     template <typename T>
-    void activate(const T* pre, int64_t row_stride, bool backward) {
-        for (int row = 0; row < 3 * rows; ++row)
+    void activate(const T* pre, int64_t row_stride, float scale, bool backward) {
+        for (int row = 0; row < 3 * rows; ++row) {
+            float factor = row < rows ? scale : 1.0f;
             for (int v = 0; v < vectors; ++v) {
                 Vec value, slope;
                 gelu(load_row(pre + row * row_stride, v), value, slope);
-                store(&qkv[row * padded_width + v * LANES], value);
-                if (backward) store(&derivative[row * padded_width + v * LANES], slope);
+                store(&qkv[row * padded_width + v * LANES], value * factor);
+                if (backward) store(&derivative[row * padded_width + v * LANES], slope * factor);
             }
+        }
     }
 
-    // Computes A = softmax(Q K^T) and p A.
+    // Computes A = softmax(Q K^T) and p A, where Q has the scale.
     void attend(const float* p) {
         const float *q = &qkv[0], *k = &qkv[rows * padded_width];
         constexpr int TILE = 4;
@@ -196,15 +198,14 @@ struct Sizes {
 };
 
 template <typename T>
-void forward(const Sizes& n, const T* pre, const float* p,                                                                   \
-                                         T* out) {
+void forward(const Sizes& n, const T* pre, const float* p, T* out, float scale) {
     int64_t row_stride = n.chunks * n.width;
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
         Workspace workspace(n.rows, n.width, false);
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
-            workspace.activate(pre + i * 3 * n.rows * row_stride + chunk * n.width, row_stride, false);
+            workspace.activate(pre + i * 3 * n.rows * row_stride + chunk * n.width, row_stride, scale, false);
             workspace.attend(p);
             workspace.write_output(out + (chunk * n.tokens + i) * n.width);
         }
@@ -212,8 +213,7 @@ void forward(const Sizes& n, const T* pre, const float* p,                      
 }
 
 template <typename T>
-void backward(const Sizes& n, T* pre, const float* p,                                                                        \
-                                          const T* dout, float* dp) {
+void backward(const Sizes& n, T* pre, const float* p, const T* dout, float* dp, float scale) {
     int64_t row_stride = n.chunks * n.width;
     int threads = at::get_num_threads();
     std::vector<float> thread_sums(static_cast<size_t>(threads) * n.rows, 0.0f);
@@ -224,7 +224,7 @@ void backward(const Sizes& n, T* pre, const float* p,                           
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
             T* token_pre = pre + i * 3 * n.rows * row_stride + chunk * n.width;
-            workspace.activate(token_pre, row_stride, true);
+            workspace.activate(token_pre, row_stride, scale, true);
             workspace.attend(p);
             workspace.backward(dout + (chunk * n.tokens + i) * n.width, p, token_pre, row_stride, thread_dp);
         }
@@ -235,15 +235,15 @@ void backward(const Sizes& n, T* pre, const float* p,                           
 
 }  // namespace
 
-// Sizes first, then addresses: kernels/compiled.call.
+// Sizes first, then addresses, then the scale: kernels/compiled.call.
 #define ENTRIES(NAME, T)                                                                                                     \
-    int lmu_attention_forward_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, const T* pre, const float* p,               \
-                                         T* out) {                                                                           \
-        return error_code([&] { forward(Sizes{n, c, r, d}, pre, p, out); });                                                 \
+    int lmu_attention_forward_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, const T* pre, const float* p, T* out,       \
+                                     float scale) {                                                                          \
+        return error_code([&] { forward(Sizes{n, c, r, d}, pre, p, out, scale); });                                          \
     }                                                                                                                        \
-    int lmu_attention_backward_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, T* pre, const float* p,                    \
-                                          const T* dout, float* dp) {                                                        \
-        return error_code([&] { backward(Sizes{n, c, r, d}, pre, p, dout, dp); });                                           \
+    int lmu_attention_backward_##NAME(int64_t n, int64_t c, int64_t r, int64_t d, T* pre, const float* p, const T* dout,     \
+                                      float* dp, float scale) {                                                              \
+        return error_code([&] { backward(Sizes{n, c, r, d}, pre, p, dout, dp, scale); });                                    \
     }
 
 extern "C" {

@@ -58,24 +58,24 @@ def attend(pre: Tensor, p: Tensor, scale: float = 1.0) -> Tensor:
     return (p[None] @ weights @ v).squeeze(-2)
 
 
-def forward(pre: Tensor, p: Tensor, out: Tensor) -> None:
+def forward(pre: Tensor, p: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """Writes the attention's output (N, C, D) into `out`, from pre-activations (C K, N D)."""
     _check_layout(pre, p, out)
     if (kernels := _kernels(pre, p)) is not None:
-        kernels.forward(pre, p.float().contiguous(), out)
+        kernels.forward(pre, p.float().contiguous(), out, scale)
     else:
-        out.copy_(attend(_by_token(pre, out), p.to(pre.dtype)))
+        out.copy_(attend(_by_token(pre, out), p.to(pre.dtype), scale))
 
 
-def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor) -> None:
+def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.0) -> None:
     """Overwrites `pre` with its gradient, given d out (N, C, D), and adds the gradient of p to `dp`."""
     _check_layout(pre, p, dout)
     if (kernels := _kernels(pre, p)) is not None:
-        kernels.backward(pre, p.float().contiguous(), dout, dp)
+        kernels.backward(pre, p.float().contiguous(), dout, dp, scale)
         return
     with torch.enable_grad():
         inputs, weights = _by_token(pre, dout).detach().requires_grad_(), p.to(pre.dtype).detach().requires_grad_()
-        dinputs, dweights = torch.autograd.grad(attend(inputs, weights), (inputs, weights), dout)
+        dinputs, dweights = torch.autograd.grad(attend(inputs, weights, scale), (inputs, weights), dout)
     _by_token(pre, dout).copy_(dinputs)
     dp += dweights
 

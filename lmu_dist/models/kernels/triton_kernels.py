@@ -62,29 +62,30 @@ def _locate_token(pre, n_chunks, R: tl.constexpr, D: tl.constexpr):
 
 @jit
 def _attention_weights(
-    q, stride, R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr
-):
-    """A = softmax(Q K^T) by rows; 0 in the padding, even if a row holds infinities."""
+    q, stride, scale,
+    R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A = softmax(scale Q K^T) by rows; 0 in the padding, even if a row holds infinities."""
     scores = tl.zeros((ROWS, ROWS), tl.float32)
     for d in range(0, D, COLUMNS):
         offsets, mask = _block_offsets(d, stride, R, D, ROWS, COLUMNS)
         queries, keys = _gelu(_load(q + offsets, mask)), _gelu(_load(q + R * stride + offsets, mask))
         scores = tl.dot(queries, tl.trans(keys), scores, input_precision=PRECISION)
     rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, ROWS)[None, :]
-    scores = tl.where(columns < R, scores, float("-inf"))
+    scores = tl.where(columns < R, scores * scale, float("-inf"))
     weights = tl.exp(scores - tl.max(scores, 1)[:, None])
     return tl.where((rows < R) & (columns < R), weights / tl.sum(weights, 1)[:, None], 0.0)
 
 
 @partial(jit, do_not_specialize=["n_chunks", "n_tokens"])
 def _forward(
-    pre, p, out, n_chunks, n_tokens,
+    pre, p, out, n_chunks, n_tokens, scale,
     R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, chunk, q, stride = _locate_token(pre, n_chunks, R, D)
     row = tl.arange(0, ROWS)
     p_rows = tl.load(p + row, mask=row < R, other=0.0)
-    p_weights = tl.sum(p_rows[:, None] * _attention_weights(q, stride, R, D, ROWS, COLUMNS, PRECISION), 0)  # p A
+    p_weights = tl.sum(p_rows[:, None] * _attention_weights(q, stride, scale, R, D, ROWS, COLUMNS, PRECISION), 0)  # p A
     out += (chunk * n_tokens + i) * D
     for d in range(0, D, COLUMNS):
         offsets, mask = _block_offsets(d, stride, R, D, ROWS, COLUMNS)
@@ -95,14 +96,14 @@ def _forward(
 
 @partial(jit, do_not_specialize=["n_chunks", "n_tokens"])
 def _backward(
-    pre, p, dout, dp, n_chunks, n_tokens,
+    pre, p, dout, dp, n_chunks, n_tokens, scale,
     R: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i, chunk, q, stride = _locate_token(pre, n_chunks, R, D)
     k, v = q + R * stride, q + 2 * R * stride
     row = tl.arange(0, ROWS)
     p_rows = tl.load(p + row, mask=row < R, other=0.0)
-    weights = _attention_weights(q, stride, R, D, ROWS, COLUMNS, PRECISION)
+    weights = _attention_weights(q, stride, scale, R, D, ROWS, COLUMNS, PRECISION)
     p_weights = tl.sum(p_rows[:, None] * weights, 0)
     dout += (chunk * n_tokens + i) * D
     dweights = tl.zeros((ROWS,), tl.float32)  # V d out: d A is the outer product of p and this
@@ -112,7 +113,7 @@ def _backward(
         dweights += tl.sum(_gelu(_load(v + offsets, mask)) * _load(dout + column, column < D)[None, :], 1)
     dp_rows = tl.sum(weights * dweights[None, :], 1)
     tl.store(dp + tl.program_id(0).to(tl.int64) * R + row, dp_rows, mask=row < R)
-    dscores = p_rows[:, None] * weights * (dweights[None, :] - dp_rows[:, None])
+    dscores = scale * p_rows[:, None] * weights * (dweights[None, :] - dp_rows[:, None])
     for d in range(0, D, COLUMNS):
         offsets, mask = _block_offsets(d, stride, R, D, ROWS, COLUMNS)
         column = d + tl.arange(0, COLUMNS)
@@ -149,17 +150,17 @@ def is_supported(dtype: torch.dtype, device: torch.device, rows: int) -> bool:
     return capable and dtype in DTYPES and rows <= MAX_ROWS
 
 
-def forward(pre: Tensor, p: Tensor, out: Tensor) -> None:
+def forward(pre: Tensor, p: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """See implicit_attention.forward."""
     n, chunk, width = out.shape
     with torch.cuda.device_of(pre):
-        _forward[(n * chunk,)](pre, p, out, n, chunk, **launch_config(len(p), width, pre.dtype))
+        _forward[(n * chunk,)](pre, p, out, n, chunk, scale, **launch_config(len(p), width, pre.dtype))
 
 
-def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor) -> None:
+def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.0) -> None:
     """See implicit_attention.backward. The d p of all tokens are stored, then summed in a fixed order, unlike atomics."""
     n, chunk, width = dout.shape
     dp_tokens = torch.empty(n * chunk, len(p), dtype=torch.float32, device=pre.device)
     with torch.cuda.device_of(pre):
-        _backward[(n * chunk,)](pre, p, dout, dp_tokens, n, chunk, **launch_config(len(p), width, pre.dtype))
+        _backward[(n * chunk,)](pre, p, dout, dp_tokens, n, chunk, scale, **launch_config(len(p), width, pre.dtype))
     dp += dp_tokens.sum(0)

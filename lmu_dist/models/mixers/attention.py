@@ -33,7 +33,11 @@ class KVCache:
 
 
 def attend_to_cache(
-    q: Float[Tensor, "B H T E"], k: Float[Tensor, "B H T E"], v: Float[Tensor, "B H T E"], cache: KVCache | None
+    q: Float[Tensor, "B H T E"],
+    k: Float[Tensor, "B H T E"],
+    v: Float[Tensor, "B H T E"],
+    cache: KVCache | None,
+    scale: float | None = None,
 ) -> tuple[Float[Tensor, "B H T E"], KVCache]:
     """Attention of the next chunk and the updated cache. Tokens attend to all earlier ones, cached or in the chunk."""
     cache = cache or KVCache(k[:, :, :0], v[:, :, :0])
@@ -41,15 +45,18 @@ def attend_to_cache(
     n_keys, n_queries = k.shape[2], q.shape[2]
     # A single query attends to every key, which needs no mask.
     mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask), cache
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), cache
 
 
 class Attention(nn.Module):
-    """GPT-2's attention sublayer: joint projection to Q, K, V, scaled dot product, output projection; all with biases."""
+    """GPT-2's attention sublayer: joint projection to Q, K, V, scaled dot product, output projection; all with biases.
 
-    def __init__(self, d_model: int, n_heads: int) -> None:
+    `score_scale` is the factor of the scores; None: 1/sqrt(E).
+    """
+
+    def __init__(self, d_model: int, n_heads: int, score_scale: float | None = None) -> None:
         super().__init__()
-        self.n_heads = n_heads
+        self.n_heads, self.score_scale = n_heads, score_scale
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.out = nn.Linear(d_model, d_model)
 
@@ -59,10 +66,10 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence."""
         q, k, v = self._heads(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """Outputs of the next chunk and the updated cache."""
-        y, state = attend_to_cache(*self._heads(x), state)
+        y, state = attend_to_cache(*self._heads(x), state, self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2)), state

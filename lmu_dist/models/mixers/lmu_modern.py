@@ -18,14 +18,16 @@ from lmu_dist.models.mixers.short_convolution import ShortConvolution
 
 
 class NormedLMU(LMU):
-    """The LMU with QK-norm: p softmax(Q K^T / sqrt(D)) V, with RMSNorm over the channels of every row of Q and of K.
+    """The LMU with QK-norm: p softmax(score_scale Q K^T) V, with RMSNorm over the channels of every row of Q and of K.
 
     The fused operator has no such norm: whole sequences run in the chunked form, or in `form`, and autograd stores the
     intermediates.
     """
 
-    def __init__(self, d_model: int, order: int, reduced_order: int, theta_tokens: float, form: Form | None) -> None:
-        super().__init__(order, reduced_order, theta_tokens, form or "chunked")
+    def __init__(
+        self, d_model: int, order: int, reduced_order: int, theta_tokens: float, form: Form | None, score_scale: float
+    ) -> None:
+        super().__init__(order, reduced_order, theta_tokens, form or "chunked", score_scale)
         self.q_norm, self.k_norm = norms.build("rms", d_model), norms.build("rms", d_model)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -35,12 +37,15 @@ class NormedLMU(LMU):
 
     def _attend(self, projected: Float[Tensor, "B T K D"]) -> Float[Tensor, "B T D"]:
         q, k, v = F.gelu(projected + self.bias[:, None]).chunk(3, dim=-2)
-        weights = torch.softmax(self.q_norm(q) @ self.k_norm(k).transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+        weights = torch.softmax(self.q_norm(q) @ self.k_norm(k).transpose(-1, -2) * self.score_scale, dim=-1)
         return (self.p[None] @ weights @ v).squeeze(-2)
 
 
 class ModernLMU(nn.Module):
-    """convolution (if `short_convolution`) -> LMU -> output gate (if `output_gate`)."""
+    """convolution (if `short_convolution`) -> LMU -> output gate (if `output_gate`).
+
+    `width_ratio` is d_model of the base / d_model: factor of the scores, and under QK-norm its root (models/width_transfer).
+    """
 
     def __init__(
         self,
@@ -53,13 +58,14 @@ class ModernLMU(nn.Module):
         short_convolution: bool,
         output_gate: bool,
         qk_norm: bool,
+        width_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         self.convolution = ShortConvolution(d_model) if short_convolution else None
         if qk_norm:
-            self.lmu = NormedLMU(d_model, order, reduced_order, theta_tokens, form)
+            self.lmu = NormedLMU(d_model, order, reduced_order, theta_tokens, form, d_model**-0.5 * width_ratio**0.5)
         else:
-            self.lmu = LMU(order, reduced_order, theta_tokens, form)
+            self.lmu = LMU(order, reduced_order, theta_tokens, form, width_ratio)
         self.output_gate = OutputGate(d_model) if output_gate else None
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

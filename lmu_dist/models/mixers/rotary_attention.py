@@ -18,12 +18,13 @@ class RotaryAttention(nn.Module):
     """Qwen3's attention (arXiv 2505.09388) with as many key heads as query heads; no biases.
 
     RMSNorm over the channels of every head of q and k (QK-norm, arXiv 2302.05442), with one gain for all heads; then rotary
-    positions (arXiv 2104.09864). Texts may be longer than the training sequences.
+    positions (arXiv 2104.09864). Texts may be longer than the training sequences. `score_scale` is the factor of the scores;
+    None: 1/sqrt(E).
     """
 
-    def __init__(self, d_model: int, n_heads: int, rotary_base: int) -> None:
+    def __init__(self, d_model: int, n_heads: int, rotary_base: int, score_scale: float | None = None) -> None:
         super().__init__()
-        self.n_heads, self.rotary_base = n_heads, rotary_base
+        self.n_heads, self.rotary_base, self.score_scale = n_heads, rotary_base, score_scale
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
         self.q_norm = norms.build("rms", d_model // n_heads)
         self.k_norm = norms.build("rms", d_model // n_heads)
@@ -38,12 +39,12 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence."""
-        y = F.scaled_dot_product_attention(*self._heads(x, 0), is_causal=True)
+        y = F.scaled_dot_product_attention(*self._heads(x, 0), is_causal=True, scale=self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
         """Outputs of the next chunk and the updated cache, which holds rotated keys."""
-        y, state = attend_to_cache(*self._heads(x, state.length if state else 0), state)
+        y, state = attend_to_cache(*self._heads(x, state.length if state else 0), state, self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
 

@@ -104,6 +104,7 @@ class ChunkedConfig(NamedTuple):
     dtype                precision of the products
     block_chunks         number of chunks of a block
     keep_preactivations  whether to keep them for the backward pass, which pays on a CPU, or to recompute them
+    score_scale          factor of the scores of the attention
     """
 
     transition: ChunkTransition
@@ -111,9 +112,12 @@ class ChunkedConfig(NamedTuple):
     dtype: torch.dtype
     block_chunks: int
     keep_preactivations: bool
+    score_scale: float = 1.0
 
 
-def chunked_config(x: Float[Tensor, "B T D"], n_projections: int, order: int, theta_tokens: float) -> ChunkedConfig:
+def chunked_config(
+    x: Float[Tensor, "B T D"], n_projections: int, order: int, theta_tokens: float, score_scale: float = 1.0
+) -> ChunkedConfig:
     """Configuration for whole sequences of this shape, precision and device."""
     n_rows, length, width = x.shape
     chunk = chunk_tokens(order, n_projections, width, length, n_rows)
@@ -124,7 +128,7 @@ def chunked_config(x: Float[Tensor, "B T D"], n_projections: int, order: int, th
     block_chunks -= block_chunks % 16 if block_chunks > 16 else 0  # so that blocks begin at multiples of 16 bytes
     single_chunk = chunk >= length
     transition = chunk_transition(order, theta_tokens, chunk, memory_dtype, x.device, single_chunk)
-    return ChunkedConfig(transition, single_chunk, dtype, block_chunks, keep_preactivations=x.device.type == "cpu")
+    return ChunkedConfig(transition, single_chunk, dtype, block_chunks, x.device.type == "cpu", score_scale)
 
 
 def chunk_weights(
@@ -232,7 +236,7 @@ class _FusedLMU(torch.autograd.Function):
         saved = list[Tensor]()
         for i, block in enumerate(columns.split(width, 1)):
             pre = w @ block
-            implicit_attention.forward(pre, p, out[i * block_chunks : (i + 1) * block_chunks])
+            implicit_attention.forward(pre, p, out[i * block_chunks : (i + 1) * block_chunks], config.score_scale)
             if config.keep_preactivations:
                 saved.append(pre)
         ctx.save_for_backward(z, w, p, *saved)
@@ -253,7 +257,8 @@ class _FusedLMU(torch.autograd.Function):
             pre = saved[i] if saved else w @ block
             # The kernel overwrites `pre` with its gradient, which autograd cannot see: a second backward pass must raise.
             torch.autograd.graph.increment_version(pre)
-            implicit_attention.backward(pre, p, dout[i * block_chunks : (i + 1) * block_chunks], dp)
+            block_dout = dout[i * block_chunks : (i + 1) * block_chunks]
+            implicit_attention.backward(pre, p, block_dout, dp, ctx.config.score_scale)
             torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])
             if ctx.config.dtype == dtype:
                 dw.addmm_(pre, block.T)

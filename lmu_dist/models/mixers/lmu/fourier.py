@@ -94,16 +94,17 @@ def _kernel_spectra_backward(dspectra: Complex64[Tensor, "P n"], length: int, n_
 
 class _FusedLMU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor, n: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor, n: int, score_scale: float) -> Tensor:
         (b, t, d), k = x.shape, len(kernels)
         inputs, spectra = _pad_to_lanes(x.float()), _kernel_spectra(kernels.float(), n)
         width = inputs.shape[2]
         pre, out = x.new_empty(k, b * t * width), x.new_empty(b * t, 1, width)
         sizes = (b, t, d, k, n)
         compiled.call("lmu_convolve_forward", x.dtype, sizes, (inputs, spectra, bias.float().contiguous(), pre))
-        implicit_attention.forward(pre, p, out)
+        implicit_attention.forward(pre, p, out, score_scale)
         ctx.save_for_backward(inputs, spectra, pre, p)
-        ctx.sizes, ctx.kernel_tokens, ctx.dtypes = sizes, kernels.shape[1], (x.dtype, kernels.dtype, bias.dtype)
+        ctx.sizes, ctx.kernel_tokens, ctx.score_scale = sizes, kernels.shape[1], score_scale
+        ctx.dtypes = (x.dtype, kernels.dtype, bias.dtype)
         return out.view(b, t, width)[..., :d]
 
     @staticmethod
@@ -116,10 +117,11 @@ class _FusedLMU(torch.autograd.Function):
         torch.autograd.graph.increment_version(pre)
         dp, dbias = torch.zeros_like(p, dtype=torch.float32), torch.zeros(k)
         dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
-        implicit_attention.backward(pre, p, _pad_to_lanes(dout.to(pre.dtype)).flatten(0, 1).unsqueeze(1), dp)
+        padded = _pad_to_lanes(dout.to(pre.dtype)).flatten(0, 1).unsqueeze(1)
+        implicit_attention.backward(pre, p, padded, dp, ctx.score_scale)
         compiled.call("lmu_convolve_backward", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
         dkernels = _kernel_spectra_backward(dspectra, ctx.kernel_tokens, k)
-        return dx[..., :d].to(x_dtype), dkernels.to(kernels_dtype), dbias.to(bias_dtype), dp.to(p.dtype), None
+        return dx[..., :d].to(x_dtype), dkernels.to(kernels_dtype), dbias.to(bias_dtype), dp.to(p.dtype), None, None
 
 
 def fused_lmu(
@@ -129,8 +131,9 @@ def fused_lmu(
     p: Float[Tensor, "R"],
     theta_tokens: float,
     response: Float[Tensor, "Q T"],
+    score_scale: float = 1.0,
 ) -> Float[Tensor, "B T D"]:
     """The LMU of whole sequences, with `projection` and the memory's impulse response in the same basis."""
     n = transform_points(x.shape[1], projection.shape[1], theta_tokens)
     # The memory forgets inputs older than n / 2 tokens.
-    return _FusedLMU.apply(x, projection @ response[:, : n // 2], bias, p, n)
+    return _FusedLMU.apply(x, projection @ response[:, : n // 2], bias, p, n, score_scale)

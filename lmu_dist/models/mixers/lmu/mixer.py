@@ -146,10 +146,12 @@ def lmu_mixer(
     p: Float[Tensor, "R"],
     theta_tokens: float,
     form: Form | None = None,
+    score_scale: float = 1.0,
 ) -> Float[Tensor, "B T D"]:
     """The LMU of a whole sequence from an empty memory, in the given form or the device's default form.
 
-    `projection` stacks L1, L2, L3 of eq. 8 in units of the memory's row scale (see `to_paper_basis`).
+    `projection` stacks L1, L2, L3 of eq. 8 in units of the memory's row scale (see `to_paper_basis`). The paper's scores have
+    the factor 1.
 
     recurrent, fft, chunked: `attend_to_memory` of `projected_memory`; autograd stores the intermediates.
     fused: one operator with a hand-written backward pass, by Fourier transforms or by chunked products
@@ -161,13 +163,13 @@ def lmu_mixer(
     form = form or default_form(x.dtype, x.device)
     if form == "fused" and not fourier.is_supported(x.dtype, x.device):
         k, q = projection.shape
-        return chunked.fused_lmu(x, projection, bias, p, chunked.chunked_config(x, k, q, theta_tokens))
+        return chunked.fused_lmu(x, projection, bias, p, chunked.chunked_config(x, k, q, theta_tokens, score_scale))
     paper_projection = to_paper_basis(projection, theta_tokens)
     if form == "fused":
         h = memory_matrices(projection.shape[1], theta_tokens, x.shape[1], paper_projection.dtype, x.device).h
-        return fourier.fused_lmu(x, paper_projection, bias, p, theta_tokens, h)
+        return fourier.fused_lmu(x, paper_projection, bias, p, theta_tokens, h, score_scale)
     projected, _ = projected_memory(x, paper_projection, theta_tokens, form=form)
-    return attend_to_memory(projected.to(x.dtype), bias, p)
+    return attend_to_memory(projected.to(x.dtype), bias, p, score_scale)
 
 
 def to_paper_basis(projection: Float[Tensor, "K Q"], theta_tokens: float) -> Float[Tensor, "K Q"]:
@@ -189,16 +191,21 @@ def operator(form: Form | None, dtype: torch.dtype, device: torch.device, reduce
 class LMU(nn.Module):
     """Legendre memory with implicit self-attention. Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,).
 
-    `form` is the form for whole sequences; None: the device's default form.
+    `form` is the form for whole sequences; None: the device's default form. `score_scale` is a factor of the scores, 1 in the
+    paper.
 
     The parameter `reading` is the projection in units of the memory's row scale (its name is stored in checkpoints). White
     noise of unit variance thus gives pre-activations of unit variance at the start, and all orders train at the same rate. The
     paper's L is `projection_matrix`.
     """
 
-    def __init__(self, order: int, reduced_order: int, theta_tokens: float, form: Form | None = None) -> None:
+    row_vectors = ("p",)  # multiplied with a matrix: its learning rate follows the length, as that of a matrix does its fan-in
+
+    def __init__(
+        self, order: int, reduced_order: int, theta_tokens: float, form: Form | None = None, score_scale: float = 1.0
+    ) -> None:
         super().__init__()
-        self.theta_tokens = theta_tokens
+        self.theta_tokens, self.score_scale = theta_tokens, score_scale
         self.form: Form | None = form
         self.reading = nn.Parameter(torch.randn(3 * reduced_order, order) / math.sqrt(order))
         self.bias = nn.Parameter(torch.zeros(3 * reduced_order))
@@ -211,7 +218,7 @@ class LMU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence from an empty memory."""
-        return lmu_mixer(x, self.reading, self.bias, self.p, self.theta_tokens, self.form)
+        return lmu_mixer(x, self.reading, self.bias, self.p, self.theta_tokens, self.form, self.score_scale)
 
     def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
         """Outputs of the next chunk of tokens, and the memory (B, Q, D) after it, the state for the chunk that follows."""
@@ -223,4 +230,4 @@ class LMU(nn.Module):
         return self._attend(projected.to(x.dtype)), state
 
     def _attend(self, projected: Float[Tensor, "B T K D"]) -> Float[Tensor, "B T D"]:
-        return attend_to_memory(projected, self.bias, self.p)
+        return attend_to_memory(projected, self.bias, self.p, self.score_scale)
