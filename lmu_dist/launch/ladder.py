@@ -80,6 +80,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
     if config.ladder is None:
         raise ConfigError("this configuration has no section ladder; take jobs/quickstart.yaml as an example")
     set_client_limits()
+    baseline = _baseline(config)
     store = Store(tracking_uri)
     claim.check_store(store, config)
     n_vocab = vocab_tokens(config)
@@ -91,14 +92,14 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         planned, _ = grid(config, corpus.manifest.vocab_tokens)
     cells = list({cell.key: cell for cell in (make_cell(p.config, corpus) for p in planned)}.values())
     cells_to_rerun = [_cell_with_key(cells, key) for key in rerun]
-    _write_plan(store, cells)
+    _write_plan(store, cells, baseline)
     waves = Waves(cells, config) if config.ladder.until is not None else None
     driver = _Driver(cells, store, progress, waves)
     if waves is not None:
         waves.choose([cell.key for cell in cells_to_rerun])
     if not cells_to_rerun and not driver.next_trunks(n_slots=1):
         if waves is not None:
-            _write_plan(store, cells, driver.not_needed())
+            _write_plan(store, cells, baseline, driver.not_needed())
         claim.end_study(store, config, STUDY, known=driver.runs_for_study())
         return driver.result(())
     try:
@@ -114,7 +115,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
         claim.end_study(store, config, STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
-    _write_plan(store, cells, driver.not_needed())  # again, if MLflow was unavailable at the start
+    _write_plan(store, cells, baseline, driver.not_needed())  # again, if MLflow was unavailable at the start
     claim.end_study(store, config, STUDY, "FAILED" if driver.failures else "FINISHED", driver.runs_for_study())
     return driver.result(notes)
 
@@ -315,9 +316,17 @@ def _reset(cell: Cell, store: Store) -> None:
             storage.remove(attempt.trunk_folder / BRANCH_POINTS)
 
 
-def _write_plan(store: Store, cells: Sequence[Cell], not_needed: Collection[str] = ()) -> None:
+def _baseline(config: Config) -> str:
+    """The name of the family in plan.baseline. Raises ConfigError if there is none of this name."""
+    try:
+        return registry.find(config.plan.baseline).name
+    except ConfigError as e:
+        raise ConfigError(f"plan.baseline: {e}") from e
+
+
+def _write_plan(store: Store, cells: Sequence[Cell], baseline: str, not_needed: Collection[str] = ()) -> None:
     with suppress(MLflowUnavailableError, OSError):  # of the disk of temporary files or artifacts
         config = cells[0].config
         rows = [to_row(cell) for cell in plan_of(cells)]
         rows = [row | {"not_needed": row["key"] in not_needed} for row in rows]
-        write_plan(store, config.experiment, STUDY, rows, registry.find(config.plan.baseline).name)
+        write_plan(store, config.experiment, STUDY, rows, baseline)

@@ -113,12 +113,15 @@ def run_trials(
 def wait_for_release() -> tuple[str, ...]:
     """Waits until the resources of all trials are released. Returns a warning if they are not after RELEASE_SECONDS."""
     deadline = time.monotonic() + RELEASE_SECONDS
-    while groups := _placement_groups():
-        if time.monotonic() > deadline:
-            ids = ", ".join(group.placement_group_id.hex() for group in groups)
-            return (f"Ray still holds {len(groups)} placement groups of trials that ended: {ids}",)
-        _remove_leaked_groups()
-        time.sleep(0.5)
+    try:
+        while groups := _placement_groups():
+            if time.monotonic() > deadline:
+                ids = ", ".join(group.placement_group_id.hex() for group in groups)
+                return (f"Ray still holds {len(groups)} placement groups of trials that ended: {ids}",)
+            _remove_leaked_groups()
+            time.sleep(0.5)
+    except TABLE_ERRORS as e:
+        return (f"whether Ray has released all resources is unknown, since the cluster does not answer: {one_line(e)}",)
     return ()
 
 
@@ -171,25 +174,25 @@ def error_message(result: Any) -> str:
 def _remove_leaked_groups() -> None:
     """Removes the placement groups of trials that have died, such as those that a scheduler stopped.
 
+    Does nothing while the cluster does not answer: the next call may succeed.
+
     Ray keeps them until the driver ends. Ray Train's cleaner of these groups is one more process for each trial, and needs the
     dashboard.
     """
     no_actor = ActorID.nil().binary()  # Tune's own groups were created by the driver
-    for group in _placement_groups():
-        if group.creator_actor_dead and group.creator_actor_id != no_actor:
-            with suppress(*TABLE_ERRORS):  # the cluster does not answer now
+    with suppress(*TABLE_ERRORS):
+        for group in _placement_groups():
+            if group.creator_actor_dead and group.creator_actor_id != no_actor:
                 remove_placement_group(PlacementGroup(PlacementGroupID(group.placement_group_id)))
 
 
 def _placement_groups() -> list[Any]:
-    """This driver's placement groups that have not been removed; none if the cluster does not answer.
+    """This driver's placement groups that have not been removed. Raises one of TABLE_ERRORS if the cluster does not answer.
 
-    Read from Ray's control service: the public table has no creators, and Ray's State API needs the dashboard, ten processes.
+    Read from Ray's control service: the public table has no creators, and Ray's State API needs the dashboard, which is eleven
+    processes more on one machine.
     """
     job_id = bytes.fromhex(ray.get_runtime_context().get_job_id())
-    try:
-        rows = cluster_state._connect_and_get_accessor().get_placement_group_table()
-    except TABLE_ERRORS:
-        return []
+    rows = cluster_state._connect_and_get_accessor().get_placement_group_table()
     groups = [PlacementGroupTableData.FromString(row) for row in rows]
     return [g for g in groups if g.creator_job_id == job_id and g.state != PlacementGroupTableData.REMOVED]

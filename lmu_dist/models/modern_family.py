@@ -23,8 +23,8 @@ from lmu_dist.models.shape import Shape
 class ModernBlock(Family):
     """The block around the mixers, and the sums of all counts. Subclasses must define `mixers` and `parts`.
 
-    At equal N all of them have the same d_model = sqrt(N / (12 n_blocks)), and the width d_ff of SwiGLU is fitted to N: a mixer
-    with fewer parameters has wider feed-forward layers.
+    At equal N all of them have a d_model near sqrt(N / (12 n_blocks)), which heads of attention may round. The width d_ff of
+    SwiGLU is fitted to N: a mixer with fewer parameters has wider feed-forward layers.
     """
 
     version: ClassVar[int | str] = 1  # of the block: raise it together with the versions of all derived families

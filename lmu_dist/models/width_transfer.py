@@ -2,7 +2,7 @@
 
 The maximal update parametrization (muP; Yang et al. 2022, arXiv 2203.03466, table 8) for Adam. At the widths of the base the
 model is the ordinary one. A wider model is changed so that a step at the same rate changes every activation and every logit by
-as much. docs/recipes.md has the derivation, tests/models/test_width_transfer.py the coordinate check. Called by lm, the
+as much. docs/recipes.md has the derivation, tests/train/test_width_transfer.py the coordinate check. Called by lm, the
 families and train/engine.
 """
 

@@ -40,6 +40,9 @@ def _recipes(config: Config) -> Iterator[str]:
         used = ", ".join(f"{key} {value:g}" for key, value in recipe.settings.items() if key not in left_alone)
         own = ", ".join(f"{key} {getattr(config.train, key):g}" for key in recipe.settings if key in left_alone)
         kept = f"; set by the configuration: {own}" if own else ""
+        tuned = [t for t in config.ladder.tuned if registry.find(t.family) is registry.find(reference)] if config.ladder else []
+        if any(key.removeprefix("train.") in recipe.settings for entry in tuned for key in entry.settings):
+            kept += "; settings in ladder.tuned win over it"
         yield f"recipe of {registry.find(reference).name}: {used or 'nothing'}{kept}; from {recipe.source}"
 
 
@@ -47,7 +50,7 @@ def _rates(cells: Sequence[GridCell]) -> Iterator[str]:
     if any(cell.config.train.earlier_tokens for cell in cells):
         yield (
             "rate: where the decay of a smaller budget starts, the larger ones step to the next rate; a budget that is added "
-            "between others is a new step, so all larger ones are trained again"
+            "between others or below them is a new step, so all larger ones are trained again"
         )
 
 

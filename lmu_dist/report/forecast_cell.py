@@ -15,9 +15,9 @@ from lmu_dist.models import registry
 from lmu_dist.models.sizing import non_embedding_params, shape_for
 from lmu_dist.records import COMPLETE, DIVERGED, STOPPED_EARLY
 from lmu_dist.scaling.collect import Run, Study
-from lmu_dist.tracking.runs import record_of, runs_of
+from lmu_dist.tracking.runs import retired_runs_of, runs_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import RETIRED_KEY, RUN_NAME, STATUS
+from lmu_dist.tracking.tags import RUN_NAME, STATUS
 
 if TYPE_CHECKING:  # mlflow is for tracking only
     from mlflow.entities import Run as MLflowRun
@@ -47,15 +47,15 @@ def find_cell(store: Store, study: Study, family: str, n_params: int, tokens: in
             f"--family {family}: experiment {study.experiment!r} has no finished, comparable run of it; it has runs of "
             f"{', '.join(study.families)}"
         )
-    own = [run for run in runs_of(store, study.experiment) if run.data.params.get("family") == name]
-    same_size = [run for run in own if _requested(run) == n_params]
+    same_size = _of_size(runs_of(store, study.experiment), name, n_params)
+    retired = _of_size(retired_runs_of(store, study.experiment), name, n_params)
     finished = study.runs_of(name)
     nearest = min(finished, key=lambda run: abs(run.record.n_params - n_params))
     notes = list[str]()
     if known := [run for run in finished if run.requested_n_params == n_params]:
         actual = known[0].record.n_params
-    elif same_size:
-        actual = int(same_size[0].data.params["n_params"])
+    elif sized := [*same_size, *retired]:
+        actual = int(sized[0].data.params["n_params"])
     else:
         actual = _planned_size(store, nearest, n_params, notes)
     batches = {run.record.batch_tokens for run in known or finished}
@@ -63,7 +63,8 @@ def find_cell(store: Store, study: Study, family: str, n_params: int, tokens: in
     trained = -(-tokens // batch) * batch if batch else tokens
     of_cell = [run for run in same_size if is_budget(tokens, *_budget(run.data.params))]
     states = {run.info.run_id: run.data.tags.get(STATUS, "") for run in of_cell}
-    done = [run for run in of_cell if states[run.info.run_id] in (COMPLETE, STOPPED_EARLY) or _was_retired_with_a_loss(run)]
+    done = [run for run in of_cell if states[run.info.run_id] in (COMPLETE, STOPPED_EARLY)]
+    done += [run for run in retired if is_budget(tokens, *_budget(run.data.params)) and _has_a_loss(run)]
     if not done and set(states.values()) == {DIVERGED}:  # and no retry is under way
         done = of_cell
     ended = done[0].data.tags.get(RUN_NAME, done[0].info.run_id) if done else ""
@@ -97,10 +98,14 @@ def is_budget(tokens: int, planned_tokens: int, batch_tokens: int) -> bool:
     return 0 <= planned_tokens - tokens < max(batch_tokens, 1)
 
 
-def _was_retired_with_a_loss(run: "MLflowRun") -> bool:
-    """Returns whether --rerun took the run's key after it had ended: its loss is known, so a forecast tests nothing."""
-    record = record_of(run) if RETIRED_KEY in run.data.tags else None
-    return record is not None and record.phase == "decayed" and math.isfinite(record.val_loss_nats)
+def _of_size(runs: "Iterable[MLflowRun]", family: str, n_params: int) -> "list[MLflowRun]":
+    return [run for run in runs if run.data.params.get("family") == family and _requested(run) == n_params]
+
+
+def _has_a_loss(run: "MLflowRun") -> bool:
+    """Returns whether a run whose key --rerun has taken had ended: its loss is known, so a forecast tests nothing."""
+    loss = run.data.metrics.get("final/val_loss_nats", math.nan)
+    return run.data.tags.get("lmu.phase") == "decayed" and math.isfinite(loss)
 
 
 def _requested(run: "MLflowRun") -> int:

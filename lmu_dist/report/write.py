@@ -72,7 +72,8 @@ def write_report(
     """
     show("collecting runs", 0, 4)
     study = collect(store, experiment, any_code)
-    pair = default_pair(study, baseline, family, planned_baseline(store, experiment))
+    planned = planned_baseline(store, experiment)
+    pair = default_pair(study, baseline, family, planned)
     _prepare_folder(folder)
     wanted = {run.run_id: run for run in [*runs_at_largest_budget(study), *runs_compared_by_position(study, pair)]}
     curves = dict[str, np.ndarray]()
@@ -92,7 +93,7 @@ def write_report(
     fits = facts | to_json({"fits": [_fit(fit) for fit in results.fits]})
     _write_json(folder / "results.json", results_json)
     _write_json(folder / "fits.json", fits)
-    page = render(study, results, forecasts, figures, _reproduce(study, results, any_code))
+    page = render(study, results, forecasts, figures, _reproduce(study, results, any_code, planned))
     (folder / "report.html").write_text(page, encoding="utf-8")
     show("uploading to MLflow", 3.5, 4)
     names = [
@@ -195,10 +196,11 @@ def _metrics(results: Results, forecasts: ForecastScores) -> dict[str, float]:
     return found
 
 
-def _reproduce(study: Study, results: Results, any_code: bool) -> list[tuple[str, str]]:
+def _reproduce(study: Study, results: Results, any_code: bool, planned: str | None) -> list[tuple[str, str]]:
     flag = " --any-code" if any_code else ""
     pair, usual = results.pair, default_pair(study)
-    asked = "" if (pair.base, pair.new) == (usual.base, usual.new) else f" --baseline {pair.base} --family {pair.new}"
+    is_usual = planned in (None, usual.base) and (pair.base, pair.new) == (usual.base, usual.new)
+    asked = "" if is_usual else f" --baseline {pair.base} --family {pair.new}"
     again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}{asked}"
     commands = [
         ("this report", f"{again}  (set MLFLOW_TRACKING_URI to the MLflow store)"),

@@ -170,7 +170,10 @@ def improvement_ratio(losses: ArrayLike, weights: Floats | None = None) -> Impro
             None, None, n, gains, None, f"the families have {n} cells in common; a ratio with an interval needs {MIN_CELLS}"
         )
     share = weights / weights.sum(axis=1, keepdims=True)
-    groups = max(len(np.unique(weights, axis=1).T), 2)  # cells with the same weights are one group
+    groups = len(np.unique(weights, axis=1).T)  # cells with the same weights are one group
+    if groups < 2:
+        remark = "all cells have one size and seed, and so their noise in common; add another size or seed"
+        return Improvement(None, None, n, gains, None, remark)
     ends = (_percentile_interval(gains[0], share @ above, groups), _percentile_interval(gains[1], share @ below, groups))
     if ends[1][0] <= 0:
         order = "is worse than" if ends[1][1] < 0 else "is not clearly better than"

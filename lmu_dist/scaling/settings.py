@@ -80,7 +80,7 @@ def _unused_options(record: RunRecord, params: Mapping[str, Any]) -> set[str]:
     family = registry.find(record.family)
     names = {*family.passive_options, *family.sizing_options}
     names |= {name for name, value in asdict(family.Options()).items() if params.get(f"model.{name}") in (str(value), None)}
-    return {f"model.{name}" for name in names}
+    return {f"model.{name}" for name in names} | {key for key in params if key.startswith(tuple(f"model.{n}." for n in names))}
 
 
 def _number(value: Any) -> str | float:

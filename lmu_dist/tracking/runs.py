@@ -32,6 +32,12 @@ def runs_of(store: Store, experiment: str) -> list[Run]:
         return store.search_cells([find_experiment(store, experiment).experiment_id])
 
 
+def retired_runs_of(store: Store, experiment: str) -> list[Run]:
+    """The runs of an experiment whose cells are trained again: they have no KEY any more. Raises ConfigError like `runs_of`."""
+    with store.one_line_errors():
+        return store.search_runs([find_experiment(store, experiment).experiment_id], f"tags.`{RETIRED_KEY}` LIKE '%'")
+
+
 def records_of(store: Store, experiment: str) -> dict[str, RunRecord]:
     """The RunRecords of the runs of an experiment that have one, by run id."""
     found = {run.info.run_id: record_of(run) for run in runs_of(store, experiment)}

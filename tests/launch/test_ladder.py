@@ -203,6 +203,12 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
         assert 0.02 < line.step_seconds / (real.training_seconds / real.steps) < 5
 
 
+def test_unknown_baseline_is_refused_before_anything_starts(job: Path, tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"^plan.baseline: unknown family 'gpt'"):
+        ladder(configured(job, tmp_path, "plan.baseline=gpt"), default_uri(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_cell_that_cannot_fit_is_refused_before_anything_starts(job: Path, local_ray: str, tmp_path: Path):
     workers = '[{"n_params": 0, "n_workers": 1}, {"n_params": 3000, "n_workers": 8}]'
     with pytest.raises(

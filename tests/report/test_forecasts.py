@@ -16,9 +16,8 @@ from lmu_dist.scaling.collect import LeftOutRun, Run, Study, collect
 from lmu_dist.scaling.compare_laws import forms_for
 from lmu_dist.scaling.family_laws import rows_with_unique_tokens
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of
-from lmu_dist.tracking.runs import runs_of
+from lmu_dist.tracking.runs import retire_run, runs_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import RETIRED_KEY, STATUS
 
 CELL = ("--family", "lmu", "--n", "300k", "--tokens", "3e7")
 
@@ -113,8 +112,7 @@ def test_what_cannot_be_forecast_is_refused_and_writes_nothing(
     assert err == "lmu-dist: no forecast: only 2 distinct values of N, but the law needs 3 that differ by 5 % or more"
     assert forecasts_of(small, "e") == []
     for run in runs_of(small, "e"):  # as --rerun does: these losses were seen
-        for tag, value in ((RETIRED_KEY, "k"), (STATUS, "retired")):
-            small.client.set_tag(run.info.run_id, tag, value)
+        retire_run(small, run.info.run_id)
     study = collect(one_family, "e")
     again = find_cell(small, replace(study, experiment="e"), "lmu", 40_000, 400_000)
     assert "lmu-40000-400000" in again.ended

@@ -171,6 +171,10 @@ def test_the_pair_of_a_report_is_a_choice(
     other, stale = save_report(store, "e", digest, False, "lmu_over_transformer", [], {}, {})
     assert (other != run_id, stale, stale_reports(store, "e")) == (True, [], [])
 
+    write_plan(store, "e", "ladder", [], "llama")  # then the pair that is usual without a plan needs options
+    assert main(["report", "e", "-o", str(tmp_path / "usual"), "--baseline", "transformer"]) == 0
+    assert "report e --baseline transformer --family lmu --json" in (tmp_path / "usual" / "report.html").read_text()
+
 
 def test_unwritable_folder_and_failed_upload(
     tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch

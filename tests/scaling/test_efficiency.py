@@ -126,6 +126,9 @@ def test_improvement_ratio():
     assert "is not clearly better" in improvement_ratio(level, bootstrap).remark
     assert "is worse" in improvement_ratio(losses[:, [0, 2, 1]], bootstrap).remark
     assert improvement_ratio(losses[:3], bootstrap[:, :3]).value is None
+    of_one_trunk = improvement_ratio(losses, np.repeat(bootstrap[:, :1], len(losses), axis=1))
+    assert (of_one_trunk.value, of_one_trunk.gain_intervals) == (None, None)
+    assert "one size and seed" in of_one_trunk.remark
     assert found.gain_intervals is not None
     assert found.gain_intervals[0][0] < 0.2 < found.gain_intervals[0][1]
     assert improvement_ratio(np.empty((0, 3))).remark.startswith("the three families have no size")

@@ -44,8 +44,9 @@ class Hybrid(ModernBlock):
     colour, colour_dark, marker, line = "#3c0f00", "#ff5718", "d", ":"
     Options = HybridOptions
     rates_transfer = True
-    sizing_options = ("mixer",)  # names the widths
-    # The families in `model.mixer`. A derived class may add its own: {**Hybrid.mixer_families, "own": Own()}
+    sizing_options = ("mixer", "mixer_options")  # options of mixers act through their widths, or change only the speed
+    # The families in `model.mixer`. A derived class may add its own: {**Hybrid.mixer_families, "own": Own()}. What an option of
+    # it changes must be among its widths, because runs are told apart by these.
     mixer_families: ClassVar[Mapping[str, ModernFamily]] = {f.name: f for f in (GatedDeltaNet(), Mamba2(), LMUModern())}
 
     def version_with(self, options: HybridOptions) -> str:
