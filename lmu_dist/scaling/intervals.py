@@ -45,8 +45,8 @@ def bootstrap_weights(labels: Sequence[str], n_resamples: int = N_RESAMPLES, see
 def resampled_units(rows: Rows, labels: Sequence[str]) -> list[str]:
     """Returns what a bootstrap resamples, as a label per row: groups with the same label, or runs if there are few groups.
 
-    Copies of a run stay together. A run of a group is named by its budget, so that other tables with such groups have it, too. A
-    table of many groups and one of few share no names: what is computed from both then has too wide an interval.
+    Copies of a run stay together. A run of a group is named by its budget, so that other tables with such groups have it, too.
+    A table of many groups and one of few share no names: what is computed from both then has too wide an interval.
     """
     if len(set(labels)) >= MIN_GROUPS or rows_are_copies(rows, labels):
         return list(labels)
