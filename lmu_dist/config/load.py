@@ -180,7 +180,7 @@ def _with_options(tree: dict[str, Any]) -> dict[str, Any]:
 def _with_recipe_except(tree: dict[str, Any]) -> dict[str, Any]:
     """The tree with the keys of `train` that it sets itself noted under train.recipe_except, if it names a recipe.
 
-    Afterwards nobody can tell a key that was set to its default from one that was not set. In a tree that has all keys, as
+    Afterwards a key that was set to its default looks like one that was not set. In a tree that has all keys, as
     `to_dict` makes it, those that differ from their defaults count as set.
     """
     train = tree.get("train")

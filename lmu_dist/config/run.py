@@ -111,7 +111,7 @@ class TrainConfig:
     recipe: Family | None = (
         None  # family: the optimizer settings of each family's paper; or a family whose recipe all take; None: the keys below
     )
-    recipe_except: Texts | None = None  # keys of `train` that the recipe leaves alone; None: those that the configuration sets
+    recipe_except: Texts | None = None  # keys of `train` that the recipe does not set; None: those that the configuration sets
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Adam: decay of the mean of gradients
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999  # Adam: decay of the mean of squared gradients
     eps: Positive = 1e-8  # Adam: added to the root of the mean square

@@ -21,8 +21,8 @@ from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.results import Results
 
 MAX_SIZE_FIGURES = 8  # most figures of loss against tokens
-MAX_COMPARISONS_WITHOUT_FIGURE = 3  # most families beside the base whose factors are easily read in the table
-MAX_LEGEND_INSIDE = 5  # most entries of a legend that fits beside the curves
+MAX_COMPARISONS_WITHOUT_FIGURE = 3  # most families, without the base, whose factors are easily read in the table
+MAX_LEGEND_INSIDE = 5  # most entries of a legend that fits between the curves
 LEGEND_LINE_INCHES = 0.17
 
 

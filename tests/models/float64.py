@@ -4,11 +4,13 @@ They compute decays, norms and recurrences in float32 at any precision, and take
 """
 
 import inspect
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 
 class Float64:
@@ -16,6 +18,18 @@ class Float64:
 
     def __getattr__(self, name: str) -> Any:
         return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+def check_gradients(found: Tensor, expected: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Checks that two equal outputs have equal gradients in pairs of inputs or weights, to 1e-10."""
+    weights = torch.randn_like(found)
+    ours, theirs = zip(*pairs, strict=True)
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), ours),
+        torch.autograd.grad((expected * weights).sum(), theirs),
+        strict=True,
+    ):
+        assert (a - b).norm() <= 1e-10 * max(b.norm(), expected.norm())
 
 
 def in_float64(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

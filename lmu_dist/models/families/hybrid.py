@@ -120,7 +120,7 @@ class Hybrid(ModernBlock):
 def _mixer_options(family: ModernFamily, options: HybridOptions) -> Any:
     """The options of the mixer's family. Raises ConfigError for unknown keys and invalid values.
 
-    A model that is built from its shape alone has the mixer that the shape names, and default options.
+    A model that is built from only its shape has the mixer that the shape names, and default options.
     """
     try:
         return options_of(family, options.mixer_options if options.mixer == family.name else {})
@@ -129,7 +129,7 @@ def _mixer_options(family: ModernFamily, options: HybridOptions) -> Any:
 
 
 def _part(shape: Shape, family: ModernFamily) -> tuple[ModernFamily, Shape]:
-    """A part of a hybrid, and the shape that a model of this family alone would have."""
+    """A part of a hybrid, and the shape of a model in which all blocks are of this family."""
     prefix = f"{family.name}."
     widths = {key.removeprefix(prefix): width for key, width in shape.widths.items() if key.startswith(prefix)}
     base = _part(shape.base, family)[1] if shape.base else None

@@ -27,7 +27,7 @@ def chunk_tokens(length: int, n_keys: int) -> int:
     """Tokens of a chunk: the width of a key within CHUNK_TOKENS, or for shorter texts the next power of two of their length.
 
     Products inside of a chunk then take about as long as those with the state. On two cores 16 tokens are the fastest for keys
-    of 16 channels, and 16 and 32 equally fast for keys of 32 (LOG.md).
+    of 16 channels, and 16 and 32 equally fast for keys of 32.
     """
     least, most = CHUNK_TOKENS
     return min(max(least, min(n_keys, most)), 1 << (length - 1).bit_length())

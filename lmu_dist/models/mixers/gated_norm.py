@@ -16,7 +16,7 @@ from lmu_dist.models.norms import RMS_EPS
 class GatedRMSNorm(nn.Module):
     """RMSNorm(x) w * silu(gate) as in Gated DeltaNet, or RMSNorm(x * silu(gate)) w if `gate_first`, as in Mamba-2.
 
-    With several groups, each is normalised alone. Computed in float32, or in float64 if x is float64.
+    With several groups, each is normalised separately. Computed in float32, or in float64 if x is float64.
     """
 
     def __init__(self, width: int, n_groups: int = 1, gate_first: bool = False) -> None:

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-CHUNK_TOKENS = 32  # the fastest of 32, 64 and 128 on two cores at d_model = 64 and 204 (LOG.md)
+CHUNK_TOKENS = 32  # the fastest of 16, 32 and 64 on a processor with AVX-512 (LOG.md)
 
 
 def chunk_tokens(length: int) -> int:
