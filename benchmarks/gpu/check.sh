@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks lmu-dist on one GPU: results, speed and memory, in at most 8 minutes. README.md in this folder explains it.
+# Checks lmu-dist on one GPU: results, speed and memory, in at most 9 minutes. README.md in this folder explains it.
 #   benchmarks/gpu/check.sh [PART ..] [--out FOLDER] [--seed N]
 #   DEVICE=cpu benchmarks/gpu/check.sh     the same parts on toy sizes, without a GPU
 # $PYTHON: the Python to use; default: the project's environment, else python3. $OUT_DIR: the folder for results.

@@ -17,6 +17,7 @@ from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import shape_for
 
 FAMILIES = ("transformer", "lmu", "lmu_attention", "lstm")  # the others are compared with the first
+MODERN, MODERN_SIZES = ("llama", "lmu_modern", "gated_deltanet", "mamba2"), (1_000_000, 10_000_000)
 SIZES, VOCABULARY, LENGTH, MAX_ROWS = (100_000, 1_000_000, 10_000_000, 100_000_000), 50_257, 1024, 64
 TOY_SIZES, TOY_VOCABULARY, TOY_LENGTH, TOY_ROWS = (3_000, 10_000), 512, 64, 2
 LARGEST_LSTM = 1_000_000  # above, an LSTM takes minutes
@@ -29,11 +30,11 @@ def run(recorder: Recorder) -> None:
     peak = matmul_flops(DTYPES["bfloat16"], device, recorder.toy)
     recorder.row("peaks", peak="matmul bfloat16", flops_per_second=peak)
     sizes, vocabulary, length = (TOY_SIZES, TOY_VOCABULARY, TOY_LENGTH) if recorder.toy else (SIZES, VOCABULARY, LENGTH)
-    families = FAMILIES[:2] if recorder.fast else FAMILIES
     with process_group(device):
         for n_params in sizes[:1] if recorder.fast else sizes:
             speeds = dict[str, float]()
-            for family in families:
+            modern = MODERN if recorder.toy or n_params in MODERN_SIZES else ()
+            for family in FAMILIES[:2] if recorder.fast else (*FAMILIES, *modern):
                 if family == "lstm" and n_params > LARGEST_LSTM:
                     continue
                 with recorder.attempt(f"{family} N={n_params:,}"):

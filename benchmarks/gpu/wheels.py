@@ -1,6 +1,6 @@
 """Makes the wheels that a machine without network needs to run lmu-dist. Called by wheels.sh, in the project's environment.
 
-    wheels.py [--python 3.12] [--have FILE] [--to FOLDER] [--part-bytes N]
+    wheels.py [--python 3.12] [--have FILE] [--also NAME==VERSION ..] [--to FOLDER] [--part-bytes N]
 
 Packages: everything that lmu-dist requires, at the versions that are installed here (those of requirements.lock), without torch
 and what only torch requires. deepspeed, which is published as source only, is built without compiled operators: on a GPU its
@@ -162,10 +162,14 @@ def main() -> None:
     parser.add_argument(
         "--have", type=Path, help="file with the packages that the target has, such as `pip list --format=freeze`"
     )
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="NAME==VERSION", help="further packages, without what they require"
+    )
     parser.add_argument("--to", type=Path, default=HERE / "wheels", help="folder for the parts, default benchmarks/gpu/wheels")
     parser.add_argument("--part-bytes", type=int, default=PART_BYTES, help=f"largest size of a part, default {PART_BYTES:,}")
     given = parser.parse_args()
     versions = required(given.python, installed_names(given.have) if given.have else {})
+    versions |= {canonicalize_name(name): version for name, _, version in (also.partition("==") for also in given.also)}
     with tempfile.TemporaryDirectory() as scratch:
         print(f"{len(versions)} packages for Python {given.python}", flush=True)
         fetch(versions, given.python, Path(scratch))

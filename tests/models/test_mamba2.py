@@ -241,7 +241,8 @@ def test_kernels_of_fla_get_what_they_document(n_groups: int, monkeypatch: pytes
     mixer, u = build(n_groups, torch.bfloat16), text(40).bfloat16()
     expected = mixer(u)
     assert gpu_kernels.operator_name("simple_gla", u.dtype, torch.device("cuda"), STATE) == "fla-core: simple_gla"
-    assert gpu_kernels.operator_name("simple_gla", torch.float64, torch.device("cuda"), STATE) == "chunked"
+    for dtype in (torch.float32, torch.float64):
+        assert gpu_kernels.operator_name("simple_gla", dtype, torch.device("cuda"), STATE) == "chunked"
     monkeypatch.setattr(gpu_kernels, "is_supported", lambda *_: True)
     found = mixer(u)
     assert (found - expected).norm() < 1e-2 * expected.norm()
