@@ -20,6 +20,7 @@ from lmu_dist import show
 from lmu_dist.cli import main, progress
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.scaling.published import HOFFMANN
+from lmu_dist.show import tables
 from lmu_dist.tracking.progress import Row
 
 JOB = str(Path(__file__).parents[1] / "jobs" / "train.yaml")
@@ -176,7 +177,7 @@ def test_a_narrow_terminal_shows_fewer_columns_and_whole_names(monkeypatch: pyte
     row = Row(name, "k", "r", "running", 5, 10, 1.5, 1e3, 2, 1, 60.0, "a remark")
     for width, expected in ((65, ["cell", "state", "tokens", "loss"]), (80, ["cell", "state", "tokens", "of", "loss", "ETA"])):
         console = Console(width=width, force_terminal=True, color_system=None)
-        monkeypatch.setattr(show, "_result_console", lambda console=console: console)
+        monkeypatch.setattr(tables, "_result_console", lambda console=console: console)
         show.print_status(lambda: [row], live=False)
         header, first, *caption = capfd.readouterr().out.splitlines()
         assert header.split() == expected

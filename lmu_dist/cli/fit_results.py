@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lmu_dist import show, show_fit
+from lmu_dist import show
 from lmu_dist.cli.fit_options import constraints_of, number_of, points_of
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, forecast_to_json, to_json
@@ -69,13 +69,13 @@ class Outcome:
         if self.result is not None:
             show.print_fit(self.result, self.table.rows, self.table.numbers)
         elif self.comparison is not None:
-            show_fit.print_comparison(self.comparison, self.intervals)
+            show.print_comparison(self.comparison, self.intervals)
         if self.forecast is not None:
-            show_fit.print_forecast(self.forecast, self.point_names)
+            show.print_forecast(self.forecast, self.point_names)
             for out in self.points_left_out:
                 print(f"left out     {len(out.rows)} of --predict: {out.reason}")
         if self.optima:
-            show_fit.print_optimum(self.optima)
+            show.print_optimum(self.optima)
         if self.plotted is not None:
             print(f"figure       {self.plotted}")
 

@@ -9,6 +9,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from lmu_dist import show
+from lmu_dist.show import runs, tables
 from lmu_dist.tracking import ended_rows
 from lmu_dist.tracking.ended_rows import Row
 from lmu_dist.tracking.new_run import create_run
@@ -114,13 +115,13 @@ def test_planned_cells_are_looked_for_in_other_experiments_only(store: Store, re
 
 
 def test_long_tables_are_printed_plainly_and_cut_on_a_screen(capsys: pytest.CaptureFixture[str]):
-    cells = [Row(f"cell-{i}", str(i), "", "complete", 10, 10, 5.0, None, 1, 1, None, "") for i in range(show.LONG + 1)]
+    cells = [Row(f"cell-{i}", str(i), "", "complete", 10, 10, 5.0, None, 1, 1, None, "") for i in range(tables.LONG + 1)]
     show.print_status(lambda: cells, live=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["cell", "state", "tokens", "of", "loss", "tokens/s", "workers", "attempts", "ETA", "remark"]
-    assert lines[-2].split() == [f"cell-{show.LONG}", "complete", "10", "10", "5.0000", "1", "1"]
+    assert lines[-2].split() == [f"cell-{tables.LONG}", "complete", "10", "10", "5.0000", "1", "1"]
     assert lines[-1] == f"{len(cells)} of {len(cells)} cells ended"
     assert len(lines) == len(cells) + 2
-    table = show._status_table(cells, 20)
+    table = runs._status_table(cells, 20)
     assert table.row_count == 20
     assert table.caption == f"{len(cells)} of {len(cells)} cells ended; {len(cells) - 20} more cells: --once prints all"

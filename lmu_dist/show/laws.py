@@ -1,9 +1,9 @@
-"""Prints laws side by side, forecasts and optima of a user's table, for people. `show` prints the fit of a single law."""
+"""Prints laws side by side, forecasts and optima of a user's table, for people. `fit` prints that of a single law."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from lmu_dist.show import new_table, print_table
+from lmu_dist.show.tables import new_table, print_table
 
 if TYPE_CHECKING:
     from lmu_dist.scaling.compare_laws import Candidate, LawComparison
