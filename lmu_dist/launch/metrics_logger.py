@@ -21,6 +21,7 @@ from lmu_dist.config import FailedError, Folder
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.locks import metrics_log_lock
 from lmu_dist.launch.record import FinishedRun
+from lmu_dist.tracking.errors import OUTAGE_TIMEOUT_SECONDS, STILL_RUNNING
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.run_identity import LoggedRun
 
@@ -168,8 +169,6 @@ def close_logs(actor: ActorProxy[MetricsLogger], runs: Sequence[LoggedRun], time
 
     If MLflow fails, it waits no longer than OUTAGE_TIMEOUT_SECONDS. Raises RayError if the actor is gone.
     """
-    from lmu_dist.tracking.upload import OUTAGE_TIMEOUT_SECONDS, STILL_RUNNING
-
     began = time.monotonic()
     while True:
         states = ray.get([actor.upload_rest.remote(run) for run in runs])

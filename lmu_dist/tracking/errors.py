@@ -5,6 +5,9 @@ import re
 from lmu_dist import storage
 from lmu_dist.config import ConfigError, FailedError
 
+OUTAGE_TIMEOUT_SECONDS = 15.0  # how long a run that ends waits for an MLflow that has not answered before either
+STILL_RUNNING = "the upload is still running"  # why something is not uploaded, if nothing is wrong
+
 
 class MLflowUnavailableError(FailedError):
     """The MLflow store does not answer, or answers with an error. `reason` is the error without store and advice."""

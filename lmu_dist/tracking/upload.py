@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from lmu_dist.config import FailedError, open_folder
 from lmu_dist.records import COMPLETE, DIVERGED, FAILED
-from lmu_dist.tracking.errors import one_line
+from lmu_dist.tracking.errors import OUTAGE_TIMEOUT_SECONDS, STILL_RUNNING, one_line
 from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import find_or_create_run
 from lmu_dist.tracking.owner import heartbeat_now
@@ -30,10 +30,8 @@ MLFLOW_STATUS = {COMPLETE: "FINISHED", FAILED: "FAILED", DIVERGED: "FAILED"}  # 
 REFUSALS = ("INVALID_PARAMETER_VALUE", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
 RUN_IS_GONE = "RESOURCE_DOES_NOT_EXIST"
 HEARTBEAT_SECONDS = 20.0  # between two heartbeats of a run
-OUTAGE_TIMEOUT_SECONDS = 15.0  # how long `close` waits for an MLflow that has not answered before either
 MAX_METRICS, MAX_PARAMS = 1000, 100  # of one log_batch
 CANCEL_SECONDS = 1.0  # how long `cancel` waits for the thread
-STILL_RUNNING = "the upload is still running"
 
 
 def upload(log: MetricsLog, store: Store, identity: RunIdentity | None = None) -> None:

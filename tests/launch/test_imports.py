@@ -25,9 +25,11 @@ UNNEEDED = ("torch", "deepspeed", "safetensors", "jaxtyping", "datasets", "mlflo
 ON_THE_HEAD = f"""
 import json, pickle, sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import lmu_dist.launch.ladder_trial
 import lmu_dist.launch.tune_report
+from lmu_dist.launch import metrics_logger
 from lmu_dist.launch.record import log_start, read_record, record_of_cell, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog
 
@@ -35,12 +37,15 @@ cell = pickle.loads(Path(sys.argv[1]).read_bytes())
 log_start(cell, MetricsLog(cell.folder, None))
 write_record(cell, record_of_cell(cell, None))
 assert read_record(cell).key == cell.key
+metrics_logger.ray = ray = Mock()
+ray.get.return_value = [Mock(not_uploaded="")]
+metrics_logger.close_logs(Mock(), [Mock()], 1.0)
 print(json.dumps([name for name in {UNNEEDED} if name in sys.modules]))
 """
 
 
 def test_trial_and_controller_import_neither_torch_nor_mlflow(tmp_path: Path, corpus_glob: str):
-    """They unpickle a cell, also one of a user's own family, log its constants and write its record."""
+    """They unpickle a cell, also one of a user's own family, log its constants, write its record, and close its log."""
     (tmp_path / "plain.py").write_text(FAMILY)
     config = parse(
         {
