@@ -63,6 +63,7 @@ def test_to_dict_and_parse_are_inverse():
         ("cluster.activation_checkpointing=yes", "must be true or false, not 'yes'$"),
         ("experiment=5", """must be text, not 5; put it in quotes: experiment='"5"'$"""),
         ("data.files=null", "^data.files: must be a list, not null$"),
+        ("data.validation_files=a.jsonl", "^data: validation_files needs source: files; of a data set give"),
         ("model.family='GPT 2'", r"^model.family: must be the name of a family \(lower-case .*\) or path.*CLASS, not 'GPT 2'$"),
         ("ladder={families: 'lmu,lstm', n_params: 1, tokens: 1}", r"several are a list: \[lmu, lstm\]$"),
         ("ladder={families: lmu, n_params: [], tokens: 1}", "^ladder.n_params: must not be empty; give a list"),

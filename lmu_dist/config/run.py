@@ -46,6 +46,7 @@ class DataConfig:
         "python-stdlib"  # where the text comes from; python-stdlib: the source files of Python's standard library
     )
     files: Texts = ()  # files: paths, folders, globs and URLs of .txt .jsonl .ndjson .json .parquet .tar, also compressed
+    validation_files: Texts = ()  # files: as `files`; their documents are the validation split; []: 3 % of those of `files`
     dataset: str | None = None  # huggingface: name on the hub, or a local path
     dataset_config: str | None = None  # huggingface: configuration (subset) of the data set; None: its default
     dataset_split: str = "train"  # huggingface: split of the data set to read, or a slice of it such as train[:10%]
@@ -63,6 +64,8 @@ class DataConfig:
     def _complete(self) -> "DataConfig":
         if self.source == "files" and not self.files:
             raise ValueError('source: files needs files, a list of globs such as ["corpus/*.jsonl.zst"]')
+        if self.validation_files and self.source != "files":
+            raise ValueError("validation_files needs source: files; of a data set give dataset_validation_split")
         if self.source == "huggingface" and not self.dataset:
             raise ValueError("source: huggingface needs dataset, a name on the hub or a local path")
         if self.dataset_validation_split == self.dataset_split:

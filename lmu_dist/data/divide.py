@@ -56,7 +56,8 @@ def _joined(shards: list[CorpusShard]) -> CorpusShard:
     members = tuple(member for shard in shards for member in shard.members)
     notes = tuple(note for shard in shards for note in shard.notes)
     size_bytes = sum(shard.size_bytes for shard in shards)
-    return CorpusShard(shards[0].paths, size_bytes, shards[0].stamp, members=members, notes=notes)
+    first = shards[0]
+    return CorpusShard(first.paths, size_bytes, first.stamp, members=members, split=first.split, notes=notes)
 
 
 def _divided(shard: CorpusShard, data: DataConfig) -> list[CorpusShard]:

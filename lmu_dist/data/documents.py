@@ -20,8 +20,9 @@ NOTES = ("left out", "kept as text")  # such as a README among the data files, o
 class Document:
     """One text of the corpus and its location (file:line).
 
-    `split` is the split that the data set itself assigns; None: the split follows from the text. `separated` says whether a
-    line `data.document_separator` ended the document; None: it is not of a text file, or there is no such key.
+    `split` is the split that the data set or `data.validation_files` assigns; None: the split follows from the text.
+    `separated` says whether a line `data.document_separator` ended the document; None: it is not of a text file, or there is no
+    such key.
     """
 
     text: str
@@ -92,7 +93,9 @@ class CorpusShard:
     row_groups: tuple[int, int] | None = None  # the part of a parquet file: first row group, end
     first_line: int = 1  # number of the first line or row of the part
     document_bytes: int = 0  # a text file is cut into documents of about this size; 0: TEXT_DOCUMENT_BYTES
-    split: str | None = None  # Hugging Face: the split that all documents belong to; None: it follows from their texts
+    split: str | None = (
+        None  # the split that all documents belong to, as the configuration says; None: it follows from their texts
+    )
     notes: tuple[BadRecord, ...] = ()  # what was left out when the corpus was listed
 
     def identity(self) -> dict[str, Any]:

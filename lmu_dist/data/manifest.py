@@ -177,9 +177,17 @@ def _indexed_folder(data: DataConfig, storage_folder: Folder, is_local: bool, lo
 
 def _index_path(data: DataConfig, storage_folder: Folder, is_local: bool) -> Folder:
     """Path of a configuration's entry in the index. `is_local`: data.dataset, if there is one, is a local path."""
-    files = tuple(f if is_url(f) else os.path.abspath(local_path(f)) for f in data.files)
+    files, held_out = (
+        tuple(f if is_url(f) else os.path.abspath(local_path(f)) for f in listed)
+        for listed in (data.files, data.validation_files)
+    )
     dataset = os.path.abspath(os.path.expanduser(data.dataset)) if data.dataset and is_local else data.dataset
-    return storage_folder / "data" / "index" / f"{_digest(_settings(replace(data, files=files, dataset=dataset)))}.json"
+    return (
+        storage_folder
+        / "data"
+        / "index"
+        / f"{_digest(_settings(replace(data, files=files, validation_files=held_out, dataset=dataset)))}.json"
+    )
 
 
 def _read_index(path: Folder) -> dict[str, Any] | None:
@@ -193,14 +201,14 @@ def _read_index(path: Folder) -> dict[str, Any] | None:
 def _is_on_network(data: DataConfig) -> bool:
     if data.source == "huggingface":  # a name on the hub is no path: a local folder that is gone was listed here
         return not os.path.exists(dataset_path(data)) and not str(data.dataset).startswith(("/", "~", "."))
-    return data.source == "files" and any(map(is_url, data.files))
+    return data.source == "files" and any(map(is_url, (*data.files, *data.validation_files)))
 
 
 def _local_digest(data: DataConfig) -> str:
-    """A digest of the local files that `data.files` names together with URLs, their sizes and times; "" if there are none."""
-    if not (local := tuple(entry for entry in data.files if not is_url(entry))):
+    """A digest of the local files that are listed together with URLs, their sizes and times; "" if there are none."""
+    if not (local := [entry for entry in (*data.files, *data.validation_files) if not is_url(entry)]):
         return ""
-    files, _ = list_files(replace(data, files=local))
+    files, _ = list_files(local)
     return _digest([[file.path, file.stamp] for file in files])
 
 

@@ -1,11 +1,12 @@
-"""The files of a corpus: the entries of `data.files` in, a sorted list of files with sizes and stamps out.
+"""The files of a corpus: the entries of `data.files`, or of `data.validation_files`, in; a sorted list of files out.
 
-An entry is a path, a folder, a glob or a URL (s3://, gs://, http://, ...). Called by data/sources and data/divide.
+An entry is a path, a folder, a glob or a URL (s3://, gs://, http://, ...). Files come with sizes and stamps. Called by
+data/sources, data/manifest and data/divide.
 """
 
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,7 +14,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from lmu_dist.config import ConfigError, DataConfig, FailedError
+from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.data.documents import BadRecord, UnreadableError
 from lmu_dist.data.formats import KNOWN, format_of, reason_to_leave_out
 from lmu_dist.storage import error_text
@@ -34,38 +35,44 @@ class SourceFile:
     stamp: str
 
 
-def list_files(data: DataConfig) -> tuple[list[SourceFile], list[BadRecord]]:
-    """All files that `data.files` names, sorted by path, each once; and notes on what was left out.
+def list_files(entries: Sequence[str], key: str = "data.files") -> tuple[list[SourceFile], list[BadRecord]]:
+    """All files that the entries name, sorted by path, each once; and notes on what was left out.
 
-    Raises ConfigError if an entry names nothing, or names a file of an unknown type; nothing has been read by then. Raises
-    FailedError if a server does not answer.
+    Raises ConfigError, which names `key`, if an entry names nothing, or names a file of an unknown type; nothing has been read
+    by then. Raises FailedError if a server does not answer.
     """
     files, notes = dict[str, SourceFile](), list[BadRecord]()
     try:
-        for entry in data.files:
+        for entry in entries:
             found, left_out = _list_url(entry) if is_url(entry) else _list_local(local_path(entry))
             files |= {file.path: file for file in found}
             notes += left_out
-        return _each_once(files, notes, data)
+        return _each_once(files, notes, entries)
+    except (ConfigError, FailedError) as e:
+        raise type(e)(f"{key}: {e}") from e
     except OSError as e:
-        raise ConfigError(f"data.files: cannot list {e.filename}: {e.strerror or e}; make it readable, or leave it out") from e
+        raise ConfigError(f"{key}: cannot list {e.filename}: {e.strerror or e}; make it readable, or leave it out") from e
+
+
+def file_id(path: str) -> tuple[int, int] | str:
+    """What two paths of the same file have in common: device and inode, or the URL."""
+    status = None if is_url(path) else os.stat(path)
+    return (status.st_dev, status.st_ino) if status and status.st_ino else path
 
 
 def _each_once(
-    files: dict[str, SourceFile], notes: list[BadRecord], data: DataConfig
+    files: dict[str, SourceFile], notes: list[BadRecord], entries: Sequence[str]
 ) -> tuple[list[SourceFile], list[BadRecord]]:
     """The files sorted by path, without links to others of them, and the notes without those on files that are read."""
-    unique, first_paths = list[SourceFile](), dict[tuple[int, int], str]()
+    unique, first_paths = list[SourceFile](), dict[tuple[int, int] | str, str]()
     for path, file in sorted(files.items()):
-        if not is_url(path):
-            status = os.stat(path)
-            first = first_paths.setdefault((status.st_dev, status.st_ino), path)
-            if status.st_ino and first != path:
-                notes.append(BadRecord(f"left out: the same file as {first}", path))
-                continue
+        first = first_paths.setdefault(file_id(path), path)
+        if first != path:
+            notes.append(BadRecord(f"left out: the same file as {first}", path))
+            continue
         unique.append(file)
     if not unique:
-        raise ConfigError(f"data.files: {' '.join(data.files)} has nothing but files that are left out ({notes[0].reason})")
+        raise ConfigError(f"{' '.join(entries)} has nothing but files that are left out ({notes[0].reason})")
     paths = {file.path for file in unique}
     return unique, [note for note in dict.fromkeys(notes) if note.location not in paths]
 
@@ -119,7 +126,7 @@ def _list_local(path: str) -> tuple[list[SourceFile], list[BadRecord]]:
         return _list_folder(path)
     if os.path.lexists(path):  # also a path with brackets, which would be a glob otherwise
         if not os.path.isfile(path):
-            raise ConfigError(f"data.files: {path} is a broken link, or no regular file; give the path of a file")
+            raise ConfigError(f"{path} is a broken link, or no regular file; give the path of a file")
         if format_of(path) is None:
             raise _unknown_type(path)
         return [_local_file(path)], []
@@ -129,13 +136,13 @@ def _list_local(path: str) -> tuple[list[SourceFile], list[BadRecord]]:
 def _list_glob(entry: str, paths: list[str]) -> tuple[list[SourceFile], list[BadRecord]]:
     if not paths:
         raise ConfigError(
-            f"data.files: no file matches {entry!r} (from {os.getcwd()}); correct the path or glob, or take it out of the list"
+            f"no file matches {entry!r} (from {os.getcwd()}); correct the path or glob, or take it out of the list"
         )
     files, notes = list[SourceFile](), list[BadRecord]()
     for path in paths:
         if os.path.isdir(path):
             if "**" not in entry:
-                notes.append(BadRecord("left out: a folder; name it in data.files to read it", os.path.abspath(path)))
+                notes.append(BadRecord("left out: a folder; name it in the list of files to read it", os.path.abspath(path)))
         elif reason := _reason_for(path):
             notes.append(BadRecord(reason, os.path.abspath(path)))
         elif format_of(path) is None:
@@ -143,7 +150,7 @@ def _list_glob(entry: str, paths: list[str]) -> tuple[list[SourceFile], list[Bad
         else:
             files.append(_local_file(path))
     if not files and not notes:
-        raise ConfigError(f"data.files: {entry!r} matches folders only; give globs that match files, or name the folders")
+        raise ConfigError(f"{entry!r} matches folders only; give globs that match files, or name the folders")
     return files, notes
 
 
@@ -152,7 +159,7 @@ def _list_folder(folder: str) -> tuple[list[SourceFile], list[BadRecord]]:
     files, notes, visited = list[SourceFile](), list[BadRecord](), set[tuple[int, int]]()
 
     def fail(error: OSError) -> None:
-        raise ConfigError(f"data.files: cannot list {error.filename}: {error.strerror}") from error
+        raise ConfigError(f"cannot list {error.filename}: {error.strerror}") from error
 
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=fail):
         status = os.stat(parent)
@@ -169,7 +176,7 @@ def _list_folder(folder: str) -> tuple[list[SourceFile], list[BadRecord]]:
             else:
                 files.append(_local_file(path))
     if not files:
-        raise ConfigError(f"data.files: the folder {folder} has no file of a known type ({KNOWN})")
+        raise ConfigError(f"the folder {folder} has no file of a known type ({KNOWN})")
     return files, notes
 
 
@@ -186,22 +193,22 @@ def _local_file(path: str) -> SourceFile:
 
 
 def _unknown_type(path: str) -> ConfigError:
-    return ConfigError(f"data.files: {path} has an unknown file type; give files and globs of {KNOWN} only")
+    return ConfigError(f"{path} has an unknown file type; give files and globs of {KNOWN} only")
 
 
 def _list_url(entry: str) -> tuple[list[SourceFile], list[BadRecord]]:
     """The files of a URL: one file, all of known formats below a folder, or those that match a glob. Lists it once."""
     if "@" in entry.split("://")[1].split("/")[0]:
-        raise ConfigError("data.files: a URL holds credentials; give them in the environment (AWS_*), not in the URL")
+        raise ConfigError("a URL holds credentials; give them in the environment (AWS_*), not in the URL")
     try:
         fs, path = url_to_fs(entry)
     except (ImportError, ValueError) as e:
         reason = error_text(e)[:200]
-        raise ConfigError(f"data.files: {entry} cannot be used: {reason}; install its library (s3fs, gcsfs)") from e
+        raise ConfigError(f"{entry} cannot be used: {reason}; install its library (s3fs, gcsfs)") from e
     try:
         entries, is_exact = _remote_entries(fs, path)
         if not entries:
-            raise ConfigError(f"data.files: no file matches {entry!r}; correct the URL or glob, or take it out of the list")
+            raise ConfigError(f"no file matches {entry!r}; correct the URL or glob, or take it out of the list")
         if is_exact and format_of(_name(path)) is None:
             raise _unknown_type(entry)
         files, notes = list[SourceFile](), list[BadRecord]()
@@ -216,9 +223,9 @@ def _list_url(entry: str) -> tuple[list[SourceFile], list[BadRecord]]:
         raise
     except Exception as e:  # each client of a store has its own exception types
         error = FailedError if {c.__name__ for c in type(e).__mro__} & UNREACHABLE else ConfigError
-        raise error(f"data.files: cannot list {entry}: {error_text(e)[:200]}") from e
+        raise error(f"cannot list {entry}: {error_text(e)[:200]}") from e
     if not files:
-        raise ConfigError(f"data.files: {entry} has no file of a known type ({KNOWN})")
+        raise ConfigError(f"{entry} has no file of a known type ({KNOWN})")
     return files, notes
 
 

@@ -19,7 +19,7 @@ from lmu_dist.data.archives import NO_END, is_readable_member, list_tar, read_me
 from lmu_dist.data.documents import BadRecord, BinaryFile, CorpusShard, Document, UnreadableError
 from lmu_dist.data.formats import KNOWN, MEMBER_FORMATS, Format, binary_format, format_of
 from lmu_dist.data.hub import dataset_stamp, list_dataset, read_dataset
-from lmu_dist.data.paths import SourceFile, is_url, list_files, network_errors, open_file, stamp_of
+from lmu_dist.data.paths import SourceFile, file_id, is_url, list_files, network_errors, open_file, stamp_of
 from lmu_dist.data.readers import TEXT_DOCUMENT_BYTES, kind_of_stream, read_parquet, read_stream
 from lmu_dist.data.streams import CHUNK_BYTES, buffered, byte_range, decompressed, is_full_disk
 
@@ -37,13 +37,28 @@ def list_shards(data: DataConfig) -> list[CorpusShard]:
     """
     if data.source == "huggingface":
         return list_dataset(data)
-    files, notes = (_stdlib_files(), []) if data.source == "python-stdlib" else list_files(data)
+    if data.source == "python-stdlib":
+        return _shards_of(_stdlib_files(), [], data)
+    files, notes = list_files(data.files)
+    shards = _shards_of(files, notes, data)
+    if not data.validation_files:
+        return shards
+    held_out, notes = list_files(data.validation_files, "data.validation_files")
+    others = {file_id(file.path) for file in files}
+    if both := [file.path for file in held_out if file_id(file.path) in others]:
+        raise ConfigError(f"data.validation_files: {both[0]} is also one of data.files; take it out of one of the two lists")
+    return shards + [replace(shard, split="validation") for shard in _shards_of(held_out, notes, data, "data.validation_files")]
+
+
+def _shards_of(files: list[SourceFile], notes: list[BadRecord], data: DataConfig, key: str = "data.files") -> list[CorpusShard]:
+    """The shards of files that `key` lists. Raises ConfigError if a tar has no member that can be read."""
+    notes = list(notes)
     shards: list[CorpusShard] = []
     group: list[SourceFile] = []
     group_bytes = 0
     for file in files:
         if listed_format(file.path) == Format("tar") and not is_url(file.path):
-            tar_shards, tar_notes = _tar_shards(file)
+            tar_shards, tar_notes = _tar_shards(file, key)
             shards += tar_shards
             notes += tar_notes
         elif file.size_bytes >= SHARD_BYTES:
@@ -69,7 +84,7 @@ def read(shard: CorpusShard, data: DataConfig) -> Iterator[Document | BadRecord]
         if isinstance(item, BadRecord) and not item.location.isascii():
             # A name that is not UTF-8 could not be written to the list of bad records.
             item = replace(item, location=os.fsencode(item.location).decode(errors="replace"))
-        yield item
+        yield replace(item, split=shard.split) if shard.split and isinstance(item, Document) else item
     check_unchanged(shard)
 
 
@@ -171,7 +186,7 @@ def _file_shard(files: list[SourceFile]) -> CorpusShard:
     return CorpusShard(tuple(file.path for file in files), sum(file.size_bytes for file in files), stamp)
 
 
-def _tar_shards(file: SourceFile) -> tuple[list[CorpusShard], list[BadRecord]]:
+def _tar_shards(file: SourceFile, key: str) -> tuple[list[CorpusShard], list[BadRecord]]:
     """One shard per member, in the archive's order, and the notes on other members.
 
     A damaged archive gets one shard more, which is read as a bad record. Raises ConfigError if no member can hold text.
@@ -179,7 +194,7 @@ def _tar_shards(file: SourceFile) -> tuple[list[CorpusShard], list[BadRecord]]:
     path, listing = file.path, list_tar(file.path)
     if listing.members and not any(is_readable_member(m.name) for m in listing.members):
         raise ConfigError(
-            f"data.files: none of the {len(listing.members)} files in {path} has a known type, the first is "
+            f"{key}: none of the {len(listing.members)} files in {path} has a known type, the first is "
             f"{listing.members[0].name}; a tar may hold {KNOWN}"
         )
     shards = [CorpusShard((path,), m.size_bytes, file.stamp, m.name, m.index, members=(m,)) for m in listing.members]
@@ -191,7 +206,7 @@ def _tar_shards(file: SourceFile) -> tuple[list[CorpusShard], list[BadRecord]]:
 def _document_bytes(files: list[SourceFile], data: DataConfig) -> int:
     """The size of a document into which the text files of a small corpus are cut; 0 if the corpus is large enough as it is."""
     formats = [listed_format(file.path) for file in files]
-    if data.document_separator is not None or not all(f and f.kind == "text" for f in formats):
+    if data.validation_files or data.document_separator is not None or not all(f and f.kind == "text" for f in formats):
         return 0
     n_documents = sum(-(-file.size_bytes // TEXT_DOCUMENT_BYTES) for file in files)
     if n_documents >= MIN_DOCUMENTS or len(files) >= ENOUGH_FILES:

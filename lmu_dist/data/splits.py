@@ -26,9 +26,9 @@ def split_of(text: str, shift: int = 0) -> str:
 
 
 def split_of_document(document: Document, data: DataConfig, shift: int) -> str:
-    """The split that the data set assigns, or else that of the text. A data set's own validation split is the only one."""
+    """The split that is assigned to the document, else that of its text. A validation split that is given is the only one."""
     split = document.split or split_of(document.text, shift)
-    return "train" if document.split is None and split == "validation" and data.dataset_validation_split else split
+    return "train" if document.split is None and split == "validation" and _gives_validation(data) else split
 
 
 def split_shift(data: DataConfig, shards: list[CorpusShard]) -> int:
@@ -37,13 +37,18 @@ def split_shift(data: DataConfig, shards: list[CorpusShard]) -> int:
     By chance, none of 60 documents falls into validation one time in six.
     """
     on_the_hub = any(shard.shard and not shard.stamp for shard in shards)  # of unknown size
-    if on_the_hub or data.dataset_validation_split or sum(shard.size_bytes for shard in shards) > SMALL_CORPUS_BYTES:
+    if on_the_hub or _gives_validation(data) or sum(shard.size_bytes for shard in shards) > SMALL_CORPUS_BYTES:
         return 0
     numbers = {_split_number(i.text) for shard in shards for i in read(shard, data) if isinstance(i, Document)}
     splits = [{_split_of_number(number + shift) for number in numbers} for shift in range(100)]
     if {"train", "validation"} <= splits[0]:
         return 0
     return max(range(100), key=lambda shift: (len(splits[shift] & {"train", "validation"}), len(splits[shift]), -shift))
+
+
+def _gives_validation(data: DataConfig) -> bool:
+    """Whether the configuration says which documents to validate on."""
+    return bool(data.dataset_validation_split or data.validation_files)
 
 
 def _split_number(text: str) -> int:

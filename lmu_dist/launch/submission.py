@@ -205,6 +205,7 @@ def _check_included(package: Package, config: Config, path: Path) -> str:
     tokenizer = config.data.tokenizer
     for key, pattern in (
         *(("data.files", pattern) for pattern in config.data.files),
+        *(("data.validation_files", pattern) for pattern in config.data.validation_files),
         ("data.tokenizer.path", tokenizer.path),
         ("data.tokenizer.vocab_path", tokenizer.vocab_path),
         ("data.tokenizer.merges_path", tokenizer.merges_path),

@@ -204,6 +204,28 @@ def test_small_corpus_has_documents_in_every_split(tmp_path: Path):
     assert "shifted by" in corpus.manifest.split_rule
 
 
+def test_validation_files_are_the_validation_split(tmp_path: Path):
+    for name in ("train", "held-out"):
+        rows = "".join(json.dumps({"text": f"{name} text number {i}"}) + "\n" for i in range(300))
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    files, held_out = (str(tmp_path / "train.jsonl"),), (str(tmp_path / "held-out.jsonl"),)
+    data = DataConfig(source="files", files=files, validation_files=held_out, tokenizer=SMALL)
+    corpus = prepare_here(data, tmp_path)
+    ids = {split: np.fromfile(corpus.folder / f"{split}.bin", corpus.manifest.dtype) for split in corpus.manifest.splits}
+    texts = {
+        split: corpus.tokenizer().decode(ids[split].tolist(), skip_special_tokens=False).split(END_OF_TEXT) for split in ids
+    }
+    assert texts["validation"] == [*(f"held-out text number {i}" for i in range(300)), ""]
+    assert sorted(texts["train"] + texts["test"]) == ["", "", *sorted(f"train text number {i}" for i in range(300))]
+    assert len(texts["test"]) < 20
+    assert prepare_here(DataConfig(source="files", files=files, tokenizer=SMALL), tmp_path).folder != corpus.folder
+    for path in (*files, *held_out):  # the prepared corpus is found by both lists
+        Path(path).unlink()
+    assert prepare_here(data, tmp_path).folder == corpus.folder
+    with pytest.raises(ConfigError, match=r"^data\.files: no file matches"):
+        prepare_here(DataConfig(source="files", files=files, validation_files=files, tokenizer=SMALL), tmp_path)
+
+
 def test_tokenizer_without_end_of_text_is_rejected(tmp_path: Path, corpus_glob: str):
     corpus = prepare_here(DataConfig(source="files", files=(corpus_glob,), tokenizer=SMALL), tmp_path)
     bare = json.loads((corpus.folder / "tokenizer.json").read_text())

@@ -259,6 +259,27 @@ def test_validation_split_has_no_document_of_the_split(split: str, validation: s
             list_shards(data)
 
 
+def test_documents_of_validation_files_are_for_validation(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    write_tar(tmp_path / "v.tar", {f"{i}.txt": f"held out {i}".encode() for i in range(3)})
+    data = DataConfig(source="files", files=(f"{tmp_path}/a.jsonl",), validation_files=(f"{tmp_path}/v.tar",))
+    found = [item for shard in split_shards(list_shards(data), data) for item in read(shard, data)]
+    assert [(i.text, i.split) for i in found] == [
+        *((t, None) for t in TEXTS),
+        *((f"held out {i}", "validation") for i in range(3)),
+    ]
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    for held_out, message in (
+        (
+            f"{tmp_path}/link.jsonl",
+            "^data.validation_files: .*link.jsonl is also one of data.files; take it out of one of the two",
+        ),
+        (f"{tmp_path}/none.jsonl", "^data.validation_files: no file matches"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            list_shards(DataConfig(source="files", files=data.files, validation_files=(held_out,)))
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32", "utf-32-be"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
 def test_byte_order_marks_are_removed_and_wide_encodings_are_decoded(tmp_path: Path, name: str, encoding: str):
