@@ -142,7 +142,8 @@ def test_dictionaries_are_read_by_their_index():
         return (digits[n // 64] if n >= 64 else "") + digits[n % 64]
 
     first, second = map(len, entries)
-    index = f"00-database-info\tA\tB\ncat\tA\t{number(first)}\nsmall cat\tA\t{number(first)}\ndog\t{number(first)}\t{number(second)}\n"
+    lines = ["00-database-info\tA\tB", *(f"{word}\tA\t{number(first)}" for word in ("cat", "small cat"))]
+    index = "\n".join([*lines, f"dog\t{number(first)}\t{number(second)}"])
     found = pages("dictd", {"d.index": index.encode(), "d.dict.dz": "".join(entries).encode()})
     assert found == [("w", ["Cat, n. [OE. cat.] A small animal, and tid cat."]), ("w", ["Dog Another animal that barks."])]
 
@@ -176,11 +177,13 @@ def test_bibles_are_read_by_chapters():
 
 
 def test_scenarios_and_manuals_are_read():
-    scenario = b'name= _ "Short"\nmessage= _ "He said: ""I am not\nof <i>this</i> land,"" and left."\nfile="What is not shown to players."\n'
+    scenario = (
+        b'name= _ "Short"\nmessage= _ "He said: ""I am not\nof <i>this</i> land,"" and left."\nfile="What is not shown."\n'
+    )
     assert pages("wml", {"a.cfg": scenario}) == [("w", ['He said: "I am not of this land," and left.'])]
-    manual = b"Title\n=====\n\n.. note:: Left out as it is.\n\n* See :ref:`the *last* part <last>` and ``code`` of it,\n  **always**.\n"
+    manual = b"Title\n=====\n\n.. note:: Left out.\n\n* See :ref:`the last part <last>` and ``code`` of it,\n  **always**.\n"
     assert pages("rst", {"x/part/a.rst": manual}, "man-:x/([^/]+)/") == [
-        ("man-part", ["See the *last* part and code of it, always."])
+        ("man-part", ["See the last part and code of it, always."])
     ]
 
 
