@@ -54,7 +54,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], 
     """A store with runs of several settings, some that have not ended, a plan, and cells of another experiment; its tables."""
     folder = tmp_path_factory.mktemp("small")
     store = new_store(folder)
-    records = simulate_study(("lmu", "transformer", "llama"), (10_000, 100_000), (10**6, 10**7), (0, 1))
+    records = simulate_study(("lmu", "transformer", "lstm"), (10_000, 100_000), (10**6, 10**7), (0, 1))
     elsewhere, *records = records
     write_runs_to_mlflow(store.client, "first", [elsewhere])
     for i, rate in enumerate((0.005, 0.01, 0.02)):
@@ -70,7 +70,7 @@ def small(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], 
     )
     store.client.log_param(running.info.run_id, "train.beta2", "0.9")
     cells = [{"name": "lmu-planned", "key": "p"}, {"name": "elsewhere", "key": elsewhere.key}]
-    write_plan(store, 'e, "quoted"', "ladder", cells, "llama")
+    write_plan(store, 'e, "quoted"', "ladder", cells, "lstm")
     inputs = inputs_from_mlflow(store, 'e, "quoted"', False, ignore_progress)
     write_tables(inputs, folder)
     return store, folder / "runs.csv"
@@ -95,7 +95,7 @@ def test_tables_have_all_that_is_read_from_mlflow(small: tuple[Store, Path], any
     from_mlflow = inputs_from_mlflow(store, 'e, "quoted"', any_code, ignore_progress)
     from_tables = inputs_from_tables([table], any_code)
     assert facts(from_tables) == facts(from_mlflow)
-    assert from_tables.stored.baseline == "llama"
+    assert from_tables.stored.baseline == "lstm"
     reasons = {out.reason.split(":")[0] for out in from_tables.study.left_out}
     assert {"no result", "not the best settings", "diverged"} <= reasons
     assert from_tables.study.experiment == 'e, "quoted"'
@@ -191,7 +191,7 @@ def test_a_report_with_another_pair_needs_no_store(
     small: tuple[Store, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     store, table = small
-    arguments = ["--baseline", "transformer", "--family", "llama"]
+    arguments = ["--baseline", "transformer", "--family", "lstm"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     assert main(["report", 'e, "quoted"', *arguments, "-o", str(tmp_path / "from_store")]) == 0
     assert "MLflow run" in capsys.readouterr().out
@@ -201,6 +201,6 @@ def test_a_report_with_another_pair_needs_no_store(
     for name in ("results.json", "fits.json", "position_losses.csv", "runs.csv"):
         assert (tmp_path / "from_table" / name).read_bytes() == (tmp_path / "from_store" / name).read_bytes()
     page = (tmp_path / "from_table" / "report.html").read_text()
-    assert "report --from runs.csv -o again --baseline transformer --family llama" in page
+    assert "report --from runs.csv -o again --baseline transformer --family lstm" in page
     assert facts(inputs_from_tables([tmp_path / "from_table" / "runs.csv"])) == facts(inputs_from_tables([table]))
     assert collect(store, 'e, "quoted"').digest == inputs_from_tables([table]).study.digest
