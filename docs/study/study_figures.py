@@ -17,11 +17,14 @@ from lmu_dist.report.forecasts import ForecastScores
 from lmu_dist.report.panels import INK
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.compare import Comparison
-from lmu_dist.scaling.pair import Pair
+from lmu_dist.scaling.pair import FIRST_FAMILIES, Pair
 from lmu_dist.scaling.results import Results
 
 WIDTH, PANEL_HEIGHT, COLUMNS = 10.0, 3.0, 3  # inches; panels of a row
 LEGEND_ROW, LEGEND_COLUMNS = 0.2, 5
+SHOWN_PAIRS = tuple(
+    f"{new}_over_{base}" for base in ("transformer", "llama", "gated_deltanet", "mamba2") for new in FIRST_FAMILIES
+)
 Panel = tuple[str, Callable[[Axes], None]]  # title, what draws it
 
 
@@ -39,7 +42,7 @@ def draw_study(
     figures: dict[str, list[Panel]] = {
         "main": _main(study, results, of_pairs),
         "loss_vs_tokens": [(f"N = {n:,}", lambda axes, n=n: panels.tokens(axes, study, results, n)) for n in study.size_bins],
-        "factors": [(_title(study, c), lambda axes, c=c: _factor(axes, study, c)) for c in of_pairs],
+        "factors": [(_title(study, c), lambda axes, c=c: _factor(axes, study, c)) for c in of_pairs if _name(c) in SHOWN_PAIRS],
         "order": [
             (f"N = {cell['n_params']:,}, D = {panels.si(cell['tokens'])}", lambda axes, c=cell: loss_order(axes, study, c))
             for cell in _largest_budgets(order)
@@ -67,6 +70,10 @@ def _main(study: Study, results: Results, comparisons: Sequence[Comparison]) -> 
             draw_panel = lambda axes, of_base=of_base: factor_panels.all_families(axes, study, of_base)  # noqa: E731
             found.append((f"over {study.title(base)}, largest N", draw_panel))
     return found
+
+
+def _name(comparison: Comparison) -> str:
+    return Pair(comparison.base, comparison.new).name
 
 
 def _title(study: Study, comparison: Comparison) -> str:

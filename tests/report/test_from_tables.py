@@ -61,7 +61,9 @@ def small(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], 
         family = [replace(r, learning_rate=rate, key=f"{r.key}{i}", val_loss_nats=r.val_loss_nats + i / 7) for r in records]
         settings = {"train.learning_rate": rate, "train.beta2": 0.99, "model.n_params": 10_000 if i else 100_000}
         write_runs_to_mlflow(store.client, 'e, "quoted"', family[i::3], curves=i == 0, settings=settings)
-    ended = make_record("lmu", 10_000, 10**6, 5, 4.0, status="diverged", stop_rule='loss is "nan",\nat step 7', tokens=0)
+    ended = replace(
+        make_record("lmu", 10_000, 10**6, 5, 4.0, status="diverged"), stop_rule='loss is "nan",\nat step 7', tokens=0
+    )
     [run_id] = write_runs_to_mlflow(store.client, 'e, "quoted"', [ended])
     store.client.set_tag(run_id, "lmu.family_appearance", '{"title": "Other, \\"LMU\\"", "colour": "#112233"}')
     running = store.client.create_run(
@@ -181,6 +183,7 @@ def test_files_that_are_no_tables_of_records(
     (tmp_path / "forecasts.csv").write_text(forecasts.replace(",0.9,", ",most,", 1))
     assert "forecasts.csv, row 1, column level: 'most' is not a number" in error("--from", str(tmp_path / "runs.csv"), *output)
     assert not (tmp_path / "out").exists()
+    (tmp_path / "forecasts.csv").write_text(forecasts)
     assert "would replace" in error("--from", str(tmp_path / "runs.csv"), "-o", str(tmp_path))
     assert "one of the two" in error()
     assert "one of the two" in error("e", "--from", str(tmp_path / "runs.csv"))
