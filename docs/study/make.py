@@ -42,7 +42,7 @@ def compute(folder: Path, n_resamples: int = N_RESAMPLES, figures: Path | None =
     study = inputs.study
     results = analyse(study, inputs.curves, n_resamples, default_pair(study, planned=inputs.stored.baseline))
     forecasts = score_forecasts(study, inputs.forecasts)
-    numbers = study_numbers(inputs, results, forecasts, tuning) | {"n_resamples": n_resamples}
+    numbers: dict[str, Any] = {**study_numbers(inputs, results, forecasts, tuning), "n_resamples": n_resamples}
     if figures is not None:
         for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
             old.unlink()

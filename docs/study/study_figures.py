@@ -63,7 +63,9 @@ def draw_study(
 def _main(study: Study, results: Results, comparisons: Sequence[Comparison]) -> list[Panel]:
     """Loss against tokens at the largest size that all families have, and the factors over two baselines there."""
     common = [n for n in study.size_bins if all(study.runs_of(family, n) for family in study.families)]
-    found = [(f"N = {n:,}", lambda axes, n=n: panels.tokens(axes, study, results, n)) for n in (common or study.size_bins)[-1:]]
+    found: list[Panel] = [
+        (f"N = {n:,}", lambda axes, n=n: panels.tokens(axes, study, results, n)) for n in (common or study.size_bins)[-1:]
+    ]
     for base in dict.fromkeys(c.base for c in comparisons):
         of_base = [c for c in comparisons if c.base == base]
         if len(of_base) == len(study.families) - 1 and len(found) < COLUMNS:
