@@ -129,7 +129,7 @@ def loss_order(study: Study, noise: SeedNoise | None) -> list[dict[str, Any]]:
     """The families by loss at equal N and D, the best first, for every size and budget that two families or more have.
 
     Intervals come from the seed noise, pooled over all cells (Student's t). `behind` is the loss over that of the best family,
-    minus 1; `tied`: the interval of this ratio includes the best family.
+    minus 1; `tied`: the interval of this ratio includes the best family (None: the seed noise is unknown).
     """
     cells = defaultdict[tuple[int, int], dict[str, list[Run]]](lambda: defaultdict(list))
     for run in study.runs:
@@ -157,7 +157,7 @@ def _ordered(found: dict[str, list[Run]], noise: SeedNoise | None) -> list[dict[
         else:
             low, high = np.expm1([behind - apart, behind + apart]).tolist()
         loss = {"family": family, "n_seeds": n, "loss": float(np.exp(means[family])), "low": ends[0], "high": ends[1]}
-        tied = family == best or (low is not None and low <= 0)
+        tied = True if family == best else None if low is None else low <= 0
         rows.append({**loss, "behind": float(np.expm1(behind)), "behind_low": low, "behind_high": high, "tied": tied})
     return rows
 
