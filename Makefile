@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help setup run test test-all check bench cluster-up cluster-status cluster-down clean tools docs
+.PHONY: help setup run test test-all check bench cluster-up cluster-status cluster-down clean tools docs study
 .DEFAULT_GOAL := help
 
 help: ## print this list
@@ -47,6 +47,9 @@ check: setup ## check format, lint, types, import rules and known vulnerabilitie
 
 docs: setup ## regenerate docs/configuration.md from the comments in lmu_dist/config
 	$(BIN)/python docs/make_configuration.py
+
+study: setup ## make figures, numbers and text of docs/study again from its tables of records
+	$(BIN)/python docs/study/make.py
 
 bench: setup ## measure speed and memory, as tables and JSON; OUT=bench.json SECTIONS="mixers head" BASE=REV DEVICE=cuda
 	$(BIN)/python benchmarks/speed.py $(SECTIONS) --json $(or $(OUT),bench.json) $(if $(BASE),--base $(BASE)) $(if $(DEVICE),--device $(DEVICE))

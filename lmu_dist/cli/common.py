@@ -159,14 +159,20 @@ def print_notes(notes: Sequence[str]) -> None:
 
 
 def write_report_files(
-    experiment: str, output: str, any_code: bool = False, baseline: str | None = None, family: str | None = None
+    source: str | Sequence[Path],
+    output: str,
+    any_code: bool = False,
+    baseline: str | None = None,
+    family: str | None = None,
 ) -> "ReportFiles":
-    """Writes the report of an experiment to a folder, and shows the progress."""
-    from lmu_dist.report.write import write_report
+    """Writes a report to a folder, and shows the progress. `source`: an experiment in MLflow, or tables of records."""
+    from lmu_dist.report.write import write_report, write_report_from_tables
     from lmu_dist.tracking.store import existing_store
     from lmu_dist.tracking.upload import set_client_limits
 
     set_client_limits()
     with show.progress_bars() as bars, local_output_dir(open_folder(resolve_path(output))) as folder:
+        if not isinstance(source, str):
+            return write_report_from_tables(source, folder, any_code, bars.update, baseline=baseline, family=family)
         store = existing_store(tracking_uri())
-        return write_report(store, experiment, folder, any_code, bars.update, baseline=baseline, family=family)
+        return write_report(store, source, folder, any_code, bars.update, baseline=baseline, family=family)

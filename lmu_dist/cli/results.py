@@ -5,6 +5,7 @@ Heavy modules are imported inside the functions, so that --help is fast.
 
 from dataclasses import asdict
 from itertools import islice
+from pathlib import Path
 
 import click
 
@@ -55,7 +56,15 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("experiment")
+@click.argument("experiment", required=False)
+@click.option(
+    "--from",
+    "tables",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.csv",
+    help="Make the report from the runs.csv of an earlier report instead of MLflow. May be repeated.",
+)
 @click.option("-o", "--output", default="report", show_default=True, help="Folder in which the report is written.")
 @click.option("--any-code", is_flag=True, help="Versions of a family or of the training may differ between runs.")
 @click.option(
@@ -65,12 +74,24 @@ def status(experiment: str, once: bool, as_json: bool) -> None:
 )
 @click.option("--family", metavar="F", help="Family whose factor over the baseline is the answer; by default lmu.")
 @json_option
-def report(experiment: str, output: str, any_code: bool, baseline: str | None, family: str | None, as_json: bool) -> None:
+def report(
+    experiment: str | None,
+    tables: tuple[Path, ...],
+    output: str,
+    any_code: bool,
+    baseline: str | None,
+    family: str | None,
+    as_json: bool,
+) -> None:
     """Write the report of an experiment and upload it to MLflow.
 
-    It has scaling laws, data-efficiency factors of all families over one of them, figures, and the page report.html.
+    It has scaling laws, data-efficiency factors of all families over one of them, figures, and the page report.html. With
+    --from it is made from tables of records, and MLflow is not needed; forecasts.csv and position_losses.csv are read from the
+    folder of each table.
     """
-    written = write_report_files(experiment, output, any_code, baseline, family)
+    if bool(experiment) == bool(tables):
+        raise click.UsageError("name an experiment in MLflow, or tables of records by --from FILE.csv; one of the two")
+    written = write_report_files(experiment or tables, output, any_code, baseline, family)
     if as_json:
         show.print_json(written.results_json)
     else:

@@ -7,6 +7,7 @@ marker and line style. In the page, colours are CSS variables, so that one SVG w
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,24 +47,39 @@ def draw_figures(study: Study, results: Results, forecasts: ForecastScores, fold
     families = {look.colour: css_variable(family) for family, look in study.appearances.items()}
     variables = {INK: "--ink", FAINT: "--faint"} | families
     for name, section, heading, caption, draw_panel in _figures(study, results, forecasts):
-        with rc_context(
-            {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": INK, "text.color": INK}
-        ):
+        with house_style(name):
             figure = Figure(figsize=(5.0, 3.5), layout="constrained")
-            axes = figure.subplots()
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
-            axes.tick_params(colors=INK, which="both")
-            axes.xaxis.label.set_color(INK)
-            axes.yaxis.label.set_color(INK)
+            axes = style_axes(figure.subplots())
             draw_panel(axes)
             _draw_legend(figure, axes)
-            figure.savefig(folder / f"{name}.png", dpi=160)
-            figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
+            save_figure(figure, folder, name)
             text = io.StringIO()
             figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
         figures.append(ReportFigure(name, section, heading, caption, _to_page_svg(text.getvalue(), heading, variables)))
     return figures
+
+
+@contextmanager
+def house_style(name: str) -> Iterator[None]:
+    """Sets fonts and colours for a figure, and what makes its SVG the same each time."""
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "axes.edgecolor": INK, "text.color": INK}):
+        yield
+
+
+def style_axes(axes: Axes) -> Axes:
+    """Gives axes a grid, labels in ink and no frame at the top and the right; returns them."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=FAINT, alpha=0.3, linewidth=0.6)
+    axes.tick_params(colors=INK, which="both")
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return axes
+
+
+def save_figure(figure: Figure, folder: Path, name: str, description: str | None = None) -> None:
+    """Writes a figure as PNG and SVG. `description` is kept in the SVG's metadata."""
+    figure.savefig(folder / f"{name}.png", dpi=160)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": description})
 
 
 def _draw_legend(figure: Figure, axes: Axes) -> None:

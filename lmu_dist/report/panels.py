@@ -197,6 +197,8 @@ def log_axes(axes: Axes, x: bool = False, y: bool = False) -> None:
         low, high = limits()
         if high / low < 3:
             subs = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
+        elif high / low < 10:
+            subs = (1, 1.5, 2, 3, 5, 7)
         else:
             subs = (1, 2, 5) if high / low < 300 else (1,)
         axis.set_major_locator(LogLocator(subs=subs, numticks=20))

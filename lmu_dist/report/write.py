@@ -1,41 +1,38 @@
-"""Writes the report of `lmu-dist report`: an MLflow store and an experiment in, a folder of files and an MLflow run out.
+"""Writes the report of `lmu-dist report`: an experiment in MLflow or tables of records in, a folder of files out.
 
-The files are runs.csv, fits.json, results.json, figures as PNG and SVG, and report.html. The MLflow run has them as artifacts,
-and as a tag the digest of the runs they were made from: if these runs change, the report is stale.
+The files are tables of records, fits.json, results.json, figures as PNG and SVG, and report.html. A report of an experiment
+is also a run in MLflow, with the files as artifacts, and as a tag the digest of the runs they were made from: if these runs
+change, the report is stale.
 """
 
 import json
 import shlex
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lmu_dist import __version__
-from lmu_dist.config import ConfigError, FailedError
+from lmu_dist.config import ConfigError
 from lmu_dist.report.figures import draw_figures
 from lmu_dist.report.forecasts import ForecastScores, score_forecasts
-from lmu_dist.report.page import render
-from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, to_json
-from lmu_dist.scaling.collect import Study, collect, write_runs
-from lmu_dist.scaling.intervals import N_RESAMPLES
-from lmu_dist.scaling.pair import Pair
-from lmu_dist.scaling.results import (
-    FamilyFit,
-    Results,
-    analyse,
-    default_pair,
-    runs_at_largest_budget,
-    runs_compared_by_position,
+from lmu_dist.report.inputs import (
+    RUNS,
+    TABLES,
+    ReportInputs,
+    check_folder,
+    inputs_from_mlflow,
+    inputs_from_tables,
+    write_tables,
 )
-from lmu_dist.tracking.errors import MLflowUnavailableError
-from lmu_dist.tracking.forecasts import forecasts_of
-from lmu_dist.tracking.reports import reports_of, save_report
-from lmu_dist.tracking.runs import position_losses
+from lmu_dist.report.page import render
+from lmu_dist.report.upload import upload_report
+from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, to_json
+from lmu_dist.scaling.collect import Study, collect
+from lmu_dist.scaling.intervals import N_RESAMPLES
+from lmu_dist.scaling.results import FamilyFit, Results, analyse, default_pair
+from lmu_dist.tracking.reports import reports_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.studies import planned_baseline
 
 RESULTS_VERSION = 2  # of results.json, see docs/reading-a-report.md; 1 had no version, and always lmu over transformer
 ShowProgress = Callable[[str, float, float], None]
@@ -43,7 +40,10 @@ ShowProgress = Callable[[str, float, float], None]
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """A written report: its folder, its MLflow run, the study, its results and forecasts, and earlier reports now stale."""
+    """A written report: its folder, the study, its results and forecasts.
+
+    `run_id` is its run in MLflow, "" if it has none; `stale` are the runs of earlier reports that are stale now.
+    """
 
     folder: Path
     run_id: str
@@ -64,67 +64,74 @@ def write_report(
     baseline: str | None = None,
     family: str | None = None,
 ) -> ReportFiles:
-    """Collects and analyses the runs of an experiment and writes all files of the report.
+    """Collects and analyses the runs of an experiment, writes all files of the report and uploads them to MLflow.
 
     `baseline` and `family` are the two whose factor is the answer; by default the baseline is plan.baseline of the experiment's
     ladder, and else `choose_pair` has a rule. Raises ConfigError if the experiment has no usable run or lacks one of these
     families, OSError if a file cannot be written.
     """
-    show("collecting runs", 0, 4)
-    study = collect(store, experiment, any_code)
-    planned = planned_baseline(store, experiment)
-    pair = default_pair(study, baseline, family, planned)
+    inputs = inputs_from_mlflow(store, experiment, any_code, lambda what, share: show(what, 2 * share, 4))
+    files, names = _write_files(inputs, folder, show, n_resamples, baseline, family)
+    show("uploading to MLflow", 3.5, 4)
+    run_id, stale = upload_report(store, folder, names, files.study, files.results, files.forecasts, any_code)
+    return replace(files, run_id=run_id, stale=stale)
+
+
+def write_report_from_tables(
+    tables: Sequence[Path],
+    folder: Path,
+    any_code: bool,
+    show: ShowProgress,
+    n_resamples: int = N_RESAMPLES,
+    baseline: str | None = None,
+    family: str | None = None,
+) -> ReportFiles:
+    """Writes the report of the runs in tables of records, without MLflow; its numbers are those of a report from MLflow.
+
+    The errors are those of `write_report`, and ConfigError with row and column for a cell that cannot be read.
+    """
+    show("reading tables", 0, 4)
+    inputs = inputs_from_tables(tables, any_code)
+    check_folder(inputs, folder)
+    return _write_files(inputs, folder, show, n_resamples, baseline, family)[0]
+
+
+def _write_files(
+    inputs: ReportInputs, folder: Path, show: ShowProgress, n_resamples: int, baseline: str | None, family: str | None
+) -> tuple[ReportFiles, list[str]]:
+    """Writes all files of a report and returns their names, too."""
+    study = inputs.study
+    pair = default_pair(study, baseline, family, inputs.stored.baseline)
     _prepare_folder(folder)
-    wanted = {run.run_id: run for run in [*runs_at_largest_budget(study), *runs_compared_by_position(study, pair)]}
-    curves = dict[str, np.ndarray]()
-    for i, run_id in enumerate(wanted):
-        show("reading losses by position", 1 + i / len(wanted), 4)
-        if len(losses := position_losses(store, run_id)):
-            curves[run_id] = np.array(losses)
     show("fitting", 2, 4)
-    results = analyse(study, curves, n_resamples, pair)
-    forecasts = score_forecasts(study, forecasts_of(store, experiment))
+    results = analyse(study, inputs.curves, n_resamples, pair)
+    forecasts = score_forecasts(study, inputs.forecasts)
     show("drawing", 3, 4)
     figures = draw_figures(study, results, forecasts, folder)
-    write_runs(folder / "runs.csv", study)
-    facts = {"experiment": experiment, "digest": study.digest, "any_code": any_code, "lmu_dist": __version__}
+    tables = write_tables(inputs, folder)
+    facts = {"experiment": study.experiment, "digest": study.digest, "any_code": inputs.any_code, "lmu_dist": __version__}
     pair_facts = {"version": RESULTS_VERSION, "pair": asdict(pair)}
     results_json = facts | pair_facts | to_json(_results(study, results) | {"forecasts": forecasts.to_json()})
     fits = facts | to_json({"fits": [_fit(fit) for fit in results.fits]})
     _write_json(folder / "results.json", results_json)
     _write_json(folder / "fits.json", fits)
-    page = render(study, results, forecasts, figures, _reproduce(study, results, any_code, planned))
+    page = render(study, results, forecasts, figures, _reproduce(inputs, results))
     (folder / "report.html").write_text(page, encoding="utf-8")
-    show("uploading to MLflow", 3.5, 4)
-    names = [
-        "runs.csv",
-        "fits.json",
-        "results.json",
-        "report.html",
-        *(f"{f.name}.{kind}" for f in figures for kind in ("png", "svg")),
-    ]
-    try:
-        kept = [folder / name for name in names]
-        answer = f"{results.answer.verdict}. {results.answer.sentence}"
-        metrics = _metrics(results, forecasts)
-        run_id, stale = save_report(
-            store, experiment, study.digest, any_code, pair.name, kept, _params(study, pair), metrics, answer
-        )
-    except MLflowUnavailableError as e:
-        raise FailedError(f"the report was written to {folder}, but not uploaded: {e}") from e
-    return ReportFiles(folder, run_id, study, results, forecasts, results_json, tuple(stale))
+    images = [f"{figure.name}.{kind}" for figure in figures for kind in ("png", "svg")]
+    names = [*tables, "fits.json", "results.json", "report.html", *images]
+    return ReportFiles(folder, "", study, results, forecasts, results_json, ()), names
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Creates the folder and deletes the figures of an earlier report. Raises ConfigError if the folder is not writable."""
+    """Creates the folder and deletes figures and tables of an earlier report. Raises ConfigError if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "runs.csv").touch()
+        (folder / RUNS).touch()
     except OSError as e:
         raise ConfigError(f"a report cannot be written to {folder}: {e.strerror}; choose another folder with -o") from e
     if (folder / "report.html").exists():
-        for old in [*folder.glob("*.png"), *folder.glob("*.svg")]:
-            old.unlink()
+        for old in [*folder.glob("*.png"), *folder.glob("*.svg"), *(folder / name for name in TABLES)]:
+            old.unlink(missing_ok=True)
 
 
 def stale_reports(store: Store, experiment: str) -> list[str]:
@@ -166,44 +173,18 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
     }
 
 
-def _params(study: Study, pair: Pair) -> dict[str, str]:
-    return {
-        "baseline": pair.base,
-        "family": pair.new,
-        "data_digest": study.runs[0].record.data_digest,
-        "versions": study.versions,
-        "lmu_dist": __version__,
-        "n_runs": str(len(study.runs)),
-        "n_left_out": str(len(study.left_out)),
-    }
-
-
-def _metrics(results: Results, forecasts: ForecastScores) -> dict[str, float]:
-    """Returns the metrics of the report's MLflow run: parameters of determined laws, known factors, scores of forecasts."""
-    found = dict[str, float]()
-    if forecasts.share_inside is not None and forecasts.typical_error is not None:
-        found |= {"forecast/scored": len(forecasts.counted), "forecast/share_inside": forecasts.share_inside}
-        found["forecast/median_absolute_error"] = forecasts.typical_error
-    for fit in results.fits:
-        if law := fit.result.law:
-            found |= {f"fit/{fit.family}/{name}": value for name, value in vars(law).items()}
-    for comparison in results.all_comparisons:
-        for size in comparison.sizes:
-            for source, factor in (("curves", size.curves), ("laws", size.laws)):
-                key = f"efficiency_factor/{comparison.new}_over_{comparison.base}/{source}"
-                ends = zip(("", "_low", "_high"), (factor.value, *(factor.interval or (None, None))), strict=True)
-                found |= {f"{key}/{size.n_params}{end}": value for end, value in ends if value is not None}
-    return found
-
-
-def _reproduce(study: Study, results: Results, any_code: bool, planned: str | None) -> list[tuple[str, str]]:
-    flag = " --any-code" if any_code else ""
+def _reproduce(inputs: ReportInputs, results: Results) -> list[tuple[str, str]]:
+    study, planned = inputs.study, inputs.stored.baseline
+    flag = " --any-code" if inputs.any_code else ""
     pair, usual = results.pair, default_pair(study)
     is_usual = planned in (None, usual.base) and (pair.base, pair.new) == (usual.base, usual.new)
-    asked = "" if is_usual else f" --baseline {pair.base} --family {pair.new}"
-    again = f"lmu-dist report {shlex.quote(study.experiment)}{flag}{asked}"
+    options = flag + ("" if is_usual else f" --baseline {pair.base} --family {pair.new}")
+    from_tables = f"lmu-dist report --from runs.csv -o again{options}"
+    again = from_tables if inputs.tables else f"lmu-dist report {shlex.quote(study.experiment)}{options}"
+    note = "" if inputs.tables else "  (set MLFLOW_TRACKING_URI to the MLflow store)"
     commands = [
-        ("this report", f"{again}  (set MLFLOW_TRACKING_URI to the MLflow store)"),
+        ("this report", f"{again}{note}"),
+        *([] if inputs.tables else [("this report without MLflow", f"{from_tables}  (in the folder of this page)")]),
         ("answer, factors, change with size", f"{again} --json  (keys answer, pair, comparisons, controlled)"),
         ("improvement ratio, seed noise, power laws in N", f"{again} --json  (keys improvement, seed_noise, in_size)"),
         ("loss by position", f"{again} --json  (keys positions, by_position)"),

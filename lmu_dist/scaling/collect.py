@@ -1,16 +1,14 @@
-"""Reads the runs of an experiment from MLflow: those a fit may use, and those left out, each with the reason.
+"""Selects the runs of an experiment: those a fit may use, and those left out, each with the reason.
 
 A run is used only if it is complete and its learning-rate schedule reached its end. Runs are compared only if data, sequence
 length and the versions of family and training are the same.
 """
 
-import csv
 import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -20,10 +18,8 @@ from lmu_dist.records import COMPLETE, Appearance, RunRecord
 from lmu_dist.scaling.appearance import family_order, fill_in_colours_and_markers, stored_appearance, title
 from lmu_dist.scaling.settings import Settings, difference, settings_of, with_widths
 from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
-from lmu_dist.tracking.runs import record_of
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.studies import cells_of
-from lmu_dist.tracking.tags import STATUS
+from lmu_dist.tracking.stored_runs import SOURCE, StoredRuns, read_runs
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Run:
     record: RunRecord
     settings: Settings = ()
     requested_n_params: int = 0
-    ended_ms: int = 0  # since 1970, as MLflow has it
+    ended_ms: int = 0  # since 1970
 
 
 @dataclass(frozen=True)
@@ -120,56 +116,48 @@ def collect(store: Store, experiment: str, any_code: bool = False) -> Study:
 
     Raises ConfigError if the experiment does not exist or has no run that can be used.
     """
-    own, elsewhere, waiting = cells_of(store, experiment)
-    used, out = list[Run](), [LeftOutRun("", cell["name"], "no result: planned, not started", None) for cell in waiting]
+    return select_runs(read_runs(store, experiment), any_code)
+
+
+def select_runs(stored: StoredRuns, any_code: bool = False) -> Study:
+    """Returns the study that the stored runs make. Raises ConfigError if none of them can be used."""
+    used, out = list[Run](), [LeftOutRun("", name, "no result: planned, not started", None) for name in stored.not_started]
     sources, appearances = dict[str, str](), dict[str, Appearance]()
-    for run in [*own, *elsewhere.values()]:
-        record, name = record_of(run), run.data.tags.get("mlflow.runName", "")
-        reason = _reason_to_leave_out(record, run.data.tags.get(STATUS, "unknown"))
+    for run in sorted(stored.runs, key=lambda run: (run.ended_ms, run.run_id)):  # the latest appearance of a family counts
+        record = run.record
+        reason = _reason_to_leave_out(record, run.status)
         if record is None or reason:
-            out.append(LeftOutRun(run.info.run_id, name, reason, record))
+            out.append(LeftOutRun(run.run_id, run.name, reason, record))
         else:
-            requested = int(run.data.params.get("model.n_params", record.n_params))
-            settings, ended_ms = settings_of(record, run.data.params), run.info.end_time or 0
-            used.append(Run(run.info.run_id, name, 0, record, settings, requested, ended_ms))
-            appearances[record.family] = stored_appearance(record.family, run.data.tags.get("lmu.family_appearance"))
-            sources[run.info.run_id] = run.data.params.get("data.source", "unknown data")
+            requested = int(run.params.get("model.n_params", record.n_params))
+            settings = settings_of(record, run.params)
+            used.append(Run(run.run_id, run.name, 0, record, settings, requested, run.ended_ms))
+            appearances[record.family] = stored_appearance(record.family, run.appearance)
+            sources[run.run_id] = run.params.get(SOURCE, "unknown data")
     used, incomparable = _comparable(used, any_code)
     used, beaten, n_settings_tried = _keep_best_settings(used)
     if not used:
         reasons = "; ".join(sorted({o.reason for o in out})[:4]) or "it has no runs"
-        raise ConfigError(f"experiment {experiment!r} has no finished run to report on: {reasons}")
+        raise ConfigError(f"experiment {stored.experiment!r} has no finished run to report on: {reasons}")
     sizes = size_bins(np.array([run.record.n_params for run in used], np.float64))
     used = [replace(run, size_bin=int(size)) for run, size in zip(used, sizes, strict=True)]
     used.sort(key=lambda r: (family_order(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
     left_out = sorted([*out, *incomparable, *beaten], key=lambda o: (o.reason, o.name, o.run_id))
     found = {family: appearances[family] for family in sorted({run.record.family for run in used}, key=family_order)}
     return Study(
-        experiment, sources[used[0].run_id], tuple(used), tuple(left_out), n_settings_tried, fill_in_colours_and_markers(found)
+        stored.experiment,
+        sources[used[0].run_id],
+        tuple(used),
+        tuple(left_out),
+        n_settings_tried,
+        fill_in_colours_and_markers(found),
     )
-
-
-def write_runs(path: Path, study: Study) -> None:
-    """Writes all runs as CSV; those left out with the reason and what is known about them."""
-    columns = [f.name for f in fields(RunRecord) if f.name != "unknown"]
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["run_id", "name", "rung", "left_out", *columns, "epochs"], restval="")
-        writer.writeheader()
-        for run in study.runs:
-            writer.writerow({"run_id": run.run_id, "name": run.name, "rung": run.size_bin} | _columns(run.record))
-        for out in study.left_out:
-            known: dict[str, Any] = _columns(out.record) if out.record else {}
-            writer.writerow({"run_id": out.run_id, "name": out.name, "left_out": out.reason} | known)
 
 
 def _set_fields(record: RunRecord) -> list[tuple[str, Any]]:
     """The fields that differ from their defaults: a field that is added to RunRecord changes no digest of older runs."""
     values = [(f.name, getattr(record, f.name), f.default) for f in fields(record) if f.name != "unknown"]
     return [(name, value) for name, value, default in values if repr(value) != repr(default)]
-
-
-def _columns(record: RunRecord) -> dict[str, Any]:
-    return {name: value for name, value in asdict(record).items() if name != "unknown"} | {"epochs": record.epochs}
 
 
 def _reason_to_leave_out(record: RunRecord | None, status: str) -> str:

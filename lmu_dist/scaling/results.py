@@ -147,7 +147,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES, pair: 
         noise=noise,
         in_size=tuple(_size_law(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
-        by_position=_by_position(study, curves, noise, pair) if noise else None,
+        by_position=factor_by_position(study, curves, noise, pair) if noise else None,
     )
 
 
@@ -209,7 +209,8 @@ def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
     return position_losses
 
 
-def _by_position(study: Study, curves: Curves, noise: SeedNoise, pair: Pair) -> FactorByPosition | None:
+def factor_by_position(study: Study, curves: Curves, noise: SeedNoise, pair: Pair) -> FactorByPosition | None:
+    """Returns the factor of a pair by position at its largest common size; None if its runs have no losses by position."""
     tables: dict[str, dict[int, list[Floats]]] = {pair.base: defaultdict(list), pair.new: defaultdict(list)}
     runs = [run for run in runs_compared_by_position(study, pair) if run.run_id in curves]
     for run in runs:

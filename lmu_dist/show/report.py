@@ -33,4 +33,5 @@ def print_report(written: "ReportFiles", folder: Folder) -> None:
         print(f"left out     {count:,} {reason}")
     for run_id in written.stale:
         print(f"stale now    report {run_id}, which was made from other runs")
-    print(f"report       {folder / 'report.html'}; MLflow run {written.run_id}")
+    in_mlflow = f"; MLflow run {written.run_id}" if written.run_id else ""
+    print(f"report       {folder / 'report.html'}{in_mlflow}")

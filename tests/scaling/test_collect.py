@@ -12,10 +12,12 @@ from mlflow.tracking import MlflowClient
 from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.config import ConfigError
-from lmu_dist.scaling.collect import Study, collect, resampling_groups, rows_from_runs, write_runs
+from lmu_dist.scaling.collect import Study, collect, resampling_groups, rows_from_runs
+from lmu_dist.scaling.run_csv import write_run_csv
 from lmu_dist.scaling.settings import settings_of
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.stored_runs import read_runs
 from lmu_dist.tracking.studies import open_study, write_plan
 
 
@@ -257,7 +259,7 @@ def test_resampling_groups(store: Store):
 def test_runs_csv_has_all_runs(store: Store, tmp_path: Path):
     write_runs_to_mlflow(store.client, "e", [*SMALL_STUDY, make_record("lmu", 10_000, 10**6, 7, 4.0, status="diverged")])
     found = collect(store, "e")
-    write_runs(tmp_path / "runs.csv", found)
+    write_run_csv(tmp_path / "runs.csv", found, read_runs(store, "e"))
     with (tmp_path / "runs.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 9
