@@ -1,0 +1,9 @@
+"""lmu_dist.load: what `lmu-dist status` prints of a run in; its trained model with its tokenizer out."""
+
+from lmu_dist.cli.common import run_folder
+from lmu_dist.train.export import TrainedModel, load_trained_model
+
+
+def load(run: str, family: str | None = None) -> TrainedModel:
+    """See `lmu_dist.load`."""
+    return load_trained_model(run_folder(str(run)), family)
