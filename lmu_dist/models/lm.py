@@ -6,11 +6,11 @@ The families differ only in their sublayers. Legend: B batch, T time, D width, V
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lmu_dist.array_types import Float, Int
 from lmu_dist.models import norms
 from lmu_dist.models.head import linear_cross_entropy
 from lmu_dist.models.registry import family_of
