@@ -1,15 +1,13 @@
 """lmu-dist: distributed training of Legendre Memory Unit language models, and the scaling study around it."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from os import PathLike
+from typing import Any
 
 __version__ = "0.1.0"
 
 
-def load(run: "str | Path", family: str | None = None) -> Any:
+def load(run: str | PathLike[str], family: str | None = None) -> Any:
     """The trained model of a run: a train.export.TrainedModel with `model`, `tokenizer` and `losses(text)`, in float32.
 
     `run` is a name or key that `lmu-dist status` prints, the folder of a run or of an export, or an MLflow run id. `family` is

@@ -1,10 +1,10 @@
 """Copies what some classes and functions need of this package's source: names in; one folder of flat modules out, as texts.
 
-transformers copies the code of a model by following lines `from .NAME import` to files of the same folder, so a copy can have no
-sub-packages and no absolute imports of this package. Of each module only the statements that are needed come along, unchanged
-but for their imports; so there is one source of every formula, and a copy needs no pydantic, no Ray and no jaxtyping.
-Annotations are not evaluated in a copy, so they need nothing: shapes such as Float[Tensor, "B T D"] stay, for people. Called by
-transformers_folder. Needs no torch.
+transformers copies the code of a model by following lines `from .NAME import` to files of the same folder, so a copy can
+have no sub-packages and no absolute imports of this package. Of each module only the statements that are needed come along,
+unchanged but for their imports; so there is one source of every formula, and a copy needs no pydantic, no Ray and no
+jaxtyping. Annotations are not evaluated in a copy, so they need nothing: shapes such as Float[Tensor, "B T D"] stay, for
+people. Called by transformers_folder. Needs no torch.
 """
 
 import ast
@@ -219,7 +219,7 @@ class _Uses(ast.NodeVisitor):
     def __init__(self, copies: _Collection, module: _Module) -> None:
         self.copies, self.module = copies, module
 
-    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
         """All of it; annotations need nothing."""
         defaults = [default for default in (*node.args.defaults, *node.args.kw_defaults) if default is not None]
         for part in (*node.decorator_list, *defaults, *node.body):
@@ -230,7 +230,7 @@ class _Uses(ast.NodeVisitor):
 
     visit_AsyncFunctionDef = visit_FunctionDef  # noqa: N815
 
-    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:  # noqa: N802
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         """All of it; the annotation needs nothing."""
         if node.value is not None:
             self.visit(node.value)
@@ -245,14 +245,14 @@ class _Uses(ast.NodeVisitor):
                 if target.partition(".")[0] in KNOWN:
                     self.copies.need(self.module, name)
 
-    def visit_Try(self, node: ast.Try) -> None:  # noqa: N802
+    def visit_Try(self, node: ast.Try) -> None:
         """All of it; but a package whose import may fail is not needed."""
         before = set(self.copies.packages)
         self.generic_visit(node)
         if any(isinstance(h.type, ast.Name) and h.type.id in ("ImportError", "ModuleNotFoundError") for h in node.handlers):
             self.copies.packages &= before
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         """Of a module only the attribute, of other values all."""
         target = self.copies.module_alias(self.module, node.value.id) if isinstance(node.value, ast.Name) else None
         if target is None or not isinstance(node.value, ast.Name):
@@ -261,7 +261,7 @@ class _Uses(ast.NodeVisitor):
         self.copies.need(self.module, node.value.id)
         self.copies.need(self.copies.module(target), node.attr)
 
-    def visit_Name(self, node: ast.Name) -> None:  # noqa: N802
+    def visit_Name(self, node: ast.Name) -> None:
         """What the name is bound to."""
         self.copies.need(self.module, node.id)
         if (target := self.copies.module_alias(self.module, node.id)) is not None:

@@ -1,7 +1,7 @@
 """The model card of an exported folder: a trained model and its record in; README.md, with the metadata the Hub reads, out.
 
-It says what is known and names what is not: data, tokens, loss with its unit, size, how to load and to score, licences. Called by
-transformers_folder.
+It says what is known and names what is not: data, tokens, loss with its unit, size, how to load and to score, licences. Called
+by transformers_folder.
 """
 
 import math
@@ -32,7 +32,7 @@ with torch.no_grad():
 
 
 def model_card(trained: TrainedModel, record: Mapping[str, Any], packages: Sequence[str]) -> str:
-    """The text of README.md. `record` is that of the run; empty: it has not ended. `packages` are those its code also imports."""
+    """The text of README.md. `record` is that of the run; empty: it has not ended. `packages`: what its code also imports."""
     shape, family = trained.model.shape, family_of(trained.model.shape)
     title = family.appearance().title
     needs = ", ".join(["torch", "transformers", "safetensors", *packages])

@@ -119,8 +119,8 @@ def _check(trained: TrainedModel, parts: Parts, code: FlatModules) -> float:
         except Exception as e:
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             raise ConfigError(
-                f"the code of family {shape.family} does not run by itself: {reason}; if the family is yours, its mixer may only "
-                "use what its file defines or imports (docs/trained-models.md)"
+                f"the code of family {shape.family} does not run by itself: {reason}; if the family is yours, its mixer may "
+                "only use what its file defines or imports (docs/trained-models.md)"
             ) from e
         expected = trained.model.logits(tokens)
     error = max(float((other - expected).abs().max()) for other in logits)

@@ -7,11 +7,11 @@ It is put together from its parts: models/lm builds them for a Shape, and an exp
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lmu_dist.array_types import Float, Int
 from lmu_dist.models.head import linear_cross_entropy
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from jaxtyping import Float
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from lmu_dist import storage
+from lmu_dist.array_types import Float
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER

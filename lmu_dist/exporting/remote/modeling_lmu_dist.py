@@ -6,7 +6,6 @@ Loaded by AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True). 
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel  # pyright: ignore[reportMissingImports]
@@ -117,8 +116,8 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
         """The tokens that follow the state. Raises ValueError if prompts of a batch differ in length."""
         if attention_mask is not None and not bool(attention_mask.all()):
             raise ValueError(
-                "this model generates from prompts of one length only: a state cannot leave padding out; generate text by text, "
-                "or group prompts by their number of tokens"
+                "this model generates from prompts of one length only: a state cannot leave padding out; generate text by "
+                "text, or group prompts by their number of tokens"
             )
         n_tokens = text_state[0] if text_state is not None else 0
         return {"input_ids": input_ids[:, n_tokens:], "text_state": text_state, "use_cache": use_cache}
