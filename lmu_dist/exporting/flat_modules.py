@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypeGuard
 
 from lmu_dist.config import ConfigError
 
@@ -281,7 +282,7 @@ class _Uses(ast.NodeVisitor):
     visit_Import = visit_ImportFrom = _visit_import  # noqa: N815
 
 
-def _is_import(node: ast.AST) -> bool:
+def _is_import(node: ast.AST) -> TypeGuard[ast.Import | ast.ImportFrom]:
     return isinstance(node, ast.Import | ast.ImportFrom)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedModel  # pyright: ignore[reportMissingImports]
-from transformers.utils import ModelOutput  # pyright: ignore[reportMissingImports]
+from transformers.utils.generic import ModelOutput  # pyright: ignore[reportMissingImports]
 
 from lmu_dist.exporting.remote.configuration_lmu_dist import LMUDistConfig
 from lmu_dist.exporting.remote.stored_network import build
@@ -51,8 +51,9 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
         """The embedding, which is the head too."""
         return self.network.embedding
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         """Another embedding and head."""
+        assert isinstance(value, nn.Embedding)
         self.network.embedding = value
 
     def forward(
@@ -105,7 +106,7 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
             losses = losses.masked_fill(~is_target, 0.0)
         return losses.sum() / (is_target.sum() if n_items is None else n_items)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         input_ids: Tensor,
         text_state: Any = None,
@@ -127,7 +128,7 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
             "text_state": outputs.text_state
         }
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> None:
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any) -> Any:
         """There is a state in place of a cache. Beams change places, which states cannot: their texts are computed again."""
         if generation_config.num_beams > 1:
             model_kwargs["use_cache"] = False
