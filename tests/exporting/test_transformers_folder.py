@@ -107,9 +107,7 @@ def test_the_code_needs_no_other_package_and_is_that_of_this_one(reference: str,
     assert imports - set(sys.stdlib_module_names) <= {"", "torch", "numpy", "transformers"}
     network = (exported / label(reference) / "network.py").read_text()
     original = (Path(lmu_dist.__file__).parent / "models" / "network.py").read_text()
-    assert (
-        network[network.index("class Network") :] == original[original.index("class Network") : original.index("\n\ndef n_ch")]
-    )
+    assert original[original.index("class Network") : original.index("\n\ndef _advance")] in network
 
 
 def test_the_card_says_what_is_known(exported: Path):
