@@ -167,8 +167,11 @@ def generate(
     show_default=True,
     help="transformers: with code, for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).",
 )
+@click.option(
+    "--report", "report_folder", metavar="DIR", help="transformers: the folder of a report, for the law in the model card."
+)
 @family_option
-def export(run: str, folder: str, to_format: str, family: str | None) -> None:
+def export(run: str, folder: str, to_format: str, report_folder: str | None, family: str | None) -> None:
     """Write a trained model as safetensors, config and tokenizer, or as a folder that transformers loads.
 
     Then reload it and compare the logits. RUN is a name or key that `lmu-dist status` prints, the folder of a run, or an
@@ -177,9 +180,14 @@ def export(run: str, folder: str, to_format: str, family: str | None) -> None:
     if to_format == "transformers":
         from lmu_dist.exporting.transformers_folder import export as export_folder
 
-        print_notes(export_folder(run_folder(run), open_folder(folder), family))
+        fits = open_folder(resolve_path(report_folder)) if report_folder else None
+        print_notes(export_folder(run_folder(run), open_folder(folder), family, fits))
         print(f"wrote {folder}: README.md says how to load it and how to score a text")
         return
+    if report_folder:
+        raise ConfigError(
+            "--report is for the model card, which only --format transformers writes; add it, or leave --report out"
+        )
     from lmu_dist.train.export import export as export_model
 
     print_notes(export_model(run_folder(run), open_folder(folder), family))

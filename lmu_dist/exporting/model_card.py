@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lmu_dist import __version__
+from lmu_dist.config import ConfigError
 from lmu_dist.models.accounting import parameters
 from lmu_dist.models.registry import family_of
 from lmu_dist.records import RunRecord
@@ -31,12 +32,15 @@ with torch.no_grad():
 ```"""
 
 
-def model_card(trained: TrainedModel, record: Mapping[str, Any], packages: Sequence[str]) -> str:
-    """The text of README.md. `record` is that of the run; empty: it has not ended. `packages`: what its code also imports."""
+def model_card(trained: TrainedModel, record: Mapping[str, Any], packages: Sequence[str], law: str | None = None) -> str:
+    """The text of README.md. `record` is that of the run; empty: it has not ended. `packages`: what its code also imports.
+
+    `law` is the sentence of `describe_law`.
+    """
     shape, family = trained.model.shape, family_of(trained.model.shape)
     title = family.appearance().title
     needs = ", ".join(["torch", "transformers", "safetensors", *packages])
-    rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(trained, record))
+    rows = "\n".join(f"| {name} | {value} |" for name, value in [*_facts(trained, record), *([("law", law)] if law else [])])
     positions = (
         f"It has {shape.sequence_tokens:,} learned positions, and no longer text can be given to it."
         if family.learned_positions
@@ -85,6 +89,22 @@ The code in this folder is lmu-dist's, under Apache-2.0. Whether the weights may
 trained on: add the licence here before you publish this folder. config.json has the configuration of the run, with the paths of
 its data.
 """
+
+
+def describe_law(fits: Mapping[str, Any], family: str) -> str:
+    """The law of a family in the fits.json of a report, or why there is none. Raises ConfigError if it has no such family."""
+    fit = next((fit for fit in fits["fits"] if fit["family"] == family), None)
+    if fit is None:
+        raise ConfigError(f"the report of {fits['experiment']} has no fit of family {family}; leave --report out")
+    where = f"of this family in experiment {fits['experiment']}, {fit['n_rows']} runs"
+    if not fit["determined"]:
+        return f"{where}: not determined, because {'; '.join(fit['certificate']['reasons'])}"
+    level, intervals = f"{fit['level']:.0%}".replace("%", " %"), fit["intervals"]
+    values = [
+        f"{name} = {value:.4g}" + (f" ({intervals[name][0]:.4g} to {intervals[name][1]:.4g})" if intervals.get(name) else "")
+        for name, value in fit["parameters"].items()
+    ]
+    return f"{where}: {fit['formula']}, L in nats per token; {', '.join(values)}; in brackets {level} intervals"
 
 
 def _facts(trained: TrainedModel, record: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER
 from lmu_dist.exporting.flat_modules import FlatModules, collect
-from lmu_dist.exporting.model_card import model_card
+from lmu_dist.exporting.model_card import describe_law, model_card
 from lmu_dist.exporting.parts import Parts, parts_of
 from lmu_dist.models import registry
 from lmu_dist.models.family_checks import USER_MODULE
@@ -43,16 +43,18 @@ REPLACED = {
 LOADER = ("torch", "transformers")  # packages that whoever loads a folder has, and numpy with them
 HEADER = f"# Copied from {{module}} of lmu-dist {__version__} (Apache-2.0): the parts of it that this model needs."
 LARGEST_ERROR = 1e-4  # of logits in float32, relative to the largest: more than rounding does, less than a wrong formula
-RECORD = "record.json"
+RECORD, FITS = "record.json", "fits.json"  # of a run, of a report
 
 
-def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[str, ...]:
+def export(run_folder: Folder, to: Folder, family: str | None = None, report: Folder | None = None) -> tuple[str, ...]:
     """Exports a run's model to a new folder for transformers. Returns notes for the user.
 
-    Raises ConfigError if the folder is not empty, if the model's code cannot be copied, or if the copy computes other logits.
+    `report`: the folder of a report, whose law of the family the model card then states. Raises ConfigError if the folder is
+    not empty, if the model's code cannot be copied, or if the copy computes other logits.
     """
     check_new_folder(to)
     trained = load_trained_model(run_folder, family)
+    law = describe_law(_fits(report), trained.model.shape.family) if report else None
     parts = parts_of(trained.model, trained.options)
     code = _copied_code(trained, parts)
     error = _check(trained, parts, code)
@@ -70,7 +72,7 @@ def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[s
         if (run_folder / name).is_file():
             files[name] = (run_folder / name).read_bytes()
     packages = tuple(package for package in code.packages if package not in (*LOADER, "numpy"))
-    files["README.md"] = model_card(trained, json.loads(files.get(RECORD, b"{}")), packages).encode()
+    files["README.md"] = model_card(trained, json.loads(files.get(RECORD, b"{}")), packages, law).encode()
     storage.make_folder(to)
     for name, content in files.items():
         storage.write_atomic(to / name, content)
@@ -78,6 +80,13 @@ def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[s
     if packages:
         notes.append(f"its code imports {', '.join(packages)}: whoever loads {to} needs to install that too")
     return (*trained.skipped, *notes)
+
+
+def _fits(report: Folder) -> dict[str, Any]:
+    try:
+        return json.loads((report / FITS).read_text())
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"--report {report}: {FITS} cannot be read ({e}); give the folder that lmu-dist report wrote") from e
 
 
 def _copied_code(trained: TrainedModel, parts: Parts) -> FlatModules:

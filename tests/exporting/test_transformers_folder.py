@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, processors
 import lmu_dist
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
+from lmu_dist.exporting.model_card import describe_law
 from lmu_dist.exporting.transformers_folder import export
 from lmu_dist.models import registry
 from lmu_dist.models.generate import Sampling, generate
@@ -115,6 +116,14 @@ def test_the_card_says_what_is_known(exported: Path):
     for fact in ("| tokens trained on | 12,345 |", "2.5000 nats per token", "files `*.txt`", "Apache-2.0", "version 1"):
         assert fact in card
     assert "/data/books" not in card
+    fit = {"family": "lmu", "n_rows": 12, "determined": True, "formula": "L = E + A/N^alpha", "level": 0.9}
+    fit |= {"parameters": {"E": 1.25, "A": 40.0}, "intervals": {"E": [1.0, 1.5]}}
+    unfit = fit | {"family": "lstm", "determined": False, "certificate": {"reasons": ["too few sizes"]}}
+    fits = {"experiment": "study", "fits": [fit, unfit]}
+    assert "L = E + A/N^alpha, L in nats per token; E = 1.25 (1 to 1.5), A = 40;" in describe_law(fits, "lmu")
+    assert describe_law(fits, "lstm").endswith("12 runs: not determined, because too few sizes")
+    with pytest.raises(ConfigError, match="no fit of family llama"):
+        describe_law(fits, "llama")
 
 
 def test_an_exported_folder_is_loaded_as_a_run_is(exported: Path):
@@ -182,6 +191,10 @@ def test_bad_input_is_refused_before_anything_is_written(exported: Path, capfd: 
     run = str(exported / "runs" / "lstm")
     assert main(["export", run, str(exported / "lmu"), "--format", "transformers"]) == 2
     assert "is not an empty folder" in capfd.readouterr().err
+    assert main(["export", run, str(exported / "new"), "--format", "transformers", "--report", str(exported)]) == 2
+    assert "fits.json cannot be read" in capfd.readouterr().err
+    assert main(["export", run, str(exported / "new"), "--report", str(exported)]) == 2
+    assert "only --format transformers writes" in capfd.readouterr().err
     assert main(["export", run, str(exported / "new"), "--format", "onnx"]) == 2
     assert "transformers" in capfd.readouterr().err
     with pytest.raises(ConfigError, match="a family in a user's own file"):
