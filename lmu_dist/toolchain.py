@@ -1,6 +1,6 @@
-"""Setup for just-in-time builds of torch C++ extensions, DeepSpeed's and ours: finds ninja and makes the build lock crash-safe.
+"""Setup for DeepSpeed's just-in-time builds of torch extensions: finds ninja and makes the build lock crash-safe.
 
-Called by train/engine and models/kernels before they build, and by launch/worker.
+Called by train/engine before DeepSpeed builds, and by launch/worker. Our own kernels are built by models/kernels/build.
 """
 
 import os

@@ -28,7 +28,7 @@ def modules_for_jaxtyping() -> list[str]:
     kernels of Triton, objects of which beartype would make methods.
     """
     paths = sorted((ROOT / "lmu_dist").rglob("*.py"))
-    found = [path for path in paths if re.search("jaxtyping|TYPE_CHECKING|ActorProxy|triton.jit", path.read_text())]
+    found = [path for path in paths if re.search("array_types|TYPE_CHECKING|ActorProxy|triton.jit", path.read_text())]
     return [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in found]
 
 

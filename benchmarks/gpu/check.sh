@@ -13,7 +13,7 @@ fi
 export PYTHONPATH="$root:$root/benchmarks:$root/tests:$root/tests/models${PYTHONPATH:+:$PYTHONPATH}"
 if ! missing=$("$PYTHON" -c '
 import importlib.util
-needed = "torch jaxtyping numpy scipy psutil pydantic rich ruamel.yaml deepspeed mlflow ray datasets optuna"
+needed = "torch numpy scipy psutil pydantic rich ruamel.yaml deepspeed mlflow ray datasets optuna"
 print(*(name for name in needed.split() if importlib.util.find_spec(name.partition(".")[0]) is None))'); then exit 1; fi
 if [ -n "$missing" ]; then
   echo "check.sh: $PYTHON lacks $missing; parts that need them fail. README.md says how to carry wheels." >&2

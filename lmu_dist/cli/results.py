@@ -180,13 +180,35 @@ def generate(
 @cli.command()
 @click.argument("run")
 @click.argument("folder")
+@click.option(
+    "--format",
+    "to_format",
+    type=click.Choice(["safetensors", "transformers"]),
+    default="safetensors",
+    show_default=True,
+    help="transformers: with code, for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True).",
+)
+@click.option(
+    "--report", "report_folder", metavar="DIR", help="transformers: the folder of a report, for the law in the model card."
+)
 @family_option
-def export(run: str, folder: str, family: str | None) -> None:
-    """Write a trained model as safetensors, config and tokenizer.
+def export(run: str, folder: str, to_format: str, report_folder: str | None, family: str | None) -> None:
+    """Write a trained model as safetensors, config and tokenizer, or as a folder that transformers loads.
 
     Then reload it and compare the logits. RUN is a name or key that `lmu-dist status` prints, the folder of a run, or an
     MLflow run id; FOLDER must be new.
     """
+    if to_format == "transformers":
+        from lmu_dist.exporting.transformers_folder import export as export_folder
+
+        fits = open_folder(resolve_path(report_folder)) if report_folder else None
+        print_notes(export_folder(run_folder(run), open_folder(folder), family, fits))
+        print(f"wrote {folder}: README.md says how to load it and how to score a text")
+        return
+    if report_folder:
+        raise ConfigError(
+            "--report is for the model card, which only --format transformers writes; add it, or leave --report out"
+        )
     from lmu_dist.train.export import export as export_model
 
     print_notes(export_model(run_folder(run), open_folder(folder), family))

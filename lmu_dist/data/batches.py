@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Int, Integer
 from torch import Tensor
+
+from lmu_dist.array_types import Int, Integer
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Integer
 from tokenizers import Tokenizer
 
 from lmu_dist import storage
+from lmu_dist.array_types import Integer
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.documents import Document

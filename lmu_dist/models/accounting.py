@@ -13,7 +13,7 @@ from lmu_dist.models import norms
 from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.counts import Flops, Parameters
 from lmu_dist.models.head import MAX_LOGITS, block_logits
-from lmu_dist.models.lm import n_checkpoints
+from lmu_dist.models.network import n_checkpoints
 from lmu_dist.models.registry import family_of
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import non_embedding_params

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from lmu_dist.array_types import Float, Int
 from lmu_dist.models.lm import LanguageModel
 
 

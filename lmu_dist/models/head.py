@@ -9,10 +9,10 @@ lm. Legend: N tokens, V vocabulary, D width.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float, Int
 from lmu_dist.models.precision import product_dtype
 
 MAX_LOGITS = 2**23  # more logits than these are computed in blocks; on a CPU also the size of a block: 32 MB in float32

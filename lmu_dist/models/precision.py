@@ -1,6 +1,8 @@
 """Precision of the matrix products in blocked operators: the model's, except where the device computes them slowly."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -28,3 +30,8 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 def recurrence_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of a recurrence under activations of `dtype`: float64 for float64, else float32, since rounding accumulates."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Switches autocast off for operators that choose the precision of each product themselves."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()

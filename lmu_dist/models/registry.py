@@ -109,6 +109,11 @@ def register(source: FamilySource) -> Family:
     return family
 
 
+def source_of(family: Family) -> FamilySource | None:
+    """The text of a family in a user's file; None for other families."""
+    return next((source for source, known in _user_families.values() if known is family), None)
+
+
 def version_of(family: Family, values: Mapping[str, Any]) -> str:
     """The version of a family with its keys under `model`, for keys and records. Raises ConfigError as `options_of` does."""
     return family.version_with(options_of(family, values))

@@ -22,9 +22,9 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload
-from jaxtyping import Float
 from torch import Tensor
 
+from lmu_dist.array_types import Float
 from lmu_dist.config import ClusterConfig, Folder, TrainConfig
 from lmu_dist.data.batches import Batch
 from lmu_dist.models import registry

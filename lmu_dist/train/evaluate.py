@@ -7,8 +7,8 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Integer
 
+from lmu_dist.array_types import Integer
 from lmu_dist.data.batches import TokenDataset
 from lmu_dist.records import EvalMetrics
 from lmu_dist.train.engine import Engine

@@ -1,6 +1,6 @@
 """Export and loading of trained models: one folder with safetensors, config.json and tokenizer.json.
 
-Nothing is unpickled. Called by the commands export and generate.
+Nothing is unpickled. Called by the commands export and generate, by exporting/transformers_folder, and by lmu_dist.load.
 """
 
 import json
@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from lmu_dist import storage
+from lmu_dist.array_types import Float
 from lmu_dist.config import ConfigError, Folder
 from lmu_dist.data import tokenizer as vocabulary
 from lmu_dist.data.manifest import TOKENIZER
@@ -26,6 +27,9 @@ from lmu_dist.train.kept_weights import newest_model
 from lmu_dist.train.weights import WEIGHTS, read_weights
 
 CONFIG = "config.json"
+# In a folder for transformers (exporting/transformers_folder): the key of config.json with the metadata, the start of the
+# weights' names.
+TRAINING, NETWORK_PREFIX = "lmu_dist", "network."
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,24 @@ class TrainedModel:
     end_of_text_id: int
     metadata: dict[str, Any]
     skipped: tuple[str, ...]  # one message per damaged checkpoint newer than the loaded one
+    options: Any = None  # of the family
+
+    @torch.no_grad()
+    def losses(self, text: str) -> Float[Tensor, "T"]:
+        """The loss of every token of a text in nats: -ln of its probability after the end of another text and all before it.
+
+        A text longer than the training sequences, of n tokens, is cut into windows as lm-evaluation-harness cuts it: each
+        token is scored once, from at most n tokens before it, and the last window is a full one.
+        """
+        ids = [self.end_of_text_id, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        tokens, n = torch.tensor([ids]), self.model.shape.sequence_tokens
+        parts = list[Tensor]()
+        for scored in range(1, len(ids), n):
+            end = min(scored + n, len(ids))
+            start = max(0, end - 1 - n)
+            losses = self.model(tokens[:, start : end - 1], tokens[:, start + 1 : end])[0]
+            parts.append(losses[scored - end :])
+        return torch.cat(parts) if parts else torch.zeros(0)
 
 
 def load_trained_model(folder: Folder, family: str | None = None) -> TrainedModel:
@@ -68,7 +90,8 @@ def load_trained_model(folder: Folder, family: str | None = None) -> TrainedMode
     tokenizer = vocabulary.load(folder / TOKENIZER, end_of_text)
     if vocabulary.digest(tokenizer) != expected:
         raise ConfigError(f"{folder / TOKENIZER} is not the tokenizer this model was trained with; restore the original file")
-    return TrainedModel(model.eval(), tokenizer, vocabulary.end_of_text_id(tokenizer, end_of_text), metadata, tuple(skipped))
+    end = vocabulary.end_of_text_id(tokenizer, end_of_text)
+    return TrainedModel(model.eval(), tokenizer, end, metadata, tuple(skipped), options)
 
 
 def _find_family(folder: Folder, shape: Shape, reference: str | None) -> Family:
@@ -86,7 +109,11 @@ def _find_family(folder: Folder, shape: Shape, reference: str | None) -> Family:
 
 
 def _read_export(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
-    return json.loads((folder / CONFIG).read_text()), read_weights(folder), []
+    metadata, weights = json.loads((folder / CONFIG).read_text()), read_weights(folder)
+    if "auto_map" in metadata:  # for transformers
+        metadata = metadata[TRAINING]
+        weights = {name.removeprefix(NETWORK_PREFIX): weight for name, weight in weights.items()}
+    return metadata, weights, []
 
 
 def _read_run(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[str]]:
@@ -99,13 +126,18 @@ def _read_run(folder: Folder) -> tuple[dict[str, Any], dict[str, Tensor], list[s
     return metadata, read_weights(path), skipped
 
 
+def check_new_folder(to: Folder) -> None:
+    """Raises ConfigError if a folder to export to exists and is not empty."""
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"{to} exists and is not an empty folder; give the name of a new folder")
+
+
 def export(run_folder: Folder, to: Folder, family: str | None = None) -> tuple[str, ...]:
     """Exports a run's model to a new folder, loads it again and compares logits. Returns messages about skipped checkpoints.
 
     Raises ConfigError if the folder is not empty, or if the loaded model computes other logits.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"{to} exists and is not an empty folder; give the name of a new folder")
+    check_new_folder(to)
     trained = load_trained_model(run_folder, family)
     storage.make_folder(to)
     storage.write_atomic(to / WEIGHTS, safetensors.torch.save(trained.model.state_dict()))

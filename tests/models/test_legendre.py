@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import solve_discrete_lyapunov
 from scipy.signal import cont2discrete
 
@@ -75,7 +76,7 @@ def test_chunk_powers(chunk: int):
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of the cache, empty. Orders are large from 20 on."""
-    monkeypatch.setattr(legendre, "user_cache_path", lambda _: tmp_path)
+    monkeypatch.setattr(legendre, "_cache_folder", lambda: tmp_path / legendre.CACHE)
     monkeypatch.setattr(legendre, "SMALLEST_ORDER_ON_DISK", 20)
     forget()
     return tmp_path / legendre.CACHE
@@ -98,7 +99,7 @@ def test_memory_is_read_from_the_cache(cache: Path, monkeypatch: pytest.MonkeyPa
     assert len(list(cache.iterdir())) == 2
     assert not list(cache.glob("*.partial"))
     forget()
-    monkeypatch.setattr(legendre, "expm", None)
+    monkeypatch.setattr(torch.linalg, "matrix_exp", None)
     for got, expected in zip(results(21, 37.5), computed, strict=True):
         assert np.array_equal(got, expected)
 

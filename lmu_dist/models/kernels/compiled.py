@@ -6,9 +6,6 @@ mixers/short_convolution.
 
 import ctypes
 import logging
-import os
-import shutil
-import subprocess
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
@@ -16,9 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
-from lmu_dist.toolchain import configure_extension_builds
+from lmu_dist.models.kernels import build
 
 HERE = Path(__file__).parent
 LANES = 16  # channels in a vector; the same number as in lanes.h
@@ -43,7 +39,7 @@ def library() -> ctypes.CDLL | None:
     """The library of all C++ kernels, built at first use (about ten seconds); None if the build fails, which is logged once."""
     try:
         loaded = ctypes.CDLL(str(_build()))
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as e:
+    except (OSError, RuntimeError) as e:
         lines = str(e).splitlines() or [type(e).__name__]
         reason = next((line for line in lines if "error:" in line), lines[0])
         logging.getLogger(__name__).warning("cannot build the LMU's C++ kernels, using plain torch instead: %s", reason)
@@ -52,38 +48,17 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _build() -> str:
-    """Builds the library and returns its path. Raises OSError or RuntimeError."""
-    compiler = cpp_extension.get_cxx_compiler()
-    if not shutil.which(compiler):
-        raise OSError(f"there is no C++ compiler {compiler}; install g++, or name another in CXX")
-    configure_extension_builds()
+def _build() -> Path:
+    """Builds the library, unless it was built before, and returns its path. Raises OSError or RuntimeError."""
     capability = torch.backends.cpu.get_cpu_capability()
-    # The name says all that the library depends on, so that no build waits for another, or is repeated by it: ninja also
-    # compares the paths of torch.
-    contents = {path.name: path.read_bytes() for path in SOURCES}
-    digest = sha256(b"".join([torch.__version__.encode(), torch.__file__.encode(), *contents.values()])).hexdigest()[:12]
-    name = f"lmu_{capability.lower()}_{digest}"
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in contents.items():
-        _copy(content, folder / file)
-    sources = [str(folder / file) for file in contents if file.endswith(".cpp")]
     flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
-    return str(cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False, build_directory=str(folder)))
-
-
-def _copy(content: bytes, to: Path) -> None:
-    """Writes a source to the build folder, where it is the same file for all checkouts and all jobs sent to a cluster.
-
-    Its time never changes: ninja compiles what is newer than the library.
-    """
-    if to.exists() and to.read_bytes() == content:
-        return
-    part = to.with_name(f"{to.name}.{os.getpid()}")
-    part.write_bytes(content)
-    os.utime(part, (0, 0))
-    part.replace(to)
+    # The name says all that the library depends on, so that copies of the package share it.
+    contents = [path.read_bytes() for path in SOURCES]
+    settings = [torch.__version__, torch.__file__, *flags]
+    digest = sha256(b"".join([*map(str.encode, settings), *contents])).hexdigest()[:12]
+    library_path = build.default_folder() / f"lmu_{capability.lower()}_{digest}.so"
+    build.shared_library(library_path, [path for path in SOURCES if path.suffix == ".cpp"], flags)
+    return library_path
 
 
 def forward(pre: Tensor, p: Tensor, out: Tensor, scale: float = 1.0) -> None:

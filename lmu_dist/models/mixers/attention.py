@@ -6,9 +6,10 @@ Legend: B batch, T time, D width, H heads, E = D / H channels of a head. Built b
 
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lmu_dist.array_types import Float
 
 
 @dataclass

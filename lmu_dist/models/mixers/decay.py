@@ -6,8 +6,9 @@ Drawn on the CPU with the seed of the model, in the precision in which modules a
 import math
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from lmu_dist.array_types import Float
 
 LARGEST_RATE = 16.0  # of the code of both papers
 STEPS = (0.001, 0.1)  # dt_min and dt_max of the code of both papers

@@ -3,9 +3,10 @@
 Legend: B batch, T time, D width.
 """
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lmu_dist.array_types import Float
 
 
 class FeedForward(nn.Module):

@@ -15,9 +15,10 @@ others again. Legend: Z = chunks x B x H, the batch of all products; C tokens of
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from lmu_dist.array_types import Float
 
 NORM_EPS = 1e-6  # added to squared norms, as in fla and in Qwen3-Next
 CHUNK_TOKENS = (16, 64)  # fewest and most tokens of a chunk

@@ -3,10 +3,10 @@
 Legend: B batch, T time, D width, H heads, K and V channels of a key and of a value. Built by families/gated_deltanet.
 """
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.mixers import gated_delta_rule, gpu_kernels, short_convolution
 from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm

@@ -6,10 +6,10 @@ Legend: E channels that are normalised together.
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.norms import RMS_EPS
 
 

@@ -11,8 +11,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from lmu_dist.array_types import Float
 
 LARGEST_KEY_WIDTH = 256  # fla/ops/common/chunk_delta_h.py refuses wider keys
 

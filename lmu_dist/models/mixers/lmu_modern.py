@@ -7,10 +7,10 @@ Built by families/lmu_modern. Legend: B batch, T time, D width, Q order q, R red
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models import norms
 from lmu_dist.models.mixers.lmu.mixer import LMU, Form, projected_memory
 from lmu_dist.models.mixers.output_gate import OutputGate

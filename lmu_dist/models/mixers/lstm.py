@@ -3,8 +3,9 @@
 Legend: B batch, T time, D width, H hidden width, L layers. Built by the families.
 """
 
-from jaxtyping import Float
 from torch import Tensor, nn
+
+from lmu_dist.array_types import Float
 
 
 class LSTM(nn.Module):

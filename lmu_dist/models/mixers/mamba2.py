@@ -5,10 +5,10 @@ Built by families/mamba2.
 """
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.mixers import gpu_kernels, short_convolution, ssd
 from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm

@@ -3,9 +3,9 @@
 It follows the recurrence in Gated DeltaNet (arXiv 2412.06464, section 3.4), there with one norm per head. Built by lmu_modern.
 """
 
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
 from lmu_dist.models.precision import recurrence_dtype
 

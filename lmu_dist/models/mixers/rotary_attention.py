@@ -6,10 +6,10 @@ Legend: B batch, T time, D width, H heads, E = D / H channels of a head, an even
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models import norms
 from lmu_dist.models.mixers.attention import KVCache, attend_to_cache
 

@@ -7,10 +7,10 @@ Built by mixers that let a token see its neighbours. Legend: B batch, T time, D 
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import compiled
 
 KERNEL_TOKENS = 4  # as in both papers

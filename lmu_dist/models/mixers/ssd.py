@@ -15,9 +15,10 @@ G_i the sum of log decays up to token i.
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+
+from lmu_dist.array_types import Float
 
 CHUNK_TOKENS = 32  # the fastest of 16, 32 and 64 on a processor with AVX-512 (LOG.md)
 

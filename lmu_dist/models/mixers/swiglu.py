@@ -3,9 +3,10 @@
 The formula is that of arXiv 2002.05202, section 2. Built by models/modern_family. Legend: B batch, T time, D width.
 """
 
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lmu_dist.array_types import Float
 
 
 class SwiGLU(nn.Module):

@@ -15,10 +15,10 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import implicit_attention
 from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.mixers.lmu.scan import parallel_scan, scan_products

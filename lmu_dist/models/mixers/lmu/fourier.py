@@ -13,10 +13,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Complex64, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from lmu_dist.array_types import Complex64, Float, Int
 from lmu_dist.models.kernels import compiled, implicit_attention
 from lmu_dist.models.kernels.compiled import LANES
 from lmu_dist.models.mixers.lmu import legendre

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 import numpy as np
-from jaxtyping import Float
-from platformdirs import user_cache_path
-from scipy.linalg import expm
+import torch
 
-ALGORITHM = 1  # version of what is kept on disk. Raise it with every change of a result
+from lmu_dist.array_types import Float
+
+ALGORITHM = 2  # version of what is kept on disk. Raise it with every change of a result
 CACHE = "legendre"  # in the user's cache folder; may be deleted at any time
 SMALLEST_ORDER_ON_DISK = 300  # below, computing takes about as long as reading
 LONGEST_BLOCK = 4096  # tokens of the impulse response that are computed at once
@@ -130,7 +131,7 @@ def _compute_memory(order: int, theta_tokens: float, width: int) -> list[np.ndar
     # Abar and Bbar are blocks of one matrix exponential, which needs no inverse of A.
     augmented = np.zeros((order + 1, order + 1))
     augmented[:order, :order], augmented[:order, order] = a, b
-    exponential = expm(augmented)
+    exponential = torch.linalg.matrix_exp(torch.from_numpy(augmented)).numpy()
     a_bar, b_bar = np.ascontiguousarray(exponential[:order, :order]), np.ascontiguousarray(exponential[:order, order])
     # A power of Abar takes the response from one block of tokens to the next.
     response, power, step, step_power = b_bar[:, None], a_bar, 1, a_bar
@@ -178,9 +179,10 @@ def _from_disk_or(
     (its last bytes are a checksum), a full disk and a read-only folder are not errors: the arrays are computed. Nothing is
     cached for small orders.
     """
-    if order < SMALLEST_ORDER_ON_DISK:
+    folder = _cache_folder() if order >= SMALLEST_ORDER_ON_DISK else None
+    if folder is None:
         return compute()
-    path = user_cache_path("lmu-dist") / CACHE / f"order{order}-theta{theta_tokens:.17g}-{name}-v{ALGORITHM}.bin"
+    path = folder / f"order{order}-theta{theta_tokens:.17g}-{name}-v{ALGORITHM}.bin"
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
     with suppress(OSError):
         *parts, checksum = np.split(np.fromfile(path, np.uint8), np.cumsum(sizes))
@@ -201,6 +203,15 @@ def _from_disk_or(
                     os.unlink(file.name)
                 raise
     return arrays
+
+
+def _cache_folder() -> Path | None:
+    """The folder of the cache; None where platformdirs is not installed, which finds it."""
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return None
+    return user_cache_path("lmu-dist") / CACHE
 
 
 def _checksum(arrays: list[np.ndarray]) -> bytes:

@@ -11,12 +11,12 @@ from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
+from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import implicit_attention
-from lmu_dist.models.mixers.lmu import chunked, fourier, legendre
-from lmu_dist.models.precision import product_dtype
+from lmu_dist.models.mixers.lmu import checks, chunked, fourier, legendre
+from lmu_dist.models.precision import no_autocast, product_dtype
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -189,14 +189,17 @@ def operator(form: Form | None, dtype: torch.dtype, device: torch.device, reduce
 
 
 class LMU(nn.Module):
-    """Legendre memory with implicit self-attention. Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,).
+    """Legendre memory with implicit self-attention: a causal map of (B, T, D) to (B, T, D), for any B, T and D.
 
-    `form` is the form for whole sequences; None: the device's default form. `score_scale` is a factor of the scores, 1 in the
-    paper.
+    order          number q of Legendre coefficients of each channel
+    reduced_order  number q' of rows of Q, K and V, to which the coefficients are projected
+    theta_tokens   length of the memory's sliding window
+    form           the form for whole sequences (see `lmu_mixer`); None: the device's default form
+    score_scale    factor of the scores; 1 in the paper
 
-    The parameter `reading` is the projection in units of the memory's row scale (its name is stored in checkpoints). White
-    noise of unit variance thus gives pre-activations of unit variance at the start, and all orders train at the same rate. The
-    paper's L is `projection_matrix`.
+    Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,). The parameter `reading` is L in units of the memory's row scale (the
+    name is stored in checkpoints). White noise of unit variance thus gives pre-activations of unit variance at the start, and
+    all orders train at the same rate. The paper's L is `projection_matrix`. Raises ValueError, also when it is called.
     """
 
     row_vectors = ("p",)  # multiplied with a matrix: its learning rate follows the length, as that of a matrix does its fan-in
@@ -205,11 +208,19 @@ class LMU(nn.Module):
         self, order: int, reduced_order: int, theta_tokens: float, form: Form | None = None, score_scale: float = 1.0
     ) -> None:
         super().__init__()
+        checks.check_settings(order=order, reduced_order=reduced_order, theta_tokens=theta_tokens)
+        if form is not None and form not in FORMS:
+            raise ValueError(f"form must be None or one of {', '.join(FORMS)}, not {form!r}")
         self.theta_tokens, self.score_scale = theta_tokens, score_scale
         self.form: Form | None = form
         self.reading = nn.Parameter(torch.randn(3 * reduced_order, order) / math.sqrt(order))
         self.bias = nn.Parameter(torch.zeros(3 * reduced_order))
         self.p = nn.Parameter(torch.randn(reduced_order) / math.sqrt(reduced_order))
+
+    def extra_repr(self) -> str:
+        """The settings, for `print(model)`."""
+        rows, order = self.reading.shape
+        return f"order={order}, reduced_order={rows // 3}, theta_tokens={self.theta_tokens}"
 
     @property
     def projection_matrix(self) -> Float[Tensor, "K Q"]:
@@ -218,16 +229,37 @@ class LMU(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence from an empty memory."""
-        return lmu_mixer(x, self.reading, self.bias, self.p, self.theta_tokens, self.form, self.score_scale)
+        checks.check_input(x)
+        with no_autocast(x.device):
+            return lmu_mixer(x, self.reading, self.bias, self.p, self.theta_tokens, self.form, self.score_scale)
 
-    def advance(self, x: Float[Tensor, "B T D"], state: Tensor | None) -> tuple[Float[Tensor, "B T D"], Tensor]:
-        """Outputs of the next chunk of tokens, and the memory (B, Q, D) after it, the state for the chunk that follows."""
-        if state is None:
-            state = x.new_zeros(x.shape[0], self.reading.shape[1], x.shape[2], dtype=torch.float64)
-        form: Form = "recurrent" if x.shape[1] == 1 else "chunked"
-        projected, state = projected_memory(x, self.projection_matrix, self.theta_tokens, state, form)
-        assert state is not None
-        return self._attend(projected.to(x.dtype)), state
+    def advance(
+        self, x: Float[Tensor, "B T D"], state: Float[Tensor, "B Q D"] | None = None
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B Q D"]]:
+        """Outputs of the next chunk of tokens, and the memory after it, the state for the chunk that follows.
+
+        The state is float64. None is the empty memory, with which a sequence starts. Never uses the fused form.
+        """
+        with no_autocast(x.device):
+            projected, state = advance_memory(x, self.projection_matrix, self.theta_tokens, state)
+            return self._attend(projected.to(x.dtype)), state
 
     def _attend(self, projected: Float[Tensor, "B T K D"]) -> Float[Tensor, "B T D"]:
         return attend_to_memory(projected, self.bias, self.p, self.score_scale)
+
+
+def advance_memory(
+    x: Float[Tensor, "B T D"],
+    projection: Float[Tensor, "K Q"],
+    theta_tokens: float,
+    state: Float[Tensor, "B Q D"] | None = None,
+) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"]]:
+    """Projected memory of the next chunk of tokens, and the memory after it. None: an empty memory. Raises ValueError."""
+    checks.check_input(x)
+    shape = (x.shape[0], projection.shape[1], x.shape[2])
+    if state is None:
+        state = x.new_zeros(shape, dtype=torch.float64)
+    checks.check_state(state, shape)
+    projected, state = projected_memory(x, projection, theta_tokens, state, "recurrent" if x.shape[1] == 1 else "chunked")
+    assert state is not None
+    return projected, state

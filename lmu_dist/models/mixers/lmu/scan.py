@@ -6,8 +6,9 @@ Called by chunked on GPUs. Legend: Q order, N chunks, W columns (rows of the bat
 from functools import lru_cache
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
+
+from lmu_dist.array_types import Float
 
 
 @lru_cache(maxsize=128)

@@ -1,0 +1,20 @@
+"""No kernels: takes the place of kernels/compiled, kernels/triton_kernels and mixers/gpu_kernels in exported models.
+
+An exported model runs in plain torch: it compiles nothing and needs no package besides torch and numpy.
+"""
+
+from typing import Any
+
+import torch
+
+DTYPES: tuple[torch.dtype, ...] = ()  # none has a kernel
+LANES = 16  # channels in a vector of the kernels that are not here
+
+
+def library() -> None:
+    """There is no compiled library."""
+
+
+def is_supported(*_: Any) -> bool:
+    """Whether a kernel computes an operator: never."""
+    return False
