@@ -197,9 +197,9 @@ class LMU(nn.Module):
     form           the form for whole sequences (see `lmu_mixer`); None: the device's default form
     score_scale    factor of the scores; 1 in the paper
 
-    Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,). The parameter `reading` is L in units of the memory's row scale (the
-    name is stored in checkpoints). White noise of unit variance thus gives pre-activations of unit variance at the start, and
-    all orders train at the same rate. The paper's L is `projection_matrix`. Raises ValueError, also when it is called.
+    Trained: L1, L2, L3 (R, Q) with biases (R,), and p (R,). The parameter `reading` is L in units of the memory's row scale; it
+    has this name in checkpoints. White noise of unit variance thus gives pre-activations of unit variance at the start, and all
+    orders train at the same rate. The paper's L is `projection_matrix`. Raises ValueError, also when it is called.
     """
 
     row_vectors = ("p",)  # multiplied with a matrix: its learning rate follows the length, as that of a matrix does its fan-in
