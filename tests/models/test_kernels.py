@@ -104,6 +104,34 @@ def test_cpp_restores_denormals_afterwards():
     assert (torch.tensor([1e-30]) * torch.tensor([1e-10])).item() > 0
 
 
+# Capability as torch reports it -> float32 numbers of a vector
+LANES = {"AVX512": 16, "AVX2": 8, "DEFAULT": 4}
+
+
+@pytest.mark.usefixtures("cpp")
+def test_cpp_vectors_are_as_wide_as_registers():
+    library = compiled.library()
+    assert library is not None
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert library.lmu_lanes() == LANES.get(capability, 4)
+    assert f"lmu_{capability.lower()}_" in library._name  # builds for several instruction sets lie side by side
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the instruction set is chosen already")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_cpp_for_other_instruction_sets(capability):
+    """The tests of the C++ kernels with the builds for older processors, which this one runs too."""
+    if LANES[capability.upper()] >= LANES.get(torch.backends.cpu.get_cpu_capability(), 4):
+        pytest.skip("this processor has no more than that")
+    tests = [__file__, os.path.join(os.path.dirname(__file__), "test_lmu.py")]
+    options = ["-q", "-x", "-k", "cpp or on_a_cpu or fused", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-m", "pytest", *tests, *options], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
 def test_missing_compiler_logs_one_line(monkeypatch, caplog):
     monkeypatch.setattr(compiled.cpp_extension, "get_cxx_compiler", lambda: "no-such-compiler")
     assert compiled.library.__wrapped__() is None

@@ -7,6 +7,7 @@ mixers/short_convolution.
 import ctypes
 import logging
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from torch.utils import cpp_extension
 from lmu_dist.toolchain import configure_extension_builds
 
 HERE = Path(__file__).parent
-LANES = 16  # channels in a vector; the same number as in lanes.h
+LINE = 16  # channels of a cache line, to which rows are padded; the same number as in lanes.h
 SOURCES = tuple(
     HERE / name for name in ("lanes.h", "transform.h", "implicit_attention.cpp", "convolve.cpp", "short_convolution.cpp")
 )
@@ -33,7 +34,9 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-# By the CPU capability that torch reports, not -march=native: nodes with different processors may share the build cache.
+# A build for each instruction set, chosen as torch chooses its own kernels: by the processor, or by ATEN_CPU_CAPABILITY (avx2;
+# default: none but SSE2). Not -march=native: nodes with different processors may share the build cache. Any other processor
+# (aarch64: NEON) gets the compiler's default.
 ARCHITECTURE_FLAGS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -48,7 +51,7 @@ def library() -> ctypes.CDLL | None:
         reason = next((line for line in lines if "error:" in line), lines[0])
         logging.getLogger(__name__).warning("cannot build the LMU's C++ kernels, using plain torch instead: %s", reason)
         return None
-    assert loaded.lmu_lanes() == LANES, "LANES differs between lanes.h and compiled.py"
+    assert loaded.lmu_line() == LINE, "LINE differs between lanes.h and compiled.py"
     return loaded
 
 
@@ -62,14 +65,15 @@ def _build() -> str:
     # The name says all that the library depends on, so that no build waits for another, or is repeated by it: ninja also
     # compares the paths of torch.
     contents = {path.name: path.read_bytes() for path in SOURCES}
-    digest = sha256(b"".join([torch.__version__.encode(), torch.__file__.encode(), *contents.values()])).hexdigest()[:12]
+    flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
+    dependencies = (torch.__version__, torch.__file__, platform.machine(), str(shutil.which(compiler)), *flags)
+    digest = sha256(b"".join([" ".join(dependencies).encode(), *contents.values()])).hexdigest()[:12]
     name = f"lmu_{capability.lower()}_{digest}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
     folder.mkdir(parents=True, exist_ok=True)
     for file, content in contents.items():
         _copy(content, folder / file)
     sources = [str(folder / file) for file in contents if file.endswith(".cpp")]
-    flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
     return str(cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False, build_directory=str(folder)))
 
 

@@ -1,9 +1,9 @@
-// Causal convolution of every channel with every kernel, forward and backward, by Fourier transforms of 16 channels at once.
+// Causal convolution of every channel with every kernel, forward and backward, by Fourier transforms of LANES channels at once.
 //
 // Two kernels are one complex kernel, w = h1 + i h2: its convolution with a real input has the two convolutions as real and
 // imaginary part. A transform stays in one core's cache. A row is processed in segments of n / 2 tokens, each transformed with
 // the segment before it, since kernels are at most n / 2 tokens long.
-// Legend: B rows, T tokens, D width, W the width in whole vectors, K kernels, P = (K + 1) / 2 pairs, n points, a power of two
+// Legend: B rows, T tokens, D width, W the width in whole cache lines, K kernels, P = (K + 1) / 2 pairs, n points, a power of two
 // from 16 on. Layout: x (B, T, W); spectra (P, n) complex; y (K, B, T, W) float32 or bfloat16: vectors begin at cache
 // lines, and channels beyond D are 0. Built by kernels/compiled.py; called by mixers/lmu/fourier.py.
 
@@ -15,23 +15,6 @@
 #include "transform.h"
 
 namespace {
-
-// Vector whose element i is the sum of v[i]; N is 8 or 16.
-template <int N>
-inline Vec horizontal_sums(const Vec* v) {
-    const IVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    Vec level[N];
-    for (int i = 0; i < N; ++i) level[i] = v[i];
-    int n = N;
-    for (int stage = 0; stage < 4; ++stage) {
-        n = n > 1 ? n / 2 : 1;
-        for (int i = 0; i < n; ++i) {
-            Vec a = level[2 * i], b = N == 8 && stage == 3 ? a : level[2 * i + 1];
-            level[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-        }
-    }
-    return level[0];
-}
 
 // Sink that stores a spectrum.
 struct StoreSpectrum {
@@ -71,7 +54,7 @@ struct AccumulateGradients {
     float *dw, *dbias;
     template <int N>
     void write(int64_t at, const Complex* z) const {
-        Vec parts[2 * N];
+        Vec parts[2 * N < LANES ? LANES : 2 * N] = {};
         if (at == 0) {
             dbias[0] += horizontal_sum(z[0].re);
             dbias[1] += horizontal_sum(z[0].im);
@@ -82,8 +65,10 @@ struct AccumulateGradients {
             parts[2 * i] = z[i].re * xi.re + z[i].im * xi.im;
             parts[2 * i + 1] = z[i].im * xi.re - z[i].re * xi.im;
         }
-        float* total = dw + 2 * at;
-        store(total, 2 * N, load(total, 2 * N) + horizontal_sums<2 * N>(parts));
+        for (int i = 0; i < 2 * N; i += LANES) {
+            float* total = dw + 2 * at + i;
+            store(total, 2 * N - i, load(total, 2 * N - i) + horizontal_sums(parts + i));
+        }
     }
 };
 
@@ -91,12 +76,12 @@ struct Sizes {
     int64_t rows, length, width, kernels, points;  // B, T, D, K, n
 
     int64_t segment() const { return points / 2; }
-    int64_t groups() const { return (width + LANES - 1) / LANES; }
-    int64_t padded_width() const { return groups() * LANES; }  // W
+    int64_t padded_width() const { return (width + LINE - 1) / LINE * LINE; }  // W
+    int64_t groups() const { return padded_width() / LANES; }
     int64_t pairs() const { return (kernels + 1) / 2; }
 };
 
-// Spectrum of a segment of sixteen channels together with the segment before it, whose tokens take the second half of the
+// Spectrum of a segment of LANES channels together with the segment before it, whose tokens take the second half of the
 // points: in a circular convolution they are the past. `a` is working space.
 void segment_spectrum(const FourierTransform& transform, const Sizes& s, const float* x, int64_t begin, Complex* a,
                       Complex* spectrum) {
@@ -200,6 +185,7 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
 
 extern "C" {
 int lmu_lanes() { return LANES; }
+int lmu_line() { return LINE; }
 ENTRIES(float32, float)
 ENTRIES(bfloat16, uint16_t)
 }
