@@ -7,14 +7,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lmu_dist.models.products import Linear
+
 
 class FeedForward(nn.Module):
     """Feed-forward network of hidden width d_ff (d' in the LMU paper)."""
 
     def __init__(self, d_model: int, d_ff: int) -> None:
         super().__init__()
-        self.up = nn.Linear(d_model, d_ff)
-        self.out = nn.Linear(d_ff, d_model)
+        self.up = Linear(d_model, d_ff)
+        self.out = Linear(d_ff, d_model)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Applies the network to every token."""

@@ -1,8 +1,8 @@
 """The LMU on a CPU: convolutions by Fourier transforms that stay in a core's cache, then the attention kernel.
 
-Two convolution kernels make one complex spectrum. kernels/convolve.cpp transforms and multiplies a vector of channels at once and
-writes the pre-activations in the layout of the attention kernel. They are kept for the backward pass, which overwrites them
-with their gradients. Called by mixer.
+Two convolution kernels make one complex spectrum. kernels/convolve.cpp transforms and multiplies a vector of channels at once
+and writes the pre-activations in the layout of the attention kernel. They are kept for the backward pass, which overwrites
+them with their gradients. Called by mixer.
 
 Legend: B batch, T time, D width, Q order, R reduced order, K = 3R rows of the projection, P = (K + 1) / 2 pairs of convolution
 kernels, n points of a transform, W the width rounded up to whole cache lines (kernels/lanes.h).
