@@ -11,7 +11,9 @@
 #include <new>
 
 #if defined(__SSE__)
-#include <xmmintrin.h>
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -87,6 +89,35 @@ inline float horizontal_sum(typename Floats<N>::Vector v) {
         std::memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
         return horizontal_sum<N / 2>(low + high);
     }
+}
+
+inline float horizontal_max(Vec v) {
+    for (int n = LANES / 2; n >= 1; n /= 2) {
+        Vec other = v;
+        for (int i = 0; i < n; ++i) other[i] = v[i + n];
+        v = other > v ? other : v;
+    }
+    return v[0];
+}
+
+// 1 / x, with an error of a few units in the last place, for x neither near 0 nor beyond 1e37: an estimate and Newton's step (two
+// where the estimate has 8 bits), since a division takes as long as ten multiplications.
+inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+    Vec y = (Vec)_mm512_rcp14_ps((__m512)x);
+#elif defined(__AVX__)
+    Vec y = (Vec)_mm256_rcp_ps((__m256)x);
+#elif defined(__SSE__)
+    Vec y = (Vec)_mm_rcp_ps((__m128)x);
+#elif defined(__aarch64__)
+    Vec y = (Vec)vrecpeq_f32((float32x4_t)x);
+    y = y * (2.0f - x * y);
+#else
+    return 1.0f / x;
+#endif
+#if defined(__SSE__) || defined(__aarch64__)
+    return y * (2.0f - x * y);
+#endif
 }
 
 inline Vec load(const float* from) {
