@@ -25,12 +25,32 @@ struct StoreSpectrum {
     }
 };
 
+// Asks for the rows of two convolutions in memory, bit by bit while a transform computes: a row has one line of each token, far
+// from the next, which the processor does not foresee, and all of them at once would come more slowly than they are used.
+template <typename T>
+struct Prefetch {
+    const T *first, *second;
+    int64_t stride, length;
+
+    // The share of N points of the transform from `at` on; half of the points are tokens.
+    template <int N>
+    void advance(int64_t at) const {
+        for (int64_t t = at / 2; t < (at + N) / 2 && t < length; ++t) {
+            __builtin_prefetch(first + t * stride, 0, 2);
+            __builtin_prefetch(second + t * stride, 0, 2);
+        }
+    }
+};
+
 // Source: the product of the spectra of input and kernels.
+template <typename T>
 struct SpectrumProduct {
     const Complex* x;
     const Scalar* w;
+    Prefetch<T> output;
     template <int N>
     void read(int64_t at, Complex* values) const {
+        output.template advance<N>(at);
         for (int i = 0; i < N; ++i) values[i] = x[at + i] * w[at + i];
     }
 };
@@ -47,13 +67,16 @@ struct LoadSpectrum {
 // Sink that gets the spectrum z of the output's gradient and accumulates gradients: conj(w) z for the spectrum of the input,
 // and the sum over channels of conj(x) z for the spectra of the kernels. The gradient of a bias is the sum over tokens and
 // channels; z at frequency 0 is the sum over tokens.
+template <typename T>
 struct AccumulateGradients {
     const Complex* x;
     const Scalar* w;
     Complex* dx;
     float *dw, *dbias;
+    Prefetch<T> next;
     template <int N>
     void write(int64_t at, const Complex* z) const {
+        next.template advance<N>(at);
         Vec parts[2 * N < LANES ? LANES : 2 * N] = {};
         if (at == 0) {
             dbias[0] += horizontal_sum(z[0].re);
@@ -115,7 +138,8 @@ void convolve_forward(const Sizes& s, const float* x, const Scalar* spectra, con
                         store(y1 + t * padded_width, value.re * inverse_n + b1);
                         if (has_second) store(y2 + t * padded_width, value.im * inverse_n + b2);
                     };
-                    SpectrumProduct source{x_spectrum.data(), spectra + pair * s.points};
+                    SpectrumProduct<T> source{x_spectrum.data(), spectra + pair * s.points,
+                                              {y1, has_second ? y2 : y1, padded_width, length}};
                     transform.inverse_truncated(a.data(), length, source, output);
                 }
             }
@@ -145,9 +169,13 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
                 for (int64_t pair = 0; pair < s.pairs(); ++pair) {
                     const T *d1 = dy + 2 * pair * stride + offset, *d2 = d1 + stride;
                     bool has_second = 2 * pair + 1 < s.kernels;
-                    AccumulateGradients sink{x_spectrum.data(), spectra + pair * s.points, dx_spectrum.data(),
-                                             sums.data() + 2 * pair * s.points,
-                                             sums.data() + 2 * (s.pairs() * s.points + pair)};
+                    int64_t to_next = 2 * pair + 2 < s.kernels ? 2 * stride : 0, to_second = 2 * pair + 3 < s.kernels ? stride : 0;
+                    AccumulateGradients<T> sink{x_spectrum.data(),
+                                                spectra + pair * s.points,
+                                                dx_spectrum.data(),
+                                                sums.data() + 2 * pair * s.points,
+                                                sums.data() + 2 * (s.pairs() * s.points + pair),
+                                                {d1 + to_next, d1 + to_next + to_second, padded_width, length}};
                     auto input = [&](int64_t t) {
                         return Complex{load(d1 + t * padded_width), has_second ? load(d2 + t * padded_width) : Vec{}};
                     };

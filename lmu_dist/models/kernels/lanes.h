@@ -79,25 +79,25 @@ struct Floats {
     typedef float Vector __attribute__((vector_size(N * sizeof(float))));
 };
 
-template <int N = LANES>
-inline float horizontal_sum(typename Floats<N>::Vector v) {
-    if constexpr (N == 4) {
-        return (v[0] + v[1]) + (v[2] + v[3]);
+// All numbers of a vector, combined by halves: `combine` takes two vectors.
+template <int N = LANES, typename Combine>
+inline float reduce(typename Floats<N>::Vector v, const Combine& combine) {
+    if constexpr (N == 1) {
+        return v[0];
     } else {
         typename Floats<N / 2>::Vector low, high;
         std::memcpy(&low, &v, sizeof low);
         std::memcpy(&high, reinterpret_cast<char*>(&v) + sizeof low, sizeof high);
-        return horizontal_sum<N / 2>(low + high);
+        return reduce<N / 2>(combine(low, high), combine);
     }
 }
 
+inline float horizontal_sum(Vec v) {
+    return reduce(v, [](auto a, auto b) { return a + b; });
+}
+
 inline float horizontal_max(Vec v) {
-    for (int n = LANES / 2; n >= 1; n /= 2) {
-        Vec other = v;
-        for (int i = 0; i < n; ++i) other[i] = v[i + n];
-        v = other > v ? other : v;
-    }
-    return v[0];
+    return reduce(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // 1 / x, with an error of a few units in the last place, for x neither near 0 nor beyond 1e37: an estimate and Newton's step (two
