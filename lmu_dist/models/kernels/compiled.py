@@ -60,13 +60,16 @@ def _build() -> str:
     compiler = cpp_extension.get_cxx_compiler()
     if not shutil.which(compiler):
         raise OSError(f"there is no C++ compiler {compiler}; install g++, or name another in CXX")
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     configure_extension_builds()
     capability = torch.backends.cpu.get_cpu_capability()
     # The name says all that the library depends on, so that no build waits for another, or is repeated by it: ninja also
     # compares the paths of torch.
     contents = {path.name: path.read_bytes() for path in SOURCES}
     flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
-    dependencies = (torch.__version__, torch.__file__, platform.machine(), str(shutil.which(compiler)), *flags)
+    # g++'s code finds the OpenMP of torch; clang's needs one of its own, which its package libomp-dev holds.
+    link_flags = ["-fopenmp"] if "clang" in version else []
+    dependencies = (torch.__version__, torch.__file__, platform.machine(), version, *flags)
     digest = sha256(b"".join([" ".join(dependencies).encode(), *contents.values()])).hexdigest()[:12]
     name = f"lmu_{capability.lower()}_{digest}"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()) / name
@@ -74,7 +77,8 @@ def _build() -> str:
     for file, content in contents.items():
         _copy(content, folder / file)
     sources = [str(folder / file) for file in contents if file.endswith(".cpp")]
-    return str(cpp_extension.load(name, sources, extra_cflags=flags, is_python_module=False, build_directory=str(folder)))
+    options = {"extra_cflags": flags, "extra_ldflags": link_flags, "is_python_module": False, "build_directory": str(folder)}
+    return str(cpp_extension.load(name, sources, **options))
 
 
 def _copy(content: bytes, to: Path) -> None:
