@@ -66,12 +66,17 @@ inline Vec add_neighbouring_blocks([[maybe_unused]] Vec a, [[maybe_unused]] Vec 
 #endif
 }
 
-// Vector whose element i is the sum of v[i], for LANES vectors, which it overwrites.
-inline Vec horizontal_sums(Vec* v) {
-    for (int n = LANES; n > 1; n /= 2)
-        for (int i = 0; i < n / 2; ++i)
-            v[i] = n > LANES / 4 ? add_neighbours(v[2 * i], v[2 * i + 1]) : add_neighbouring_blocks(v[2 * i], v[2 * i + 1]);
-    return v[0];
+// Vector whose element i is the sum of v[i], for LANES vectors.
+template <int N = LANES>
+inline Vec horizontal_sums(const Vec* v) {
+    if constexpr (N == 1) {
+        return v[0];
+    } else {
+        Vec halves[N / 2];
+        for (int i = 0; i < N / 2; ++i)
+            halves[i] = N > LANES / 4 ? add_neighbours(v[2 * i], v[2 * i + 1]) : add_neighbouring_blocks(v[2 * i], v[2 * i + 1]);
+        return horizontal_sums<N / 2>(halves);
+    }
 }
 
 template <int N>
