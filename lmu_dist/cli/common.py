@@ -146,8 +146,8 @@ def print_precision_note(config: Config) -> None:
     if not has_bfloat16_products():
         print_notes(
             [
-                "this processor has no bfloat16 arithmetic: training in bf16 is slower than in float32 here, without AVX-512 "
-                "many times; use train.precision=fp32, or GPUs (cluster.gpus_per_worker=1)"
+                "this processor has no bfloat16 arithmetic: it stores bfloat16 and multiplies in float32, which is no faster "
+                "than train.precision=fp32; GPUs (cluster.gpus_per_worker=1) are"
             ]
         )
 

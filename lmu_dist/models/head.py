@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lmu_dist.array_types import Float, Int
 from lmu_dist.models.precision import product_dtype
+from lmu_dist.models.products import linear
 
 MAX_LOGITS = 2**23  # more logits than these are computed in blocks; on a CPU also the size of a block: 32 MB in float32
 # A block on a GPU: 2,670 rows at V = 50,257. The (V, D) gradient is read and written once per block, so blocks are large.
@@ -30,7 +31,7 @@ def linear_cross_entropy(
 ) -> Float[Tensor, "N"]:
     """-log softmax(x weight^T) at each row's target, float32 or better."""
     if x.shape[0] * weight.shape[0] <= MAX_LOGITS:
-        logits = F.linear(x, weight)
+        logits = linear(x, weight)
         return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="none")
     return _LinearCrossEntropy.apply(x, weight, targets, torch.is_grad_enabled())
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lmu_dist.array_types import Float, Int
 from lmu_dist.models.head import linear_cross_entropy
+from lmu_dist.models.products import linear
 
 
 class Network(nn.Module):
@@ -92,7 +92,7 @@ class Network(nn.Module):
         return features if self.logit_factor == 1 else features * self.logit_factor
 
     def _logits(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        return F.linear(self._features(x), self.embedding.weight)
+        return linear(self._features(x), self.embedding.weight)
 
     def _hidden(self, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         x = self._embed(tokens, 0)

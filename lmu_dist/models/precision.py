@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 
+@cache
 def has_bfloat16_products() -> bool:
     """Whether this processor multiplies matrices of bfloat16 itself; where it does not, they are slower than those of float32.
 
     With AVX-512 oneDNN imitates them, at 1.3 to 2.2 times the time of float32 (layers of 128 to 512 channels, LOG.md); without
-    it torch computes them in plain loops, at 5 to 80 times, most in the backward pass.
+    it torch computes them in plain loops, at 5 to 80 times, most in the backward pass. There models/products converts operands.
     """
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from runs import SEQUENCE_TOKENS, make_tokenizer, write_run
+from export_runs import SEQUENCE_TOKENS, make_tokenizer, write_run
 from tokenizers import Tokenizer, processors
 
 import lmu_dist

@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +103,91 @@ def test_cpp_propagates_nan(dtype):
 def test_cpp_restores_denormals_afterwards():
     check(implicit_attention, *problem(3, 17, torch.float32), 2e-6)
     assert (torch.tensor([1e-30]) * torch.tensor([1e-10])).item() > 0
+
+
+# Capability as torch reports it -> float32 numbers of a vector
+LANES = {"AVX512": 16, "AVX2": 8, "DEFAULT": 4}
+
+
+@pytest.mark.usefixtures("cpp")
+def test_cpp_vectors_are_as_wide_as_registers():
+    library = compiled.library()
+    assert library is not None
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert library.lmu_lanes() == LANES.get(capability, 4)
+    assert f"lmu_{capability.lower()}_" in library._name  # builds for several instruction sets lie side by side
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="the instruction set is chosen already")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_cpp_for_other_instruction_sets(capability):
+    """The tests of the C++ kernels with the builds for older processors, which this one runs too."""
+    if LANES[capability.upper()] >= LANES.get(torch.backends.cpu.get_cpu_capability(), 4):
+        pytest.skip("this processor has no more than that")
+    tests = [__file__, os.path.join(os.path.dirname(__file__), "test_lmu.py")]
+    options = ["-q", "-x", "-k", "cpp or on_a_cpu or fused", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+    result = subprocess.run([sys.executable, "-m", "pytest", *tests, *options], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+CROSS_COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+
+
+@pytest.fixture(scope="module")
+def on_aarch64(tmp_path_factory):
+    """Calls a C++ kernel on an emulated processor: (function, sizes, tensors) -> the tensors after the call."""
+    program = tmp_path_factory.mktemp("aarch64") / "main"
+    here = Path(__file__).parent / "emulated"
+    sources = [here / "main.cpp", *(compiled.HERE / name for name in ("implicit_attention.cpp", "convolve.cpp"))]
+    flags = [flag for flag in compiled.FLAGS if flag != "-fopenmp"]
+    subprocess.run([CROSS_COMPILER, *flags, "-static", f"-I{here}", *sources, "-o", program], check=True)
+
+    def call(function, sizes, tensors):
+        arrays = [tensor.resolve_conj().contiguous().numpy() for tensor in tensors]
+        given = b"".join(struct.pack("<q", array.nbytes) + array.tobytes() for array in arrays)
+        command = [EMULATOR, program, function, *map(str, sizes)]
+        output = memoryview(subprocess.run(command, input=given, capture_output=True, check=True).stdout)
+        results = []
+        for array, tensor in zip(arrays, tensors, strict=True):
+            results.append(torch.frombuffer(bytearray(output[: array.nbytes]), dtype=tensor.dtype).view(tensor.shape))
+            output = output[array.nbytes :]
+        return results
+
+    return call
+
+
+@pytest.mark.skipif(not (CROSS_COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+def test_attention_on_aarch64(on_aarch64):
+    pre, p, dout = problem(5, 17, torch.float32)
+    (n, chunk, width), rows = dout.shape, len(p)
+    sizes = (n, chunk, rows, width)
+    out, dpre, dp = expected_results(pre, p, dout)
+    compare(on_aarch64("lmu_attention_forward", sizes, (pre, p, torch.empty_like(dout)))[2], out, 2e-6)
+    found = on_aarch64("lmu_attention_backward", sizes, (pre, p, dout, torch.zeros_like(p)))
+    compare(found[0], dpre, 2e-6)
+    compare(found[3], dp, 1e-5)
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.skipif(not (CROSS_COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64")
+@pytest.mark.parametrize("points", [64, 128])
+def test_convolution_on_aarch64(on_aarch64, points):
+    """Equals that of this processor, which test_lmu compares with the oracle."""
+    torch.manual_seed(0)
+    b, t, d, k = sizes = (2, points // 2 + 5, 17, 5)
+    x, bias, dy = torch.randn(b, t, 32), torch.randn(k), torch.randn(k, b * t * 32)
+    x[..., d:] = 0
+    spectra = torch.randn((k + 1) // 2, points, dtype=torch.complex64)
+    forward = (x, spectra, bias, torch.zeros(k, b * t * 32))
+    backward = (x, spectra, dy, torch.zeros_like(x), torch.zeros_like(spectra), torch.zeros(k))
+    for function, tensors in (("lmu_convolve_forward", forward), ("lmu_convolve_backward", backward)):
+        found = on_aarch64(function, (*sizes, points), tensors)
+        compiled.call(function, torch.float32, (*sizes, points), tensors)
+        for got, expected in zip(found, tensors, strict=True):
+            assert float((got - expected).norm()) <= 2e-6 * float(expected.norm())
 
 
 def test_missing_compiler_logs_one_line(monkeypatch, caplog, tmp_path):

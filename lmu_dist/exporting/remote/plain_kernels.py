@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 DTYPES: tuple[torch.dtype, ...] = ()  # none has a kernel
-LANES = 16  # channels in a vector of the kernels that are not here
+LINE = 16  # channels of a cache line, to which rows of the kernels that are not here are padded
 
 
 def library() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from lmu_dist.config.types import STRICT, Count
 from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.family import Family, paper_d_model
-from lmu_dist.models.kernels.compiled import LANES
+from lmu_dist.models.kernels.compiled import LINE
 from lmu_dist.models.mixers import feed_forward
 from lmu_dist.models.mixers.feed_forward import FeedForward
 from lmu_dist.models.mixers.lmu import chunked, fourier, mixer
@@ -171,7 +171,7 @@ def mixer_executed_flops(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float
         rows = max(16, 2 ** math.ceil(math.log2(shape.reduced_order)))
     else:
         forward, backward = fourier.executed_flops(n, shape.order, shape.theta_tokens, k, d, n_rows)
-        rows, d = shape.reduced_order, d + -d % LANES
+        rows, d = shape.reduced_order, d + -d % LINE
     scores, mean = 2 * d * rows**2, 2 * rows**2 + 2 * d * rows  # Q K^T; p A and (p A) V
     return forward + scores + mean, backward + 3 * scores + mean + 2 * rows**2
 
@@ -184,7 +184,7 @@ def mixer_saved_elements(shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float
     n, k, d = shape.sequence_tokens, 3 * shape.reduced_order, shape.d_model
     if not on_gpu:
         spectra = (k + k % 2) * fourier.transform_points(n, shape.order, shape.theta_tokens)  # complex spectra of the kernels
-        width = d + -d % LANES
+        width = d + -d % LINE
         return k * width, width + spectra / (n * n_rows)
     chunk = chunked.chunk_tokens(shape.order, k, d, n, n_rows)
     features = chunked.n_features(shape.order, chunk, n)

@@ -24,6 +24,11 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
 
 
+def compiler() -> str:
+    """The C++ compiler: `$CXX`, else c++."""
+    return os.environ.get("CXX", "c++")
+
+
 def shared_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) -> None:
     """Compiles the sources into the library `path`, unless it exists: its name must say all that it depends on.
 
@@ -33,9 +38,13 @@ def shared_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) ->
     """
     if path.exists():
         return
-    compiler = os.environ.get("CXX", "c++")
-    if not shutil.which(compiler):
-        raise OSError(f"there is no C++ compiler {compiler}; install g++, or name another in CXX")
+    name = compiler()
+    if not shutil.which(name):
+        raise OSError(f"there is no C++ compiler {name}; install g++, or name another in CXX")
+    # g++'s code finds the OpenMP of torch; a second one would have threads of its own. clang's code needs another one, which its
+    # package libomp-dev holds.
+    is_clang = "clang" in subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+    link_flags = [flag for flag in flags if is_clang or flag != "-fopenmp"]
     path.parent.mkdir(parents=True, exist_ok=True)
     # The operating system releases the lock when its holder dies. What its compilers go on writing is in a folder of its own.
     with FileLock(f"{path}.lock"):
@@ -44,12 +53,12 @@ def shared_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) ->
         with TemporaryDirectory(dir=path.parent) as folder, ThreadPoolExecutor() as threads:
             objects = [f"{folder}/{source.stem}.o" for source in sources]
             compilations = [
-                [compiler, "-c", "-fPIC", *flags, "-isystem", str(TORCH / "include"), str(source), "-o", target]
+                [name, "-c", "-fPIC", *flags, "-isystem", str(TORCH / "include"), str(source), "-o", target]
                 for source, target in zip(sources, objects, strict=True)
             ]
             list(threads.map(_run, compilations))
             linked = f"{folder}/{path.name}"
-            _run([compiler, "-shared", *flags, *objects, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", linked])
+            _run([name, "-shared", *link_flags, *objects, f"-L{TORCH / 'lib'}", "-lc10", "-ltorch_cpu", "-o", linked])
             os.replace(linked, path)
 
 

@@ -6,6 +6,7 @@ mixers/short_convolution.
 
 import ctypes
 import logging
+import platform
 from collections.abc import Sequence
 from functools import cache
 from hashlib import sha256
@@ -17,7 +18,7 @@ from torch import Tensor
 from lmu_dist.models.kernels import build
 
 HERE = Path(__file__).parent
-LANES = 16  # channels in a vector; the same number as in lanes.h
+LINE = 16  # channels of a cache line, to which rows are padded; the same number as in lanes.h
 SOURCES = tuple(
     HERE / name for name in ("lanes.h", "transform.h", "implicit_attention.cpp", "convolve.cpp", "short_convolution.cpp")
 )
@@ -29,7 +30,9 @@ FLAGS = (
     "-fno-trapping-math",
     "-ffp-contract=fast",
 )
-# By the CPU capability that torch reports, not -march=native: nodes with different processors may share the build cache.
+# A build for each instruction set, chosen as torch chooses its own kernels: by the processor, or by ATEN_CPU_CAPABILITY (avx2;
+# default: none but SSE2). Not -march=native: nodes with different processors may share the build cache. Any other processor
+# (aarch64: NEON) gets the compiler's default.
 ARCHITECTURE_FLAGS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -44,7 +47,7 @@ def library() -> ctypes.CDLL | None:
         reason = next((line for line in lines if "error:" in line), lines[0])
         logging.getLogger(__name__).warning("cannot build the LMU's C++ kernels, using plain torch instead: %s", reason)
         return None
-    assert loaded.lmu_lanes() == LANES, "LANES differs between lanes.h and compiled.py"
+    assert loaded.lmu_line() == LINE, "LINE differs between lanes.h and compiled.py"
     return loaded
 
 
@@ -54,7 +57,7 @@ def _build() -> Path:
     flags = [*FLAGS, *ARCHITECTURE_FLAGS.get(capability, ())]
     # The name says all that the library depends on, so that copies of the package share it.
     contents = [path.read_bytes() for path in SOURCES]
-    settings = [torch.__version__, torch.__file__, *flags]
+    settings = [torch.__version__, torch.__file__, platform.machine(), build.compiler(), *flags]
     digest = sha256(b"".join([*map(str.encode, settings), *contents])).hexdigest()[:12]
     library_path = build.default_folder() / f"lmu_{capability.lower()}_{digest}.so"
     build.shared_library(library_path, [path for path in SOURCES if path.suffix == ".cpp"], flags)

@@ -1,37 +1,25 @@
-// Causal convolution of every channel with every kernel, forward and backward, by Fourier transforms of 16 channels at once.
+// Causal convolution of every channel with every kernel, forward and backward, by Fourier transforms of LANES channels at once.
 //
 // Two kernels are one complex kernel, w = h1 + i h2: its convolution with a real input has the two convolutions as real and
 // imaginary part. A transform stays in one core's cache. A row is processed in segments of n / 2 tokens, each transformed with
 // the segment before it, since kernels are at most n / 2 tokens long.
-// Legend: B rows, T tokens, D width, W the width in whole vectors, K kernels, P = (K + 1) / 2 pairs, n points, a power of two
+// Legend: B rows, T tokens, D width, W the width in whole cache lines, K kernels, P = (K + 1) / 2 pairs, n points, a power of two
 // from 16 on. Layout: x (B, T, W); spectra (P, n) complex; y (K, B, T, W) float32 or bfloat16: vectors begin at cache
 // lines, and channels beyond D are 0. Built by kernels/compiled.py; called by mixers/lmu/fourier.py.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "transform.h"
 
 namespace {
-
-// Vector whose element i is the sum of v[i]; N is 8 or 16.
-template <int N>
-inline Vec horizontal_sums(const Vec* v) {
-    const IVec even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    Vec level[N];
-    for (int i = 0; i < N; ++i) level[i] = v[i];
-    int n = N;
-    for (int stage = 0; stage < 4; ++stage) {
-        n = n > 1 ? n / 2 : 1;
-        for (int i = 0; i < n; ++i) {
-            Vec a = level[2 * i], b = N == 8 && stage == 3 ? a : level[2 * i + 1];
-            level[i] = __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
-        }
-    }
-    return level[0];
-}
 
 // Sink that stores a spectrum.
 struct StoreSpectrum {
@@ -42,12 +30,32 @@ struct StoreSpectrum {
     }
 };
 
+// Asks for the rows of two convolutions in memory, bit by bit while a transform computes: a row has one line of each token, far
+// from the next, which the processor does not foresee, and all of them at once would come more slowly than they are used.
+template <typename T>
+struct Prefetch {
+    const T *first, *second;
+    int64_t stride, length;
+
+    // The share of N points of the transform from `at` on; half of the points are tokens.
+    template <int N>
+    void advance(int64_t at) const {
+        for (int64_t t = at / 2; t < (at + N) / 2 && t < length; ++t) {
+            __builtin_prefetch(first + t * stride, 0, 2);
+            __builtin_prefetch(second + t * stride, 0, 2);
+        }
+    }
+};
+
 // Source: the product of the spectra of input and kernels.
+template <typename T>
 struct SpectrumProduct {
     const Complex* x;
     const Scalar* w;
+    Prefetch<T> output;
     template <int N>
     void read(int64_t at, Complex* values) const {
+        output.template advance<N>(at);
         for (int i = 0; i < N; ++i) values[i] = x[at + i] * w[at + i];
     }
 };
@@ -64,14 +72,17 @@ struct LoadSpectrum {
 // Sink that gets the spectrum z of the output's gradient and accumulates gradients: conj(w) z for the spectrum of the input,
 // and the sum over channels of conj(x) z for the spectra of the kernels. The gradient of a bias is the sum over tokens and
 // channels; z at frequency 0 is the sum over tokens.
+template <typename T>
 struct AccumulateGradients {
     const Complex* x;
     const Scalar* w;
     Complex* dx;
     float *dw, *dbias;
+    Prefetch<T> next;
     template <int N>
     void write(int64_t at, const Complex* z) const {
-        Vec parts[2 * N];
+        next.template advance<N>(at);
+        Vec parts[2 * N < LANES ? LANES : 2 * N] = {};
         if (at == 0) {
             dbias[0] += horizontal_sum(z[0].re);
             dbias[1] += horizontal_sum(z[0].im);
@@ -82,8 +93,10 @@ struct AccumulateGradients {
             parts[2 * i] = z[i].re * xi.re + z[i].im * xi.im;
             parts[2 * i + 1] = z[i].im * xi.re - z[i].re * xi.im;
         }
-        float* total = dw + 2 * at;
-        store(total, 2 * N, load(total, 2 * N) + horizontal_sums<2 * N>(parts));
+        for (int i = 0; i < 2 * N; i += LANES) {
+            float* total = dw + 2 * at + i;
+            store(total, 2 * N - i, load(total, 2 * N - i) + horizontal_sums(parts + i));
+        }
     }
 };
 
@@ -91,12 +104,12 @@ struct Sizes {
     int64_t rows, length, width, kernels, points;  // B, T, D, K, n
 
     int64_t segment() const { return points / 2; }
-    int64_t groups() const { return (width + LANES - 1) / LANES; }
-    int64_t padded_width() const { return groups() * LANES; }  // W
+    int64_t padded_width() const { return (width + LINE - 1) / LINE * LINE; }  // W
+    int64_t groups() const { return padded_width() / LANES; }
     int64_t pairs() const { return (kernels + 1) / 2; }
 };
 
-// Spectrum of a segment of sixteen channels together with the segment before it, whose tokens take the second half of the
+// Spectrum of a segment of LANES channels together with the segment before it, whose tokens take the second half of the
 // points: in a circular convolution they are the past. `a` is working space.
 void segment_spectrum(const FourierTransform& transform, const Sizes& s, const float* x, int64_t begin, Complex* a,
                       Complex* spectrum) {
@@ -108,11 +121,23 @@ void segment_spectrum(const FourierTransform& transform, const Sizes& s, const f
     transform.forward(a, s.points, 0, StoreSpectrum{spectrum});
 }
 
+// Asks for huge pages for memory that is not yet in use, where Linux gives them on request: each row that is read at a time lies in
+// pages of its own, more than the processor remembers the places of. Fresh memory also comes faster.
+void advise_huge_pages([[maybe_unused]] void* begin, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 1 << 21;
+    uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + PAGE - 1) / PAGE * PAGE;
+    uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / PAGE * PAGE;
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: may fail
+#endif
+}
+
 template <typename T>
 void convolve_forward(const Sizes& s, const float* x, const Scalar* spectra, const float* bias, T* y) {
     const FourierTransform transform(s.points);
     const int64_t padded_width = s.padded_width(), stride = s.rows * s.length * padded_width;
     const Vec inverse_n = splat(1.0f / float(s.points));
+    advise_huge_pages(y, s.kernels * stride * sizeof(T));
     at::parallel_for(0, s.rows * s.groups(), 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
         std::vector<Complex> x_spectrum(s.points), a(s.points);
@@ -130,7 +155,8 @@ void convolve_forward(const Sizes& s, const float* x, const Scalar* spectra, con
                         store(y1 + t * padded_width, value.re * inverse_n + b1);
                         if (has_second) store(y2 + t * padded_width, value.im * inverse_n + b2);
                     };
-                    SpectrumProduct source{x_spectrum.data(), spectra + pair * s.points};
+                    SpectrumProduct<T> source{x_spectrum.data(), spectra + pair * s.points,
+                                              {y1, has_second ? y2 : y1, padded_width, length}};
                     transform.inverse_truncated(a.data(), length, source, output);
                 }
             }
@@ -160,9 +186,13 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
                 for (int64_t pair = 0; pair < s.pairs(); ++pair) {
                     const T *d1 = dy + 2 * pair * stride + offset, *d2 = d1 + stride;
                     bool has_second = 2 * pair + 1 < s.kernels;
-                    AccumulateGradients sink{x_spectrum.data(), spectra + pair * s.points, dx_spectrum.data(),
-                                             sums.data() + 2 * pair * s.points,
-                                             sums.data() + 2 * (s.pairs() * s.points + pair)};
+                    int64_t to_next = 2 * pair + 2 < s.kernels ? 2 * stride : 0, to_second = 2 * pair + 3 < s.kernels ? stride : 0;
+                    AccumulateGradients<T> sink{x_spectrum.data(),
+                                                spectra + pair * s.points,
+                                                dx_spectrum.data(),
+                                                sums.data() + 2 * pair * s.points,
+                                                sums.data() + 2 * (s.pairs() * s.points + pair),
+                                                {d1 + to_next, d1 + to_next + to_second, padded_width, length}};
                     auto input = [&](int64_t t) {
                         return Complex{load(d1 + t * padded_width), has_second ? load(d2 + t * padded_width) : Vec{}};
                     };
@@ -200,6 +230,7 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
 
 extern "C" {
 int lmu_lanes() { return LANES; }
+int lmu_line() { return LINE; }
 ENTRIES(float32, float)
 ENTRIES(bfloat16, uint16_t)
 }

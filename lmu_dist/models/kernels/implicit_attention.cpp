@@ -1,8 +1,8 @@
 // Implicit self-attention over the memory rows of every token, forward and backward.
 //
 // For every token: Q, K, V (each R x D) = gelu(pre), A = softmax(scale Q K^T) by rows, out = (p A) V. All matrices of a token
-// stay in one core's cache; there Q is stored with the scale. Pre-activations and out are float32 or bfloat16, everything else is float32. Built and called by
-// kernels/compiled.py; kernels/implicit_attention.attend computes the same in plain torch.
+// stay in one core's cache; there Q is stored with the scale. Pre-activations and out are float32 or bfloat16, everything else is
+// float32. Built and called by kernels/compiled.py; kernels/implicit_attention.attend computes the same in plain torch.
 //
 // Layout, for token i of a chunk, with N chunks of C tokens: pre[(i * 3R + row) * N * D + chunk * D + column] and
 // out[(chunk * C + i) * D + column].
@@ -19,39 +19,64 @@
 
 namespace {
 
-// gelu(x) = x Phi(x), and its derivative Phi(x) + x phi(x). Phi by Abramowitz & Stegun 7.1.26, to 8e-8; NaN stays NaN.
-inline void gelu(Vec x, Vec& value, Vec& derivative) {
-    Vec magnitude = x < 0.0f ? -x : x;
-    Vec t = 1.0f / (1.0f + magnitude * (0.3275911f * 0.70710678118654752f));
-    Vec poly = splat(1.061405429f);
-    poly = poly * t - 1.453152027f;
-    poly = poly * t + 1.421413741f;
-    poly = poly * t - 0.284496736f;
-    poly = poly * t + 0.254829592f;
-    Vec density = exp_negative(x * x * -0.5f);
-    Vec tail = poly * t * density * 0.5f;  // Phi(-|x|)
-    Vec phi = x < 0.0f ? tail : 1.0f - tail;
-    value = x * phi;
-    derivative = phi + x * density * 0.39894228040143268f;
+// Phi(x) - 1/2 = x N(x^2) / D(x^2), and the slope of gelu, Phi(x) + x phi(x), less 1/2 = x S(x^2) / D(x^2), where |x| is cut at
+// CUT: fitted together in float64 at 4,000 Chebyshev points, weighted until the errors were even, within 6e-8 of both. Beyond CUT
+// Phi is 0 or 1 to 4e-9. One division serves both, and neither needs an exponential function.
+constexpr float CUT = 5.8f;
+constexpr float PHI[] = {3.989419937e-01f, 4.342675209e-02f, 5.692811217e-03f, 2.976145770e-04f, 1.290514319e-05f, 2.156934329e-07f, 5.351576959e-10f};
+constexpr float SLOPE[] = {7.978842258e-01f, -4.612809420e-02f, 1.464152243e-02f, -2.165569313e-04f, 3.117506276e-05f, -1.839125190e-07f, 5.492889255e-09f, -2.678838054e-11f};
+constexpr float DENOMINATOR[] = {1.000000000e+00f, 2.755177915e-01f, 3.519440070e-02f, 2.696866868e-03f, 1.336784771e-04f, 3.870860837e-06f, 3.140437599e-08f};
+
+template <int N>
+inline Vec polynomial(const float (&coefficients)[N], Vec u) {
+    Vec y = splat(coefficients[N - 1]);
+    for (int i = N - 2; i >= 0; --i) y = y * u + coefficients[i];
+    return y;
 }
 
-// Working space of one thread. Rows are padded with zeros to whole vectors. `qkv` stacks Q, K and V, `derivative` gelu's.
+// gelu(x) = x Phi(x), and its slope. NaN stays NaN. x is cut from below in the product too, lest an error of Phi count a
+// thousandfold at x = -1000.
+struct Gelu {
+    Vec low, u, scale;
+
+    explicit Gelu(Vec x) : low(x < -CUT ? splat(-CUT) : x) {
+        Vec cut = low > CUT ? splat(CUT) : low;
+        u = cut * cut;
+        scale = cut * reciprocal(polynomial(DENOMINATOR, u));
+    }
+    Vec value() const { return low * (polynomial(PHI, u) * scale + 0.5f); }
+    Vec slope() const { return polynomial(SLOPE, u) * scale + 0.5f; }
+};
+
+// Calls work.template operator()<n>() for 1 <= n <= MOST, so that its loops over n vectors stay in registers.
+template <int MOST, typename Work>
+inline void with_constant(int n, const Work& work) {
+    if constexpr (MOST > 1) {
+        if (n < MOST) return with_constant<MOST - 1>(n, work);
+    }
+    work.template operator()<MOST>();
+}
+
+// Working space of one thread. Rows are padded with zeros to whole vectors, and matrices with rows of zeros. `values` holds the
+// products of gelu's slope at V with d out, `slopes` gelu's slopes at Q and below at K.
 struct Workspace {
     int rows, width, vectors, padded_width, padded_rows;
-    std::vector<float> qkv, derivative, weights, p_weights, column_mask, dweights, dout_row;
+    std::vector<float> q, k, slopes, values, weights, p_weights, column_mask, dweights, row;
 
     Workspace(int rows, int width, bool backward)
         : rows(rows), width(width), vectors((width + LANES - 1) / LANES), padded_width(vectors * LANES),
-          padded_rows((rows + LANES - 1) / LANES * LANES) {
-        qkv.assign(3 * rows * padded_width, 0.0f);
-        weights.assign(rows * padded_rows, 0.0f);
+          padded_rows((rows + LINE - 1) / LINE * LINE) {
+        q.assign(padded_rows * padded_width, 0.0f);
+        k.assign(padded_rows * padded_width, 0.0f);
+        weights.assign(padded_rows * padded_rows, 0.0f);
         p_weights.assign(padded_rows, 0.0f);
         column_mask.assign(padded_rows, 0.0f);
         std::fill_n(column_mask.begin(), rows, 1.0f);
+        row.assign(padded_width, 0.0f);
         if (backward) {
-            derivative.assign(3 * rows * padded_width, 0.0f);
-            dweights.assign(rows, 0.0f);
-            dout_row.assign(padded_width, 0.0f);
+            slopes.assign(2 * rows * padded_width, 0.0f);
+            values.assign(rows * padded_width, 0.0f);
+            dweights.assign(padded_rows, 0.0f);
         }
     }
 
@@ -65,42 +90,53 @@ struct Workspace {
         store(to + v * LANES, width - v * LANES, x);
     }
 
+    // Asks for the row of the next token while this token is computed: the rows of a token are far apart in memory, too many
+    // streams for the processor to foresee.
     template <typename T>
-    void activate(const T* pre, int64_t row_stride, float scale, bool backward) {
-        for (int row = 0; row < 3 * rows; ++row) {
-            float factor = row < rows ? scale : 1.0f;
+    void prefetch_row(const T* from) const {
+        for (int column = 0; column < width; column += 64 / sizeof(T)) __builtin_prefetch(from + column, 0, 2);
+    }
+
+    // Q, with the scale, and K; for a backward pass also their slopes.
+    template <bool BACKWARD, typename T>
+    void activate(const T* pre, const T* next, int64_t row_stride, float scale) {
+        for (int r = 0; r < 2 * rows; ++r) {
+            float factor = r < rows ? scale : 1.0f;
+            float* to = r < rows ? &q[r * padded_width] : &k[(r - rows) * padded_width];
+            prefetch_row(next + r * row_stride);
             for (int v = 0; v < vectors; ++v) {
-                Vec value, slope;
-                gelu(load_row(pre + row * row_stride, v), value, slope);
-                store(&qkv[row * padded_width + v * LANES], value * factor);
-                if (backward) store(&derivative[row * padded_width + v * LANES], slope * factor);
+                Gelu gelu(load_row(pre + r * row_stride, v));
+                store(to + v * LANES, gelu.value() * factor);
+                if (BACKWARD) store(&slopes[r * padded_width + v * LANES], gelu.slope() * factor);
             }
         }
     }
 
+    // Q K^T, by tiles whose products are summed over lanes together.
+    void scores() {
+        constexpr int TILE = 4, HEIGHT = LANES == 16 ? 4 : 2, SUMS = HEIGHT * TILE;  // as many as there are registers for
+        for (int r0 = 0; r0 < rows; r0 += HEIGHT)
+            for (int s0 = 0; s0 < rows; s0 += TILE) {
+                Vec sums[SUMS] = {};
+                const float *q0 = &q[r0 * padded_width], *k0 = &k[s0 * padded_width];
+                for (int v = 0; v < vectors; ++v) {
+                    Vec b[TILE];
+                    for (int j = 0; j < TILE; ++j) b[j] = load(k0 + j * padded_width + v * LANES);
+                    for (int i = 0; i < HEIGHT; ++i) {
+                        Vec a = load(q0 + i * padded_width + v * LANES);
+                        for (int j = 0; j < TILE; ++j) sums[i * TILE + j] += a * b[j];
+                    }
+                }
+                float found[SUMS];
+                for (int i = 0; i < SUMS; i += LANES) store(found + i, horizontal_sums(sums + i));
+                for (int i = 0; i < HEIGHT; ++i)
+                    std::memcpy(&weights[(r0 + i) * padded_rows + s0], found + i * TILE, TILE * sizeof(float));
+            }
+    }
+
     // Computes A = softmax(Q K^T) and p A, where Q has the scale.
     void attend(const float* p) {
-        const float *q = &qkv[0], *k = &qkv[rows * padded_width];
-        constexpr int TILE = 4;
-        for (int r0 = 0; r0 < rows; r0 += TILE)
-            for (int s0 = 0; s0 < rows; s0 += TILE) {
-                Vec acc[TILE][TILE] = {};
-                if (r0 + TILE <= rows && s0 + TILE <= rows) {
-                    for (int v = 0; v < vectors; ++v) {
-                        Vec a[TILE], b[TILE];
-                        for (int i = 0; i < TILE; ++i) a[i] = load(q + (r0 + i) * padded_width + v * LANES);
-                        for (int j = 0; j < TILE; ++j) b[j] = load(k + (s0 + j) * padded_width + v * LANES);
-                        for (int i = 0; i < TILE; ++i)
-                            for (int j = 0; j < TILE; ++j) acc[i][j] += a[i] * b[j];
-                    }
-                    for (int i = 0; i < TILE; ++i)
-                        for (int j = 0; j < TILE; ++j) weights[(r0 + i) * padded_rows + s0 + j] = horizontal_sum(acc[i][j]);
-                } else {
-                    for (int r = r0; r < rows && r < r0 + TILE; ++r)
-                        for (int s = s0; s < rows && s < s0 + TILE; ++s)
-                            weights[r * padded_rows + s] = dot(q + r * padded_width, k + s * padded_width);
-                }
-            }
+        scores();
         std::fill(p_weights.begin(), p_weights.end(), 0.0f);
         for (int r = 0; r < rows; ++r) {
             float* row = &weights[r * padded_rows];
@@ -110,8 +146,7 @@ struct Workspace {
                 Vec x = load(row + v);
                 lane_max = x > lane_max ? x : lane_max;
             }
-            float row_max = lane_max[0];
-            for (int i = 1; i < LANES; ++i) row_max = lane_max[i] > row_max ? lane_max[i] : row_max;
+            float row_max = horizontal_max(lane_max);
             for (int v = 0; v < padded_rows; v += LANES) {
                 Vec x = exp_negative(load(row + v) - row_max) * load(&column_mask[v]);
                 store(row + v, x);
@@ -126,70 +161,79 @@ struct Workspace {
         }
     }
 
-    float dot(const float* a, const float* b) const {
-        Vec acc = {};
-        for (int v = 0; v < vectors; ++v) acc += load(a + v * LANES) * load(b + v * LANES);
-        return horizontal_sum(acc);
+    // (p A) V: V is used once and stays in registers.
+    template <typename T>
+    void write_output(const T* pre, const T* next, int64_t row_stride, T* out) {
+        std::fill(row.begin(), row.end(), 0.0f);
+        for (int s = 0; s < rows; ++s) {
+            prefetch_row(next + s * row_stride);
+            for (int v = 0; v < vectors; ++v) {
+                Vec value = Gelu(load_row(pre + s * row_stride, v)).value();
+                store(&row[v * LANES], load(&row[v * LANES]) + p_weights[s] * value);
+            }
+        }
+        for (int v = 0; v < vectors; ++v) store_row(out, v, load(&row[v * LANES]));
     }
 
-    template <typename O>
-    void write_output(O* out) const {
-        const float* v_rows = &qkv[2 * rows * padded_width];
-        for (int v = 0; v < vectors; ++v) {
-            Vec acc = {};
-            for (int s = 0; s < rows; ++s) acc += p_weights[s] * load(v_rows + s * padded_width + v * LANES);
-            store_row(out, v, acc);
+    // d (p A) = V d out; keeps d out times the slopes of V.
+    template <typename T>
+    void activate_values(const T* pre, const T* next, int64_t row_stride, const T* dout) {
+        for (int v = 0; v < vectors; ++v) store(&row[v * LANES], load_row(dout, v));
+        for (int s = 0; s < rows; ++s) {
+            Vec sum = {};
+            prefetch_row(next + s * row_stride);
+            for (int v = 0; v < vectors; ++v) {
+                Gelu gelu(load_row(pre + s * row_stride, v));
+                Vec d = load(&row[v * LANES]);
+                sum += gelu.value() * d;
+                store(&values[s * padded_width + v * LANES], gelu.slope() * d);
+            }
+            dweights[s] = horizontal_sum(sum);
         }
     }
 
-    // Overwrites pre with its gradient, given d out, and adds the gradient of p to dp.
-    template <typename T, typename O>
-    void backward(const O* dout, const float* p, T* pre, int64_t row_stride, float* dp) {
-        const float *q = &qkv[0], *k = &qkv[rows * padded_width], *values = &qkv[2 * rows * padded_width];
-        for (int v = 0; v < vectors; ++v) store(&dout_row[v * LANES], load_row(dout, v));
-        for (int s = 0; s < rows; ++s) dweights[s] = dot(values + s * padded_width, &dout_row[0]);
+    // Overwrites pre with its gradient and adds the gradient of p to dp, after `activate_values` and `attend`.
+    template <typename T>
+    void backward(const float* p, T* pre, int64_t row_stride, float* dp) {
         for (int s = 0; s < rows; ++s)
-            for (int v = 0; v < vectors; ++v) {
-                int at = (2 * rows + s) * padded_width + v * LANES;
-                Vec dvalue = p_weights[s] * load(&dout_row[v * LANES]) * load(&derivative[at]);
-                store_row(pre + (2 * rows + s) * row_stride, v, dvalue);
-            }
+            for (int v = 0; v < vectors; ++v)
+                store_row(pre + (2 * rows + s) * row_stride, v, p_weights[s] * load(&values[s * padded_width + v * LANES]));
         for (int r = 0; r < rows; ++r) {  // turns weights into d scores
             float* row = &weights[r * padded_rows];
-            float row_dp = 0.0f;
-            for (int s = 0; s < rows; ++s) row_dp += row[s] * dweights[s];
+            Vec sum = {};
+            for (int s = 0; s < padded_rows; s += LANES) sum += load(row + s) * load(&dweights[s]);
+            float row_dp = horizontal_sum(sum);
             dp[r] += row_dp;
-            for (int s = 0; s < rows; ++s) row[s] *= p[r] * (dweights[s] - row_dp);
+            for (int s = 0; s < padded_rows; s += LANES) store(row + s, load(row + s) * (p[r] * (load(&dweights[s]) - row_dp)));
         }
-        constexpr int TILE = 8;
-        for (int v = 0; v < vectors; ++v) {
-            for (int r0 = 0; r0 < rows; r0 += TILE) {
-                int n = rows - r0 < TILE ? rows - r0 : TILE;
-                Vec dq[TILE] = {}, dk[TILE] = {};
-                if (n == TILE) {
-                    for (int s = 0; s < rows; ++s) {
-                        Vec ks = load(k + s * padded_width + v * LANES), qs = load(q + s * padded_width + v * LANES);
-                        for (int i = 0; i < TILE; ++i) {
-                            dq[i] += weights[(r0 + i) * padded_rows + s] * ks;
-                            dk[i] += weights[s * padded_rows + r0 + i] * qs;
+        multiply(&weights[0], padded_rows, 1, &k[0], &slopes[0], pre, row_stride);
+        multiply(&weights[0], 1, padded_rows, &q[0], &slopes[rows * padded_width], pre + rows * row_stride, row_stride);
+    }
+
+    // to = slope * (a @ b), where a has element (r, s) at a[r * stride_r + s * stride_s].
+    template <typename T>
+    void multiply(const float* a, int stride_r, int stride_s, const float* b, const float* slope, T* to, int64_t row_stride) {
+        constexpr int HEIGHT = 4, VECTORS = LANES == 16 ? 4 : 2;  // sums that fit the registers, and few loads for each
+        for (int v0 = 0; v0 < vectors; v0 += VECTORS)
+            with_constant<VECTORS>(vectors - v0, [&]<int N>() {
+                for (int r0 = 0; r0 < rows; r0 += HEIGHT)
+                    with_constant<HEIGHT>(rows - r0, [&]<int M>() {
+                        Vec sums[M][N] = {};
+                        for (int s = 0; s < rows; ++s) {
+                            Vec row[N];
+                            for (int j = 0; j < N; ++j) row[j] = load(b + s * padded_width + (v0 + j) * LANES);
+                            for (int i = 0; i < M; ++i) {
+                                Vec factor = splat(a[(r0 + i) * stride_r + s * stride_s]);
+                                for (int j = 0; j < N; ++j) sums[i][j] += factor * row[j];
+                            }
                         }
-                    }
-                } else {
-                    for (int s = 0; s < rows; ++s) {
-                        Vec ks = load(k + s * padded_width + v * LANES), qs = load(q + s * padded_width + v * LANES);
-                        for (int i = 0; i < n; ++i) {
-                            dq[i] += weights[(r0 + i) * padded_rows + s] * ks;
-                            dk[i] += weights[s * padded_rows + r0 + i] * qs;
-                        }
-                    }
-                }
-                for (int i = 0; i < n; ++i) {
-                    int r = r0 + i, at = r * padded_width + v * LANES;
-                    store_row(pre + r * row_stride, v, dq[i] * load(&derivative[at]));
-                    store_row(pre + (rows + r) * row_stride, v, dk[i] * load(&derivative[rows * padded_width + at]));
-                }
-            }
-        }
+                        for (int i = 0; i < M; ++i)
+                            for (int j = 0; j < N; ++j) {
+                                int r = r0 + i, v = v0 + j;
+                                store_row(to + r * row_stride, v, sums[i][j] * load(slope + r * padded_width + v * LANES));
+                            }
+                    });
+            });
     }
 };
 
@@ -205,9 +249,13 @@ void forward(const Sizes& n, const T* pre, const float* p, T* out, float scale) 
         Workspace workspace(n.rows, n.width, false);
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
-            workspace.activate(pre + i * 3 * n.rows * row_stride + chunk * n.width, row_stride, scale, false);
+            const T* token_pre = pre + i * 3 * n.rows * row_stride + chunk * n.width;
+            const T* next = token_pre + (chunk + 1 < n.chunks ? n.width : 0);
+            workspace.template activate<false>(token_pre, next, row_stride, scale);
             workspace.attend(p);
-            workspace.write_output(out + (chunk * n.tokens + i) * n.width);
+            int64_t first_value = 2 * n.rows * row_stride;
+            workspace.write_output(token_pre + first_value, next + first_value, row_stride,
+                                   out + (chunk * n.tokens + i) * n.width);
         }
     });
 }
@@ -224,9 +272,13 @@ void backward(const Sizes& n, T* pre, const float* p, const T* dout, float* dp, 
         for (int64_t token = begin; token < end; ++token) {
             int64_t i = token / n.chunks, chunk = token % n.chunks;
             T* token_pre = pre + i * 3 * n.rows * row_stride + chunk * n.width;
-            workspace.activate(token_pre, row_stride, scale, true);
+            const T* next = token_pre + (chunk + 1 < n.chunks ? n.width : 0);
+            int64_t first_value = 2 * n.rows * row_stride;
+            workspace.template activate<true>(token_pre, next, row_stride, scale);
+            workspace.activate_values(token_pre + first_value, next + first_value, row_stride,
+                                      dout + (chunk * n.tokens + i) * n.width);
             workspace.attend(p);
-            workspace.backward(dout + (chunk * n.tokens + i) * n.width, p, token_pre, row_stride, thread_dp);
+            workspace.backward(p, token_pre, row_stride, thread_dp);
         }
     });
     for (int w = 0; w < threads; ++w)

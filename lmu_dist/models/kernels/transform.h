@@ -1,4 +1,4 @@
-// Radix-4 Fourier transforms of sixteen channels at once, n points, a power of two from 16 on. Used by convolve.cpp.
+// Radix-4 Fourier transforms of LANES channels at once, n points, a power of two from 16 on. Used by convolve.cpp.
 //
 // Spectra stay in the order in which decimation in frequency leaves them and are never sorted. The recursion is depth first, so
 // that a block is finished while it is in the cache. The passes next to the spectrum run in registers: they give the spectrum

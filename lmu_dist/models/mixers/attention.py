@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
+from lmu_dist.models.products import Linear, scaled_dot_product_attention
 
 
 @dataclass
@@ -46,7 +47,7 @@ def attend_to_cache(
     n_keys, n_queries = k.shape[2], q.shape[2]
     # A single query attends to every key, which needs no mask.
     mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), cache
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), cache
 
 
 class Attention(nn.Module):
@@ -58,8 +59,8 @@ class Attention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, score_scale: float | None = None) -> None:
         super().__init__()
         self.n_heads, self.score_scale = n_heads, score_scale
-        self.qkv = nn.Linear(d_model, 3 * d_model)
-        self.out = nn.Linear(d_model, d_model)
+        self.qkv = Linear(d_model, 3 * d_model)
+        self.out = Linear(d_model, d_model)
 
     def _heads(self, x: Float[Tensor, "B T D"]) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(t.unflatten(-1, (self.n_heads, -1)).transpose(1, 2) for t in self.qkv(x).chunk(3, dim=-1))  # pyright: ignore[reportReturnType]
@@ -67,7 +68,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence."""
         q, k, v = self._heads(x)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.score_scale)
+        y = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:

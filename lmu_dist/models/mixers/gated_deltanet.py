@@ -12,6 +12,7 @@ from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
 from lmu_dist.models.mixers.short_convolution import ShortConvolution
 from lmu_dist.models.precision import recurrence_dtype
+from lmu_dist.models.products import Linear
 
 State = tuple[Tensor, Tensor]  # the last inputs of the convolution, the memory (B, H, K, V)
 
@@ -28,14 +29,14 @@ class GatedDeltaNet(nn.Module):
         super().__init__()
         self.n_heads, self.key_width, self.value_width = n_heads, key_width, value_width
         channels, values = n_heads * (2 * key_width + value_width), n_heads * value_width
-        self.qkv = nn.Linear(d_model, channels, bias=False)
+        self.qkv = Linear(d_model, channels, bias=False)
         self.convolution = ShortConvolution(channels)
-        self.gate = nn.Linear(d_model, values, bias=False)
-        self.decay_and_beta = nn.Linear(d_model, 2 * n_heads, bias=False)
+        self.gate = Linear(d_model, values, bias=False)
+        self.decay_and_beta = Linear(d_model, 2 * n_heads, bias=False)
         self.A_log = nn.Parameter(draw_rates(n_heads, 0.01).log())
         self.dt_bias = nn.Parameter(draw_step_bias(n_heads))
         self.norm = GatedRMSNorm(value_width)
-        self.out = nn.Linear(values, d_model, bias=False)
+        self.out = Linear(values, d_model, bias=False)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence from an empty memory."""

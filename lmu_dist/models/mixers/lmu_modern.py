@@ -15,6 +15,7 @@ from lmu_dist.models import norms
 from lmu_dist.models.mixers.lmu.mixer import LMU, Form, projected_memory
 from lmu_dist.models.mixers.output_gate import OutputGate
 from lmu_dist.models.mixers.short_convolution import ShortConvolution
+from lmu_dist.models.products import uses_float32
 
 
 class NormedLMU(LMU):
@@ -37,8 +38,11 @@ class NormedLMU(LMU):
 
     def _attend(self, projected: Float[Tensor, "B T K D"]) -> Float[Tensor, "B T D"]:
         q, k, v = F.gelu(projected + self.bias[:, None]).chunk(3, dim=-2)
-        weights = torch.softmax(self.q_norm(q) @ self.k_norm(k).transpose(-1, -2) * self.score_scale, dim=-1)
-        return (self.p[None] @ weights @ v).squeeze(-2)
+        q, k, p = self.q_norm(q), self.k_norm(k), self.p[None]
+        if uses_float32(q):
+            q, k, v, p = q.float(), k.float(), v.float(), p.float()
+        weights = torch.softmax(q @ k.transpose(-1, -2) * self.score_scale, dim=-1)
+        return (p @ weights @ v).squeeze(-2).to(projected.dtype)
 
 
 class ModernLMU(nn.Module):

@@ -14,6 +14,7 @@ from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
 from lmu_dist.models.mixers.short_convolution import ShortConvolution
 from lmu_dist.models.precision import recurrence_dtype
+from lmu_dist.models.products import Linear
 
 State = tuple[Tensor, Tensor]  # the last inputs of the convolution, the states (B, G, N, H / G, P)
 
@@ -31,15 +32,15 @@ class Mamba2(nn.Module):
         super().__init__()
         self.n_heads, self.head_width, self.d_state, self.n_groups = n_heads, head_width, d_state, n_groups
         inner = n_heads * head_width
-        self.xbc = nn.Linear(d_model, inner + 2 * n_groups * d_state, bias=False)
+        self.xbc = Linear(d_model, inner + 2 * n_groups * d_state, bias=False)
         self.convolution = ShortConvolution(inner + 2 * n_groups * d_state)
-        self.gate = nn.Linear(d_model, inner, bias=False)
-        self.step = nn.Linear(d_model, n_heads, bias=False)
+        self.gate = Linear(d_model, inner, bias=False)
+        self.step = Linear(d_model, n_heads, bias=False)
         self.A_log = nn.Parameter(draw_rates(n_heads, 1.0).log())
         self.dt_bias = nn.Parameter(draw_step_bias(n_heads))
         self.D = nn.Parameter(torch.ones(n_heads))
         self.norm = GatedRMSNorm(inner, n_groups, gate_first=True)
-        self.out = nn.Linear(inner, d_model, bias=False)
+        self.out = Linear(inner, d_model, bias=False)
 
     def forward(self, u: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence from empty states."""

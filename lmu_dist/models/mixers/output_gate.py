@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lmu_dist.array_types import Float
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
 from lmu_dist.models.precision import recurrence_dtype
+from lmu_dist.models.products import Linear
 
 
 class OutputGate(nn.Module):
@@ -15,9 +16,9 @@ class OutputGate(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(d_model, d_model, bias=False)
+        self.gate = Linear(d_model, d_model, bias=False)
         self.norm = GatedRMSNorm(d_model)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def forward(self, y: Float[Tensor, "B T D"], x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Gates the outputs y of a mixer by its input x."""

@@ -7,11 +7,11 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
 from lmu_dist.models import norms
 from lmu_dist.models.mixers.attention import KVCache, attend_to_cache
+from lmu_dist.models.products import Linear, scaled_dot_product_attention
 
 
 class RotaryAttention(nn.Module):
@@ -25,10 +25,10 @@ class RotaryAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, rotary_base: int, score_scale: float | None = None) -> None:
         super().__init__()
         self.n_heads, self.rotary_base, self.score_scale = n_heads, rotary_base, score_scale
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
+        self.qkv = Linear(d_model, 3 * d_model, bias=False)
         self.q_norm = norms.build("rms", d_model // n_heads)
         self.k_norm = norms.build("rms", d_model // n_heads)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def _heads(self, x: Float[Tensor, "B T D"], start: int) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys at positions start, start + 1, .. and values, each (B, H, T, E)."""
@@ -39,7 +39,7 @@ class RotaryAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Outputs of a whole sequence."""
-        y = F.scaled_dot_product_attention(*self._heads(x, 0), is_causal=True, scale=self.score_scale)
+        y = scaled_dot_product_attention(*self._heads(x, 0), is_causal=True, scale=self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:

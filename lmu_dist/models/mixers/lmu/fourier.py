@@ -1,11 +1,11 @@
 """The LMU on a CPU: convolutions by Fourier transforms that stay in a core's cache, then the attention kernel.
 
-Two convolution kernels make one complex spectrum. kernels/convolve.cpp transforms and multiplies sixteen channels at once and
-writes the pre-activations in the layout of the attention kernel. They are kept for the backward pass, which overwrites them
-with their gradients. Called by mixer.
+Two convolution kernels make one complex spectrum. kernels/convolve.cpp transforms and multiplies a vector of channels at once
+and writes the pre-activations in the layout of the attention kernel. They are kept for the backward pass, which overwrites
+them with their gradients. Called by mixer.
 
 Legend: B batch, T time, D width, Q order, R reduced order, K = 3R rows of the projection, P = (K + 1) / 2 pairs of convolution
-kernels, n points of a transform, W the width rounded up to whole vectors (kernels/lanes.h).
+kernels, n points of a transform, W the width rounded up to whole cache lines (kernels/lanes.h).
 """
 
 import math
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from lmu_dist.array_types import Complex64, Float, Int
 from lmu_dist.models.kernels import compiled, implicit_attention
-from lmu_dist.models.kernels.compiled import LANES
+from lmu_dist.models.kernels.compiled import LINE
 from lmu_dist.models.mixers.lmu import legendre
 from lmu_dist.models.precision import product_dtype
 
@@ -43,7 +43,7 @@ def executed_flops(
     """
     n = transform_points(length, order, theta_tokens)
     kernel_tokens, pairs = min(length, n // 2), (n_projections + 1) // 2
-    segments = n_rows * (width + -width % LANES) * -(-length // (n // 2))
+    segments = n_rows * (width + -width % LINE) * -(-length // (n // 2))
     first_pass = n // 4  # of a transform: number of its butterflies, half of whose points are zeros or not wanted
     padded, truncated = 26 * first_pass + 4 * _transform_flops(n // 4), 30 * first_pass + 4 * _transform_flops(n // 4)
     accumulate = 16 * n  # conj(w) z and its sum, conj(x) z and its sum over channels
@@ -77,7 +77,7 @@ def frequency_order(n: int) -> Int[Tensor, "n"]:
 
 def _pad_to_lanes(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T W"]:
     # Vectors then begin at cache lines. Zero channels contribute nothing to the attention.
-    return F.pad(x, (0, -x.shape[-1] % LANES)).contiguous()
+    return F.pad(x, (0, -x.shape[-1] % LINE)).contiguous()
 
 
 def _kernel_spectra(kernels: Float[Tensor, "K T"], n: int) -> Complex64[Tensor, "P n"]:

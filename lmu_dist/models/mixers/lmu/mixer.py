@@ -17,6 +17,7 @@ from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import implicit_attention
 from lmu_dist.models.mixers.lmu import checks, chunked, fourier, legendre
 from lmu_dist.models.precision import no_autocast, product_dtype
+from lmu_dist.models.products import uses_float32
 
 Form = Literal["recurrent", "fft", "chunked", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -131,7 +132,10 @@ def attend_to_memory(
     `projected` stacks L1 M, L2 M, L3 M, and Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3). p is multiplied with
     the attention weights before V, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
     """
-    return implicit_attention.attend(projected + bias[:, None], p, scale)
+    pre = projected + bias[:, None]
+    if uses_float32(pre):
+        return implicit_attention.attend(pre.float(), p.float(), scale).to(pre.dtype)
+    return implicit_attention.attend(pre, p, scale)
 
 
 def default_form(dtype: torch.dtype, device: torch.device) -> Form:
