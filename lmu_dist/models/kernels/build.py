@@ -41,8 +41,8 @@ def shared_library(path: Path, sources: Sequence[Path], flags: Sequence[str]) ->
     name = compiler()
     if not shutil.which(name):
         raise OSError(f"there is no C++ compiler {name}; install g++, or name another in CXX")
-    # g++'s code finds the OpenMP of torch; a second one would have threads of its own. clang's code needs another one, which its
-    # package libomp-dev holds.
+    # g++'s code finds the OpenMP of torch; a second one would have threads of its own. clang's code needs another one, which
+    # its package libomp-dev holds.
     is_clang = "clang" in subprocess.run([name, "--version"], capture_output=True, text=True).stdout
     link_flags = [flag for flag in flags if is_clang or flag != "-fopenmp"]
     path.parent.mkdir(parents=True, exist_ok=True)
