@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import ModuleType
@@ -96,12 +97,17 @@ def _copied_code(trained: TrainedModel, parts: Parts) -> FlatModules:
     roots = {f"{REMOTE}.modeling_lmu_dist": (), f"{REMOTE}.configuration_lmu_dist": ()}
     own = {"lmu_dist"} | {cls.__module__.partition(".")[0] for cls in parts.classes.values()} - {"torch"}
     code = collect(roots, REPLACED, texts, HEADER, own)
-    modeling = "modeling_lmu_dist.py"
+    modeling, configuration = "modeling_lmu_dist.py", "configuration_lmu_dist.py"
     # transformers finds files by such lines only, not by "from . import NAME", and only from this file on.
     others = sorted(name.removesuffix(".py") for name in code.files if name != modeling)
     listed = [f"from .{name} import __name__ as _" for name in others]
     lines = ["# transformers copies the files that these lines name.", *listed]
-    return FlatModules(code.files | {modeling: code.files[modeling] + "\n\n" + "\n".join(lines) + "\n"}, code.packages)
+    files = code.files | {modeling: code.files[modeling] + "\n\n" + "\n".join(lines) + "\n"}
+    # In a process, transformers keeps one model class for the name of a folder and the text of its configuration's module. So
+    # the text must differ where other code does: or the second of two folders x/model and y/model gets the first one's code.
+    digest = sha256("".join(f"{name}\n{text}" for name, text in sorted(files.items())).encode()).hexdigest()
+    files[configuration] += f"\nCODE_DIGEST = {digest!r}  # of all files here: transformers must not take others for them\n"
+    return FlatModules(files, code.packages)
 
 
 def _class_table(classes: Mapping[str, type]) -> str:

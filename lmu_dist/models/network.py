@@ -1,7 +1,7 @@
 """Network: what a language model of any family computes. Token ids in; losses in nats per token, logits, or a state out.
 
 It is put together from its parts: models/lm builds them for a Shape, and an exported model from what its config.json says
-(remote_code/stored_network). Legend: B batch, T time, D width, V vocabulary.
+(exporting/remote/stored_network). Legend: B batch, T time, D width, V vocabulary.
 """
 
 from typing import Any

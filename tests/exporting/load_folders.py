@@ -4,6 +4,7 @@ Packages in HIDDEN are not found here, as if they were not installed. Arguments:
 """
 
 import json
+import shutil
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -34,6 +35,8 @@ def examine(folder: str, model, tokenizer, torch, auto) -> dict:
     for call in (
         lambda: model(labels, attention_mask=padded.attention_mask.flip(1)),
         lambda: model.generate(**padded, max_new_tokens=2),
+        lambda: model(labels[0]),
+        lambda: model(labels, labels=labels[:, 1:]),
     ):
         try:
             call()
@@ -85,6 +88,12 @@ def main(folders: list[str]) -> dict:
             "parameters": model.num_parameters(),
             "end": model.generation_config.eos_token_id,
         }
+        # All in folders of one name: transformers must not take the code of the one before.
+        other = Path(folder).parent / "copies" / Path(folder).name / "model"
+        shutil.copytree(folder, other)
+        again = AutoModelForCausalLM.from_pretrained(other, trust_remote_code=True)
+        with torch.no_grad():
+            found[folder]["copied"] = torch.equal(again(tokens).logits, logits)
         if folder == folders[0]:
             found[folder] |= examine(folder, model, tokenizer, torch, AutoModelForCausalLM)
     return found

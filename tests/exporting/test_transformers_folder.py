@@ -76,6 +76,7 @@ def test_logits_and_generated_tokens_are_those_of_the_run(reference: str, export
     assert found["generated"] == [[found["prompt"][0] + greedy]] * 2
     assert found["parameters"] == sum(p.numel() for p in trained.model.parameters())
     assert found["end"] == trained.end_of_text_id
+    assert found["copied"]
 
 
 def test_padding_losses_precision_and_a_second_save(loaded: dict[str, Any]):
@@ -86,6 +87,8 @@ def test_padding_losses_precision_and_a_second_save(loaded: dict[str, Any]):
     assert found["no logits in training"]
     assert "padding comes before a text" in found["errors"][0]
     assert "prompts of one length only" in found["errors"][1]
+    assert "one text is ids[None]" in found["errors"][2]
+    assert "labels must have the shape of input_ids" in found["errors"][3]
     assert found["saved again"]
     assert found["bf16"][0] == "torch.bfloat16"
     assert found["bf16"][1] < 0.03

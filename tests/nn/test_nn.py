@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lmu_dist.models.mixers.lmu.legendre import continuous_matrices, discrete_matrices
+from lmu_dist.models.mixers.lmu.mixer import FORMS, Form
 from lmu_dist.nn import LMU, LegendreMemory
 
 REFERENCE = np.load(Path(__file__).with_name("reference.npz"))  # written by make_reference.py, which says how
@@ -79,6 +80,26 @@ def test_autocast_changes_no_result(module: LMU | LegendreMemory):
         assert torch.equal(actual, exact)
 
 
+@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_outputs_have_the_precision_of_the_input(dtype: torch.dtype, form: Form | None):
+    """Under autocast the input is bfloat16, and the weights are float32."""
+    lmu = LMU(12, 3, 20.5, form)
+    x = torch.randn(2, 40, 5).to(dtype)
+    exact = copy.deepcopy(lmu).double()(x.double()).detach()
+    for y in (lmu(x), lmu.advance(x)[0], lmu.advance(x[:, :1])[0]):
+        assert y.dtype == dtype
+        assert relative_error(y.double().detach(), exact[:, : y.shape[1]]) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 40, 5), (2, 40, 0)])
+def test_nothing_in_is_nothing_out(shape: tuple[int, int, int]):
+    lmu, memory = modules()
+    x = torch.zeros(shape)
+    assert lmu(x).shape == lmu.advance(x)[0].shape == shape
+    assert memory(x).shape == (*shape, 6)
+
+
 def test_modules_are_saved_copied_and_cast_as_others():
     lmu, memory = modules()
     other = LMU(12, 3, 20.5)
@@ -139,6 +160,8 @@ message(lmu, x[0])
 message(memory, x.long())
 message(lmu.advance, x[:, :0])
 message(memory.advance, x, torch.zeros(2, 8, 4))
+message(lmu.advance, x, (x, x))
+message(lmu, [1.0])
 """
 
 
@@ -165,4 +188,6 @@ def test_needs_only_torch_and_numpy(compiler: str, tmp_path: Path):
         ),
         "state must be a float64 tensor of (batch, order, channels) = (2, 4, 4), as the call before returned it, "
         "not torch.float32 of (2, 8, 4)",
+        "state must be a float64 tensor of (batch, order, channels) = (2, 8, 4), as the call before returned it, not a tuple",
+        "x must be a floating-point tensor of (batch, tokens, channels) with at least one token, not a list",
     ]

@@ -75,7 +75,10 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
         text_state      of the text before these ids, from an earlier call with `use_cache`, which it may change
         use_cache       whether to return the state
         num_items_in_batch  the loss is divided by it, in place of the number of targets
+
+        Raises ValueError for other shapes too.
         """
+        check_shapes(input_ids, labels)
         if attention_mask is not None:
             check_padding(attention_mask)
         if labels is not None and (text_state is not None or use_cache):
@@ -136,6 +139,18 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+
+def check_shapes(input_ids: Tensor, labels: Tensor | None) -> None:
+    """Raises ValueError unless ids are (B, T) with at least one token, and labels as many."""
+    if input_ids.ndim != 2 or not input_ids.shape[1]:
+        raise ValueError(
+            f"input_ids must be (batch, tokens) with at least one token, not {tuple(input_ids.shape)}; one text is ids[None]"
+        )
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(labels.shape)}; give the same ids"
+        )
 
 
 def check_padding(mask: Tensor) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from filelock import FileLock
+from filelock import FileLock  # torch requires it, so it is there where torch is
 
 TORCH = Path(torch.__file__).parent
 

@@ -18,17 +18,20 @@ def check_settings(theta_tokens: float, **counts: int) -> None:
 
 def check_input(x: Tensor) -> None:
     """Raises ValueError unless x is a floating-point tensor of (batch, tokens, channels) with at least one token."""
-    if x.ndim != 3 or not x.is_floating_point() or not x.shape[1]:
+    if not isinstance(x, Tensor) or x.ndim != 3 or not x.is_floating_point() or not x.shape[1]:
         raise ValueError(
-            "x must be a floating-point tensor of (batch, tokens, channels) with at least one token, "
-            f"not {x.dtype} of {tuple(x.shape)}"
+            f"x must be a floating-point tensor of (batch, tokens, channels) with at least one token, not {_describe(x)}"
         )
 
 
 def check_state(state: Tensor, shape: tuple[int, int, int]) -> None:
     """Raises ValueError unless the state is float64 and of this shape, (batch, order, channels)."""
-    if state.shape != shape or state.dtype != torch.float64:
+    if not isinstance(state, Tensor) or state.shape != shape or state.dtype != torch.float64:
         raise ValueError(
             f"state must be a float64 tensor of (batch, order, channels) = {shape}, as the call before returned it, "
-            f"not {state.dtype} of {tuple(state.shape)}"
+            f"not {_describe(state)}"
         )
+
+
+def _describe(value: object) -> str:
+    return f"{value.dtype} of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

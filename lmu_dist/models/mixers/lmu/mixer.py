@@ -117,7 +117,7 @@ def _projected_memory_chunked(
         transition = chunked.chunk_transition(q, theta_tokens, min(chunk, piece.shape[1]), x.dtype, x.device)
         z, m = chunked.chunk_features(piece, transition, m)
         w = chunked.chunk_weights(projection * scale.to(x.dtype), x.new_zeros(k), transition)
-        y = (w @ z.flatten(1)).view(transition.chunk, k, b, -1, d)
+        y = (w @ z.flatten(1)).view(transition.chunk, k, b, z.shape[2], d)
         parts.append(y.permute(2, 3, 0, 1, 4).flatten(1, 2))
     assert m is not None
     end = None if state is None else m.view(q, b, d).transpose(0, 1) * scale[:, None]
@@ -130,12 +130,12 @@ def attend_to_memory(
     """Implicit self-attention over the rows of one token's memory, never across tokens: p softmax(scale QK^T) V (eq. 8-10).
 
     `projected` stacks L1 M, L2 M, L3 M, and Q, K, V = gelu(L1 M + b1), gelu(L2 M + b2), gelu(L3 M + b3). p is multiplied with
-    the attention weights before V, which saves the (R, R) x (R, D) product. Scale 1 is the paper's.
+    the attention weights before V, which saves the (R, R) x (R, D) product. Scale 1 is the paper's. The output has the
+    precision of `projected`, also where that of the parameters is another, as under autocast.
     """
     pre = projected + bias[:, None]
-    if uses_float32(pre):
-        return implicit_attention.attend(pre.float(), p.float(), scale).to(pre.dtype)
-    return implicit_attention.attend(pre, p, scale)
+    dtype = torch.float32 if uses_float32(pre) else pre.dtype
+    return implicit_attention.attend(pre.to(dtype), p.to(dtype), scale).to(projected.dtype)
 
 
 def default_form(dtype: torch.dtype, device: torch.device) -> Form:
