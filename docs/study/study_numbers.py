@@ -196,7 +196,8 @@ def _tuning(tuning: StoredRuns | None) -> dict[str, Any]:
             trials[run.record.family][size][run.status] += 1
     return {
         "trials": {
-            family: {size: sum(ended.values()) for size, ended in sorted(of.items())} for family, of in sorted(trials.items())
+            family: {size: sum(ended.values()) for size, ended in sorted(of.items(), key=lambda item: float(item[0]))}
+            for family, of in sorted(trials.items())
         },
         "trials_ended": {
             status: sum(ended.get(status, 0) for of in trials.values() for ended in of.values())

@@ -4,6 +4,7 @@ For report/inputs. docs/reading-a-report.md lists their columns.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -78,8 +79,11 @@ def read_position_csv(paths: Sequence[Path]) -> dict[str, Floats]:
     for path in paths:
         for row in read_csv(path, ["run_id", "1"], "table of losses by position"):
             names = _positions(len(row.cells) - 1)
+            if unknown := row.cells.keys() - {"run_id", *names}:
+                raise row.error(min(unknown), f"unknown; the columns are run_id and the positions 1 to {len(names)}")
             last = max((t for t, name in enumerate(names, 1) if row.text(name)), default=0)
-            curves[row.text("run_id")] = np.array([_loss(row, name) for name in names[:last]])
+            if last:
+                curves[row.text("run_id")] = np.array([_loss(row, name) for name in names[:last]])
     return curves
 
 
@@ -87,4 +91,6 @@ def _loss(row: CsvRow, column: str) -> float:
     value = row.value(column, float)
     if value is None:
         raise row.error(column, "empty")
+    if not 0 <= value < math.inf:
+        raise row.error(column, f"{row.text(column)!r} is no loss: a number from 0")
     return value

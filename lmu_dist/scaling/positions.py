@@ -64,6 +64,8 @@ class Plateau:
 def find_plateau(bins: PositionBins) -> Plateau:
     """Finds the plateau: going back from the end, the bins up to the first that lies above a later one."""
     loss, error = np.array(bins.loss), np.nan_to_num(np.array(bins.error), nan=np.inf)  # a bin of one position has no error
+    if len(loss) < 2:
+        return Plateau(None, np.inf)
     start = len(loss) - 1
     while start > 0 and np.all(loss[start - 1] - loss[start:] <= PLATEAU_NATS):
         start -= 1

@@ -75,7 +75,8 @@ def time_text(ms: int) -> str:
 def read_csv(path: Path, needed: Sequence[str], what: str) -> list[CsvRow]:
     """Reads a table with a header. `what` says in errors what the table is, as in "table of runs".
 
-    Raises ConfigError if the file cannot be read, lacks a needed column, or has a row of another length than its header.
+    Empty lines are skipped. Raises ConfigError if the file cannot be read, lacks a needed column, or has a row of another
+    length than its header.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -90,7 +91,7 @@ def read_csv(path: Path, needed: Sequence[str], what: str) -> list[CsvRow]:
     if repeated := sorted({column for column in header if header.count(column) > 1}):
         raise ConfigError(f"{path}: column {', '.join(repeated)} is there twice")
     rows = list[CsvRow]()
-    for i, line in enumerate(body, 1):
+    for i, line in enumerate((line for line in body if line), 1):
         if len(line) != len(header):
             column = header[len(line)] if len(line) < len(header) else f"{len(header) + 1}"
             problem = "no cell" if len(line) < len(header) else "a cell that the header has no name for"

@@ -20,8 +20,10 @@ PLANNED = "planned"  # status of a cell that has no run
 RECORD = tuple(f for f in fields(RunRecord) if f.name != "unknown")
 RECORD_COLUMNS = tuple(f.name for f in RECORD)
 NEEDED = ("run_id", "family", "n_params", "tokens", "val_loss_nats", "key", "phase", "status")
+# Every version wrote these, too. Without them runs of other budgets, seeds or data would be taken for the same.
+NEEDED += ("planned_tokens", "seed", "learning_rate", "sequence_tokens", "data_digest")
 NUMBERS = ("train.rate_token_exponent", "train.learning_rate", "train.plateau_patience")  # settings that are computed with
-IN_EVERY_RECORD = ("family", "n_params", "tokens", "val_loss_nats", "key", "phase")
+IN_EVERY_RECORD = ("family", "n_params", "tokens", "val_loss_nats", "key", "phase", "status")
 OF_THE_RUN = ("experiment", "baseline", "started", "ended", "n_workers", "git_commit", "family_appearance", SOURCE)
 
 
@@ -110,7 +112,9 @@ def _run(row: CsvRow) -> StoredRun:
     if look and not ("title" in look and all(isinstance(value, str) for value in look.values())):
         raise row.error("family_appearance", f"{row.text('family_appearance')!r} has no title, or a value that is no text")
     settings = {key: text for key, text in row.cells.items() if text and key.startswith(("model.", "train."))}
-    row.value("model.n_params", int)
+    if (requested := row.value("model.n_params", int)) is not None:
+        settings["model.n_params"] = str(requested)  # 3e4 is a whole number, too
+    row.value("n_workers", int)
     for key in NUMBERS:
         row.value(key, float)
     return StoredRun(

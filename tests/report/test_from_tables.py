@@ -12,8 +12,10 @@ from simulate import make_record, simulate_study, write_runs_to_mlflow
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.report.inputs import ReportInputs, inputs_from_mlflow, inputs_from_tables, write_tables
+from lmu_dist.report.tables import read_position_csv
 from lmu_dist.report.write import ReportFiles, write_report_from_tables
 from lmu_dist.scaling.collect import collect
+from lmu_dist.scaling.positions import bin_positions, find_plateau
 from lmu_dist.scaling.run_csv import read_run_csv
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import write_plan
@@ -147,6 +149,8 @@ def test_tables_of_earlier_and_later_versions_are_read(small: tuple[Store, Path]
         ("family_appearance", '{"colour": "#112233"}', "has no title"),
         ("model.n_params", "ten", "'ten' is not a number"),
         ("train.learning_rate", "fast", "'fast' is not a number"),
+        ("status", "", "empty, although other columns have the result"),
+        ("n_workers", "two", "'two' is not a number"),
     ],
 )
 def test_a_bad_cell_is_one_error_with_row_and_column(
@@ -156,6 +160,42 @@ def test_a_bad_cell_is_one_error_with_row_and_column(
     rows[2][column] = text
     with pytest.raises(ConfigError, match=rf"bad.csv, row 3, column {column}: .*{message}"):
         read_run_csv([write_rows(tmp_path / "bad.csv", rows)])
+
+
+def test_tables_that_other_programs_have_written_again(small: tuple[Store, Path], tmp_path: Path):
+    text = small[1].read_text().replace(",10000,", ",1e4,")
+    assert text != small[1].read_text()
+    (tmp_path / "again.csv").write_text(text.replace("\n", "\r\n") + "\r\n")  # with an empty line at the end
+    digests = [inputs_from_tables([path]).study.digest for path in (tmp_path / "again.csv", small[1])]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize("column", ["planned_tokens", "seed", "learning_rate", "sequence_tokens", "data_digest"])
+def test_a_table_without_what_tells_runs_apart_is_an_error(small: tuple[Store, Path], tmp_path: Path, column: str):
+    rows = [{name: text for name, text in row.items() if name != column} for row in read_rows(small[1])]
+    with pytest.raises(ConfigError, match=f"it has no column {column}"):
+        read_run_csv([write_rows(tmp_path / "without.csv", rows)])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("run_id,name,1\na,b,2\n", "column name: unknown; the columns are run_id and the positions 1 to 2"),
+        ("run_id,1\na,nan\n", "column 1: 'nan' is no loss"),
+        ("run_id,1\na,-1\n", "column 1: '-1' is no loss"),
+    ],
+)
+def test_a_bad_table_of_losses_by_position_is_one_error(tmp_path: Path, text: str, message: str):
+    (tmp_path / "position_losses.csv").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_position_csv([tmp_path / "position_losses.csv"])
+
+
+def test_few_losses_by_position_have_no_plateau(tmp_path: Path):
+    (tmp_path / "position_losses.csv").write_text("run_id,1,2\na,3,\nb,,\n")
+    curves = read_position_csv([tmp_path / "position_losses.csv"])
+    assert {run_id: losses.tolist() for run_id, losses in curves.items()} == {"a": [3.0]}
+    assert find_plateau(bin_positions(curves["a"])).determined is False
 
 
 def test_files_that_are_no_tables_of_records(
