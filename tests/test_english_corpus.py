@@ -240,3 +240,8 @@ def test_package_that_cannot_be_had_is_one_clear_error(
     arguments = [str(tmp_path / "a"), "--packages", str(tmp_path / "p"), "--manifest", str(manifest)]
     assert make_corpus.main(arguments) == 1
     assert re.match(f"error: .*{message}", capsys.readouterr().err.splitlines()[-1])
+
+
+def test_missing_manifest_is_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert make_corpus.main([str(tmp_path / "a"), "--manifest", str(tmp_path / "none.yaml")]) == 1
+    assert re.fullmatch(r"error: .*No such file or directory: '.*none\.yaml'\n", capsys.readouterr().err)

@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         facts = make_corpus(options.manifest, options.out, options.packages or options.out / "packages")
-    except CorpusError as e:
+    except (CorpusError, OSError) as e:  # such as a manifest that does not exist
         print(f"error: {e}", file=sys.stderr)
         return 1
     print(json.dumps(facts["splits"], indent=1))
