@@ -14,7 +14,7 @@ from scipy.stats import f as f_distribution
 from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import Objective, losses
-from lmu_dist.scaling.shared_noise import MIN_GROUPS, whitening
+from lmu_dist.scaling.shared_noise import MIN_GROUPS, orthonormal, whitening
 from lmu_dist.scaling.table import Rows, rows_are_copies
 
 SIGNIFICANCE = 0.01  # of the test of structure: the share of correct laws that are called a misfit
@@ -112,7 +112,7 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     if n_groups < MIN_GROUPS and n_groups < len(rows):
         n_groups, (whiten, colour) = len(rows), whitening(fit, rows, labels)
         jacobian = whiten @ jacobian
-    law_space = _orthonormal(jacobian / np.maximum(np.linalg.norm(jacobian, axis=0), 1e-300))
+    law_space = orthonormal(jacobian)
     n_free = n_groups - law_space.shape[1]
     n_terms = min(MAX_TERMS, n_free // 3)
     if n_terms < 1:
@@ -171,11 +171,6 @@ def _smooth_terms(rows: Rows, law_space: Floats, n_terms: int, whiten: Floats | 
         if terms.shape[1] == n_terms:
             break
     return terms
-
-
-def _orthonormal(columns: Floats) -> Floats:
-    left, values, _ = np.linalg.svd(columns, full_matrices=False)
-    return left[:, values > 1e-8 * values[0]]
 
 
 def _robust_deviation(values: Floats) -> float:

@@ -41,8 +41,7 @@ def find_noise(tables: Sequence[tuple[Fit, Rows, Sequence[str]]]) -> Noise:
     """
     left, right = np.zeros((2, 2)), np.zeros(2)
     for fit, rows, labels in tables:
-        jacobian = _jacobian(fit, rows)
-        basis = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)[0]
+        basis = orthonormal(_jacobian(fit, rows))
         kept = np.eye(len(rows)) - basis @ basis.T
         together, residuals = _together(labels), log_residuals(fit.law, rows)
         right += [residuals @ residuals, residuals @ together @ residuals]
@@ -105,10 +104,21 @@ def huber_loss_of_precision(noise: float) -> float:
     return float(np.sqrt(squared) / inside)
 
 
+def orthonormal(columns: Floats) -> Floats:
+    """Returns orthonormal columns that span the same space (rows, rank), whatever the scales of the columns.
+
+    Columns of zeros count for nothing: the derivatives by a prefactor that the fit found to be zero, and by its exponent.
+    """
+    left, values, _ = np.linalg.svd(columns / np.maximum(np.linalg.norm(columns, axis=0), 1e-300), full_matrices=False)
+    return left[:, values > 1e-8 * values[0]]
+
+
 def _jacobian(fit: Fit, rows: Rows) -> Floats:
     """Returns the derivatives of ln L by the free coordinates, (runs, free)."""
     objective = Objective(type(fit.law), rows)
-    return objective.residuals_and_jacobian(objective.vector(fit.law))[1] @ fit.constraints.basis(type(fit.law)).T
+    with np.errstate(divide="ignore"):  # the logarithm of a prefactor that is zero
+        vector = objective.vector(fit.law)
+    return objective.residuals_and_jacobian(vector)[1] @ fit.constraints.basis(type(fit.law)).T
 
 
 def _together(labels: Sequence[str]) -> Floats:

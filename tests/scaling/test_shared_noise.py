@@ -1,5 +1,7 @@
 """Noise that runs of a trunk share: its parts, and intervals that know of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -35,6 +37,21 @@ def test_the_parts_of_the_noise_are_found(shared: float):
     noise = find_noise([(refit(LAW, rows), rows, labels)])
     assert noise.deviation == pytest.approx(0.003, rel=0.1)
     assert noise.shared == pytest.approx(shared, abs=0.08)
+
+
+def test_a_law_without_an_effect_of_the_tokens_has_noise_too():
+    """A fit may find that a prefactor is zero; its derivatives by the prefactor and its exponent are zero."""
+    flat = replace(LAW, B=0.0)
+    for n_seeds in (60, 2):
+        rows, labels = study(n_seeds, 0.6, 0)
+        noisy = rows.loss / LAW.loss(rows.n_params, rows.tokens) * flat.loss(rows.n_params, rows.tokens)
+        fitted = replace(refit(LAW, rows), law=flat)
+        rows = replace(rows, loss=noisy)
+        if n_seeds == 60:
+            noise = find_noise([(fitted, rows, labels)])
+            assert noise.deviation == pytest.approx(0.003, rel=0.1)
+            assert noise.shared == pytest.approx(0.6, abs=0.08)
+        assert 0 < find_misfit(fitted, rows, labels).p_value <= 1
 
 
 def test_laws_of_resamples_are_as_far_apart_as_those_of_new_studies():
