@@ -90,8 +90,19 @@ def check_text(folder: Path) -> None:
 
 
 def check_numbers(folder: Path, numbers: Mapping[str, Any]) -> None:
-    """Raises ValueError, with its key, if a number in a folder is not the computed one."""
-    _compare("", json.loads((folder / NUMBERS).read_text()), json.loads(json.dumps(numbers)))
+    """Raises ValueError, with its key, if a number in a folder is not the computed one.
+
+    Of a law that is not determined only that is compared: its optimum is flat, and so another processor finds another one.
+    """
+    _compare("", _without_flat_optima(json.loads((folder / NUMBERS).read_text())), _without_flat_optima(numbers))
+
+
+def _without_flat_optima(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    kept = json.loads(json.dumps(numbers))
+    for law in kept["laws"].values():
+        if not law["determined"]:
+            law.clear()
+    return kept
 
 
 def _compare(key: str, kept: Any, computed: Any) -> None:

@@ -73,6 +73,7 @@ def study_numbers(
         "pairs": {name: _pair(inputs, results, comparison) for name, comparison in comparisons.items()},
         "laws": {fit.family: _law(fit) for fit in results.fits},
         "order": loss_order(study, results.noise),
+        "largest": largest_differences(study, results.noise),
         "improvement": vars(results.improvement),
         "positions": [_position(p) for p in results.positions],
         "forecasts": _forecasts(forecasts),
@@ -141,8 +142,32 @@ def loss_order(study: Study, noise: SeedNoise | None) -> list[dict[str, Any]]:
     ]
 
 
+def largest_differences(study: Study, noise: SeedNoise | None) -> dict[str, Any]:
+    """By how much the loss of one family is below that of another at the largest N and D, for every pair that has both.
+
+    `value` is 1 - L(new) / L(base), with the interval of the pooled seed noise; negative: the new family is worse.
+    """
+    n_params, tokens = max((run.size_bin, run.record.planned_tokens) for run in study.runs)
+    found = defaultdict[str, list[float]](list)
+    for run in study.runs:
+        if (run.size_bin, run.record.planned_tokens) == (n_params, tokens):
+            found[run.record.family].append(float(np.log(run.record.val_loss_nats)))
+    below = dict[str, Any]()
+    for pair in study_pairs(sorted(found)):
+        new, base = found[pair.new], found[pair.base]
+        value, apart = float(np.mean(new) - np.mean(base)), _reach(noise) * np.sqrt(1 / len(new) + 1 / len(base))
+        low, high = (-np.expm1([value + apart, value - apart])).tolist()
+        below[pair.name] = {"value": float(-np.expm1(value)), "low": low if noise else None, "high": high if noise else None}
+    return {"n_params": n_params, "tokens": tokens, "below": below}
+
+
+def _reach(noise: SeedNoise | None) -> float:
+    """Half the width of the interval of ln L of one run; infinite if the seed noise is unknown."""
+    return float(t_distribution.ppf((1 + CONFIDENCE) / 2, noise.freedom)) * noise.deviation if noise else np.inf
+
+
 def _ordered(found: dict[str, list[Run]], noise: SeedNoise | None) -> list[dict[str, Any]]:
-    reach = float(t_distribution.ppf((1 + CONFIDENCE) / 2, noise.freedom)) * noise.deviation if noise else None
+    reach = _reach(noise) if noise else None
     means = {family: float(np.mean([np.log(r.record.val_loss_nats) for r in runs])) for family, runs in found.items()}
     order = sorted(means, key=lambda family: (means[family], family))
     best = order[0]
