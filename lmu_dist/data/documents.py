@@ -93,9 +93,7 @@ class CorpusShard:
     row_groups: tuple[int, int] | None = None  # the part of a parquet file: first row group, end
     first_line: int = 1  # number of the first line or row of the part
     document_bytes: int = 0  # a text file is cut into documents of about this size; 0: TEXT_DOCUMENT_BYTES
-    split: str | None = (
-        None  # the split that all documents belong to, as the configuration says; None: it follows from their texts
-    )
+    split: str | None = None  # of all documents, as the configuration says; None: it follows from their texts
     notes: tuple[BadRecord, ...] = ()  # what was left out when the corpus was listed
 
     def identity(self) -> dict[str, Any]:

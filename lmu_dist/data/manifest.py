@@ -182,12 +182,8 @@ def _index_path(data: DataConfig, storage_folder: Folder, is_local: bool) -> Fol
         for listed in (data.files, data.validation_files)
     )
     dataset = os.path.abspath(os.path.expanduser(data.dataset)) if data.dataset and is_local else data.dataset
-    return (
-        storage_folder
-        / "data"
-        / "index"
-        / f"{_digest(_settings(replace(data, files=files, validation_files=held_out, dataset=dataset)))}.json"
-    )
+    absolute = replace(data, files=files, validation_files=held_out, dataset=dataset)
+    return storage_folder / "data" / "index" / f"{_digest(_settings(absolute))}.json"
 
 
 def _read_index(path: Folder) -> dict[str, Any] | None:

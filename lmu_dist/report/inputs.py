@@ -1,7 +1,7 @@
 """What a report is made from: an MLflow store and an experiment in, or tables of records, `ReportInputs` out.
 
-Reports from both are the same: what is read from MLflow is also written beside the report as tables, from which it can be made
-again. Called by report/write.
+Reports from both are the same: what is read from MLflow is also written to the report's folder as tables, from which the report
+can be made again. Called by report/write.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Tables of records beside runs.csv: forecasts.csv and position_losses.csv. Forecasts and losses in, CSV files out, and back.
+"""Tables that belong to runs.csv: forecasts.csv and position_losses.csv. Forecasts and losses in, CSV files out, and back.
 
 For report/inputs. docs/reading-a-report.md lists their columns.
 """

@@ -1,7 +1,7 @@
 """The controlled comparisons of a study: factors of pairs that differ in one thing, in a table of their own. For results.
 
 What a modern block and a modern mixer bring is mixed up in the factor of the paper's LMU over a transformer of today. These
-pairs separate the two: the paper's mixers in the paper's block, the paper's LMU beside the transformer of today, and both
+pairs separate the two: the paper's mixers in the paper's block, the paper's LMU against the transformer of today, and both
 mixers in the block of today.
 """
 
