@@ -29,15 +29,17 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
-# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
+# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores; but for
+# one, which comes last in the other process: so both end at about the same time.
 WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "dispatcher", "finished", "imports", "jobs", "waves", "work_queue")
+LAST = "tests/launch/test_families.py"
 
 
 def group_of(nodeid: str) -> str:
     """The tests that `pytest -n 2` runs in one process: those that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
     folder, _, module = path.rpartition("/test_")
-    if folder == "tests/launch" and module.removesuffix(".py") not in WITHOUT_RAY:
+    if folder == "tests/launch" and path != LAST and module.removesuffix(".py") not in WITHOUT_RAY:
         return "Ray"
     return folder if folder == "tests/report" else path  # so that the report is written once
 
@@ -47,7 +49,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Of these, the ones that share a Ray come last: after it has started, this process can join no other one.
     """
-    items.sort(key=lambda item: (group_of(item.nodeid) != "Ray", "local_ray" in getattr(item, "fixturenames", ())))
+
+    def place(item: pytest.Item) -> tuple[bool, bool, bool]:
+        group = group_of(item.nodeid)
+        return group != "Ray", group == LAST, "local_ray" in getattr(item, "fixturenames", ())
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)

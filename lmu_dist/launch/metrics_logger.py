@@ -95,7 +95,7 @@ class MetricsLogger:
         with suppress(FailedError):
             getattr(opened.log, method)(*arguments)
         if method == "log_metrics":
-            step, values = arguments
+            step, values, *_ = arguments
             opened.latest.update({"step": step, **values})
 
     @ray.method
@@ -212,7 +212,8 @@ class RemoteRunLogger:
 
     def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Logs metric values of a step, except those already logged."""
-        self._log("log_metrics", step, values)
+        # The time is taken here: the actor may be busy, and write the entry seconds later.
+        self._log("log_metrics", step, values, int(time.time() * 1000))
         if time.monotonic() - self._last_check > CHECK_SECONDS:
             answered, self._unanswered = ray.wait(self._unanswered, num_returns=len(self._unanswered), timeout=0)
             ray.get(answered)

@@ -124,13 +124,17 @@ class MetricsLog:
         """Logs constants of the run, as text."""
         self._append({"kind": "params", "values": {k: str(v) for k, v in values.items()}})
 
-    def log_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs metric values of a step. A value already logged for its key and step is dropped."""
+    def log_metrics(self, step: int, values: Mapping[str, float], time_ms: int | None = None) -> None:
+        """Logs metric values of a step. A value already logged for its key and step is dropped.
+
+        `time_ms`: when they were measured, in milliseconds since 1970; None: now.
+        """
         self.check()
         # MLflow turns infinity into the largest finite number, which would read as a loss.
         finite = {key: float(value) if math.isfinite(value) else math.nan for key, value in values.items()}
         if new := {key: value for key, value in finite.items() if not self._is_logged(key, step)}:
-            self._append({"kind": "metrics", "step": step, "time_ms": int(time.time() * 1000), "values": new})
+            time_ms = int(time.time() * 1000) if time_ms is None else time_ms
+            self._append({"kind": "metrics", "step": step, "time_ms": time_ms, "values": new})
 
     def log_curve(self, name: str, values: Sequence[float]) -> None:
         """Logs the values of a metric at the steps 1, 2, and so on."""
