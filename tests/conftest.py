@@ -29,8 +29,8 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
-# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores; but for
-# one, which comes last in the other process: so both end at about the same time.
+# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores; only
+# LAST runs in the other process, at its end, so that both end at about the same time.
 WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "dispatcher", "finished", "imports", "jobs", "waves", "work_queue")
 LAST = "tests/launch/test_families.py"
 

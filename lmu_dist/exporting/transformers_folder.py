@@ -38,6 +38,7 @@ CLASSES = f"{REMOTE}.sublayer_classes"
 # Modules in whose place an export has others: it compiles nothing, and needs no package for GPUs.
 REPLACED = {
     "lmu_dist.models.kernels.compiled": PLAIN_KERNELS,
+    "lmu_dist.models.kernels.gated_delta_rule": PLAIN_KERNELS,
     "lmu_dist.models.kernels.triton_kernels": PLAIN_KERNELS,
     "lmu_dist.models.mixers.gpu_kernels": PLAIN_KERNELS,
 }

@@ -1,6 +1,7 @@
 """Gated DeltaNet against the paper's equations, Qwen3-Next of transformers and fla's reference, in float64."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from float64 import check_gradients, in_float64
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmu_dist.models.kernels import compiled
+from lmu_dist.models.kernels import gated_delta_rule as kernel
 from lmu_dist.models.mixers import gated_delta_rule, gpu_kernels
 from lmu_dist.models.mixers.gated_deltanet import GatedDeltaNet
 from lmu_dist.models.registry import find
@@ -142,6 +145,37 @@ def test_chunks_and_their_gradients_equal_the_recurrence(length: int):
         assert (a - b).norm() < 1e-12 * b.norm()
 
 
+def in_cpp(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rule in C++, with the arguments of the other forms."""
+    if not kernel.is_available(q.dtype, q.device):
+        pytest.skip("the C++ kernels cannot be built")
+    packed = torch.cat([x.flatten(2) for x in (q, k, v)], -1)
+    return kernel.gated_delta_rule(packed, g, beta, q.shape[-1], state)
+
+
+@pytest.mark.parametrize(
+    ("length", "heads", "keys", "values"),
+    [(1, 3, 4, 6), (15, 1, 3, 1), (16, 2, 16, 16), (17, 3, 5, 5), (70, 2, 33, 17), (130, 1, 32, 64), (20, 1, 100, 250)],
+)
+def test_cpp_equals_the_recurrence_of_float64(length: int, heads: int, keys: int, values: int):
+    """Errors of the norm, of outputs, of the last state and of all gradients, for widths that fill vectors or do not."""
+    rng = torch.Generator().manual_seed(length)
+    sizes = [(length, heads, keys), (length, heads, keys), (length, heads, values), (length, heads), (length, heads)]
+    q, k, v, g, beta, state = (torch.randn(2, *s, generator=rng, dtype=torch.float64) for s in [*sizes, (heads, keys, values)])
+    exact = [x.requires_grad_() for x in (q, k, v, -F.softplus(g), beta.sigmoid(), state)]
+    low = [x.detach().float().requires_grad_() for x in exact]
+    results = gated_delta_rule.recurrent(*exact), in_cpp(*low)
+    weights = [torch.randn(x.shape, generator=rng, dtype=torch.float64) for x in results[0]]
+    gradients = [
+        torch.autograd.grad(sum((x * w.to(x.dtype)).sum() for x, w in zip(result, weights, strict=True)), inputs)
+        for result, inputs in zip(results, (exact, low), strict=True)
+    ]
+    for a, b in zip((*results[1], *gradients[1]), (*results[0], *gradients[0]), strict=True):
+        assert (a - b).norm() < 2e-6 * b.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("parts", [[1] * 70, [70], [3, 1, 1, 16, 17, 32], [40, 1, 29]])
 def test_states_pass_from_chunk_to_chunk(parts: list[int]):
@@ -166,14 +200,15 @@ def test_no_token_depends_on_a_later_one():
         assert torch.equal(mixer(changed)[:, :t], before[:, :t])
 
 
+@pytest.mark.parametrize("form", [gated_delta_rule.chunked, in_cpp])
 @pytest.mark.parametrize("g", [0.0, -1e-9, -60.0, -1e5])
-def test_extreme_decays_and_repeated_keys(g: float):
+def test_extreme_decays_and_repeated_keys(g: float, form: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
     """All keys of a text are the same, and every update is a whole one."""
     ones = torch.ones(2, 70, HEADS, dtype=torch.float64)
     changed = {"k": torch.ones(2, 70, HEADS, KEYS, dtype=torch.float64), "g": g * ones, "beta": ones}
     exact = rule_inputs(70, **changed)
     inputs = [x.detach().float().requires_grad_() for x in exact]
-    expected, found = gated_delta_rule.recurrent(*exact)[0], gated_delta_rule.chunked(*inputs)[0]
+    expected, found = gated_delta_rule.recurrent(*exact)[0], form(*inputs)[0]
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * weights).sum(), exact)
     in_float32 = torch.autograd.grad((found * weights).sum(), inputs)
@@ -183,9 +218,12 @@ def test_extreme_decays_and_repeated_keys(g: float):
         assert (a - b).norm() < 1e-5 * max(b.norm(), weights.norm())
 
 
+@pytest.mark.parametrize("in_cpp", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_rounding(dtype: torch.dtype, bound: float):
+def test_rounding(dtype: torch.dtype, bound: float, in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
     """Relative error of the norm of outputs and gradients, with weights that are numbers in the lower precision."""
+    if not in_cpp:
+        monkeypatch.setattr(kernel, "is_available", lambda *_: False)
     low = build(dtype)
     exact = build(dtype).double()
     x = text(200).to(dtype)
@@ -243,7 +281,18 @@ def test_kernels_of_fla_get_what_they_document(monkeypatch: pytest.MonkeyPatch):
 def test_without_fla_a_gpu_computes_in_chunks():
     shape = shape_for("gated_deltanet", 100_000, vocab_tokens=97, sequence_tokens=64)
     family = find("gated_deltanet")
-    assert family.operator(shape, family.Options(), torch.float32, torch.device("cpu")) == "chunked"
+    assert family.operator(shape, family.Options(), torch.float32, torch.device("cuda")) == "chunked"
+
+
+def test_a_cpu_computes_token_by_token_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    family = find("gated_deltanet")
+    shape, cpu = shape_for(family, 100_000, vocab_tokens=97, sequence_tokens=64), torch.device("cpu")
+    expected = "token by token, c++" if compiled.library() else "chunked"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert family.operator(shape, family.Options(), dtype, cpu) == expected
+    assert family.operator(shape, family.Options(), torch.float64, cpu) == "chunked"
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert family.operator(shape, family.Options(), torch.float32, cpu) == "chunked"
 
 
 def test_widths_and_initial_values_are_those_of_the_papers_code():
@@ -265,7 +314,8 @@ def test_widths_and_initial_values_are_those_of_the_papers_code():
 
 
 @pytest.mark.parametrize("length", [64, 70])
-def test_executed_flops_equal_torchs_counter(length: int):
+def test_executed_flops_equal_torchs_counter(length: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "is_available", lambda *_: False)  # torch counts no FLOPs of C++
     family = find("gated_deltanet")
     shape = shape_for(family, 20_000, vocab_tokens=97, sequence_tokens=length)
     mixer, x = family.mixer(shape, family.Options()), torch.randn(2, length, shape.d_model, requires_grad=True)

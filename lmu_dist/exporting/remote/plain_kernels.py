@@ -1,4 +1,4 @@
-"""No kernels: takes the place of kernels/compiled, kernels/triton_kernels and mixers/gpu_kernels in exported models.
+"""No kernels: takes the place of kernels and of mixers/gpu_kernels in exported models (REPLACED in transformers_folder).
 
 An exported model runs in plain torch: it compiles nothing and needs no package besides torch and numpy.
 """
@@ -13,6 +13,11 @@ LINE = 16  # channels of a cache line, to which rows of the kernels that are not
 
 def library() -> None:
     """There is no compiled library."""
+
+
+def is_available(*_: Any) -> bool:
+    """Whether the kernels take tensors of a precision on a device: never."""
+    return False
 
 
 def is_supported(*_: Any) -> bool:

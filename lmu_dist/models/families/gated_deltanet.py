@@ -8,9 +8,11 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmu_dist.config.types import STRICT, Count
+from lmu_dist.models.kernels import gated_delta_rule as kernel
 from lmu_dist.models.mixers import gated_delta_rule, gated_deltanet, gpu_kernels
 from lmu_dist.models.mixers.gated_deltanet import GatedDeltaNet as Mixer
 from lmu_dist.models.modern_family import ModernFamily
+from lmu_dist.models.precision import recurrence_dtype
 from lmu_dist.models.recipe import GATED_DELTANET
 from lmu_dist.models.shape import Shape, power_of_two
 
@@ -65,21 +67,23 @@ class GatedDeltaNet(ModernFamily):
         return shape.d_model * shape.n_heads * (2 * shape.key_width + shape.value_width)
 
     def mixer_matmul_flops(self, shape: Shape) -> float:
-        """The projections, and the chunked rule at the chunk length that runs on a CPU."""
+        """The projections, and the chunked rule."""
         return gated_deltanet.matmul_flops(shape.d_model, *_heads(shape), shape.sequence_tokens)
 
     def mixer_executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
-        """Those of the chunked rule in plain torch, also on a GPU."""
+        """Those of the chunked rule in plain torch. Token by token, as in C++, the rule executes fewer."""
         forward = self.mixer_matmul_flops(shape)
         again = shape.n_heads * gated_delta_rule.recomputed_flops(shape.sequence_tokens, shape.key_width)
         return forward, 2 * forward + again
 
     def mixer_saved_elements(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
-        """Of the chunked rule in plain torch; the kernels of fla-core save less."""
-        return gated_deltanet.saved_elements(shape.d_model, *_heads(shape), shape.sequence_tokens)
+        """Of the rule in C++ on a CPU; on a GPU of the chunked rule in plain torch, and the kernels of fla-core save less."""
+        return gated_deltanet.saved_elements(shape.d_model, *_heads(shape), shape.sequence_tokens, on_gpu)
 
     def operator(self, shape: Shape, options: GatedDeltaNetOptions, dtype: torch.dtype, device: torch.device) -> str:
-        """Chunked in plain torch, or the kernels of fla-core on a GPU."""
+        """Token by token in C++, chunked in plain torch, or the kernels of fla-core on a GPU."""
+        if kernel.is_available(recurrence_dtype(dtype), device):
+            return "token by token, c++"
         return gpu_kernels.operator_name("gated_delta_rule", dtype, device, shape.key_width)
 
 

@@ -1,7 +1,7 @@
 """C++ kernels for CPUs, built at first use and called through ctypes.
 
-Those of implicit_attention.cpp, convolve.cpp and short_convolution.cpp. Called by implicit_attention, mixers/lmu/fourier and
-mixers/short_convolution.
+Those of implicit_attention.cpp, convolve.cpp, short_convolution.cpp and gated_delta_rule.cpp. Called by implicit_attention,
+gated_delta_rule, mixers/lmu/fourier and mixers/short_convolution.
 """
 
 import ctypes
@@ -20,7 +20,15 @@ from lmu_dist.models.kernels import build
 HERE = Path(__file__).parent
 LINE = 16  # channels of a cache line, to which rows are padded; the same number as in lanes.h
 SOURCES = tuple(
-    HERE / name for name in ("lanes.h", "transform.h", "implicit_attention.cpp", "convolve.cpp", "short_convolution.cpp")
+    HERE / name
+    for name in (
+        "lanes.h",
+        "transform.h",
+        "implicit_attention.cpp",
+        "convolve.cpp",
+        "short_convolution.cpp",
+        "gated_delta_rule.cpp",
+    )
 )
 FLAGS = (
     "-O3",
@@ -49,6 +57,11 @@ def library() -> ctypes.CDLL | None:
         return None
     assert loaded.lmu_line() == LINE, "LINE differs between lanes.h and compiled.py"
     return loaded
+
+
+def is_available(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels take tensors of this precision on this device."""
+    return device.type == "cpu" and dtype in DTYPES and library() is not None
 
 
 def _build() -> Path:

@@ -22,7 +22,7 @@ Implementation = Literal["c++", "triton", "torch"]
 @cache
 def implementation(dtype: torch.dtype, device: torch.device, rows: int = 1) -> Implementation:
     """Implementation for pre-activations of this precision and device with R = `rows`."""
-    if device.type == "cpu" and dtype in compiled.DTYPES and compiled.library() is not None:
+    if compiled.is_available(dtype, device):
         return "c++"
     if device.type == "cuda" and (triton := _triton_kernels()) is not None and triton.is_supported(dtype, device, rows):
         return "triton"

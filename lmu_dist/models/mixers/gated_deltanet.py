@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
+from lmu_dist.models.kernels import gated_delta_rule as kernel
 from lmu_dist.models.mixers import gated_delta_rule, gpu_kernels, short_convolution
 from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
@@ -42,8 +43,8 @@ class GatedDeltaNet(nn.Module):
         """Outputs of a whole sequence from an empty memory."""
         inputs = self._inputs(x, self.convolution(self.qkv(x)))
         if gpu_kernels.is_supported("gated_delta_rule", x.dtype, x.device, self.key_width):
-            return self._output(x, gpu_kernels.gated_delta_rule(*inputs, x.dtype))
-        return self._output(x, gated_delta_rule.chunked(*inputs)[0])
+            return self._output(x, gpu_kernels.gated_delta_rule(*self._by_head(*inputs), x.dtype))
+        return self._output(x, self._rule(*inputs)[0])
 
     def advance(self, x: Float[Tensor, "B T D"], state: State | None) -> tuple[Float[Tensor, "B T D"], State]:
         """Outputs of the next chunk of tokens, and the state for the chunk that follows."""
@@ -51,21 +52,27 @@ class GatedDeltaNet(nn.Module):
         mixed, recent = self.convolution.advance(self.qkv(x), recent)
         inputs = self._inputs(x, mixed)
         if memory is not None and x.shape[1] == 1:
-            o, memory = gated_delta_rule.recurrent(*inputs, memory)
+            o, memory = gated_delta_rule.recurrent(*self._by_head(*inputs), memory)
         else:
-            o, memory = gated_delta_rule.chunked(*inputs, memory)
+            o, memory = self._rule(*inputs, memory)
         return self._output(x, o), (recent, memory)
 
-    def _inputs(
-        self, x: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T C"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, log decays g and beta of the rule."""
-        dtype, keys = recurrence_dtype(x.dtype), self.n_heads * self.key_width
-        q, k, v = mixed.to(dtype).split([keys, keys, self.n_heads * self.value_width], -1)
+    def _inputs(self, x: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of all heads side by side, log decays g and beta of the rule."""
+        dtype = recurrence_dtype(x.dtype)
         decay, beta = self.decay_and_beta(x).to(dtype).chunk(2, -1)
         g = -self.A_log.to(dtype).exp() * F.softplus(decay + self.dt_bias.to(dtype))
-        heads = (self.n_heads, -1)
-        return q.unflatten(-1, heads), k.unflatten(-1, heads), v.unflatten(-1, heads), g, beta.sigmoid()
+        return mixed.to(dtype), g, beta.sigmoid()
+
+    def _by_head(self, packed: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        keys, heads = self.n_heads * self.key_width, (self.n_heads, -1)
+        q, k, v = (part.unflatten(-1, heads) for part in packed.split([keys, keys, self.n_heads * self.value_width], -1))
+        return q, k, v, g, beta
+
+    def _rule(self, packed: Tensor, g: Tensor, beta: Tensor, memory: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if kernel.is_available(packed.dtype, packed.device):
+            return kernel.gated_delta_rule(packed, g, beta, self.key_width, memory)
+        return gated_delta_rule.chunked(*self._by_head(packed, g, beta), memory)
 
     def _output(self, x: Float[Tensor, "B T D"], o: Float[Tensor, "B T H V"]) -> Float[Tensor, "B T D"]:
         gate = self.gate(x).unflatten(-1, (self.n_heads, -1))
@@ -86,11 +93,17 @@ def matmul_flops(d_model: int, n_heads: int, key_width: int, value_width: int, l
     return projections + n_heads * gated_delta_rule.flops(length, key_width, value_width)
 
 
-def saved_elements(d_model: int, n_heads: int, key_width: int, value_width: int, length: int) -> tuple[float, float]:
+def saved_elements(
+    d_model: int, n_heads: int, key_width: int, value_width: int, length: int, on_gpu: bool
+) -> tuple[float, float]:
     """Elements per token that are saved for the backward pass: (in the model's precision, in float32 always).
 
-    Inputs of the projections and of the convolution, the gate; those of the chunked rule, its outputs, and seven scalars.
+    Inputs of the projections and of the convolution, the gate; those of the rule, its outputs, and scalars. On a CPU the rule
+    is that in C++, which keeps least.
     """
     channels, values = n_heads * (2 * key_width + value_width), n_heads * value_width
-    per_head = gated_delta_rule.saved_elements(length, key_width, value_width) + value_width + 4
+    of_rule = kernel.saved_elements(key_width, value_width)
+    if on_gpu:
+        of_rule = gated_delta_rule.saved_elements(length, key_width, value_width) + 2
+    per_head = of_rule + value_width + 2
     return d_model + short_convolution.saved_elements(channels) + 2 * values, n_heads * per_head

@@ -53,7 +53,7 @@ class _Convolution(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
         ctx.silu = silu
-        if _is_compiled(x):
+        if compiled.is_available(x.dtype, x.device):
             y = torch.empty_like(x)
             _call("forward", x, weight, silu, y)
             return y
@@ -64,7 +64,7 @@ class _Convolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         dz = gradients[0].contiguous()
-        if _is_compiled(x):
+        if compiled.is_available(x.dtype, x.device):
             dx, dweight = torch.empty_like(x), torch.empty(weight.shape, dtype=torch.float32)
             _call("backward", x, weight, ctx.silu, dz, dx, dweight)
             return dx, dweight.to(weight.dtype), None
@@ -85,10 +85,6 @@ def _convolve(x: Float[Tensor, "B T D"], weight: Float[Tensor, "D W"]) -> Float[
     for shift in range(1, min(last + 1, length)):
         z[:, shift:].addcmul_(x[:, : length - shift], weight[:, last - shift])
     return z
-
-
-def _is_compiled(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in compiled.DTYPES and compiled.library() is not None
 
 
 def _call(direction: str, x: Tensor, weight: Tensor, silu: bool, *tensors: Tensor) -> None:
