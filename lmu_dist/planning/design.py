@@ -90,7 +90,8 @@ class Knowledge:
 
     `reasons` says, by family, why the law is not determined; empty for a law that is. Such a law is assumed: its geometry
     decides which cell is next, but no interval follows from it. `noise` is the standard deviation of ln L between runs, and
-    `shared` the part of its square that the runs of a group have in common.
+    `shared` the part of its square that the runs of a group have in common. `unfit` are the families whose runs show that the
+    form of the law is wrong.
     """
 
     results: tuple[Result, ...]
@@ -101,6 +102,7 @@ class Knowledge:
     freedom: int  # degrees of freedom of the noise
     units: tuple[float, float]  # of N and D
     information: Mapping[str, Information] = field(default_factory=dict)
+    unfit: frozenset[str] = frozenset()
 
     def rows(self, family: str, n_params: Sequence[float], tokens: Sequence[float]) -> Floats:
         """The gradients of ln L by the law's coordinates, (runs, 5)."""

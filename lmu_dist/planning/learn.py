@@ -5,6 +5,7 @@ Called by until, proposal and launch/waves.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,19 +36,22 @@ def learn(
 ) -> Knowledge:
     """Fits the law of every family. `assumed` and `noise` take the place of what the runs do not determine yet."""
     laws, reasons = dict[str, Chinchilla](), dict[str, str]()
-    fits = dict[str, Fit]()
+    fits, unfit = dict[str, Fit](), set[str]()
     for family in families:
         groups = [result.group for result in results if result.family == family]
-        laws[family], reasons[family], fitted = _law(family, rows_of(results, family), groups, assumed, fit_family)
-        if fitted is not None:
-            fits[family] = fitted
+        found = _law(family, rows_of(results, family), groups, assumed, fit_family)
+        laws[family], reasons[family] = found.law, found.reason
+        if found.fitted is not None:
+            fits[family] = found.fitted
+        if found.is_unfit:
+            unfit.add(family)
     freedom = sum(len(rows_of(results, family)) - N_PARAMETERS for family in fits)
-    found = _with_information(Knowledge(tuple(results), laws, reasons, noise, 0.0, freedom, _units(results)))
+    known = Knowledge(tuple(results), laws, reasons, noise, 0.0, freedom, _units(results), unfit=frozenset(unfit))
     if not freedom:
-        return found
+        return _with_information(known)
     groups = {family: [r.group for r in results if r.family == family] for family in fits}
     pooled = find_noise([(fitted, rows_of(results, family), groups[family]) for family, fitted in fits.items()])
-    return _with_information(replace(found, noise=max(pooled.deviation, MIN_NOISE), shared=pooled.shared))
+    return _with_information(replace(known, noise=max(pooled.deviation, MIN_NOISE), shared=pooled.shared))
 
 
 def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:
@@ -83,22 +87,27 @@ def rows_of(results: Sequence[Result], family: str) -> Rows:
     return rows_from_columns([r.n_params for r in of_family], [r.tokens for r in of_family], [r.loss for r in of_family])
 
 
-def _law(
-    family: str, rows: Rows, groups: Sequence[str], assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]
-) -> tuple[Chinchilla, str, Fit | None]:
-    """The law of a table, why it is not determined, and its fit if it is.
+class _Law(NamedTuple):
+    """The law of a table, why it is not determined, its fit if it is, and whether its form is wrong."""
 
-    Without a law of its own the table gets the assumed exponents with fitted prefactors, or the assumed law.
-    """
-    reasons = check_table(Chinchilla, rows)
+    law: Chinchilla
+    reason: str
+    fitted: Fit | None
+    is_unfit: bool
+
+
+def _law(family: str, rows: Rows, groups: Sequence[str], assumed: Chinchilla, fit_family: Callable[[str, Rows], Fit]) -> _Law:
+    """Without a law of its own the table gets the assumed exponents with fitted prefactors, or the assumed law."""
+    reasons, misfits = check_table(Chinchilla, rows), list[str]()
     if not reasons:
         fitted = fit_family(family, rows)
-        reasons = [*diagnose(fitted, rows).reasons, *find_misfit(fitted, rows, groups).reasons]
+        misfits = find_misfit(fitted, rows, groups).reasons
+        reasons = [*diagnose(fitted, rows).reasons, *misfits]
         assert isinstance(fitted.law, Chinchilla)
         if not reasons:
-            return fitted.law, "", fitted
+            return _Law(fitted.law, "", fitted, False)
     if len(rows) >= N_PARAMETERS:
         held = fit(Chinchilla, rows, Constraints({"alpha": assumed.alpha, "beta": assumed.beta})).law
         assert isinstance(held, Chinchilla)
-        return held, reasons[0], None
-    return assumed, reasons[0], None
+        return _Law(held, reasons[0], None, bool(misfits))
+    return _Law(assumed, reasons[0], None, bool(misfits))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, quantile
+from lmu_dist.planning.estimate import cells_of_curves
 from lmu_dist.planning.first_cells import needed_cells
 from lmu_dist.planning.prices import Costs
 from lmu_dist.scaling.laws import Floats
@@ -58,34 +59,48 @@ def next_cells(
     `plan` has all cells, `missing` those that can be chosen. `limit` is the most that they may cost together.
     """
     missing_keys = {cell.key for cell in missing}
-    costs = Costs((cell for cell in plan if cell.key not in missing_keys), per)
-    choices, spent, left = list[Choice](), 0.0, list(missing)
-    for cell, reason in needed_cells(knowledge, questions, plan, left):
-        if spent + (cost := costs.of(cell)) <= limit:
-            choices.append(Choice(cell, reason, cost))
-            costs.choose(cell)
-            spent += cost
-    if any(knowledge.reasons[family] for question in questions for family in question.families) and choices:
-        return choices
-    chosen = {choice.cell.key for choice in choices}
-    left = [cell for cell in left if cell.key not in chosen]
+    chosen = _Chosen(Costs((cell for cell in plan if cell.key not in missing_keys), per), limit)
+    for cell, reason in needed_cells(knowledge, questions, plan, missing):
+        chosen.add(cell, reason)
+    if any(knowledge.reasons[family] for question in questions for family in question.families) and chosen.choices:
+        return chosen.choices
+    for cell in (cell for question in questions for cell in cells_of_curves(knowledge, question, missing)):
+        if chosen.choices and is_enough(chosen.choices):
+            break
+        chosen.add(cell, "a further seed of a measured curve, since the form of a law is wrong")
+    left = [cell for cell in missing if cell.key not in chosen.keys]
     state = _State(knowledge, questions)
-    for choice in choices:
+    for choice in chosen.choices:
         state.add(choice.cell)
-    while left and not (choices and is_enough(choices)):
-        priced = np.array([costs.of(cell) for cell in left])
+    while left and not (chosen.choices and is_enough(chosen.choices)):
+        priced = np.array([chosen.costs.of(cell) for cell in left])
         scores = state.scores(left)
-        scores[priced > limit - spent] = np.nan
+        scores[priced > limit - chosen.spent] = np.nan
         if not np.any(np.isfinite(scores)):
             break
         best = int(np.nanargmax((state.score - scores) / np.maximum(priced, 1e-300)))
         cell = left.pop(best)
         before = state.ratio
         state.add(cell)
-        choices.append(Choice(cell, state.reason, float(priced[best]), before, state.ratio))
-        costs.choose(cell)
-        spent += float(priced[best])
-    return choices
+        chosen.add(cell, state.reason, before, state.ratio)
+    return chosen.choices
+
+
+class _Chosen:
+    """The cells that were chosen so far, each once, and what they cost together, which is at most `limit`."""
+
+    def __init__(self, costs: Costs, limit: float) -> None:
+        self.costs, self._limit, self.spent = costs, limit, 0.0
+        self.choices, self.keys = list[Choice](), set[str]()
+
+    def add(self, cell: PlannedCell, reason: str, before: float | None = None, after: float | None = None) -> None:
+        """Chooses a cell, unless it costs more than is left. `before`, `after`: ratios, see Choice."""
+        if cell.key in self.keys or self.spent + (cost := self.costs.of(cell)) > self._limit:
+            return
+        self.choices.append(Choice(cell, reason, cost, before, after))
+        self.keys.add(cell.key)
+        self.costs.choose(cell)
+        self.spent += cost
 
 
 class _State:

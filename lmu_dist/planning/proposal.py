@@ -7,6 +7,7 @@ from typing import Any
 from lmu_dist.config import AssumedLaw, ConfigError, PlanConfig
 from lmu_dist.config.types import number
 from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, group_of
+from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.learn import learn
 from lmu_dist.planning.next_cell import Choice, next_cells
 from lmu_dist.planning.plan_rows import from_rows
@@ -157,12 +158,12 @@ def results_of(store: Store, experiment: str) -> tuple[list[Result], str]:
 
 
 def _known(knowledge: Knowledge, question: Question) -> str:
-    value, interval, reason = knowledge.interval(question)
-    if interval is None:
-        return f"{question}: not determined ({reason})"
-    low, high = interval
-    noise = f"noise of ln L {knowledge.noise:.2%}, {knowledge.freedom} degrees of freedom"
-    return f"{question}: {value:.4g} (90 % interval {low:.4g} to {high:.4g}, a ratio of {high / low:.4g}; {noise})"
+    found = estimate(knowledge, question)
+    if found.interval is None:
+        return f"{question}: not determined ({found.reason})"
+    low, high = found.interval
+    notes = found.remark or f"noise of ln L {knowledge.noise:.2%}, {found.freedom} degrees of freedom"
+    return f"{question}: {found.value:.4g} (90 % interval {low:.4g} to {high:.4g}, a ratio of {high / low:.4g}; {notes})"
 
 
 def _default_law() -> Chinchilla:

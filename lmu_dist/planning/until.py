@@ -14,6 +14,7 @@ from lmu_dist.config import Config, ConfigError
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import read_calibration, vocab_tokens
 from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, same_size
+from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.first_cells import MIN_RUNS, MIN_VALUES
 from lmu_dist.planning.grid import grid
 from lmu_dist.planning.learn import assume
@@ -36,12 +37,16 @@ class Target:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a target stands. `reason` says why there is no interval, or why it is too early to trust it."""
+    """How a target stands. `reason` says why there is no interval, or why it is too early to trust it.
+
+    `remark`: where the interval comes from, if not from laws.
+    """
 
     target: Target
     value: float
     interval: Interval | None
     reason: str
+    remark: str = ""
 
     @property
     def reached(self) -> bool:
@@ -52,8 +57,8 @@ class Verdict:
         if self.interval is None:
             return f"{self.target.question}: {self.reason}"
         low, high = self.interval
-        early = f"; {self.reason}" if self.reason else ""
-        return f"{self.target.question}: {self.value:.3g} ({low:.3g} to {high:.3g}, a ratio of {high / low:.3g}){early}"
+        notes = "".join(f"; {note}" for note in (self.reason, self.remark) if note)
+        return f"{self.target.question}: {self.value:.3g} ({low:.3g} to {high:.3g}, a ratio of {high / low:.3g}){notes}"
 
 
 def targets_of(config: Config, plan: Sequence[PlannedCell]) -> list[Target]:
@@ -107,10 +112,11 @@ def judge(knowledge: Knowledge, targets: Sequence[Target]) -> list[Verdict]:
     """How every target stands."""
     verdicts = list[Verdict]()
     for target in targets:
-        value, interval, reason = knowledge.interval(target.question)
-        if interval is not None and knowledge.freedom < MIN_FREEDOM:
-            reason = f"the noise has only {knowledge.freedom} degrees of freedom, of {MIN_FREEDOM} that stopping needs"
-        verdicts.append(Verdict(target, value, interval, reason))
+        found = estimate(knowledge, target.question)
+        reason = found.reason
+        if found.interval is not None and found.freedom < MIN_FREEDOM:
+            reason = f"the noise has only {found.freedom} degrees of freedom, of {MIN_FREEDOM} that stopping needs"
+        verdicts.append(Verdict(target, found.value, found.interval, reason, found.remark))
     return verdicts
 
 
