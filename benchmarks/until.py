@@ -8,7 +8,9 @@ A study has two families on one grid of sizes, budgets and seeds; a token of the
 targets are multiples (`width`) of the interval that the full grid is expected to give, whose ends have the ratio `full_ratio`.
 `cost` is the share of the full grid's FLOPs that was spent at the stop; a ladder that never stopped has spent all of them. To
 save time, fits start at the true laws. `covered` is the share of the intervals that contain the truth at the stop, and
-`report_covered` that of the intervals that the report computes from the same runs, by bootstrap.
+`report_covered` that of the intervals that the report computes from the same runs, by bootstrap. In the design `wrong form` the
+losses follow another law than Chinchilla's, so that in the end intervals come from measured curves (`by_curves`: their share);
+the report's are then the same, and a bootstrap of laws has nothing to compare.
 """
 
 import argparse
@@ -16,28 +18,34 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result
+from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, Result
 from lmu_dist.planning.learn import assume, learn, rows_of
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Target, judge, next_wave
-from lmu_dist.scaling.efficiency import factor_from_laws
-from lmu_dist.scaling.fit import Fit, refit, unitless_values
+from lmu_dist.scaling.efficiency import SeedNoise, factor_from_curves, factor_from_laws, lower_envelope
+from lmu_dist.scaling.fit import Fit, fit, refit, unitless_values
+from lmu_dist.scaling.flexible_laws import Gamma
 from lmu_dist.scaling.intervals import Interval
-from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.published import HOFFMANN
-from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
 BASE, NEW = "transformer", "lmu"
-LAWS = {  # of small models
+FAMILIES = (BASE, NEW)
+FACTOR = 4.0
+LAWS: Mapping[str, Chinchilla] = {  # of small models
     BASE: Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29),
-    NEW: Chinchilla(E=1.6, A=13.0, B=55.0 * 4**-0.29, alpha=0.30, beta=0.29),
+    NEW: Chinchilla(E=1.6, A=13.0, B=55.0 * FACTOR**-0.29, alpha=0.30, beta=0.29),
 }
+GAMMA = Gamma(E=1.0, A=150.0, B=3000.0, alpha=0.45, beta=0.5, gamma=0.6)
+OF_ANOTHER_FORM: Mapping[str, ScalingLaw] = {BASE: GAMMA, NEW: replace(GAMMA, B=GAMMA.B * FACTOR**-GAMMA.beta)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,12 @@ class Design:
     shared: float = 0.0
     slots: int = 4
     offered: int = 0
+    has_wrong_form: bool = False
+
+    @property
+    def laws(self) -> Mapping[str, ScalingLaw]:
+        """The true laws of the families."""
+        return OF_ANOTHER_FORM if self.has_wrong_form else LAWS
 
 
 SMALL, BUDGETS = [3e3, 1e4, 3e4, 1e5, 3e5, 1e6], [3e5, 1e6, 3e6, 1e7, 3e7]
@@ -65,6 +79,7 @@ DESIGNS = {
     "small, 0.5 %, 2 seeds": Design(SMALL, BUDGETS, 2, 0.005),
     "small, 0.3 %, half of it by trunk": Design(SMALL, BUDGETS, 3, 0.003, shared=0.5),
     "paper, 0.2 %": Design(PAPER, [4e8, 1.3e9, 4e9, 1.3e10], 3, 0.002),
+    "wrong form, 0.3 %": Design(SMALL, BUDGETS, 3, 0.003, has_wrong_form=True),
 }
 
 
@@ -78,13 +93,14 @@ class Stop:
     n_waves: int
     ratio: float | None
     covers: bool | None
+    by_curves: bool
     report_covers: bool | None  # the interval of the report's bootstrap
 
 
 def planned_cells(design: Design) -> list[PlannedCell]:
     """The cells of a grid, cheapest first. A step has 256 tokens; 20 % of the steps are the decay."""
     cells = list[PlannedCell]()
-    for family in LAWS:
+    for family in FAMILIES:
         for n in design.n_params:
             for seed in range(design.offered or design.seeds):
                 for d in design.tokens:
@@ -104,14 +120,26 @@ def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[st
     results = dict[str, Result]()
     for cell in cells:
         z = np.sqrt(design.shared) * of_trunk[cell.trunk] + np.sqrt(1 - design.shared) * rng.normal()
-        loss = float(LAWS[cell.family].loss(cell.n_params, cell.tokens) * np.exp(design.noise * z))
+        loss = float(design.laws[cell.family].loss(cell.n_params, cell.tokens) * np.exp(design.noise * z))
         results[cell.key] = Result(cell.family, cell.n_params, cell.tokens, loss, cell.group)
     return results
 
 
 def expected_ratio(question: Question, cells: Sequence[PlannedCell], design: Design) -> float:
     """Upper over lower end of the interval that the full grid is expected to give, from the true laws and noise."""
-    results = [Result(c.family, c.n_params, c.tokens, float(LAWS[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+    laws = design.laws
+    results = [Result(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+    if design.has_wrong_form:
+        curves = [
+            lower_envelope([r.tokens for r in of_family], [r.loss for r in of_family])
+            for of_family in (
+                [r for r in results if r.family == f and r.n_params == question.n_params] for f in question.families
+            )
+        ]
+        noise = SeedNoise(design.noise, len(cells) * (design.seeds - 1) // design.seeds)
+        found = factor_from_curves(curves[0], curves[1], noise, (design.seeds, design.seeds)).interval
+        assert found is not None
+        return (found[1] / found[0]) ** MARGIN
     truth = assume(results, {family: LAWS[family] for family in question.families}, design.noise, design.shared)
     interval = truth.interval(question)[1]
     assert interval is not None
@@ -124,6 +152,7 @@ def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, 
     losses = simulate(design, cells, seed)
     question = question_of(design, kind)
     cells = [cell for cell in cells if cell.family in question.families]
+    starts = nearest_laws(cells, design) if design.has_wrong_form else LAWS
     grid = [cell for cell in cells if cell.seed < design.seeds]
     full_ratio, total = expected_ratio(question, grid, design), total_cost(grid, "flops")
     targets = [Target(question, float(np.exp(m * np.log(full_ratio)))) for m in sorted(multiples, reverse=True)]
@@ -132,7 +161,7 @@ def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, 
         keys = {cell.key for cell in done}
         missing = [cell for cell in cells if cell.key not in keys]
         results = [losses[cell.key] for cell in done]
-        knowledge = learn(results, question.families, HOFFMANN, 0.005, fit_from_truth)
+        knowledge = learn(results, question.families, HOFFMANN, 0.005, partial(fit_from, starts))
         verdict = judge(knowledge, targets[:1])[0]
         if verdict.reached or not missing:
             stops.append(
@@ -142,8 +171,14 @@ def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, 
                     n_cells=len(done),
                     n_waves=waves,
                     ratio=verdict.interval[1] / verdict.interval[0] if verdict.interval else None,
-                    covers=contains(verdict.interval, knowledge, question),
-                    report_covers=contains(report_interval(knowledge, question, n_resamples), knowledge, question),
+                    covers=contains(verdict.interval, knowledge, question, design),
+                    by_curves=bool(verdict.remark),
+                    report_covers=contains(
+                        report_interval(knowledge, question, 0 if design.has_wrong_form else n_resamples),
+                        knowledge,
+                        question,
+                        design,
+                    ),
                 )
             )
             targets = targets[1:]
@@ -158,9 +193,20 @@ def run_study(design: Design, kind: str, multiples: Sequence[float], seed: int, 
     return stops
 
 
-def fit_from_truth(family: str, rows: Rows) -> Fit:
+def nearest_laws(cells: Sequence[PlannedCell], design: Design) -> Mapping[str, Chinchilla]:
+    """The laws of Chinchilla's form that are nearest to the true ones on all planned cells."""
+    found = dict[str, Chinchilla]()
+    for family, law in design.laws.items():
+        n, d = zip(*((c.n_params, c.tokens) for c in cells if c.family == family), strict=True)
+        nearest = fit(Chinchilla, rows_from_columns(n, d, law.loss(n, d))).law
+        assert isinstance(nearest, Chinchilla)
+        found[family] = nearest
+    return found
+
+
+def fit_from(starts: Mapping[str, Chinchilla], family: str, rows: Rows) -> Fit:
     """The fit that starts at the true law, which is 20 times as fast as one from several starts and ends at its optimum."""
-    fitted = refit(LAWS[family], rows)
+    fitted = refit(starts[family], rows)
     return replace(fitted, start_optima=2 * ((fitted.minimised_objective, unitless_values(fitted.law)),))
 
 
@@ -169,10 +215,12 @@ def question_of(design: Design, kind: str) -> Question:
     return Question("factor", NEW, BASE, n_params=max(design.n_params)) if kind == "factor" else Question(kind, BASE)
 
 
-def contains(interval: Interval | None, knowledge: Knowledge, question: Question) -> bool | None:
+def contains(interval: Interval | None, knowledge: Knowledge, question: Question, design: Design) -> bool | None:
     """Whether an interval contains the truth; None without an interval. The factor is compared at the same loss."""
     if interval is None:
         return None
+    if design.has_wrong_form:
+        return interval[0] <= FACTOR <= interval[1]  # at every loss
     if question.kind != "factor":
         return interval[0] <= getattr(LAWS[question.family], question.kind) <= interval[1]
     loss = knowledge.compared_loss(question)
@@ -220,6 +268,7 @@ def summary(stops: Sequence[Stop], n_cells: int) -> dict[str, float | int | None
         "waves": mean(stop.n_waves for stop in stops),
         "ratio": mean(stop.ratio for stop in stops),
         "covered": mean(stop.covers for stop in stops),
+        "by_curves": mean(stop.by_curves for stop in stops),
         "report_covered": mean(stop.report_covers for stop in stops),
         "report_of": sum(stop.report_covers is not None for stop in stops),
     }
