@@ -64,10 +64,12 @@ def next_cells(
         chosen.add(cell, reason)
     if any(knowledge.reasons[family] for question in questions for family in question.families) and chosen.choices:
         return chosen.choices
-    for cell in (cell for question in questions for cell in cells_of_curves(knowledge, question, missing)):
-        if chosen.choices and is_enough(chosen.choices):
-            break
-        chosen.add(cell, "a further seed of a measured curve, since the form of a law is wrong")
+    of_curves = [cell for question in questions for cell in cells_of_curves(knowledge, question, missing)]
+    for cell in of_curves:
+        if not (chosen.choices and is_enough(chosen.choices)):
+            chosen.add(cell, "a further seed of a measured curve, since the form of a law is wrong")
+    if of_curves:  # a new budget of a curve would have one seed, and make its interval wider
+        return chosen.choices
     left = [cell for cell in missing if cell.key not in chosen.keys]
     state = _State(knowledge, questions)
     for choice in chosen.choices:

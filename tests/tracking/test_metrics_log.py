@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -154,3 +155,13 @@ def test_steps_in_any_order_are_each_logged_once(tmp_path: Path):
     for step in (2, 4):
         again.log_metrics(step, {"loss": float(step)})
     assert [step for step, _ in losses(again)] == [0, 3, 1, 2, 4]
+
+
+def test_a_point_has_the_time_at_which_it_was_measured(tmp_path: Path):
+    log = MetricsLog(tmp_path, "run")
+    before = int(time.time() * 1000)
+    log.log_metrics(0, {"loss": 1.0}, 1234)
+    log.log_metrics(1, {"loss": 1.0})
+    given, now = (entry["time_ms"] for _, entry in log.pending() if entry["kind"] == "metrics")
+    assert given == 1234
+    assert before <= now <= time.time() * 1000
