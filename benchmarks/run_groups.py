@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,9 +27,13 @@ TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "SynchronizationActor", "P
 
 
 class CellTimes(NamedTuple):
-    """When a cell took its first and its last step, in seconds since 1970, and the seconds of the steps that it took itself."""
+    """When a cell took its first and its last step, in seconds since 1970, and the seconds of the steps that it took itself.
+
+    `workers` is the name of the group of workers that took them.
+    """
 
     trunk: str
+    workers: str
     first: float
     last: float
     step_seconds: float
@@ -43,26 +46,21 @@ def cell_times(storage: Path) -> list[CellTimes]:
         record = json.loads(path.read_text())
         entries = [json.loads(line) for line in (path.parent / "metrics_log.jsonl").read_text().splitlines()]
         times = [e["time_ms"] / 1000 for e in entries if e["kind"] == "metrics" and records.TRAIN_LOSS in e["values"]]
+        tags = {name: value for e in entries if e["kind"] == "tags" for name, value in e["values"].items()}
         # The seconds of a record include those of the steps before the branch point.
         own_share = (record["steps"] - record["fork_step"]) / record["steps"]
-        found.append(CellTimes(path.parent.parent.name, times[0], times[-1], record["training_seconds"] * own_share))
+        seconds = record["training_seconds"] * own_share
+        found.append(CellTimes(path.parent.parent.name, tags["lmu.worker_group"], times[0], times[-1], seconds))
     return sorted(found, key=lambda cell: cell.first)
 
 
 def gaps(cells: list[CellTimes]) -> tuple[list[float], list[float]]:
     """Seconds between trunks of a group of workers, and between cells of a trunk. Trunks of a group do not overlap."""
-    between_cells, trunks = list[float](), dict[str, list[CellTimes]]()
+    between_cells, between_trunks, of_group = list[float](), list[float](), dict[str, CellTimes]()
     for cell in cells:
-        trunks.setdefault(cell.trunk, []).append(cell)
-    for of_trunk in trunks.values():
-        between_cells += [later.first - earlier.last for earlier, later in pairwise(of_trunk)]
-    between_trunks, groups = list[float](), list[float]()  # of each group the time of its last step
-    for of_trunk in sorted(trunks.values(), key=lambda trunk: trunk[0].first):
-        free = [last for last in groups if last <= of_trunk[0].first]
-        if free:
-            between_trunks.append(of_trunk[0].first - max(free))
-            groups.remove(max(free))
-        groups.append(of_trunk[-1].last)
+        if (before := of_group.get(cell.workers)) is not None:
+            (between_cells if before.trunk == cell.trunk else between_trunks).append(cell.first - before.last)
+        of_group[cell.workers] = cell
     return between_trunks, between_cells
 
 

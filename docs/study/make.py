@@ -3,7 +3,8 @@
     .venv/bin/python docs/study/make.py [FOLDER]
 
 FOLDER, by default the one of this file, has runs.csv, and if there are any forecasts.csv, position_losses.csv and tuning.csv
-(runs of searches, which are counted only), as `lmu-dist report` writes them. README.md.in is the text: a Jinja template in
+(runs of searches, which are counted only), as `lmu-dist report` writes them. Its folder `until` has runs.csv of a ladder with
+`ladder.until`. README.md.in is the text: a Jinja template in
 which every number is an expression, such as {{ pairs.lmu_over_llama.sizes["9980"] | factor }}. A number that is no result,
 such as one of the paper, is written as {{ fixed("ten") }}; other digits in the text are an error. tests/test_study.py computes
 all numbers again and compares them, and the text, with what is here.
@@ -19,7 +20,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 from study_figures import draw_study
-from study_numbers import study_comparisons, study_numbers
+from study_numbers import study_comparisons, study_numbers, until_numbers
 
 from lmu_dist.report.forecasts import score_forecasts
 from lmu_dist.report.inputs import RUNS, inputs_from_tables
@@ -30,6 +31,7 @@ from lmu_dist.scaling.run_csv import read_run_csv
 
 HERE = Path(__file__).parent
 NUMBERS, TEMPLATE, TEXT, FIGURES, TUNING = "numbers.json", "README.md.in", "README.md", "figures", "tuning.csv"
+UNTIL = "until"  # folder of the tables of a ladder with `ladder.until`
 NOTE = "<!-- Made by `make study` from README.md.in and numbers.json; edit README.md.in. -->\n"
 UNCHECKED = re.compile(r"```.*?```|`[^`\n]+`|\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|<!--.*?-->|\]\([^)\s]*\)", re.DOTALL)
 TOLERANCE = 1e-4  # relative, of a number that another processor computes; the text has four digits at most
@@ -43,6 +45,8 @@ def compute(folder: Path, n_resamples: int = N_RESAMPLES, figures: Path | None =
     results = analyse(study, inputs.curves, n_resamples, default_pair(study, planned=inputs.stored.baseline))
     forecasts = score_forecasts(study, inputs.forecasts)
     numbers: dict[str, Any] = {**study_numbers(inputs, results, forecasts, tuning), "n_resamples": n_resamples}
+    if (folder / UNTIL / RUNS).exists():
+        numbers["until"] = until_numbers(inputs_from_tables([folder / UNTIL / RUNS]), n_resamples)
     if figures is not None:
         for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
             old.unlink()
@@ -99,9 +103,10 @@ def check_numbers(folder: Path, numbers: Mapping[str, Any]) -> None:
 
 def _without_flat_optima(numbers: Mapping[str, Any]) -> dict[str, Any]:
     kept = json.loads(json.dumps(numbers))
-    for law in kept["laws"].values():
-        if not law["determined"]:
-            law.clear()
+    for laws in (kept["laws"], kept.get("until", {}).get("laws", {})):
+        for law in laws.values():
+            if not law["determined"]:
+                law.clear()
     return kept
 
 

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as t_distribution
 
-from lmu_dist.report.forecasts import ForecastScores
+from lmu_dist.config import AssumedLaw, PlanConfig
+from lmu_dist.planning.design import Question, Result, group_of
+from lmu_dist.planning.estimate import estimate
+from lmu_dist.planning.learn import learn
+from lmu_dist.report.forecasts import ForecastScores, score_forecasts
 from lmu_dist.report.inputs import ReportInputs
 from lmu_dist.scaling.answer import answer, best_known_factor
 from lmu_dist.scaling.as_json import fit_to_json, to_json
@@ -19,8 +23,9 @@ from lmu_dist.scaling.collect import Run, Study
 from lmu_dist.scaling.compare import Comparison, SizeComparison, compare
 from lmu_dist.scaling.efficiency import Factor, SeedNoise
 from lmu_dist.scaling.intervals import CONFIDENCE
+from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.pair import FIRST_BASELINES, FIRST_FAMILIES, Pair
-from lmu_dist.scaling.results import FamilyFit, Results, factor_by_position
+from lmu_dist.scaling.results import FamilyFit, Results, analyse, default_pair, factor_by_position
 from lmu_dist.tracking.stored_runs import StoredRun, StoredRuns
 
 VERSION = 1  # of numbers.json
@@ -81,6 +86,24 @@ def study_numbers(
         "cost": {"runs": cost_of(inputs.stored.runs), "tuning": cost_of(tuning.runs if tuning else ())},
     }
     return to_json(facts)
+
+
+def until_numbers(inputs: ReportInputs, n_resamples: int) -> dict[str, Any]:
+    """Returns the numbers of a ladder of two families with `ladder.until`, and the factor by which it stopped."""
+    study = inputs.study
+    pair = default_pair(study, planned=inputs.stored.baseline)
+    results = analyse(study, inputs.curves, n_resamples, pair)
+    numbers = study_numbers(inputs, results, score_forecasts(study, ()))
+    names = ("digest", "families", "n_runs", "n_left_out", "sizes", "budgets", "n_seeds", "noise", "pairs", "laws", "cost")
+    records = [run.record for run in study.runs]
+    losses = [Result(r.family, r.n_params, r.tokens, r.val_loss_nats, group_of(r.family, r.n_params, r.seed)) for r in records]
+    assumed = AssumedLaw()
+    law = Chinchilla(assumed.E, assumed.A, assumed.B, assumed.alpha, assumed.beta)
+    knowledge = learn(losses, study.families, law, PlanConfig().noise)
+    found = estimate(knowledge, Question("factor", pair.new, pair.base, study.size_bins[-1]))
+    low, high = found.interval or (None, None)
+    stop = {"value": found.value, "low": low, "high": high, "side": "", "bound": None, "remark": found.remark}
+    return {**{name: numbers[name] for name in names}, "stop": to_json(stop)}
 
 
 def _pair(inputs: ReportInputs, results: Results, comparison: Comparison) -> dict[str, Any]:

@@ -63,12 +63,15 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
         return ray.get(queue.next_run_group.remote(group))
 
     while (run_group := broadcast_from_rank0(next_run_group, rank, patient_group())) is not None:
-        _train_run_group(run_group, metrics_logger, rank)
+        _train_run_group(run_group, metrics_logger, rank, group)
     dist.destroy_process_group()
 
 
-def _train_run_group(group: RunGroup, metrics_logger: ActorProxy[MetricsLogger], rank: int) -> None:
-    """Trains the cells of a group, each from its newest intact checkpoint until it completes or diverges. Collective."""
+def _train_run_group(group: RunGroup, metrics_logger: ActorProxy[MetricsLogger], rank: int, workers: str) -> None:
+    """Trains the cells of a group, each from its newest intact checkpoint until it completes or diverges. Collective.
+
+    `workers`: the name of the group of workers.
+    """
     from lmu_dist.train.engine import Engine
 
     first = group.cells[0]
@@ -91,7 +94,7 @@ def _train_run_group(group: RunGroup, metrics_logger: ActorProxy[MetricsLogger],
         if start.checkpoint_folder is not None:
             start_point.load(engine, start)
         logger = RemoteRunLogger(metrics_logger, logged_run) if rank == 0 else None
-        run = _CellRun(cell, engine, rank, logger, start.attempt_id, peak_flops, group.report_to_tune)
+        run = _CellRun(cell, engine, rank, logger, start.attempt_id, peak_flops, group.report_to_tune, workers)
         outcome = _train_cell(run, start, trunk_divergence)
         if outcome.status == records.DIVERGED:
             # An aborted step leaves gradients and a micro-batch count in the engine; loading a checkpoint does not reset them.
@@ -155,10 +158,11 @@ class _CellRun:
         attempt_id: str,
         peak_flops: float,
         report_to_tune: bool,
+        workers: str,
     ) -> None:
-        """`logger`: on rank 0 only. `peak_flops`: measured FLOP/s of all workers, see matmul_peak."""
+        """`logger`: on rank 0 only. `peak_flops`: measured FLOP/s of all workers, see matmul_peak. `workers`: their group."""
         self.cell, self.engine, self.rank, self.logger = cell, engine, rank, logger
-        self.attempt_id, self.peak_flops, self.report_to_tune = attempt_id, peak_flops, report_to_tune
+        self.attempt_id, self.peak_flops, self.report_to_tune, self.workers = attempt_id, peak_flops, report_to_tune, workers
         self.world_size = dist.get_world_size()
         self.uploader, self.upload_to = checkpoint.Uploader(), None  # the folder that the running upload's checkpoint goes to
         corpus, sequence_tokens = self.cell.corpus, self.cell.config.train.sequence_tokens
@@ -217,6 +221,7 @@ class _CellRun:
         config, engine = self.cell.config, self.engine
         zero_stage = config.cluster.zero_stage
         tags = {"lmu.status": records.RUNNING, "lmu.n_workers": self.world_size, "lmu.zero_stage": zero_stage}
+        tags["lmu.worker_group"] = self.workers
         family = registry.family_of(self.cell.shape)
         options = registry.options_of(family, config.model.options)
         if implementation := family.operator(self.cell.shape, options, engine.dtype, engine.device):

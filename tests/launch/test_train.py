@@ -85,6 +85,7 @@ def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     assert run.info.status == "FINISHED"
     assert run.data.tags["lmu.attempt"] == "1"
     assert run.data.tags["lmu.n_workers"] == "2"
+    assert run.data.tags["lmu.worker_group"].startswith("train-")
     assert run.data.tags["lmu.operator"] == "fused: transforms, c++"
     assert run.data.params["train.learning_rate"] == "0.01"
     assert run.inputs.dataset_inputs[0].dataset.digest == record.data_digest[:36]
