@@ -29,14 +29,26 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
-# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores; only
-# LAST runs in the other process, at its end, so that both end at about the same time.
-WITHOUT_RAY = ("cell", "claim", "clean", "cluster", "dispatcher", "finished", "imports", "jobs", "waves", "work_queue")
+# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
+# Only the commands of LAST start their own, at the end of the other process: both then end at about the same time.
+WITHOUT_RAY = (
+    "cell",
+    "claim",
+    "clean",
+    "cluster",
+    "dispatcher",
+    "finished",
+    "imports",
+    "jobs",
+    "metrics_logger",
+    "waves",
+    "work_queue",
+)
 LAST = "tests/launch/test_families.py"
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that `pytest -n 2` runs in one process: those that start Ray, those of the report, those of each other file."""
+    """The tests that `pytest -n 2` runs in one process: most that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
     folder, _, module = path.rpartition("/test_")
     if folder == "tests/launch" and path != LAST and module.removesuffix(".py") not in WITHOUT_RAY:

@@ -13,11 +13,14 @@ from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, R
 from lmu_dist.scaling.efficiency import Factor, SeedNoise, factor_from_curves, lower_envelope, seed_noise
 from lmu_dist.scaling.intervals import Interval
 
+MIN_BUDGETS = 3  # of a curve, before a ladder may stop by it
+
 
 class Estimate(NamedTuple):
     """A number and its interval; nan and None without one, and then `reason` says why.
 
-    `freedom`: degrees of freedom of the noise that the interval assumes. `remark`: where it comes from, if not from laws.
+    `freedom`: degrees of freedom of the noise that the interval assumes. `remark`: where it comes from, if not from laws, and
+    `early` why a ladder must not stop by it yet.
     """
 
     value: float
@@ -25,54 +28,59 @@ class Estimate(NamedTuple):
     reason: str
     freedom: int
     remark: str = ""
+    early: str = ""
 
 
 def estimate(knowledge: Knowledge, question: Question) -> Estimate:
     """The number that is asked for, as far as the finished runs say."""
     value, interval, reason = knowledge.interval(question)
     if interval is None and question.kind == "factor" and any(knowledge.reasons[f] for f in question.families):
+        curves = {f: [r for r in knowledge.results if _is_at(r, f, question)] for f in question.families}
         noise = _noise(knowledge.results)
-        found = _from_curves(knowledge.results, question, noise)
-        if noise is not None and found.value is not None and found.interval is not None:
-            # As much wider as an interval of laws, since it is looked at again and again.
-            low, high = (found.value * (end / found.value) ** MARGIN for end in found.interval)
-            return Estimate(found.value, (low, high), "", noise.freedom, f"from measured curves, since {reason}")
+        if noise is not None and all(curves.values()):
+            found = _from_curves(curves[question.families[0]], curves[question.families[1]], noise)
+            if found.value is not None and found.interval is not None and found.losses is not None:
+                # As much wider as an interval of laws, since it is looked at again and again.
+                low, high = (found.value * (end / found.value) ** MARGIN for end in found.interval)
+                top, bottom = found.losses
+                remark = f"from measured curves, at losses of {top:.4g} to {bottom:.4g} nats, since {reason}"
+                n_budgets = min(len({r.tokens for r in runs}) for runs in curves.values())
+                early = f"a curve has {n_budgets} of {MIN_BUDGETS} budgets that stopping needs"
+                return Estimate(found.value, (low, high), "", noise.freedom, remark, early if n_budgets < MIN_BUDGETS else "")
     return Estimate(value, interval, reason, knowledge.freedom)
 
 
 def cells_of_curves(knowledge: Knowledge, question: Question, missing: Sequence[PlannedCell]) -> list[PlannedCell]:
     """The missing cells that narrow a factor where the form of a law is wrong: further seeds of its curves, cheapest first.
 
-    More runs do not determine such a law. The interval of the curves depends on the budget with the fewest seeds, so these come
-    first. Empty where the forms fit, for other questions, and when all budgets of the curves have all their seeds.
+    More runs do not determine such a law. The interval of a curve depends on its budgets with the fewest seeds. Empty where the
+    forms fit, for other questions, and when no seed is left for these budgets.
     """
     if question.kind != "factor" or not knowledge.unfit.intersection(question.families):
         return []
     found = list[PlannedCell]()
     for family in question.families:
         n_seeds = Counter(r.tokens for r in knowledge.results if _is_at(r, family, question))
-        cells = [cell for cell in missing if _is_at(cell, family, question) and n_seeds[cell.tokens]]
-        fewest = min((n_seeds[cell.tokens] for cell in cells), default=0)
-        found += [cell for cell in cells if n_seeds[cell.tokens] == fewest]
+        fewest = min(n_seeds.values(), default=0)
+        found += [cell for cell in missing if _is_at(cell, family, question) and 0 < n_seeds[cell.tokens] == fewest]
     return sorted(found, key=lambda cell: (cell.steps * cell.step_flops, cell.seed, cell.key))
 
 
-def _from_curves(results: Sequence[Result], question: Question, noise: SeedNoise | None) -> Factor:
-    curves, n_seeds = [], []
-    for family in question.families:
-        runs = [r for r in results if _is_at(r, family, question)]
-        if not runs:
-            return Factor(None, None, None, None, None, "no run at this size")
-        curves.append(lower_envelope([r.tokens for r in runs], [r.loss for r in runs]))
-        n_seeds.append(min(Counter(r.tokens for r in runs).values()))
+def _from_curves(base: Sequence[Result], new: Sequence[Result], noise: SeedNoise) -> Factor:
+    curves = [lower_envelope([r.tokens for r in runs], [r.loss for r in runs]) for runs in (base, new)]
+    n_seeds = [min(Counter(r.tokens for r in runs).values()) for runs in (base, new)]
     return factor_from_curves(curves[0], curves[1], noise, (n_seeds[0], n_seeds[1]))
 
 
 def _noise(results: Sequence[Result]) -> SeedNoise | None:
-    groups = defaultdict[tuple[str, int, int], list[float]](list)
+    """The noise between seeds. Budgets of a seed may share a trunk, and so most of their error: only seeds count as freedom."""
+    losses, seeds = defaultdict[tuple[str, int, int], list[float]](list), defaultdict[tuple[str, int], set[str]](set)
     for r in results:
-        groups[r.family, r.n_params, r.tokens].append(r.loss)
-    return seed_noise(list(groups.values()))
+        losses[r.family, r.n_params, r.tokens].append(r.loss)
+        seeds[r.family, r.n_params].add(r.group)
+    noise = seed_noise(list(losses.values()))
+    freedom = sum(len(groups) - 1 for groups in seeds.values())
+    return noise and SeedNoise(noise.deviation, min(noise.freedom, freedom))
 
 
 def _is_at(run: Result | PlannedCell, family: str, question: Question) -> bool:

@@ -2,6 +2,7 @@
 
 While a family has too few runs for a law, cells are chosen to fill the space, the cheapest corners first. Then each choice is
 the cell that narrows the interval of what is asked most per FLOP or hour, given the choices before it (V-optimal, greedily).
+Where the form of a law is wrong, further seeds of the measured curves come before them (planning/estimate).
 Called by proposal and until.
 """
 
@@ -64,12 +65,14 @@ def next_cells(
         chosen.add(cell, reason)
     if any(knowledge.reasons[family] for question in questions for family in question.families) and chosen.choices:
         return chosen.choices
-    of_curves = [cell for question in questions for cell in cells_of_curves(knowledge, question, missing)]
-    for cell in of_curves:
+    of_curves = {question: cells_of_curves(knowledge, question, missing) for question in questions}
+    for cell in (cell for cells in of_curves.values() for cell in cells):
         if not (chosen.choices and is_enough(chosen.choices)):
             chosen.add(cell, "a further seed of a measured curve, since the form of a law is wrong")
-    if of_curves:  # a new budget of a curve would have one seed, and make its interval wider
+    others = [question for question in questions if not of_curves[question]]
+    if chosen.choices and not others:  # a new budget of a curve would have one seed, and make its interval wider
         return chosen.choices
+    questions = others or questions
     left = [cell for cell in missing if cell.key not in chosen.keys]
     state = _State(knowledge, questions)
     for choice in chosen.choices:
@@ -155,9 +158,10 @@ class _State:
         return scores
 
     def add(self, cell: PlannedCell) -> None:
-        """Takes a cell as measured."""
-        self._information[cell.family].add(self._row(cell), cell.group)
-        self._freedom += 1
+        """Takes a cell as measured. Those of families that nothing is asked of say nothing."""
+        if cell.family in self._information:
+            self._information[cell.family].add(self._row(cell), cell.group)
+            self._freedom += 1
 
     def _row(self, cell: PlannedCell) -> Floats:
         if cell.key not in self._rows:

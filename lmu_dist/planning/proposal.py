@@ -162,7 +162,8 @@ def _known(knowledge: Knowledge, question: Question) -> str:
     if found.interval is None:
         return f"{question}: not determined ({found.reason})"
     low, high = found.interval
-    notes = found.remark or f"noise of ln L {knowledge.noise:.2%}, {found.freedom} degrees of freedom"
+    noise = "" if found.remark else f"noise of ln L {knowledge.noise:.2%}, "
+    notes = f"{noise}{found.freedom} degrees of freedom{found.remark and '; '}{found.remark}"
     return f"{question}: {found.value:.4g} (90 % interval {low:.4g} to {high:.4g}, a ratio of {high / low:.4g}; {notes})"
 
 

@@ -113,7 +113,7 @@ def judge(knowledge: Knowledge, targets: Sequence[Target]) -> list[Verdict]:
     verdicts = list[Verdict]()
     for target in targets:
         found = estimate(knowledge, target.question)
-        reason = found.reason
+        reason = found.reason or found.early
         if found.interval is not None and found.freedom < MIN_FREEDOM:
             reason = f"the noise has only {found.freedom} degrees of freedom, of {MIN_FREEDOM} that stopping needs"
         verdicts.append(Verdict(target, found.value, found.interval, reason, found.remark))

@@ -32,8 +32,7 @@ def efficiency(axes: Axes, study: Study, comparison: Comparison, claimed: float 
             elif factor.bound:
                 up = factor.bound[0] == ">"
                 axes.plot([x], [factor.bound[1]], "^" if up else "v", color=FAINT, markersize=8)
-    axes.set_ylim(min(0.5, axes.get_ylim()[0]), max(1.5 * (claimed or 2), axes.get_ylim()[1]))
-    log_axes(axes, x=True, y=True)
+    log_axes(axes, x=True, y=True, y_shows=(0.5, 1.5 * (claimed or 2)))
     axes.set_xlabel("parameters N, without embeddings")
     axes.set_ylabel("data-efficiency factor")
 
@@ -51,9 +50,7 @@ def all_families(axes: Axes, study: Study, comparisons: Sequence[Comparison]) ->
         elif factor.bound:
             axes.plot([factor.bound[1]], [y], ">" if factor.bound[0] == ">" else "<", color=FAINT, markersize=8)
     axes.axvline(1, color=INK, linewidth=0.8)
-    low, high = axes.get_xlim()
-    axes.set_xlim(min(0.8, low), max(1.25, high))
-    log_axes(axes, x=True)
+    log_axes(axes, x=True, x_shows=(0.8, 1.25))
     axes.set_yticks(range(len(shown)), [study.title(c.new) for c in shown])
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.set_xlabel("data-efficiency factor")

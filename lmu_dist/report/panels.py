@@ -185,16 +185,28 @@ def forecasts(axes: Axes, study: Study, scores: Sequence[ForecastScore]) -> None
     axes.set_ylabel("actual loss over predicted, minus 1 (%)")
 
 
-def log_axes(axes: Axes, x: bool = False, y: bool = False) -> None:
-    """Makes axes logarithmic, with labels between decades if they span few."""
-    for wanted, scaled, axis, limits in (
-        (x, axes.set_xscale, axes.xaxis, axes.get_xlim),
-        (y, axes.set_yscale, axes.yaxis, axes.get_ylim),
+def log_axes(
+    axes: Axes,
+    x: bool = False,
+    y: bool = False,
+    x_shows: tuple[float, float] | None = None,
+    y_shows: tuple[float, float] | None = None,
+) -> None:
+    """Makes axes logarithmic, with labels between decades if they span few. `x_shows` and `y_shows` are inside of the limits.
+
+    Limits of a linear axis would be no limits of a logarithmic one: their margin may go below zero.
+    """
+    for wanted, shows, scaled, axis, get, put in (
+        (x, x_shows, axes.set_xscale, axes.xaxis, axes.get_xlim, axes.set_xlim),
+        (y, y_shows, axes.set_yscale, axes.yaxis, axes.get_ylim, axes.set_ylim),
     ):
         if not wanted:
             continue
         scaled("log")
-        low, high = limits()
+        low, high = get()
+        if shows is not None:
+            low, high = min(low, shows[0]), max(high, shows[1])
+            put(low, high)
         if high / low < 3:
             subs = (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
         elif high / low < 10:

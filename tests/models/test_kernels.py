@@ -196,7 +196,7 @@ def test_missing_compiler_logs_one_line(monkeypatch, caplog, tmp_path):
     assert compiled.library.__wrapped__() is None
     [record] = caplog.records
     assert record.getMessage() == (
-        "cannot build the LMU's C++ kernels, using plain torch instead: "
+        "cannot build the C++ kernels, using plain torch instead: "
         "there is no C++ compiler no-such-compiler; install g++, or name another in CXX"
     )
 

@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as e:
         lines = str(e).splitlines() or [type(e).__name__]
         reason = next((line for line in lines if "error:" in line), lines[0])
-        logging.getLogger(__name__).warning("cannot build the LMU's C++ kernels, using plain torch instead: %s", reason)
+        logging.getLogger(__name__).warning("cannot build the C++ kernels, using plain torch instead: %s", reason)
         return None
     assert loaded.lmu_line() == LINE, "LINE differs between lanes.h and compiled.py"
     return loaded
@@ -97,6 +97,7 @@ def call(name: str, dtype: torch.dtype, sizes: Sequence[int], tensors: Sequence[
     loaded = library()
     assert loaded is not None
     assert all(tensor.is_contiguous() for tensor in tensors), "C++ gets addresses without strides: tensors must be contiguous"
+    assert all(tensor.dtype in (dtype, torch.float32) for tensor in tensors), f"C++ takes {dtype} and float32"
     function = getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
     addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     if function(*map(ctypes.c_int64, sizes), *addresses, *map(ctypes.c_float, factors)):

@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16;          // tokens; as CHUNK_TOKENS in mixers/gated_delta_rule
+constexpr int64_t CHUNK = 16;            // tokens; the same number as CHUNK_TOKENS in kernels/gated_delta_rule.py
 constexpr int N_VECTORS = LINE / LANES;  // of a block of columns
 constexpr float NORM_EPS = 1e-6f;
 
@@ -293,6 +293,8 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
 }  // namespace
 
 extern "C" {
+int lmu_gated_delta_rule_chunk() { return CHUNK; }
+
 int lmu_gated_delta_rule_forward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t keys, int64_t values,
                                          const float* packed, const float* g, const float* beta, float* states, float* out) {
     return error_code([&] { forward(Sizes{rows, tokens, heads, keys, values}, Inputs{packed, g, beta}, states, out); });

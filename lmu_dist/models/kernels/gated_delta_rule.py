@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import compiled
@@ -18,7 +19,12 @@ CHUNK_TOKENS = 16  # tokens between two memories that are kept; the same number 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel takes inputs of this precision on this device."""
-    return dtype == torch.float32 and compiled.is_available(dtype, device)
+    if dtype != torch.float32 or not compiled.is_available(dtype, device):
+        return False
+    loaded = compiled.library()
+    assert loaded is not None
+    assert loaded.lmu_gated_delta_rule_chunk() == CHUNK_TOKENS, "CHUNK differs between C++ and Python"
+    return True
 
 
 def gated_delta_rule(
@@ -54,6 +60,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         return out, states[:, :, -1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packed, g, beta, states = ctx.saved_tensors
         dout, dend = (gradient.contiguous() for gradient in gradients)

@@ -1,7 +1,7 @@
 // Vectors of float32 numbers as wide as the processor's registers, with loads and stores of float32 or bfloat16.
 //
-// Used by the C++ kernels, which are compiled once for each instruction set (kernels/compiled.py) by g++ or clang. A vector wider than a register would be split: g++ then compares and shuffles number
-// by number.
+// Used by the C++ kernels, which are compiled once for each instruction set (kernels/compiled.py) by g++ or clang. A vector wider
+// than a register would be split: g++ then compares and shuffles number by number.
 
 #pragma once
 
