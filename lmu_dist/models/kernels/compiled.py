@@ -97,7 +97,8 @@ def call(name: str, dtype: torch.dtype, sizes: Sequence[int], tensors: Sequence[
     loaded = library()
     assert loaded is not None
     assert all(tensor.is_contiguous() for tensor in tensors), "C++ gets addresses without strides: tensors must be contiguous"
-    assert all(tensor.dtype in (dtype, torch.float32) for tensor in tensors), f"C++ takes {dtype} and float32"
+    allowed = (dtype, torch.float32, torch.complex64)  # sums and weights are float32, spectra pairs of it
+    assert all(tensor.dtype in allowed for tensor in tensors), f"{name} takes {dtype}, float32 and complex64"
     function = getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
     addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     if function(*map(ctypes.c_int64, sizes), *addresses, *map(ctypes.c_float, factors)):
