@@ -36,6 +36,8 @@ def result_of(path: Path, options: list[str]) -> tuple[str, str, float]:
 
 def main() -> None:
     """Prints a row per table."""
+    if len(sys.argv) < 2 or not Path(sys.argv[1]).is_dir():
+        sys.exit("usage: fit_cases.py FOLDER [OPTION ...]; FOLDER has the tables")
     folder, *options = sys.argv[1:]
     print("| command | result | seconds |\n|---|---|---|")
     for path in sorted(Path(folder).iterdir()):
