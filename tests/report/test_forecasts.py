@@ -109,7 +109,11 @@ def test_what_cannot_be_forecast_is_refused_and_writes_nothing(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", small.uri)
     code, out, err = run_forecast(capsys, "e", "--family", "lmu", "--n", "80k", "--tokens", "4e5")
     assert (code, out) == (3, "")
-    assert err == "lmu-dist: no forecast: only 2 distinct values of N, but the law needs 3 that differ by 5 % or more"
+    # On a slow machine the progress of the fits comes before it.
+    assert (
+        err.rpartition("so far ")[2]
+        == "lmu-dist: no forecast: only 2 distinct values of N, but the law needs 3 that differ by 5 % or more"
+    )
     assert forecasts_of(small, "e") == []
     for run in runs_of(small, "e"):  # as --rerun does: these losses were seen
         retire_run(small, run.info.run_id)
