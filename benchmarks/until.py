@@ -25,7 +25,7 @@ from functools import partial
 
 import numpy as np
 
-from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, Result
+from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question
 from lmu_dist.planning.learn import assume, learn, rows_of
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Target, judge, next_wave
@@ -35,6 +35,7 @@ from lmu_dist.scaling.flexible_laws import Gamma
 from lmu_dist.scaling.intervals import Interval
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.published import HOFFMANN
+from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
@@ -115,22 +116,24 @@ def planned_cells(design: Design) -> list[PlannedCell]:
     return sorted(cells, key=lambda cell: cell.steps * cell.step_flops)
 
 
-def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[str, Result]:
+def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[str, RunLoss]:
     """The losses of all planned cells, by key."""
     rng = np.random.default_rng(seed)
     of_trunk = defaultdict[str, float](lambda: float(rng.normal()))
-    results = dict[str, Result]()
+    results = dict[str, RunLoss]()
     for cell in cells:
         z = np.sqrt(design.shared) * of_trunk[cell.trunk] + np.sqrt(1 - design.shared) * rng.normal()
         loss = float(design.laws[cell.family].loss(cell.n_params, cell.tokens) * np.exp(design.noise * z))
-        results[cell.key] = Result(cell.family, cell.n_params, cell.tokens, loss, cell.group)
+        results[cell.key] = RunLoss(cell.family, cell.n_params, cell.tokens, loss, cell.group)
     return results
 
 
 def expected_ratio(question: Question, cells: Sequence[PlannedCell], design: Design) -> float:
     """Upper over lower end of the interval that the full grid is expected to give, from the true laws and noise."""
     laws = design.laws
-    results = [Result(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+    results = [
+        RunLoss(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells
+    ]
     if design.has_wrong_form:
         curves = [
             lower_envelope([r.tokens for r in of_family], [r.loss for r in of_family])
