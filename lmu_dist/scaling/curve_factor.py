@@ -26,7 +26,7 @@ def factor_with_noise(
     noise: TrunkNoise,
     common_errors: tuple[BudgetErrors, BudgetErrors] | None = None,
 ) -> tuple[Factor, SeedNoise | None]:
-    """Returns the factor between the curves of two families at one size, and the noise of its logarithm, which its interval has.
+    """Returns the factor between the curves of two families at one size, and the noise of its logarithm.
 
     ln factor is linearised in ln L: its error is a weighted sum of the errors of all budgets, taken trunk by trunk.
     `common_errors`, in standard deviations of ln L, are added; they are not reduced by more seeds.

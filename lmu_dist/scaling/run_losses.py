@@ -1,4 +1,4 @@
-"""The loss of a run with the trunk it belongs to: what noise and factors from curves are computed from, here and in planning."""
+"""The loss of a run with the trunk it belongs to: factors from curves and their noise come from it, here and in planning."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

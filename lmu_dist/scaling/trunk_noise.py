@@ -1,11 +1,11 @@
 """The noise between trunks: losses of runs with several seeds in, the standard deviation of any sum of them out.
 
 Budgets of a seed are not independent: with `wsd` a longer budget branches off the trunk of the shorter one, and otherwise they
-still see the same data. So the unit is the trunk, which is one family, size and seed. A result from curves is, for small errors,
-a sum of a trunk's ln L with a weight for each budget. The noise of such a sum is the standard deviation, between seeds, of the
-same sum of measured losses, pooled over families and sizes. It holds however much of the error budgets have in common, and
-whatever the noise of each budget is; a sum over one budget is the noise at that budget. Every trunk but the first of a family
-and size is a degree of freedom. benchmarks/intervals.py measures the intervals. Called by compare, curve_factor, positions and
+still see the same data. So the unit is the trunk, which is one family, size and seed. A result from curves is, for small
+errors, a sum of a trunk's ln L with a weight for each budget. The noise of such a sum is the standard deviation, between seeds,
+of the same sum of measured losses, pooled over families and sizes. It holds however much of the error the budgets have in
+common, and whatever the noise of each budget is; a sum over one budget has the noise at that budget. Every trunk but the first
+of a family and size is a degree of freedom. benchmarks/intervals.py measures the intervals. Called by results, curve_factor and
 planning/estimate.
 """
 
@@ -28,8 +28,8 @@ Trunk = Mapping[int, float]  # ln L by tokens
 class TrunkNoise:
     """The noise of the runs of a study.
 
-    `overall` is the standard deviation of ln L pooled over all cells, for display; None if no cell has two seeds, and then there
-    is no noise of anything.
+    `overall` is the standard deviation of ln L pooled over all cells, for display; None if no cell has two seeds, and then
+    nothing has a noise.
     """
 
     def __init__(self, losses: Sequence[RunLoss]) -> None:
@@ -43,9 +43,9 @@ class TrunkNoise:
     def of(self, weights: Mapping[int, float], n_params: int) -> SeedNoise | None:
         """Returns the noise of the sum of ln L of one trunk at size `n_params` with a weight for each budget (tokens).
 
-        Trunks of another size have the same budgets if these are as many tokens, or as many tokens per parameter: what gives more
-        degrees of freedom counts. If few trunks have all budgets, the noise is the sum of that of the budgets, which is right if
-        all of the error is common, and too large otherwise.
+        Trunks of another size have the same budgets if these are as many tokens, or as many tokens per parameter: what gives
+        more degrees of freedom counts. If few trunks have all budgets, the noise is the sum of that of the budgets, which is
+        right if all of the error is common, and too large otherwise. None if no cell has two seeds.
         """
         used = {tokens: weight for tokens, weight in sorted(weights.items()) if weight}
         key = tuple(used.items()), n_params
