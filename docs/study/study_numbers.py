@@ -165,8 +165,8 @@ def _law(fit: FamilyFit) -> dict[str, Any]:
 def loss_order(study: Study, noise: TrunkNoise) -> list[dict[str, Any]]:
     """The families by loss at equal N and D, the best first, for every size and budget that two families or more have.
 
-    Intervals come from the noise between seeds at the cell's budget, pooled over families and sizes (Student's t). `behind` is the loss over that of the best family,
-    minus 1; `tied`: the interval of this ratio includes the best family (None: the seed noise is unknown).
+    Intervals come from the noise between seeds at the cell's budget, pooled over families and sizes (Student's t). `behind` is
+    the loss over that of the best family, minus 1; `tied`: the interval of this ratio includes the best family (None: the seed noise is unknown).
     """
     cells = defaultdict[tuple[int, int], dict[str, list[Run]]](lambda: defaultdict(list))
     for run in study.runs:
@@ -181,7 +181,8 @@ def loss_order(study: Study, noise: TrunkNoise) -> list[dict[str, Any]]:
 def largest_differences(study: Study, noise: TrunkNoise) -> dict[str, Any]:
     """By how much the loss of one family is below that of another at the largest N and D, for every pair that has both.
 
-    `value` is 1 - L(new) / L(base), with the interval of the noise between seeds at these tokens; negative: the new family is worse.
+    `value` is 1 - L(new) / L(base), with the interval of the noise between seeds at these tokens; negative: the new family is
+    worse.
     """
     n_params, tokens = max((run.size_bin, run.record.planned_tokens) for run in study.runs)
     found = defaultdict[str, list[float]](list)

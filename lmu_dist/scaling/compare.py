@@ -1,6 +1,6 @@
 """Compares a new family with a base family: a study and its laws in, data-efficiency factors and their trend with size out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,7 +58,9 @@ def compare(study: Study, laws: Mapping[str, FitResult], base: str, new: str, no
         losses = [losses_of(run.record for run in study.runs_of(family, size_bin)) for family in (base, new)]
         curves, _ = factor_with_noise(losses[0], losses[1], noise)
         sizes.append(SizeComparison(size_bin, curves, _factor_from_laws(study, laws, base, new, size_bin)))
-    growth = _growth_from_laws(laws[base], laws[new], sizes) or _growth_from_curves(sizes)
+    growth = _growth_from_laws(laws[base], laws[new], sizes) or growth_of_factors(
+        [(size.n_params, size.curves) for size in sizes]
+    )
     if growth is None:
         remark = "fewer than two sizes have a factor with an interval"
         return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), remark)
@@ -77,11 +79,13 @@ def _growth_from_laws(base: FitResult, new: FitResult, sizes: list[SizeCompariso
     return (growth, interval, "laws", (known[0][0], known[-1][0])) if interval else None
 
 
-def _growth_from_curves(sizes: list[SizeComparison]) -> Growth | None:
-    """The factors at different sizes come from different runs, so their errors are independent."""
-    known = [
-        (size.n_params, size.curves.value, size.curves.interval) for size in sizes if size.curves.value and size.curves.interval
-    ]
+def growth_of_factors(factors: Sequence[tuple[int, Factor]]) -> Growth | None:
+    """Returns the growth of factors between curves, each with its size; None if fewer than two have an interval.
+
+    Factors at different sizes come from different trunks, so their errors are independent. Their noise is estimated from the
+    same trunks, so that the growth has no more degrees of freedom than they have.
+    """
+    known = [(n, factor.value, factor.interval) for n, factor in factors if factor.value and factor.interval]
     if len(known) < 2:
         return None
     slope = _slope_weights([n for n, _, _ in known])
