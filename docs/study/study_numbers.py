@@ -166,7 +166,8 @@ def loss_order(study: Study, noise: TrunkNoise) -> list[dict[str, Any]]:
     """The families by loss at equal N and D, the best first, for every size and budget that two families or more have.
 
     Intervals come from the noise between seeds at the cell's budget, pooled over families and sizes (Student's t). `behind` is
-    the loss over that of the best family, minus 1; `tied`: the interval of this ratio includes the best family (None: the seed noise is unknown).
+    the loss over that of the best family, minus 1; `tied`: the interval of this ratio includes the best family (None: the seed
+    noise is unknown).
     """
     cells = defaultdict[tuple[int, int], dict[str, list[Run]]](lambda: defaultdict(list))
     for run in study.runs:
