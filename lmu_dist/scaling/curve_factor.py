@@ -15,7 +15,7 @@ from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.trunk_noise import TrunkNoise, combine, reach
 
-STEP = 1e-5  # of ln L, for derivatives
+SAME_LOSS = 1e-12  # of ln L
 
 BudgetErrors = Mapping[int, float]  # tokens: relative error of the loss that all seeds and budgets have in common
 
@@ -37,37 +37,46 @@ def factor_with_noise(
         return factor, None
     if factor.losses is None or factor.losses[0] == factor.losses[1]:
         return factor, None
-    parts = list[SeedNoise]()
-    weights = loss_weights(curves[0], curves[1])
-    for runs, curve, of_budgets in zip((base, new), curves, weights, strict=True):
-        parts += _noise_of_trunks(runs, dict(zip(curve.tokens.astype(int).tolist(), of_budgets.tolist(), strict=True)), noise)
-    if common_errors is not None:
-        for curve, of_budgets, errors in zip(curves, weights, common_errors, strict=True):
-            shift = sum(
-                abs(w) * errors[tokens] for tokens, w in zip(curve.tokens.astype(int).tolist(), of_budgets, strict=True)
-            )
-            parts.append(SeedNoise(float(shift), np.inf))
-    total = combine(parts)
+    parts, common, weights = list[SeedNoise](), 0.0, loss_weights(curves[0], curves[1])
+    for which, (runs, curve) in enumerate(zip((base, new), curves, strict=True)):
+        of_budgets = dict(zip(curve.tokens.astype(int).tolist(), weights[which].tolist(), strict=True))
+        parts += _noise_of_trunks(runs, of_budgets, noise)
+        if common_errors is not None:
+            shift = sum(abs(weight) * common_errors[which][tokens] for tokens, weight in of_budgets.items())
+            common = float(np.hypot(common, shift))
+    of_trunks = combine(parts)
+    total = SeedNoise(float(np.hypot(of_trunks.deviation, common)), of_trunks.freedom)
     apart = reach(total)
     interval = factor.value * float(np.exp(-apart)), factor.value * float(np.exp(apart))
     return replace(factor, interval=interval, remark=""), total
 
 
 def loss_weights(base: Curve, new: Curve) -> tuple[Floats, Floats]:
-    """Returns the derivatives of the logarithm of the factor by ln L at every budget of both curves (central differences)."""
-    curves, weights = (base, new), list[Floats]()
-    for which in (0, 1):
-        found = np.zeros(len(curves[which].loss))
-        for i in range(len(found)):
-            ends = list[float]()
-            for step in (STEP, -STEP):
-                moved = curves[which].loss.copy()
-                moved[i] *= np.exp(step)
-                pair = [Curve(c.tokens, moved) if j == which else c for j, c in enumerate(curves)]
-                value = factor_from_curves(pair[0], pair[1]).value
-                ends.append(np.log(value) if value is not None else np.nan)
-            found[i] = np.nan_to_num((ends[0] - ends[1]) / (2 * STEP))
-        weights.append(found)
+    """Returns the derivatives of the logarithm of the factor by ln L at every budget of both curves.
+
+    The logarithm is the mean of a difference of straight lines over the common losses. A loss at an end of a curve may also move
+    an end of that range.
+    """
+    curves = (base, new)
+    top, bottom = np.log(min(c.loss[0] for c in curves)), np.log(max(c.loss[-1] for c in curves))
+    value = np.log(factor_from_curves(base, new).value or np.nan)
+    ends = [float(np.log(base.tokens_for(np.exp(y)) / new.tokens_for(np.exp(y)))) - value for y in (top, bottom)]
+    at_end = [[abs(float(np.log(c.loss[i])) - y) < SAME_LOSS for c in curves] for i, y in ((0, top), (-1, bottom))]
+    weights = list[Floats]()
+    for which, (curve, sign) in enumerate(zip(curves, (1.0, -1.0), strict=True)):
+        y, x = np.log(curve.loss), np.log(curve.tokens)
+        high, low = np.minimum(y[:-1], top), np.maximum(y[1:], bottom)
+        width, height = np.maximum(high - low, 0), y[:-1] - y[1:]
+        share = width * (high + low - 2 * y[1:]) / (2 * height)  # of the segment's upper end, in nats of ln L
+        rise = (x[1:] - x[:-1]) / height
+        found = np.zeros(len(y))
+        found[:-1] += sign * rise * share
+        found[1:] += sign * rise * (width - share)
+        if at_end[0][which]:
+            found[0] += ends[0] / sum(at_end[0])
+        if at_end[1][which]:
+            found[-1] -= ends[1] / sum(at_end[1])
+        weights.append(found / (top - bottom))
     return weights[0], weights[1]
 
 

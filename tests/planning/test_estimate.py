@@ -89,7 +89,9 @@ def test_a_curve_of_two_budgets_is_too_short_to_stop(of_all: Knowledge):
     verdict = judge(replace(of_all, results=tuple(kept)), [Target(FACTOR, 1e6)])[0]
     assert verdict.interval is not None
     assert not verdict.reached
-    assert "a curve has 2 of 3 budgets that stopping needs" in str(verdict)
+    assert "degrees of freedom, of" in str(verdict)  # fewer trunks have all budgets, too
+    found = estimate(replace(of_all, results=tuple(kept)), FACTOR)
+    assert found.early == "a curve has 2 of 3 budgets that stopping needs"
 
 
 def test_next_are_seeds_of_the_curves_cheapest_first(of_all: Knowledge):
