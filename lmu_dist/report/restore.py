@@ -111,7 +111,7 @@ def _restore(
     with_result = [(run, run.record) for run in stored.runs if run.record is not None]
     n_restored, not_ended, elsewhere = 0, list[str](), list[dict[str, object]]()
     for i, (run, record) in enumerate(with_result):
-        show(f"restoring {stored.experiment}", i, len(with_result), f"{i} of {len(with_result)} runs")
+        show(f"restoring {stored.experiment}", i / len(with_result), 1, f"{i} of {len(with_result)} runs")
         in_store = known.by_key.get(record.key)
         if in_store is None and run.run_id not in known.ids:
             losses = curves[run.run_id].tolist() if run.run_id in curves else []
