@@ -41,7 +41,7 @@ WITHOUT_RAY = (
     "imports",
     "jobs",
     "metrics_logger",
-    "restore",
+    "restored",
     "waves",
     "work_queue",
 )

@@ -76,8 +76,8 @@ def restore(store: Store, paths: Sequence[Path], show: Callable[..., None]) -> l
     `show` gets an activity, the amount done, the total and a text. Raises ConfigError before anything is written if a table
     cannot be read or lacks a column, or the store cannot be written; MLflowUnavailableError if it does not answer.
     """
-    read_run_csv(paths)  # two tables with different results of a run are an error
     tables = [table for path in paths for table in _read(path)]
+    read_run_csv(paths)  # two tables with different results of a run are an error
     curves = read_position_csv([found for folder in _folders(paths) if (found := folder / POSITIONS).exists()])
     store.check()
     for table in tables:
