@@ -1,20 +1,20 @@
 """Mean loss in one band of positions against a later one: losses by position in, differences with 90 % intervals out.
 
-Whether a model goes on using more context shows in such a difference. The noise has three parts, which are estimated apart:
+Such a difference shows whether a model goes on using more context. Its noise has three parts, which are estimated separately:
 
-- Text. Every run of an experiment is evaluated on the same rows, so the scatter from position to position is mostly common to all
-  families and seeds, and more seeds do not reduce it. Losses in a row are correlated over long distances (a whole document is
-  hard), which one curve of means cannot show: it is one draw. But rows are drawn far apart, and the standard error of a run's
-  loss over rows contains all of it: SE^2 = S / (n R), with S the sum of autocovariances over all distances in a row, n
-  positions and R rows. The variance of sum_t w_t L_t with sum w = 0 is then |w|^2 S / R = |w|^2 n SE^2, exactly if the
-  correlation is short beside the bands. If it is not, this is too large, because what is constant in a row cancels.
-- In the difference between two families the common text cancels, and no standard error over rows is recorded of the rest. Its
-  long-run variance is the mean square of B low-frequency cosine coefficients, and the interval Student's t with B degrees of
-  freedom, B = 0.4 n^(2/3) (Lazarus, Lewis, Stock and Watson 2018, "HAR inference: recommendations for practice", Journal of
-  Business & Economic Statistics 36). Trend and contrast are projected out before. Correlation beyond some n/6 positions goes
-  unseen, and only losses of single rows could show it: position_losses.csv has means.
-- Seeds. By what the contrasts of seeds differ more than their own noise explains, models of other seeds use context differently.
-  This is pooled over families and sizes; with one seed for each it is not known, and taken as zero.
+- Text. All runs of an experiment are evaluated on the same rows, so most of the scatter from position to position is common to
+  all families and seeds, and more seeds do not reduce it. Losses in a row are correlated over long distances (a whole document
+  is hard), and one curve of means cannot show this: it is one draw. But rows are drawn far apart, so the standard error of a
+  run's loss over rows contains all of it: SE^2 = S / (n R) for n positions and R rows, with S the sum of autocovariances in a
+  row. The variance of sum_t w_t L_t with sum w = 0 is then |w|^2 S / R = |w|^2 n SE^2 if the correlation is short beside the
+  bands. Otherwise this is too large, because what is constant in a row cancels.
+- Between two families the common text cancels, and no standard error over rows is recorded for the rest. Its long-run variance
+  is the mean square of B low-frequency cosine coefficients, and the interval is Student's t with B degrees of freedom, B = 0.4
+  n^(2/3) (Lazarus, Lewis, Stock and Watson 2018, "HAR inference: recommendations for practice", Journal of Business & Economic
+  Statistics 36). Trend and contrast are projected out first. Correlation over more than about n/10 positions is not seen. Only
+  losses of single rows could show it; position_losses.csv has means.
+- Seeds. If the differences of seeds vary more than the noise of their curves explains, models of other seeds use context
+  differently. This variance is pooled over families and sizes. With one seed for each it is unknown, and taken as zero.
 
 Called by band_table, and by docs/study/study_numbers.py.
 """
@@ -111,7 +111,10 @@ def contrast(n: int, early: Band, late: Band) -> Floats:
 
 
 def seed_spread(groups: Sequence[Curves], early: Band, late: Band) -> SeedSpread:
-    """Returns by how much the difference between two bands varies with the seed, beyond the noise of a curve, over all groups."""
+    """Returns how much the difference between two bands varies with the seed beyond the noise of curves, over all groups.
+
+    All groups have curves of one length.
+    """
     several = [group.losses - group.mean for group in groups if len(group.losses) > 1]
     freedom = sum(len(deviations) - 1 for deviations in several)
     if not freedom:
@@ -170,11 +173,13 @@ class Flat:
 def flat_from(curves: Curves, spread: Callable[[Band, Band], SeedSpread]) -> Flat:
     """Finds the first position from which on no start has a fall whose interval excludes zero.
 
-    Starts are two for each doubling, and what follows each is divided at its middle in ln(position). Each start has one chance in
-    twenty to show a fall where there is none, so the position tends to be late.
+    There are two starts for each doubling, and what follows a start is divided at its middle in ln(position). Each start has
+    one chance in twenty to show a fall where there is none, so the position tends to be late.
     """
     n = curves.losses.shape[1]
-    starts = np.unique(np.round(2 ** np.arange(0, np.log2(max(1, n // 4)) + 1e-9, 1 / STARTS_PER_DOUBLING)).astype(int)).tolist()
+    starts = np.unique(
+        np.round(2 ** np.arange(0, np.log2(max(1, n // 4)) + 1e-9, 1 / STARTS_PER_DOUBLING)).astype(int)
+    ).tolist()
     found = list[tuple[int, BandDifference]]()
     for first in starts:
         middle = int(np.sqrt(first * n))
