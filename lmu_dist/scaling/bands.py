@@ -162,8 +162,8 @@ def paired_difference(new: Curves, base: Curves, early: Band, late: Band, seeds:
 class Flat:
     """The position from which no fall of the loss is seen beyond the noise; None if it falls to the end, or is not known.
 
-    `hidden` is the largest fall, in nats, that the noise leaves possible: the end of the interval of the difference between the
-    two halves, in ln(position), of what comes after.
+    `hidden` is the largest fall, in nats, that the noise leaves possible: the end of the interval of the difference between
+    `position` to twice that, and all later positions.
     """
 
     position: int | None
@@ -173,8 +173,9 @@ class Flat:
 def flat_from(curves: Curves, spread: Callable[[Band, Band], SeedSpread]) -> Flat:
     """Finds the first position from which on no start has a fall whose interval excludes zero.
 
-    There are two starts for each doubling, and what follows a start is divided at its middle in ln(position). Each start has
-    one chance in twenty to show a fall where there is none, so the position tends to be late.
+    There are two starts for each doubling. The positions from a start up to twice that are compared with all later ones. The
+    noise of a few positions is overestimated, so a fall over the first few may be missed. Each start has one chance in twenty to
+    show a fall where there is none, so the position tends to be late.
     """
     n = curves.losses.shape[1]
     starts = np.unique(
@@ -182,9 +183,8 @@ def flat_from(curves: Curves, spread: Callable[[Band, Band], SeedSpread]) -> Fla
     ).tolist()
     found = list[tuple[int, BandDifference]]()
     for first in starts:
-        middle = int(np.sqrt(first * n))
-        if first <= middle < n:
-            early, late = Band(first, middle), Band(middle + 1, n)
+        early, late = Band(first, 2 * first - 1), Band(2 * first, n)
+        if early.last < n:
             found.append((first, band_difference(curves, early, late, spread(early, late))))
     level = list(takewhile(lambda start: start[1].interval is not None and start[1].side <= 0, reversed(found)))
     if not level:

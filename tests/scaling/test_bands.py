@@ -54,7 +54,7 @@ def simulate(
 
 def trends(n: int) -> Floats:
     t = np.arange(1, n + 1)
-    return np.array([0.3 * t**-0.4, 1.0 * t**-0.5])
+    return np.array([0.3 * t**-0.4, 1.0 * t**-0.5], np.float64)
 
 
 def without_correlation(curve: Floats, early: Band, late: Band) -> float:
