@@ -174,8 +174,8 @@ def flat_from(curves: Curves, spread: Callable[[Band, Band], SeedSpread]) -> Fla
     """Finds the first position from which on no start has a fall whose interval excludes zero.
 
     There are two starts for each doubling. The positions from a start up to twice that are compared with all later ones. The
-    noise of a few positions is overestimated, so a fall over the first few may be missed. Each start has one chance in twenty to
-    show a fall where there is none, so the position tends to be late.
+    noise of a few positions is overestimated, so a fall over the first few may be missed. Each start has one chance in
+    twenty to show a fall where there is none, so the position tends to be late.
     """
     n = curves.losses.shape[1]
     starts = np.unique(
