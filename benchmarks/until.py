@@ -25,17 +25,20 @@ from functools import partial
 
 import numpy as np
 
-from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, Result
+from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question
 from lmu_dist.planning.learn import assume, learn, rows_of
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Target, judge, next_wave
-from lmu_dist.scaling.efficiency import SeedNoise, factor_from_curves, factor_from_laws, lower_envelope
+from lmu_dist.scaling.curve_factor import loss_weights
+from lmu_dist.scaling.efficiency import SeedNoise, factor_from_laws, lower_envelope
 from lmu_dist.scaling.fit import Fit, fit, refit, unitless_values
 from lmu_dist.scaling.flexible_laws import Gamma
 from lmu_dist.scaling.intervals import Interval
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.published import HOFFMANN
+from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.table import Rows, rows_from_columns
+from lmu_dist.scaling.trunk_noise import reach
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
 BASE, NEW = "transformer", "lmu"
@@ -115,33 +118,32 @@ def planned_cells(design: Design) -> list[PlannedCell]:
     return sorted(cells, key=lambda cell: cell.steps * cell.step_flops)
 
 
-def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[str, Result]:
+def simulate(design: Design, cells: Sequence[PlannedCell], seed: int) -> dict[str, RunLoss]:
     """The losses of all planned cells, by key."""
     rng = np.random.default_rng(seed)
     of_trunk = defaultdict[str, float](lambda: float(rng.normal()))
-    results = dict[str, Result]()
+    results = dict[str, RunLoss]()
     for cell in cells:
         z = np.sqrt(design.shared) * of_trunk[cell.trunk] + np.sqrt(1 - design.shared) * rng.normal()
         loss = float(design.laws[cell.family].loss(cell.n_params, cell.tokens) * np.exp(design.noise * z))
-        results[cell.key] = Result(cell.family, cell.n_params, cell.tokens, loss, cell.group)
+        results[cell.key] = RunLoss(cell.family, cell.n_params, cell.tokens, loss, cell.group)
     return results
 
 
 def expected_ratio(question: Question, cells: Sequence[PlannedCell], design: Design) -> float:
     """Upper over lower end of the interval that the full grid is expected to give, from the true laws and noise."""
     laws = design.laws
-    results = [Result(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+    losses = [float(laws[c.family].loss(c.n_params, c.tokens)) for c in cells]
+    results = [RunLoss(c.family, c.n_params, c.tokens, loss, c.group) for c, loss in zip(cells, losses, strict=True)]
     if design.has_wrong_form:
-        curves = [
-            lower_envelope([r.tokens for r in of_family], [r.loss for r in of_family])
-            for of_family in (
-                [r for r in results if r.family == f and r.n_params == question.n_params] for f in question.families
-            )
-        ]
-        noise = SeedNoise(design.noise, len(cells) * (design.seeds - 1) // design.seeds)
-        found = factor_from_curves(curves[0], curves[1], noise, (design.seeds, design.seeds)).interval
-        assert found is not None
-        return (found[1] / found[0]) ** MARGIN
+        at_size = [[r for r in results if r.family == f and r.n_params == question.n_params] for f in question.families]
+        curves = [lower_envelope([r.tokens for r in runs], [r.loss for r in runs]) for runs in at_size]
+        variance = sum(
+            design.shared * weights.sum() ** 2 + (1 - design.shared) * weights @ weights
+            for weights in loss_weights(curves[0], curves[1])
+        )
+        freedom = len({r.group for r in results}) * (design.seeds - 1) // design.seeds
+        return float(np.exp(2 * MARGIN * reach(SeedNoise(design.noise * float(np.sqrt(variance / design.seeds)), freedom))))
     truth = assume(results, {family: LAWS[family] for family in question.families}, design.noise, design.shared)
     interval = truth.interval(question)[1]
     assert interval is not None

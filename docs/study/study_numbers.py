@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from lmu_dist.config import AssumedLaw, PlanConfig
-from lmu_dist.planning.design import Question, Result, group_of
+from lmu_dist.planning.design import Question
 from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.learn import learn
 from lmu_dist.report.forecasts import ForecastScores, score_forecasts
@@ -27,6 +26,8 @@ from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.pair import FIRST_BASELINES, FIRST_FAMILIES, Pair
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, default_pair, factor_by_position
+from lmu_dist.scaling.run_losses import losses_of
+from lmu_dist.scaling.trunk_noise import TrunkNoise, reach
 from lmu_dist.tracking.stored_runs import StoredRun, StoredRuns
 
 VERSION = 1  # of numbers.json
@@ -73,7 +74,8 @@ def study_numbers(
         "vocab_tokens": records[0].vocab_tokens,
         "sequence_tokens": records[0].sequence_tokens,
         "most_epochs": max(r.epochs for r in records),
-        "noise": vars(results.noise) if results.noise else None,
+        "noise": vars(results.noise.overall) if results.noise.overall else None,
+        "noise_by_budget": {str(tokens): vars(noise) for tokens, noise in results.noise.by_budget().items()},
         "answer": {"verdict": results.answer.verdict, "sentence": results.answer.sentence},
         "caveats": list(results.answer.caveats),
         "pairs": {name: _pair(inputs, results, comparison) for name, comparison in comparisons.items()},
@@ -96,12 +98,23 @@ def until_numbers(inputs: ReportInputs, n_resamples: int) -> dict[str, Any]:
     pair = default_pair(study, planned=inputs.stored.baseline)
     results = analyse(study, inputs.curves, n_resamples, pair)
     numbers = study_numbers(inputs, results, score_forecasts(study, ()))
-    names = ("digest", "families", "n_runs", "n_left_out", "sizes", "budgets", "n_seeds", "noise", "pairs", "laws", "cost")
-    records = [run.record for run in study.runs]
-    losses = [Result(r.family, r.n_params, r.tokens, r.val_loss_nats, group_of(r.family, r.n_params, r.seed)) for r in records]
+    names = (
+        "digest",
+        "families",
+        "n_runs",
+        "n_left_out",
+        "sizes",
+        "budgets",
+        "n_seeds",
+        "noise",
+        "noise_by_budget",
+        "pairs",
+        "laws",
+        "cost",
+    )
     assumed = AssumedLaw()
     law = Chinchilla(assumed.E, assumed.A, assumed.B, assumed.alpha, assumed.beta)
-    knowledge = learn(losses, study.families, law, PlanConfig().noise)
+    knowledge = learn(losses_of(run.record for run in study.runs), study.families, law, PlanConfig().noise)
     found = estimate(knowledge, Question("factor", pair.new, pair.base, study.size_bins[-1]))
     low, high = found.interval or (None, None)
     stop = {"value": found.value, "low": low, "high": high, "side": "", "bound": None, "remark": found.remark}
@@ -112,7 +125,7 @@ def _pair(inputs: ReportInputs, results: Results, comparison: Comparison) -> dic
     """The factors of a pair by size, whether they change with size, and the sentences that the report has for it."""
     study, pair = inputs.study, Pair(comparison.base, comparison.new)
     said = answer(study, comparison, results.noise, results.other_laws, pair)
-    by_position = factor_by_position(study, inputs.curves, results.noise, pair) if results.noise else None
+    by_position = factor_by_position(study, inputs.curves, results.noise, pair) if results.noise.overall else None
     bins = by_position.bins if by_position else ()
     low, high = comparison.growth_interval or (None, None)
     return {
@@ -151,26 +164,28 @@ def _law(fit: FamilyFit) -> dict[str, Any]:
     return {**{name: facts[name] for name in names}, **misfit, "supported": supported, "reasons": reasons}
 
 
-def loss_order(study: Study, noise: SeedNoise | None) -> list[dict[str, Any]]:
+def loss_order(study: Study, noise: TrunkNoise) -> list[dict[str, Any]]:
     """The families by loss at equal N and D, the best first, for every size and budget that two families or more have.
 
-    Intervals come from the seed noise, pooled over all cells (Student's t). `behind` is the loss over that of the best family,
-    minus 1; `tied`: the interval of this ratio includes the best family (None: the seed noise is unknown).
+    Intervals come from the noise between seeds at the cell's budget, pooled over families and sizes (Student's t). `behind` is
+    the loss over that of the best family, minus 1; `tied`: the interval of this ratio includes the best family (None: the seed
+    noise is unknown).
     """
     cells = defaultdict[tuple[int, int], dict[str, list[Run]]](lambda: defaultdict(list))
     for run in study.runs:
         cells[run.size_bin, run.record.planned_tokens][run.record.family].append(run)
     return [
-        {"n_params": n, "tokens": tokens, "families": _ordered(found, noise)}
+        {"n_params": n, "tokens": tokens, "families": _ordered(found, noise.at(tokens, n))}
         for (n, tokens), found in sorted(cells.items())
         if len(found) > 1
     ]
 
 
-def largest_differences(study: Study, noise: SeedNoise | None) -> dict[str, Any]:
+def largest_differences(study: Study, noise: TrunkNoise) -> dict[str, Any]:
     """By how much the loss of one family is below that of another at the largest N and D, for every pair that has both.
 
-    `value` is 1 - L(new) / L(base), with the interval of the pooled seed noise; negative: the new family is worse.
+    `value` is 1 - L(new) / L(base), with the interval of the noise between seeds at these tokens; negative: the new family is
+    worse.
     """
     n_params, tokens = max((run.size_bin, run.record.planned_tokens) for run in study.runs)
     found = defaultdict[str, list[float]](list)
@@ -180,27 +195,23 @@ def largest_differences(study: Study, noise: SeedNoise | None) -> dict[str, Any]
     below = dict[str, Any]()
     for pair in study_pairs(sorted(found)):
         new, base = found[pair.new], found[pair.base]
-        value, apart = float(np.mean(new) - np.mean(base)), _reach(noise) * np.sqrt(1 / len(new) + 1 / len(base))
+        value, of_run = float(np.mean(new) - np.mean(base)), noise.at(tokens, n_params)
+        apart = reach(of_run) * np.sqrt(1 / len(new) + 1 / len(base)) if of_run else np.inf
         low, high = (-np.expm1([value + apart, value - apart])).tolist()
-        below[pair.name] = {"value": float(-np.expm1(value)), "low": low if noise else None, "high": high if noise else None}
+        below[pair.name] = {"value": float(-np.expm1(value)), "low": low if of_run else None, "high": high if of_run else None}
     return {"n_params": n_params, "tokens": tokens, "below": below}
 
 
-def _reach(noise: SeedNoise | None) -> float:
-    """Half the width of the interval of ln L of one run; infinite if the seed noise is unknown."""
-    return float(t_distribution.ppf((1 + CONFIDENCE) / 2, noise.freedom)) * noise.deviation if noise else np.inf
-
-
 def _ordered(found: dict[str, list[Run]], noise: SeedNoise | None) -> list[dict[str, Any]]:
-    reach = _reach(noise) if noise else None
+    of_run = reach(noise) if noise else None
     means = {family: float(np.mean([np.log(r.record.val_loss_nats) for r in runs])) for family, runs in found.items()}
     order = sorted(means, key=lambda family: (means[family], family))
     best = order[0]
     rows = list[dict[str, Any]]()
     for family in order:
         n, behind = len(found[family]), means[family] - means[best]
-        own = None if reach is None else reach / np.sqrt(n)
-        apart = None if reach is None else reach * np.sqrt(1 / n + 1 / len(found[best]))
+        own = None if of_run is None else of_run / np.sqrt(n)
+        apart = None if of_run is None else of_run * np.sqrt(1 / n + 1 / len(found[best]))
         ends = (None, None) if own is None else np.exp([means[family] - own, means[family] + own]).tolist()
         if apart is None or family == best:
             low, high = None, None

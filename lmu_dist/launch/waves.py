@@ -14,13 +14,14 @@ from lmu_dist.config import Config, ConfigError
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.record import FinishedRun
 from lmu_dist.planning.cost import StepTime, read_calibration
-from lmu_dist.planning.design import PlannedCell, Result, group_of
+from lmu_dist.planning.design import PlannedCell
 from lmu_dist.planning.grid import GridCell
 from lmu_dist.planning.learn import learn
 from lmu_dist.planning.next_cell import Choice
 from lmu_dist.planning.plan_rows import planned_cell, seconds_of_steps
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.planning.until import Verdict, assumed_law, judge, next_wave, targets_of, wave_size
+from lmu_dist.scaling.run_losses import RunLoss, losses_of
 
 
 class Waves:
@@ -90,13 +91,12 @@ def plan_of(cells: Sequence[Cell]) -> list[PlannedCell]:
     ]
 
 
-def result_of(record: records.RunRecord) -> Result | None:
+def result_of(record: records.RunRecord) -> RunLoss | None:
     """The result of a run that a fit may use; None for any other, as in scaling/collect."""
     is_usable = record.status == records.COMPLETE and record.phase == "decayed"
     if not (is_usable and math.isfinite(record.val_loss_nats) and record.val_loss_nats > 0):
         return None
-    group = group_of(record.family, record.n_params, record.seed)
-    return Result(record.family, record.n_params, record.tokens, record.val_loss_nats, group)
+    return losses_of([record])[0]
 
 
 def _unit(per: str) -> str:

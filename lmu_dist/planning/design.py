@@ -14,6 +14,7 @@ from scipy.stats import t as t_distribution
 from lmu_dist.planning.information import N_PARAMETERS, Information
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.run_losses import RunLoss, group_of
 from lmu_dist.scaling.shared_noise import huber_loss_of_precision
 from lmu_dist.scaling.table import SIZE_BIN_RATIO
 
@@ -45,17 +46,6 @@ class PlannedCell:
     def step_cost(self, per: str) -> float:
         """FLOPs or worker-hours of a step."""
         return self.step_flops if per == "flops" else self.step_hours or 0.0
-
-
-@dataclass(frozen=True)
-class Result:
-    """The loss of a finished run, in nats per token. Runs of one `group` share a part of their error."""
-
-    family: str
-    n_params: int
-    tokens: int
-    loss: float
-    group: str
 
 
 @dataclass(frozen=True)
@@ -94,7 +84,7 @@ class Knowledge:
     form of the law is wrong.
     """
 
-    results: tuple[Result, ...]
+    results: tuple[RunLoss, ...]
     laws: Mapping[str, Chinchilla]
     reasons: Mapping[str, str]
     noise: float
@@ -193,11 +183,6 @@ class Knowledge:
         steps = step * np.eye(N_PARAMETERS)
         gradient = np.array([(log_tokens(start + s) - log_tokens(start - s)) / (2 * step) for s in steps])
         return log_tokens(start), gradient
-
-
-def group_of(family: str, n_params: int, seed: int) -> str:
-    """A label for the runs of one family, size and seed."""
-    return f"{family}/{n_params}/{seed}"
 
 
 def same_size(a: float, b: float) -> bool:

@@ -5,13 +5,15 @@ budgets have several seeds. So a ladder can answer although no law has the right
 `Estimate` out, and the cells that narrow it. Called by until, next_cell and proposal.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, Result, same_size
-from lmu_dist.scaling.efficiency import Factor, SeedNoise, factor_from_curves, lower_envelope, seed_noise
+from lmu_dist.planning.design import MARGIN, Knowledge, PlannedCell, Question, same_size
+from lmu_dist.scaling.curve_factor import factor_with_noise
 from lmu_dist.scaling.intervals import Interval
+from lmu_dist.scaling.run_losses import RunLoss
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 
 MIN_BUDGETS = 3  # of a curve, before a ladder may stop by it
 
@@ -36,17 +38,19 @@ def estimate(knowledge: Knowledge, question: Question) -> Estimate:
     value, interval, reason = knowledge.interval(question)
     if interval is None and question.kind == "factor" and any(knowledge.reasons[f] for f in question.families):
         curves = {f: [r for r in knowledge.results if _is_at(r, f, question)] for f in question.families}
-        noise = _noise(knowledge.results)
-        if noise is not None and all(curves.values()):
-            found = _from_curves(curves[question.families[0]], curves[question.families[1]], noise)
-            if found.value is not None and found.interval is not None and found.losses is not None:
+        if all(curves.values()):
+            base, new = (curves[family] for family in question.families)
+            found, noise = factor_with_noise(base, new, TrunkNoise(knowledge.results))
+            if noise and found.value is not None and found.interval is not None and found.losses is not None:
                 # As much wider as an interval of laws, since it is looked at again and again.
                 low, high = (found.value * (end / found.value) ** MARGIN for end in found.interval)
                 top, bottom = found.losses
                 remark = f"from measured curves, at losses of {top:.4g} to {bottom:.4g} nats, since {reason}"
                 n_budgets = min(len({r.tokens for r in runs}) for runs in curves.values())
                 early = f"a curve has {n_budgets} of {MIN_BUDGETS} budgets that stopping needs"
-                return Estimate(found.value, (low, high), "", noise.freedom, remark, early if n_budgets < MIN_BUDGETS else "")
+                return Estimate(
+                    found.value, (low, high), "", int(noise.freedom + 1e-6), remark, early if n_budgets < MIN_BUDGETS else ""
+                )
     return Estimate(value, interval, reason, knowledge.freedom)
 
 
@@ -66,22 +70,5 @@ def cells_of_curves(knowledge: Knowledge, question: Question, missing: Sequence[
     return sorted(found, key=lambda cell: (cell.steps * cell.step_flops, cell.seed, cell.key))
 
 
-def _from_curves(base: Sequence[Result], new: Sequence[Result], noise: SeedNoise) -> Factor:
-    curves = [lower_envelope([r.tokens for r in runs], [r.loss for r in runs]) for runs in (base, new)]
-    n_seeds = [min(Counter(r.tokens for r in runs).values()) for runs in (base, new)]
-    return factor_from_curves(curves[0], curves[1], noise, (n_seeds[0], n_seeds[1]))
-
-
-def _noise(results: Sequence[Result]) -> SeedNoise | None:
-    """The noise between seeds. Budgets of a seed may share a trunk, and so most of their error: only seeds count as freedom."""
-    losses, seeds = defaultdict[tuple[str, int, int], list[float]](list), defaultdict[tuple[str, int], set[str]](set)
-    for r in results:
-        losses[r.family, r.n_params, r.tokens].append(r.loss)
-        seeds[r.family, r.n_params].add(r.group)
-    noise = seed_noise(list(losses.values()))
-    freedom = sum(len(groups) - 1 for groups in seeds.values())
-    return noise and SeedNoise(noise.deviation, min(noise.freedom, freedom))
-
-
-def _is_at(run: Result | PlannedCell, family: str, question: Question) -> bool:
+def _is_at(run: RunLoss | PlannedCell, family: str, question: Question) -> bool:
     return run.family == family and same_size(run.n_params, question.n_params)

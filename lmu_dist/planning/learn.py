@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmu_dist.planning.design import Knowledge, Result
+from lmu_dist.planning.design import Knowledge
 from lmu_dist.planning.information import N_PARAMETERS, Information
 from lmu_dist.scaling.constraints import Constraints
 from lmu_dist.scaling.diagnostics import check_table, diagnose
 from lmu_dist.scaling.fit import Fit, fit
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.misfit import find_misfit
+from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.shared_noise import find_noise
 from lmu_dist.scaling.table import Rows, rows_from_columns
 
@@ -28,7 +29,7 @@ def fit_from_starts(family: str, rows: Rows) -> Fit:
 
 
 def learn(
-    results: Sequence[Result],
+    results: Sequence[RunLoss],
     families: Sequence[str],
     assumed: Chinchilla,
     noise: float,
@@ -54,7 +55,7 @@ def learn(
     return _with_information(replace(known, noise=max(pooled.deviation, MIN_NOISE), shared=pooled.shared))
 
 
-def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:
+def assume(results: Sequence[RunLoss], laws: Mapping[str, Chinchilla], noise: float, shared: float = 0.0) -> Knowledge:
     """What results would say if the laws and the noise were known to be these."""
     reasons, freedom = dict[str, str](), 0
     for family in laws:
@@ -65,7 +66,7 @@ def assume(results: Sequence[Result], laws: Mapping[str, Chinchilla], noise: flo
     return _with_information(Knowledge(tuple(results), laws, reasons, noise, shared, freedom, _units(results)))
 
 
-def _units(results: Sequence[Result]) -> tuple[float, float]:
+def _units(results: Sequence[RunLoss]) -> tuple[float, float]:
     n, d = [r.n_params for r in results] or [1e6], [r.tokens for r in results] or [1e7]
     return float(np.exp(np.mean(np.log(n)))), float(np.exp(np.mean(np.log(d))))
 
@@ -81,7 +82,7 @@ def _with_information(knowledge: Knowledge) -> Knowledge:
     return replace(knowledge, information=information)
 
 
-def rows_of(results: Sequence[Result], family: str) -> Rows:
+def rows_of(results: Sequence[RunLoss], family: str) -> Rows:
     """The results of a family as a table."""
     of_family = [r for r in results if r.family == family]
     return rows_from_columns([r.n_params for r in of_family], [r.tokens for r in of_family], [r.loss for r in of_family])

@@ -6,7 +6,7 @@ from typing import Any
 
 from lmu_dist.config import AssumedLaw, ConfigError, PlanConfig
 from lmu_dist.config.types import number
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, group_of
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question
 from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.learn import learn
 from lmu_dist.planning.next_cell import Choice, next_cells
@@ -17,6 +17,7 @@ from lmu_dist.scaling.appearance import family_order
 from lmu_dist.scaling.collect import collect
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.pair import choose_pair
+from lmu_dist.scaling.run_losses import RunLoss, losses_of
 from lmu_dist.tracking.experiments import find_experiment
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.store import Store
@@ -142,16 +143,13 @@ def questions_of(
     return [Question("factor", f, base, n_params=largest_common_size(plan, base, f)) for f in others]
 
 
-def results_of(store: Store, experiment: str) -> tuple[list[Result], str]:
+def results_of(store: Store, experiment: str) -> tuple[list[RunLoss], str]:
     """The results of the runs that a fit may use, and a note about those that were left out."""
     try:
         study = collect(store, experiment)
     except ConfigError:  # no finished run yet
         return [], ""
-    results = [
-        Result(r.family, r.n_params, r.tokens, r.val_loss_nats, group_of(r.family, r.n_params, r.seed))
-        for r in (run.record for run in study.runs)
-    ]
+    results = losses_of(run.record for run in study.runs)
     unusable = [out for out in study.left_out if out.record is not None]
     reasons = dict.fromkeys(out.reason.split(":")[0] for out in unusable)
     return results, f"{len(unusable)} finished runs are not used: {', '.join(reasons)}" if unusable else ""

@@ -13,7 +13,7 @@ import numpy as np
 from lmu_dist.config import Config, ConfigError
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import read_calibration, vocab_tokens
-from lmu_dist.planning.design import Knowledge, PlannedCell, Question, Result, same_size
+from lmu_dist.planning.design import Knowledge, PlannedCell, Question, same_size
 from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.first_cells import MIN_RUNS, MIN_VALUES
 from lmu_dist.planning.grid import grid
@@ -23,6 +23,7 @@ from lmu_dist.planning.plan_rows import cells_of_grid
 from lmu_dist.planning.prices import total_cost
 from lmu_dist.scaling.intervals import Interval
 from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.run_losses import RunLoss
 
 MIN_FREEDOM = 12  # degrees of freedom of the noise before a ladder may stop
 
@@ -177,7 +178,7 @@ def expected_course(config: Config) -> Course | None:
     done, budget = list[PlannedCell](), until.hours or until.flops or np.inf
     while True:
         results = [
-            Result(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in done
+            RunLoss(c.family, c.n_params, c.tokens, float(laws[c.family].loss(c.n_params, c.tokens)), c.group) for c in done
         ]
         knowledge = assume(results, laws, config.plan.noise)
         verdicts, keys = judge(knowledge, targets), {cell.key for cell in done}

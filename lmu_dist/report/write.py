@@ -166,7 +166,7 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
             name: [asdict(v) for v in value] if isinstance(value := getattr(results, name), tuple) else asdict(value)
             for name in parts
         },
-        "seed_noise": asdict(results.noise) if results.noise else None,
+        "seed_noise": asdict(results.noise.overall) if results.noise.overall else None,
         "by_position": asdict(results.by_position) if results.by_position else None,
         "band_sentences": band_sentences(results.bands, study.title),
         "determined": {fit.family: fit.result.diagnostics.passed for fit in results.fits},

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.compare import Comparison, SizeComparison
-from lmu_dist.scaling.efficiency import Factor, SeedNoise
+from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.pair import PAPER, Pair
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 
 NOT_DETERMINED = "Not determined"
 SOURCES = {"laws": "the fitted scaling laws", "curves": "the curves of loss against tokens"}
@@ -36,7 +37,7 @@ class Answer:
 def answer(
     study: Study,
     headline: Comparison | None,
-    noise: SeedNoise | None,
+    noise: TrunkNoise,
     other_laws: Mapping[str, Sequence[str]] | None = None,
     pair: Pair = PAPER,
 ) -> Answer:
@@ -131,7 +132,7 @@ def _law_caveats(study: Study, pair: Pair, other_laws: Mapping[str, Sequence[str
     )
 
 
-def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
+def _caveats(study: Study, noise: TrunkNoise) -> tuple[str, ...]:
     sizes, tokens = study.size_bins, [run.record.tokens for run in study.runs]
     size_range = f"N = {min(sizes):,}" if len(sizes) == 1 else f"N from {min(sizes):,} to {max(sizes):,}"
     token_range = f"{min(tokens):,} to {max(tokens):,} training tokens of {study.source}"
@@ -141,11 +142,16 @@ def _caveats(study: Study, noise: SeedNoise | None) -> tuple[str, ...]:
             f"{len(repeating)} of the {len(study.runs)} runs repeat their data, up to {max(repeating):.3g} epochs; repeated "
             "tokens teach less than new ones, so factors and laws of these runs need not hold for more text."
         )
-    if noise is None:
+    if noise.overall is None:
         caveats.append("No size and budget was trained with more than one seed, so the seed noise is unknown.")
     else:
-        of_freedom = f"{noise.freedom} degree{'s' * (noise.freedom != 1)} of freedom"
-        caveats.append(f"The standard deviation of the loss between seeds is {noise.deviation:.2%} ({of_freedom}).")
+        freedom, by_budget = noise.overall.freedom, noise.by_budget()
+        of_freedom = f"{freedom:g} degree{'s' * (freedom != 1)} of freedom"
+        ends = [f"{by_budget[d].deviation:.2%} at {d:,} tokens" for d in (min(by_budget), max(by_budget))]
+        by_ends = f"; {' and '.join(ends)}" if len(by_budget) > 1 else ""
+        caveats.append(
+            f"The standard deviation of the loss between seeds is {noise.overall.deviation:.2%} ({of_freedom}){by_ends}."
+        )
     if len(set(study.n_settings_tried.values())) > 1:
         tried = ", ".join(f"{study.title(family)} {n}" for family, n in study.n_settings_tried.items())
         unequal = f"The families were tuned with different numbers of settings per size ({tried})"

@@ -1,16 +1,18 @@
 """Compares a new family with a base family: a study and its laws in, data-efficiency factors and their trend with size out."""
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lmu_dist.scaling.appearance import title
 from lmu_dist.scaling.collect import Study
-from lmu_dist.scaling.efficiency import Curve, Factor, SeedNoise, factor_from_curves, factor_from_laws, lower_envelope
+from lmu_dist.scaling.curve_factor import factor_with_noise
+from lmu_dist.scaling.efficiency import Curve, Factor, factor_from_laws, lower_envelope
 from lmu_dist.scaling.intervals import Interval, bootstrap_interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.run_losses import losses_of
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 from lmu_dist.scaling.validate import FitResult
 
 Growth = tuple[float, Interval, str, tuple[int, int]]  # change per tenfold N, its interval, laws or curves, range of N
@@ -49,23 +51,20 @@ def loss_curve(study: Study, family: str, size_bin: int) -> Curve:
     return lower_envelope([r.record.tokens for r in runs], [r.record.val_loss_nats for r in runs])
 
 
-def compare(study: Study, laws: Mapping[str, FitResult], base: str, new: str, noise: SeedNoise | None) -> Comparison:
+def compare(study: Study, laws: Mapping[str, FitResult], base: str, new: str, noise: TrunkNoise) -> Comparison:
     """Returns all factors of one pair of families."""
     sizes = list[SizeComparison]()
     for size_bin in (n for n in study.size_bins if study.runs_of(base, n) and study.runs_of(new, n)):
-        seeds = (_fewest_seeds(study, base, size_bin), _fewest_seeds(study, new, size_bin))
-        curves = factor_from_curves(loss_curve(study, base, size_bin), loss_curve(study, new, size_bin), noise, seeds)
+        losses = [losses_of(run.record for run in study.runs_of(family, size_bin)) for family in (base, new)]
+        curves, _ = factor_with_noise(losses[0], losses[1], noise)
         sizes.append(SizeComparison(size_bin, curves, _factor_from_laws(study, laws, base, new, size_bin)))
-    growth = _growth_from_laws(laws[base], laws[new], sizes) or _growth_from_curves(sizes)
+    growth = _growth_from_laws(laws[base], laws[new], sizes) or growth_of_factors(
+        [(size.n_params, size.curves) for size in sizes]
+    )
     if growth is None:
         remark = "fewer than two sizes have a factor with an interval"
         return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), remark)
     return Comparison(base, new, tuple(sizes), *growth, "")
-
-
-def _fewest_seeds(study: Study, family: str, size_bin: int) -> int:
-    """Returns the smallest number of seeds at any budget; it determines the error of the least certain point of the curve."""
-    return min(Counter(run.record.planned_tokens for run in study.runs_of(family, size_bin)).values())
 
 
 def _growth_from_laws(base: FitResult, new: FitResult, sizes: list[SizeComparison]) -> Growth | None:
@@ -80,11 +79,13 @@ def _growth_from_laws(base: FitResult, new: FitResult, sizes: list[SizeCompariso
     return (growth, interval, "laws", (known[0][0], known[-1][0])) if interval else None
 
 
-def _growth_from_curves(sizes: list[SizeComparison]) -> Growth | None:
-    """The factors at different sizes come from different runs, so their errors are independent."""
-    known = [
-        (size.n_params, size.curves.value, size.curves.interval) for size in sizes if size.curves.value and size.curves.interval
-    ]
+def growth_of_factors(factors: Sequence[tuple[int, Factor]]) -> Growth | None:
+    """Returns the growth of factors between curves, each with its size; None if fewer than two have an interval.
+
+    Factors at different sizes come from different trunks, so their errors are independent. Their noise is estimated from the
+    same trunks, so that the growth has no more degrees of freedom than they have.
+    """
+    known = [(n, factor.value, factor.interval) for n, factor in factors if factor.value and factor.interval]
     if len(known) < 2:
         return None
     slope = _slope_weights([n for n, _, _ in known])

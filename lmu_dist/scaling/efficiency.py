@@ -60,10 +60,10 @@ class Factor:
 
 @dataclass(frozen=True)
 class SeedNoise:
-    """Seed noise: the standard deviation of ln loss between seeds, pooled over all cells, and its degrees of freedom."""
+    """Seed noise: the standard deviation of ln loss between seeds, or of a sum of such, and its degrees of freedom."""
 
     deviation: float
-    freedom: int
+    freedom: float
 
 
 def lower_envelope(tokens: ArrayLike, loss: ArrayLike) -> Curve:
@@ -75,11 +75,8 @@ def lower_envelope(tokens: ArrayLike, loss: ArrayLike) -> Curve:
     return Curve(budgets[falls], means[falls])
 
 
-def factor_from_curves(base: Curve, new: Curve, noise: SeedNoise | None = None, n_seeds: tuple[int, int] = (1, 1)) -> Factor:
-    """Returns the factor between two curves. For the interval, seed noise is one common shift of all points of a curve.
-
-    This is exact if the budgets share a trunk; otherwise the interval is too wide rather than too narrow.
-    """
+def factor_from_curves(base: Curve, new: Curve) -> Factor:
+    """Returns the factor between two curves, without an interval (`curve_factor` has it)."""
     top, bottom = float(min(base.loss[0], new.loss[0])), float(max(base.loss[-1], new.loss[-1]))
     if top < bottom:
         return _bound_without_common_loss(base, new)
@@ -90,15 +87,9 @@ def factor_from_curves(base: Curve, new: Curve, noise: SeedNoise | None = None, 
     losses = np.unique(knots[(knots <= top) & (knots >= bottom)])[::-1]
     logs = np.log(base.tokens_for(losses) / new.tokens_for(losses))
     value = _mean_log_factor(losses, logs)
-    interval, remark = None, "no size and budget was trained with two seeds"
-    if noise is not None:
-        # Slopes of ln D against ln L: noise in the loss changes the tokens by the noise times the slope.
-        slopes = [np.log(c.tokens_for(bottom) / c.tokens_for(top)) / np.log(top / bottom) for c in (base, new)]
-        spread = noise.deviation * float(np.hypot(*(s / np.sqrt(n) for s, n in zip(slopes, n_seeds, strict=True))))
-        reach = float(t_distribution.ppf((1 + CONFIDENCE) / 2, noise.freedom)) * spread
-        interval, remark = (float(np.exp(value - reach)), float(np.exp(value + reach))), ""
     ends = (float(np.exp(logs[0])), float(np.exp(logs[-1])))
-    return Factor(float(np.exp(value)), interval, (top, bottom), ends, None, remark)
+    remark = "no size and budget was trained with two seeds"
+    return Factor(float(np.exp(value)), None, (top, bottom), ends, None, remark)
 
 
 def factor_from_laws(
@@ -126,15 +117,6 @@ def factor_from_laws(
     interval = bootstrap_interval(value, resampled, correction) if len(resampled) >= MIN_RESAMPLES else None
     remark = "" if interval else "too few resampled laws reach the compared losses"
     return Factor(value, interval, (top, bottom), (first, last), None, remark)
-
-
-def seed_noise(groups: Sequence[Sequence[float]]) -> SeedNoise | None:
-    """Returns the seed noise pooled over groups of losses that differ only in the seed; None if no group has two losses."""
-    logs = [np.log(np.asarray(group)) for group in groups if len(group) > 1]
-    freedom = sum(len(group) - 1 for group in logs)
-    if not freedom:
-        return None
-    return SeedNoise(float(np.sqrt(sum(float(np.square(g - g.mean()).sum()) for g in logs) / freedom)), freedom)
 
 
 @dataclass(frozen=True)

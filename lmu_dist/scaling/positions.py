@@ -1,13 +1,17 @@
 """Loss by position in the sequence: up to which context length it falls (the paper's figure 4), and the factor per position."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 
-from lmu_dist.scaling.efficiency import Factor, SeedNoise, factor_from_curves, lower_envelope
+from lmu_dist.scaling.curve_factor import factor_with_noise
+from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.laws import Floats
+from lmu_dist.scaling.run_losses import RunLoss
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 
 BINS_PER_DOUBLING = 2
 PLATEAU_NATS = 0.02  # on the plateau no later bin is lower by more than this
@@ -76,24 +80,33 @@ def find_plateau(bins: PositionBins) -> Plateau:
 
 
 def factors_by_position(
-    base: Mapping[int, Sequence[Floats]], new: Mapping[int, Sequence[Floats]], noise: SeedNoise
+    base: Sequence[tuple[RunLoss, Floats]], new: Sequence[tuple[RunLoss, Floats]], noise: TrunkNoise
 ) -> list[tuple[int, int, Factor]]:
     """Returns the data-efficiency factor in every bin of positions, as (first, last, factor).
 
-    `base` and `new` have, per budget in tokens, the losses by position (n,) of every seed, at one size. The noise of a bin is
-    the seed noise plus the error of the bin's mean, which has few tokens.
+    `base` and `new` have the runs of a family at one size, each with its losses by position (n,). The noise of a bin is that of
+    the mean loss between trunks plus the error of the bin's mean, which has few tokens.
     """
-    means = [
-        {tokens: bin_positions(np.mean(list(seeds), axis=0)) for tokens, seeds in family.items()} for family in (base, new)
-    ]
-    n_seeds = [min(len(seeds) for seeds in family.values()) for family in (base, new)]
-    bins_of_any, factors = next(iter(means[0].values())), list[tuple[int, int, Factor]]()
-    for i, (first, last) in enumerate(zip(bins_of_any.first, bins_of_any.last, strict=True)):
-        relative = [bins.error[i] / bins.loss[i] for family in means for bins in family.values()]
-        if not np.all(np.isfinite(relative)):  # a bin of one position
+    families, factors = (base, new), list[tuple[int, int, Factor]]()
+    of_runs = [[bin_positions(losses) for _, losses in runs] for runs in families]
+    # All seeds are evaluated on the same validation rows, so more seeds reduce the seed noise but not the error of a bin.
+    of_budgets = [{tokens: bin_positions(mean) for tokens, mean in _means(runs).items()} for runs in families]
+    for i, (first, last) in enumerate(zip(of_runs[0][0].first, of_runs[0][0].last, strict=True)):
+        errors = [{tokens: bins.error[i] / bins.loss[i] for tokens, bins in family.items()} for family in of_budgets]
+        if not all(np.isfinite(error) for family in errors for error in family.values()):  # a bin of one position
             continue
-        # All seeds are evaluated on the same validation rows, so more seeds reduce the seed noise but not the error of a bin.
-        spread = SeedNoise(float(np.hypot(noise.deviation, np.mean(relative) * np.sqrt(min(n_seeds)))), noise.freedom)
-        curves = [lower_envelope(list(family), [bins.loss[i] for bins in family.values()]) for family in means]
-        factors.append((first, last, factor_from_curves(curves[0], curves[1], spread, (n_seeds[0], n_seeds[1]))))
+        losses = [
+            [replace(run, loss=bins.loss[i]) for (run, _), bins in zip(runs, binned, strict=True)]
+            for runs, binned in zip(families, of_runs, strict=True)
+        ]
+        factor, _ = factor_with_noise(losses[0], losses[1], noise, (errors[0], errors[1]))
+        factors.append((first, last, factor))
     return factors
+
+
+def _means(runs: Sequence[tuple[RunLoss, Floats]]) -> dict[int, Floats]:
+    """The mean losses by position of all seeds, by tokens."""
+    by_tokens = defaultdict[int, list[Floats]](list)
+    for run, losses in runs:
+        by_tokens[run.tokens].append(losses)
+    return {tokens: np.mean(of_seeds, axis=0) for tokens, of_seeds in by_tokens.items()}

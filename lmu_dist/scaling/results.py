@@ -17,14 +17,16 @@ from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.compute import CountingConvention, fit_conventions
 from lmu_dist.scaling.controlled import ControlledComparison, controlled_comparisons
 from lmu_dist.scaling.effective_tokens import EffectiveTokens, effective_tokens
-from lmu_dist.scaling.efficiency import Factor, Improvement, SeedNoise, improvement_ratio, seed_noise
+from lmu_dist.scaling.efficiency import Factor, Improvement, improvement_ratio
 from lmu_dist.scaling.family_laws import compare_family_laws
 from lmu_dist.scaling.forms import law_name
 from lmu_dist.scaling.intervals import N_RESAMPLES, bootstrap_weights
 from lmu_dist.scaling.laws import Chinchilla, Floats
 from lmu_dist.scaling.pair import PAPER, Pair, choose_pair
 from lmu_dist.scaling.positions import Plateau
+from lmu_dist.scaling.run_losses import RunLoss, losses_of
 from lmu_dist.scaling.sizes import SizeLaw, fit_power_law
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 from lmu_dist.scaling.validate import FitResult, fit_and_validate
 
 Curves = Mapping[str, Floats]  # run id: loss at positions 1 .. n
@@ -81,7 +83,7 @@ class Results:
     comparisons: tuple[Comparison, ...]
     controlled: tuple[ControlledComparison, ...]
     improvement: Improvement
-    noise: SeedNoise | None
+    noise: TrunkNoise
     in_size: tuple[SizeLaw, ...]
     positions: tuple[PositionLoss, ...]
     by_position: FactorByPosition | None
@@ -129,7 +131,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES, pair: 
     `pair`: whose factor is the headline; by default as `default_pair` chooses.
     """
     pair = pair or default_pair(study)
-    noise = seed_noise(_cells(study.runs))
+    noise = TrunkNoise(losses_of(run.record for run in study.runs))
     fits = tuple(_fit(study, family, n_resamples) for family in study.families)
     laws = {f.family: f.result for f in fits}
 
@@ -150,7 +152,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES, pair: 
         noise=noise,
         in_size=tuple(_size_law(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
-        by_position=factor_by_position(study, curves, noise, pair) if noise else None,
+        by_position=factor_by_position(study, curves, noise, pair) if noise.overall else None,
         bands=band_rows(curves_at_largest_budget(study, curves), pair),
     )
 
@@ -167,14 +169,6 @@ def _fit(study: Study, family: str, n_resamples: int) -> FamilyFit:
 def _other_laws(fits: Sequence[FamilyFit]) -> dict[str, list[str]]:
     supported = {f.family: [law.name for law in f.comparison.supported] for f in fits if f.result.law and f.comparison.fits}
     return {family: names for family, names in supported.items() if law_name(Chinchilla) not in names}
-
-
-def _cells(runs: Sequence[Run]) -> list[list[float]]:
-    """Returns groups of losses whose runs differ only in the seed."""
-    groups = defaultdict[tuple[str, int, int], list[float]](list)
-    for run in runs:
-        groups[run.record.family, run.record.n_params, run.record.planned_tokens].append(run.record.val_loss_nats)
-    return list(groups.values())
 
 
 def _improvement(study: Study, n_resamples: int) -> Improvement:
@@ -224,12 +218,12 @@ def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
     return position_losses
 
 
-def factor_by_position(study: Study, curves: Curves, noise: SeedNoise, pair: Pair) -> FactorByPosition | None:
+def factor_by_position(study: Study, curves: Curves, noise: TrunkNoise, pair: Pair) -> FactorByPosition | None:
     """Returns the factor of a pair by position at its largest common size; None if its runs have no losses by position."""
-    tables: dict[str, dict[int, list[Floats]]] = {pair.base: defaultdict(list), pair.new: defaultdict(list)}
+    tables: dict[str, list[tuple[RunLoss, Floats]]] = {pair.base: [], pair.new: []}
     runs = [run for run in runs_compared_by_position(study, pair) if run.run_id in curves]
-    for run in runs:
-        tables[run.record.family][run.record.tokens].append(curves[run.run_id])
+    for run, loss in zip(runs, losses_of(run.record for run in runs), strict=True):
+        tables[run.record.family].append((loss, curves[run.run_id]))
     base, new = tables[pair.base], tables[pair.new]
     if not base or not new:
         return None

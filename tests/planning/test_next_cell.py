@@ -10,7 +10,6 @@ from lmu_dist.planning.design import (
     Knowledge,
     PlannedCell,
     Question,
-    Result,
     huber_loss_of_precision,
     quantile,
 )
@@ -20,6 +19,7 @@ from lmu_dist.planning.prices import Costs, total_cost, trunk_cost
 from lmu_dist.scaling.fit import refit_simulated
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.published import HOFFMANN
+from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.table import rows_from_columns
 
 LAW = Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29)
@@ -39,10 +39,10 @@ def cells_of(families: tuple[str, ...] = ("transformer", "lmu"), seeds: int = 1)
     ]
 
 
-def results_of(cells: list[PlannedCell], noise: float = 0.0, seed: int = 0) -> list[Result]:
+def results_of(cells: list[PlannedCell], noise: float = 0.0, seed: int = 0) -> list[RunLoss]:
     rng = np.random.default_rng(seed)
     losses = [float(LAWS[c.family].loss(c.n_params, c.tokens) * np.exp(noise * rng.normal())) for c in cells]
-    return [Result(c.family, c.n_params, c.tokens, loss, c.group) for c, loss in zip(cells, losses, strict=True)]
+    return [RunLoss(c.family, c.n_params, c.tokens, loss, c.group) for c, loss in zip(cells, losses, strict=True)]
 
 
 def deviation_of_log(knowledge: Knowledge, question: Question) -> float:

@@ -8,7 +8,7 @@ import until as benchmark  # benchmarks/until.py
 
 from lmu_dist.config import Config, ConfigError, parse, with_settings
 from lmu_dist.planning.cost import plan
-from lmu_dist.planning.design import PlannedCell, Question, Result
+from lmu_dist.planning.design import PlannedCell, Question
 from lmu_dist.planning.learn import assume
 from lmu_dist.planning.until import (
     MIN_FREEDOM,
@@ -21,6 +21,7 @@ from lmu_dist.planning.until import (
     targets_of,
 )
 from lmu_dist.scaling.laws import Chinchilla
+from lmu_dist.scaling.run_losses import RunLoss
 
 LAW = Chinchilla(E=1.6, A=14.0, B=55.0, alpha=0.30, beta=0.29)
 LAWS = {"transformer": LAW, "lmu": replace(LAW, B=LAW.B * 4**-LAW.beta)}
@@ -47,8 +48,8 @@ CELLS = [
 FACTOR = Question("factor", "lmu", "transformer", n_params=100_000)
 
 
-def results(cells: list[PlannedCell]) -> list[Result]:
-    return [Result(c.family, c.n_params, c.tokens, float(LAWS[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
+def results(cells: list[PlannedCell]) -> list[RunLoss]:
+    return [RunLoss(c.family, c.n_params, c.tokens, float(LAWS[c.family].loss(c.n_params, c.tokens)), c.group) for c in cells]
 
 
 def with_until(**until: float) -> Config:

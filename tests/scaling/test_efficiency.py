@@ -5,13 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from lmu_dist.scaling.curve_factor import factor_with_noise
 from lmu_dist.scaling.efficiency import (
-    SeedNoise,
     factor_from_curves,
     factor_from_laws,
     improvement_ratio,
     lower_envelope,
-    seed_noise,
 )
 from lmu_dist.scaling.fit import fit
 from lmu_dist.scaling.intervals import bootstrap_weights
@@ -19,8 +18,10 @@ from lmu_dist.scaling.isoflop import fit_parabolas, optimal_size_power_law
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.positions import bin_positions, factors_by_position, find_plateau
 from lmu_dist.scaling.published import HOFFMANN, PAPER
+from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.sizes import fit_power_law
 from lmu_dist.scaling.table import rows_from_columns
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 from lmu_dist.scaling.validate import fit_and_validate
 
 TOKENS = np.logspace(6, 9, 10)
@@ -44,10 +45,7 @@ def test_factor_against_itself_is_one_and_swapping_inverts_it():
         lower_envelope(TOKENS, HOFFMANN.loss(1e8, TOKENS) * NOISE),
         lower_envelope(TOKENS, HOFFMANN.loss(3e8, TOKENS) / NOISE),
     )
-    same = factor_from_curves(one, one, SeedNoise(0.01, 10))
-    assert same.value == pytest.approx(1)
-    assert same.interval is not None
-    assert same.interval[0] < 1 < same.interval[1]
+    assert factor_from_curves(one, one).value == pytest.approx(1)
     forward, backward = factor_from_curves(one, two), factor_from_curves(two, one)
     assert forward.value is not None
     assert forward.value * (backward.value or 0) == pytest.approx(1)
@@ -78,7 +76,7 @@ def test_there_is_no_extrapolation_beyond_common_losses():
     assert not backward.known
     assert backward.bound == ("<", 0.1)
     assert "train the base on more tokens" in forward.remark
-    touching = factor_from_curves(slow, lower_envelope([1e6, 1e7], [4.0, 3.0]), SeedNoise(0.01, 9))
+    touching = factor_from_curves(slow, lower_envelope([1e6, 1e7], [4.0, 3.0]))
     assert (touching.value, touching.interval, touching.bound) == (pytest.approx(10), None, None)
     assert "only one loss" in touching.remark
     assert np.isnan(slow.tokens_for([5.01, 3.99])).all()
@@ -91,26 +89,6 @@ def test_lower_envelope_averages_seeds_and_falls_strictly():
     found = lower_envelope([1e6, 1e6, 2e6, 3e6, 4e6], [4.0, 4.41, 4.3, 3.9, 3.9])
     assert list(found.tokens) == [1e6, 3e6]
     assert found.loss == pytest.approx([4.2, 3.9], rel=1e-3)
-
-
-def test_seed_noise_is_pooled_over_groups():
-    assert seed_noise([[3.0], [4.0]]) is None
-    found = seed_noise([[3.0, 3.0 * np.exp(0.02)], [4.0], [5.0, 5.0 * np.exp(0.02)]])
-    assert found is not None
-    assert (found.deviation, found.freedom) == (pytest.approx(0.02 / np.sqrt(2)), 2)
-    rng = np.random.default_rng(0)
-    wide = seed_noise([list(4 * np.exp(rng.normal(0, 0.01, 2))) for _ in range(300)])
-    assert wide is not None
-    assert wide.deviation == pytest.approx(0.01, rel=0.1)
-
-
-def test_the_interval_is_proportional_to_seed_noise():
-    one, two = lower_envelope([1e6, 1e7], [4.0, 3.0]), lower_envelope([1e6, 1e7], [3.8, 2.9])
-    narrow, wide = (factor_from_curves(one, two, SeedNoise(sd, 20)) for sd in (0.001, 0.01))
-    assert narrow.interval is not None
-    assert wide.interval is not None
-    assert np.log(wide.interval[1] / wide.interval[0]) == pytest.approx(10 * np.log(narrow.interval[1] / narrow.interval[0]))
-    assert factor_from_curves(one, two).interval is None
 
 
 def test_improvement_ratio():
@@ -176,17 +154,26 @@ def test_find_plateau_of_loss_by_position():
 def test_factors_by_position():
     t = np.arange(1, 257)
 
-    def losses_by_seed(tokens: float, token_worth: float) -> list[np.ndarray]:
-        return [3 + (tokens * token_worth) ** -0.3 * 100 + 2 * t**-0.5 for _ in range(2)]
+    def runs(family: str, token_worth: float) -> list[tuple[RunLoss, np.ndarray]]:
+        """Three budgets and two seeds, whose losses differ by 0.2 %."""
+        found = []
+        for tokens in (10**6, 10**7, 10**8):
+            for seed, error in enumerate((0.999, 1.001)):
+                losses = (3 + (tokens * token_worth) ** -0.3 * 100 + 2 * t**-0.5) * error
+                found.append((RunLoss(family, 1000, tokens, float(losses.mean()), f"{family}/{seed}"), losses))
+        return found
 
-    budgets = (10**6, 10**7, 10**8)
-    found = factors_by_position(
-        {d: losses_by_seed(d, 1) for d in budgets}, {d: losses_by_seed(d, 5) for d in budgets}, SeedNoise(0.001, 6)
-    )
+    base, new = runs("base", 1), runs("new", 5)
+    noise = TrunkNoise([run for run, _ in (*base, *new)])
+    found = factors_by_position(base, new, noise)
     assert found[0][0] > 1  # a bin of one position has no error estimate, so it is left out
-    for _, _, factor in found:
+    for first, last, factor in found:
         assert factor.value == pytest.approx(5, rel=0.15)  # straight lines between three budgets are only approximate
+        of_bin = [[replace(r, loss=float(y[first - 1 : last].mean())) for r, y in runs] for runs in (base, new)]
+        without_errors, _ = factor_with_noise(of_bin[0], of_bin[1], noise)
         assert factor.interval is not None
+        assert without_errors.interval is not None
+        assert factor.interval[0] < without_errors.interval[0] < factor.value < without_errors.interval[1] < factor.interval[1]
 
 
 def test_fit_power_law_in_size():
