@@ -41,6 +41,7 @@ WITHOUT_RAY = (
     "imports",
     "jobs",
     "metrics_logger",
+    "restored",
     "waves",
     "work_queue",
 )

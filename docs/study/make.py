@@ -157,6 +157,12 @@ def _factor(value: Mapping[str, Any], digits: int = 3) -> str:
     return "not determined"
 
 
+def _nats(value: Mapping[str, Any]) -> str:
+    """Formats a difference of losses with its interval, as in "-0.040 (-0.101 to 0.022)"."""
+    ends = "no interval" if value["low"] is None else f"{value['low']:.3f} to {value['high']:.3f}"
+    return f"{value['value']:.3f} ({ends})"
+
+
 FILTERS: dict[str, Callable[..., str]] = {
     "g": _g,
     "n": lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.0f}",
@@ -164,6 +170,7 @@ FILTERS: dict[str, Callable[..., str]] = {
     "percent": _percent,
     "interval": _interval,
     "factor": _factor,
+    "nats": _nats,
     "p": lambda value: "no test" if value is None else f"p = {value:.2g}" if value >= 1e-6 else "p < 1e-6",
 }
 

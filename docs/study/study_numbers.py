@@ -18,6 +18,7 @@ from lmu_dist.report.forecasts import ForecastScores, score_forecasts
 from lmu_dist.report.inputs import ReportInputs
 from lmu_dist.scaling.answer import answer, best_known_factor
 from lmu_dist.scaling.as_json import fit_to_json, to_json
+from lmu_dist.scaling.bands import BandDifference
 from lmu_dist.scaling.collect import Run, Study
 from lmu_dist.scaling.compare import Comparison, SizeComparison, compare
 from lmu_dist.scaling.efficiency import Factor, SeedNoise
@@ -83,6 +84,7 @@ def study_numbers(
         "largest": largest_differences(study, results.noise),
         "improvement": vars(results.improvement),
         "positions": [_position(p) for p in results.positions],
+        "bands": _bands(results),
         "forecasts": _forecasts(forecasts),
         "tuned": {"settings_per_size": dict(study.n_settings_tried), **_tuning(tuning)},
         "cost": {"runs": cost_of(inputs.stored.runs), "tuning": cost_of(tuning.runs if tuning else ())},
@@ -224,6 +226,22 @@ def _ordered(found: dict[str, list[Run]], noise: SeedNoise | None) -> list[dict[
 def _position(position: Any) -> dict[str, Any]:
     named = {name: getattr(position, name) for name in ("family", "n_params", "tokens", "n_seeds")}
     return {**named, "level_from": position.level.position, "determined": position.level.determined}
+
+
+def _bands(results: Results) -> dict[str, Any]:
+    """The falls of the loss between two bands of positions, by family and size; at 256 tokens the bands are the protocol's."""
+    rows = defaultdict[str, dict[str, Any]](dict)
+    for row in results.bands:
+        flat = {"flat_from": row.flat.position, "hidden": row.flat.hidden}
+        beside = {"beside": row.beside, "paired": _fall(row.paired) if row.paired else None}
+        rows[row.family][str(row.n_params)] = {"n_seeds": row.n_seeds, **_fall(row.difference), **flat, **beside}
+    return dict(rows)
+
+
+def _fall(found: BandDifference) -> dict[str, Any]:
+    low, high = found.interval or (None, None)
+    ends = {"early": [found.early.first, found.early.last], "late": [found.late.first, found.late.last]}
+    return {"value": found.value, "low": low, "high": high, "side": found.side, **ends}
 
 
 def _forecasts(forecasts: ForecastScores) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import click
 
 from lmu_dist import show
-from lmu_dist.cli import clean, clusters, fit, forecast, next_cell, process, results, runs, ui
+from lmu_dist.cli import clean, clusters, fit, forecast, next_cell, process, restore, results, runs, ui
 from lmu_dist.cli.common import cli
 from lmu_dist.config import ConfigError, FailedError
 
-__all__ = ["clean", "cli", "clusters", "fit", "forecast", "main", "next_cell", "results", "runs", "ui"]
+__all__ = ["clean", "cli", "clusters", "fit", "forecast", "main", "next_cell", "restore", "results", "runs", "ui"]
 
 READER_GONE = 141  # as shells report a program that a closed pipe ended
 

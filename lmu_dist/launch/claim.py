@@ -38,9 +38,9 @@ from lmu_dist.tracking.new_run import create_run_of
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS, heartbeat_now, owner_id_of
 from lmu_dist.tracking.run_file import save_run_id, saved_run_id
 from lmu_dist.tracking.run_identity import LoggedRun
-from lmu_dist.tracking.runs import KnownRuns, find_run, record_of
+from lmu_dist.tracking.runs import KnownRuns, find_run, record_of, retire_run
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import CLAIM, FOLDER, HEARTBEAT, OWNER_ID
+from lmu_dist.tracking.tags import CLAIM, FOLDER, HEARTBEAT, OWNER_ID, RESTORED_FROM
 from lmu_dist.tracking.upload import MLflowUploader, upload
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,8 @@ def finished_in_mlflow(
     run_folder = run.data.tags.get(FOLDER)
     note = f"MLflow has this run as ended in {run_folder}, which is not here; to train it again delete the run in MLflow"
     is_here = cell.folder.is_dir() if is_here is None else is_here
-    return FinishedRun(cell, record, run.info.run_id, store.uri, True, () if is_here else (note,))
+    is_expected_here = RESTORED_FROM not in run.data.tags  # a table of records brings no folder
+    return FinishedRun(cell, record, run.info.run_id, store.uri, True, (note,) if is_expected_here and not is_here else ())
 
 
 def upload_log(cell: Cell, run_id: str | None, store: Store, study: str) -> tuple[str, ...]:
@@ -252,6 +253,9 @@ def open_run(cell: Cell, store: Store, study: str) -> str | None:
         run = find_run(store, cell.key)
         if run is not None and _is_running_elsewhere(cell, run):
             raise OwnerUnresponsiveError(f"{cell.name} is being run in {owner_id_of(run)}; wait for it")
+        if run is not None and RESTORED_FROM in run.data.tags:
+            retire_run(store, run.info.run_id)  # it has no checkpoint to go on from, and its metrics are not this training's
+            run = None
         if run is not None:
             run_id = run.info.run_id
             if owner_id_of(run) not in (None, owner_id(cell)):

@@ -20,7 +20,7 @@ from lmu_dist.launch.tidy import Item, free, freeable
 from lmu_dist.tracking.owner import HEARTBEAT_TIMEOUT_SECONDS
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import cells_of
-from lmu_dist.tracking.tags import FOLDER, HEARTBEAT, RUN_NAME, STATUS
+from lmu_dist.tracking.tags import FOLDER, HEARTBEAT, RESTORED_FROM, RUN_NAME, STATUS
 
 CACHE = "cache"  # a kind of what is freed, besides those of tidy
 CELL_NAME = re.compile(r"^(?P<model>.+)-[^-]+-(?P<seed>s\d+)-[0-9a-f]{12}$")  # see Cell.name
@@ -51,6 +51,8 @@ def clean(store: Store, experiment: str, delete: bool) -> Cleaning:
     for run in own:
         if (folder := run.data.tags.get(FOLDER)) is not None:
             trunks[str(open_folder(folder).parent)].append(run)
+    if n_restored := sum(RESTORED_FROM in run.data.tags and FOLDER not in run.data.tags for run in own):
+        left.append(f"{n_restored:,} run{'s' * (n_restored > 1)} restored from a table of records: without files")
     waiting = {_trunk_name(cell["name"]) for cell in planned}
     waiting |= {_trunk_name(run.data.tags.get(RUN_NAME, "")) for run in own if run.data.tags.get(STATUS) not in FINAL_STATUSES}
     items = list[Item]()

@@ -5,10 +5,11 @@ search ASHA compares trials by tokens. Every trial is a cell as in a ladder: it 
 """
 
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,11 +97,15 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
     drivers = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
     for driver in drivers:
         driver.check()
+    missing = [driver for driver in drivers if not driver.has_ended()]
+    if not missing:
+        claim.end_study(store, config, STUDY)
+        return [driver.result(()) for driver in drivers], ()
     try:
         with cluster([config]):
             head = head_node_id()
             services = Services(store.uri, STUDY, start_metrics_logger(store.uri, head), start_work_queue([], 0, head))
-            results = [driver.run(services) for driver in drivers]
+            results = [driver.run(services) if driver in missing else driver.result(()) for driver in drivers]
             notes = wait_for_release()
     except BaseException as e:
         for driver in drivers:
@@ -136,6 +141,7 @@ class _Driver:
         self.release_log: Callable[[Folder], None] = lambda _: None  # until there is a metrics logger
         self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
+        self.known: dict[str, TrialResult] = {}  # trials that had ended before, by key
         self.final_statuses = (*FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else FINAL_STATUSES
         versions = [registry.version_of(registry.find(family), self.base.model.options), VERSION]
         # Only what differs from a default, so that a key added by a later version does not start the search anew.
@@ -155,6 +161,19 @@ class _Driver:
                 make_cell(with_settings(self.base, settings), self.corpus)
             except ConfigError as e:
                 raise ConfigError(f"tune.space: {settings} is an invalid configuration: {e}") from e
+
+    def has_ended(self) -> bool:
+        """Whether every trial has ended, which is known of a sweep only: other searches sample their trials as they run."""
+        if self.tune.search != "sweep":
+            return False
+        for values in itertools.product(*(space.values(search_range) for search_range in self.tune.space.values())):
+            settings = space.settings(dict(zip(self.tune.space, values, strict=True)))
+            cell = _cell(self.base, settings, self.corpus)
+            finished = claim.find_finished(cell, self.store, STUDY, final_statuses=self.final_statuses)
+            if finished is None:
+                return False
+            self.known[cell.key] = TrialResult(settings, finished.record)
+        return True
 
     def run(self, services: Services) -> SearchResult:
         """Runs the search and returns its result."""
@@ -187,13 +206,17 @@ class _Driver:
         errors += [
             f"the MLflow run of a stopped trial was not closed: {error}" for f in self.closings if (error := f.exception())
         ]
+        return self.result([error for error in errors if error])
+
+    def result(self, errors: Sequence[str]) -> SearchResult:
+        """The result of the trials that have ended."""
         ended = [(settings, cell) for settings, cell in self.started.values() if record_path(cell).exists()]
-        trials = {cell.key: TrialResult(settings, read_record(cell)) for settings, cell in ended}
+        trials = self.known | {cell.key: TrialResult(settings, read_record(cell)) for settings, cell in ended}
         complete = [t for t in trials.values() if t.record.status == records.COMPLETE]
         others = [t for t in trials.values() if t.record.status != records.COMPLETE]
         complete.sort(key=lambda t: t.record.val_loss_nats)
         others.sort(key=lambda t: -t.record.tokens)
-        return SearchResult(self.family, self.n_params, (*complete, *others), tuple(e for e in errors if e))
+        return SearchResult(self.family, self.n_params, (*complete, *others), tuple(errors))
 
     def report_progress(self) -> None:
         """Updates the progress bar."""

@@ -12,6 +12,7 @@ from lmu_dist import __version__
 from lmu_dist.report.figures import ReportFigure, css_variable
 from lmu_dist.report.forecasts import ForecastScores
 from lmu_dist.report.law_table import law_rows, law_sentence, misfit_sentence, p_text
+from lmu_dist.scaling.band_table import band_sentences
 from lmu_dist.scaling.collect import Study
 from lmu_dist.scaling.laws import parameters
 from lmu_dist.scaling.published import KAPLAN_NS, PAPER
@@ -40,6 +41,7 @@ def render(
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"g": _number, "pct": _percent, "n": _thousands, "interval": _interval, "difference": _difference}
     environment.filters |= {"share": _share, "p": p_text, "minute": _minute}
+    environment.filters |= {"nats": _nats, "nats_interval": _nats_interval}
     run_names = {run.run_id: run.name or run.run_id for run in study.runs}
     environment.filters["run_name"] = run_names.__getitem__
     environment.globals |= {"css_variable": css_variable, "parameters": parameters, "title": study.title}
@@ -55,6 +57,7 @@ def render(
         sections=SECTIONS,
         reproduce=reproduce,
         pair=results.pair,
+        band_sentences=band_sentences(results.bands, study.title),
         paper_order=PAPER_ORDER,
         show_controlled=_show_controlled(study, results),
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -93,6 +96,15 @@ def _thousands(value: Any) -> str:
 
 def _interval(value: tuple[float, float] | None, digits: int = 3) -> str:
     return "-" if value is None else f"{_number(value[0], digits)} to {_number(value[1], digits)}"
+
+
+def _nats(value: float | None) -> str:
+    """Formats a difference of losses with three decimals: those of a table are below each other."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _nats_interval(value: tuple[float, float] | None) -> str:
+    return "-" if value is None else f"{_nats(value[0])} to {_nats(value[1])}"
 
 
 def _difference(nats: float, interval: tuple[float, float] | None) -> str:

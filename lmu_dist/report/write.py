@@ -28,6 +28,7 @@ from lmu_dist.report.inputs import (
 from lmu_dist.report.page import render
 from lmu_dist.report.upload import upload_report
 from lmu_dist.scaling.as_json import comparison_to_json, fit_to_json, to_json
+from lmu_dist.scaling.band_table import band_sentences
 from lmu_dist.scaling.collect import Study, collect
 from lmu_dist.scaling.intervals import N_RESAMPLES
 from lmu_dist.scaling.results import FamilyFit, Results, analyse, default_pair
@@ -159,7 +160,7 @@ def _fit(fit: FamilyFit) -> dict[str, Any]:
 
 def _results(study: Study, results: Results) -> dict[str, Any]:
     left_out = [{"run_id": out.run_id, "name": out.name, "reason": out.reason} for out in study.left_out]
-    parts = ("answer", "comparisons", "controlled", "improvement", "in_size", "positions")
+    parts = ("answer", "comparisons", "controlled", "improvement", "in_size", "positions", "bands")
     return {
         **{
             name: [asdict(v) for v in value] if isinstance(value := getattr(results, name), tuple) else asdict(value)
@@ -167,6 +168,7 @@ def _results(study: Study, results: Results) -> dict[str, Any]:
         },
         "seed_noise": asdict(results.noise.overall) if results.noise.overall else None,
         "by_position": asdict(results.by_position) if results.by_position else None,
+        "band_sentences": band_sentences(results.bands, study.title),
         "determined": {fit.family: fit.result.diagnostics.passed for fit in results.fits},
         "n_runs": len(study.runs),
         "left_out": left_out,
@@ -187,7 +189,7 @@ def _reproduce(inputs: ReportInputs, results: Results) -> list[tuple[str, str]]:
         *([] if inputs.tables else [("this report without MLflow", f"{from_tables}  (in the folder of this page)")]),
         ("answer, factors, change with size", f"{again} --json  (keys answer, pair, comparisons, controlled)"),
         ("improvement ratio, seed noise, power laws in N", f"{again} --json  (keys improvement, seed_noise, in_size)"),
-        ("loss by position", f"{again} --json  (keys positions, by_position)"),
+        ("loss by position", f"{again} --json  (keys positions, bands, by_position)"),
         ("forecasts and their scores", f"{again} --json  (key forecasts)"),
     ]
     for fit in results.fits:

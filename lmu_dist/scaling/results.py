@@ -9,6 +9,8 @@ import numpy as np
 
 from lmu_dist.scaling import positions
 from lmu_dist.scaling.answer import Answer, answer
+from lmu_dist.scaling.band_table import BandRow, Group, band_rows
+from lmu_dist.scaling.bands import Curves as PositionCurves
 from lmu_dist.scaling.collect import Run, Study, resampling_groups, rows_from_runs
 from lmu_dist.scaling.compare import Comparison, compare
 from lmu_dist.scaling.compare_laws import LawComparison
@@ -85,6 +87,7 @@ class Results:
     in_size: tuple[SizeLaw, ...]
     positions: tuple[PositionLoss, ...]
     by_position: FactorByPosition | None
+    bands: tuple[BandRow, ...]
 
     @property
     def other_laws(self) -> dict[str, list[str]]:
@@ -150,6 +153,7 @@ def analyse(study: Study, curves: Curves, n_resamples: int = N_RESAMPLES, pair: 
         in_size=tuple(_size_law(study, family) for family in study.families),
         positions=tuple(_positions(study, curves)),
         by_position=factor_by_position(study, curves, noise, pair) if noise.overall else None,
+        bands=band_rows(curves_at_largest_budget(study, curves), pair),
     )
 
 
@@ -189,17 +193,28 @@ def _size_law(study: Study, family: str) -> SizeLaw:
     return fit_power_law(family, most, np.array(sizes, np.float64), means)
 
 
-def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
-    groups = defaultdict[tuple[str, int], list[Run]](list)
+def curves_at_largest_budget(study: Study, curves: Curves) -> dict[Group, PositionCurves]:
+    """Returns the losses by position of the seeds of every family and size at its largest budget, as far as runs have them."""
+    groups = defaultdict[Group, list[Run]](list)
     for run in runs_at_largest_budget(study):
         if run.run_id in curves:
-            groups[run.record.family, run.size_bin].append(run)
+            budget = run.record.planned_tokens
+            groups[Group(run.record.family, run.size_bin, len(curves[run.run_id]), budget)].append(run)
+    return {
+        group: PositionCurves(
+            np.array([curves[run.run_id] for run in runs]),
+            np.array([run.record.val_loss_standard_error_nats for run in runs]),
+        )
+        for group, runs in groups.items()
+    }
+
+
+def _positions(study: Study, curves: Curves) -> list[PositionLoss]:
     position_losses = []
-    for (family, size_bin), runs in groups.items():
-        mean = np.mean([curves[run.run_id] for run in runs], axis=0)
-        level = positions.find_plateau(positions.bin_positions(mean))
-        tokens = runs[0].record.planned_tokens
-        position_losses.append(PositionLoss(family, size_bin, tokens, len(runs), tuple(float(v) for v in mean), level))
+    for group, found in curves_at_largest_budget(study, curves).items():
+        level = positions.find_plateau(positions.bin_positions(found.mean))
+        losses = tuple(float(v) for v in found.mean)
+        position_losses.append(PositionLoss(group.family, group.n_params, group.tokens, len(found.losses), losses, level))
     return position_losses
 
 

@@ -24,6 +24,7 @@ NEEDED = ("run_id", "family", "n_params", "tokens", "val_loss_nats", "key", "pha
 NEEDED += ("planned_tokens", "seed", "learning_rate", "sequence_tokens", "data_digest")
 NUMBERS = ("train.rate_token_exponent", "train.learning_rate", "train.plateau_patience")  # settings that are computed with
 IN_EVERY_RECORD = ("family", "n_params", "tokens", "val_loss_nats", "key", "phase", "status")
+TO_RESTORE = (*NEEDED, "name", "steps", "family_version", "train_version", "experiment", "started", "ended")
 OF_THE_RUN = ("experiment", "baseline", "started", "ended", "n_workers", "git_commit", "family_appearance", SOURCE)
 
 
@@ -67,23 +68,44 @@ def read_run_csv(paths: Sequence[Path]) -> StoredRuns:
     Columns that an earlier version did not write have their defaults, those of a later version are ignored. Raises ConfigError
     with row and column for a cell that cannot be read.
     """
+    return _stored_runs([row for path in paths for row in _rows_of(path, NEEDED)])
+
+
+def read_experiments(path: Path) -> list[StoredRuns]:
+    """Reads a table of records to write its runs into MLflow again: the runs of each experiment that it names, in its order.
+
+    Raises ConfigError like `read_run_csv`, and if the table lacks what a run in MLflow needs besides a result.
+    """
+    experiments = dict[str, list[CsvRow]]()
+    for row in _rows_of(path, TO_RESTORE):
+        for column in ("experiment", "name", *(("started",) if row.text("run_id") else ())):
+            if not row.text(column):
+                raise row.error(column, "empty; a run in MLflow needs it")
+        experiments.setdefault(row.text("experiment"), []).append(row)
+    return [_stored_runs(rows) for rows in experiments.values()]
+
+
+def _rows_of(path: Path, needed: Sequence[str]) -> list[CsvRow]:
+    if not (rows := read_csv(path, needed, WHAT)):
+        raise ConfigError(f"{path} has no runs")
+    return rows
+
+
+def _stored_runs(rows: Sequence[CsvRow]) -> StoredRuns:
+    """Returns the runs of rows as one experiment."""
     found = dict[str, tuple[StoredRun, CsvRow]]()
     experiments, baselines = dict[str, None](), set[str]()
     not_started, names = dict[str, None](), set[str]()
-    for path in paths:
-        rows = read_csv(path, NEEDED, WHAT)
-        if not rows:
-            raise ConfigError(f"{path} has no runs")
-        for row in rows:
-            experiments[row.text("experiment") or path.stem] = None
-            baselines |= {row.text("baseline")} - {""}
-            if not row.text("run_id"):
-                not_started[_name_of_planned(row)] = None
-                continue
-            run = _run(row)
-            names.add(run.name)
-            known = found.get(run.run_id)
-            found[run.run_id] = (run, row) if known is None else _the_one_with_a_result(known, (run, row))
+    for row in rows:
+        experiments[row.text("experiment") or row.path.stem] = None
+        baselines |= {row.text("baseline")} - {""}
+        if not row.text("run_id"):
+            not_started[_name_of_planned(row)] = None
+            continue
+        run = _run(row)
+        names.add(run.name)
+        known = found.get(run.run_id)
+        found[run.run_id] = (run, row) if known is None else _the_one_with_a_result(known, (run, row))
     waiting = tuple(name for name in not_started if name not in names)  # another table may have the run of a planned cell
     runs = tuple(run for run, _ in found.values())
     return StoredRuns(", ".join(experiments), runs, waiting, baselines.pop() if len(baselines) == 1 else None)

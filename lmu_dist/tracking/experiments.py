@@ -32,6 +32,14 @@ def find_experiment(store: Store, experiment: str) -> Experiment:
     return found
 
 
+def check_not_deleted(store: Store, experiment: str) -> None:
+    """Raises ConfigError if an experiment was deleted, so that nothing can be written into it. It may not exist yet."""
+    with store.one_line_errors():
+        found = store.client.get_experiment_by_name(experiment)
+    if found is not None and found.lifecycle_stage != "active":
+        raise ConfigError(_deleted(found))
+
+
 def _deleted(experiment: Experiment) -> str:
     restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
     return f"experiment {experiment.name!r} was deleted in MLflow; restore it, with its runs, by `{restore}`"

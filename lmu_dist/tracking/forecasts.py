@@ -59,14 +59,17 @@ class StoredForecast:
         return f"{self.family} N={self.requested_n_params:,} D={self.tokens:,}"
 
 
-def save_forecast(store: Store, experiment: str, forecast: StoredForecast) -> str:
-    """Saves a forecast as a run of its experiment and returns the run's id. Raises MLflowUnavailableError."""
+def save_forecast(store: Store, experiment: str, forecast: StoredForecast, tags: Mapping[str, str] | None = None) -> str:
+    """Saves a forecast as a run of its experiment and returns the run's id. Raises MLflowUnavailableError.
+
+    `tags`: further tags of the run, as of a forecast that is restored.
+    """
     params = {f.name: getattr(forecast, f.name) for f in fields(forecast) if f.name != "run_id"}
     texts = {name: json.dumps(_plain(value)) if not isinstance(value, str) else value for name, value in params.items()}
     with store.one_line_errors():
         experiment_id = find_experiment(store, experiment).experiment_id
-        tags = {RUN_NAME: f"forecast {forecast.cell_name}"}
-        run_id = store.client.create_run(experiment_id, start_time=forecast.made_ms, tags=tags).info.run_id
+        all_tags = {RUN_NAME: f"forecast {forecast.cell_name}", **(tags or {})}
+        run_id = store.client.create_run(experiment_id, start_time=forecast.made_ms, tags=all_tags).info.run_id
         store.client.log_batch(run_id, params=[Param(f"{PREFIX}{name}", text) for name, text in texts.items()])
         # The tag comes last: a run without it is not found, so that no forecast is read of which a part is missing.
         store.client.log_batch(run_id, tags=[RunTag(FORECAST, forecast.cell_name)])

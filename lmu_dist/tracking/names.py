@@ -6,7 +6,7 @@ from mlflow.entities import Run
 
 from lmu_dist.config import ConfigError, Folder, open_folder
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import FOLDER, KEY, RUN_NAME
+from lmu_dist.tracking.tags import FOLDER, KEY, RESTORED_FROM, RUN_NAME
 
 
 def folder_of(store: Store, reference: str) -> Folder:
@@ -23,7 +23,13 @@ def folder_of(store: Store, reference: str) -> Folder:
         some = ", ".join(f"{run.data.tags[RUN_NAME]} ({run.info.run_id})" for run in found[:5])
         more = f", and {len(found) - 5} more" if len(found) > 5 else ""
         raise ConfigError(f"{reference!r} names {len(found)} runs or starts their keys; give one of: {some}{more}")
-    folder = found[0].data.tags[FOLDER]
+    tags = found[0].data.tags
+    if FOLDER not in tags:
+        raise ConfigError(
+            f"{reference} was restored from {tags[RESTORED_FROM]}, which has its result but no checkpoint; to have its model, "
+            f"train it again: `lmu-dist ladder CONFIG --rerun {tags.get(KEY, reference)[:12]}`"
+        )
+    folder = tags[FOLDER]
     if not open_folder(folder).is_dir():
         raise ConfigError(f"the folder of {reference}, {folder}, is not on this machine; give the path that it has here")
     return open_folder(folder)
@@ -42,7 +48,11 @@ def _runs_called(store: Store, reference: str) -> list[Run]:
             f"tags.`{KEY}` LIKE '{reference}%'" if re.fullmatch("[0-9a-f]{4,64}", reference) else "",
             f"tags.`{RUN_NAME}` = '{reference}'",  # of a run that was trained again since
         ):
-            runs = [run for run in (store.search_runs(experiments, query) if query else []) if FOLDER in run.data.tags]
+            runs = [
+                run
+                for run in (store.search_runs(experiments, query) if query else [])
+                if run.data.tags.keys() & {FOLDER, RESTORED_FROM}
+            ]
             if runs:
                 # The first created of several with one key, as `find_run` does.
                 runs.sort(key=lambda run: run.info.start_time, reverse=True)

@@ -56,6 +56,22 @@ def write_plan(store: Store, experiment: str, study: str, cells: list[dict[str, 
             store.client.set_tag(study_id, BASELINE, baseline)
 
 
+def add_to_plan(store: Store, experiment: str, study_id: str, cells: list[dict[str, Any]]) -> None:
+    """Adds cells to the plan of a study, those that it has not."""
+    planned = read_plans(store, experiment, study_id)
+    keys = {cell["key"] for cell in planned}
+    if new := [cell for cell in cells if cell["key"] not in keys]:
+        with store.one_line_errors():
+            store.client.log_dict(study_id, {"cells": [*planned, *new]}, PLAN)
+
+
+def set_baseline(store: Store, study_id: str, baseline: str) -> None:
+    """Sets the family that a study compares the others with, unless the study has one."""
+    with store.one_line_errors():
+        if BASELINE not in store.client.get_run(study_id).data.tags:
+            store.client.set_tag(study_id, BASELINE, baseline)
+
+
 def planned_baseline(store: Store, experiment: str) -> str | None:
     """The family that the ladders of an experiment compare the others with; None if none says so, or two disagree."""
     with store.one_line_errors():

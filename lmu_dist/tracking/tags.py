@@ -16,4 +16,6 @@ REPORT = "lmu.report"  # of a run that holds a report: the digest of its inputs
 REPORT_ANY_CODE = "lmu.report_any_code"
 REPORT_FACTOR = "lmu.report_factor"  # the two families that its answer compares, as in lmu_over_transformer
 STALE = "lmu.stale"
+RESTORED_FROM = "lmu.restored_from"  # the table of records from which a run was restored: it has no curves and no files
+RESTORED_RUN = "lmu.restored_run_id"  # the id that such a run had in the store that was lost
 FORECAST = "lmu.forecast"  # of a run that holds a forecast: the cell that it is about

@@ -81,19 +81,16 @@ def run_commands(folder: Path, *commands: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_new_families_in_plan_ladder_report_and_figures(folder: Path):
-    outputs = run_commands(folder, "plan job.json --json", "ladder job.json --json", "ladder job.json --json")
-    planned, cells, known = (json.loads(output)["cells"] for output in outputs)
+    outputs = run_commands(folder, "plan job.json --json", "ladder job.json --json")
+    planned, cells = (json.loads(output)["cells"] for output in outputs)
     assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
     assert {(cell["family"], cell["status"]) for cell in cells} == {(c["family"], "complete") for c in planned}
     versions = {cell["family"]: cell["family_version"] for cell in cells}
     assert (versions["no_positions"], versions["lmu"], len(versions["gated_linear_attention"])) == ("1", "1", 12)
-    assert all(cell["was_done"] for cell in known)
-    # Changed comments and docstrings do not repeat any run. A raised version repeats the runs of its family.
+    # Changed comments and docstrings do not repeat any run. (test_cell shows that a raised version does.)
     for path in ("models/lm.py", "models/families/lmu.py", "train/engine.py", "launch/worker.py"):
         file = folder / "lmu_dist" / path
         file.write_text(file.read_text().replace('"""', '"""Edited. ', 1) + "# a comment\n")
-    raised = folder / "lmu_dist" / "models" / "families" / "no_positions.py"
-    raised.write_text(raised.read_text().replace("version = 1", "version = 2"))
     run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
     output, _, text, _ = run_commands(
         folder,
@@ -102,7 +99,7 @@ def test_new_families_in_plan_ladder_report_and_figures(folder: Path):
         f"generate {run} --tokens 3 --family {EXAMPLE}",
         f"export {run} exported --family {EXAMPLE}",
     )
-    assert {cell["family"] for cell in json.loads(output)["cells"] if not cell["was_done"]} == {"no_positions"}
+    assert all(cell["was_done"] for cell in json.loads(output)["cells"])
     page = (folder / "report" / "report.html").read_text()
     assert "no positions" in page
     assert "gated linear attention" in page

@@ -50,6 +50,12 @@ def test_the_report_recovers_the_simulated_truth(written: ReportFiles):
     levels = {(p["family"], p["n_params"]): p["level"] for p in results["positions"]}
     assert levels["lmu", 1_000_000]["position"] == pytest.approx(64, rel=0.5)
     assert levels["transformer", 1_000_000]["position"] is None or levels["transformer", 1_000_000]["position"] > 100
+    falls = {row["family"]: row for row in results["bands"] if row["n_params"] == 1_000_000}
+    assert falls["transformer"]["difference"]["value"] > falls["lmu"]["difference"]["value"] == pytest.approx(0)
+    assert falls["lmu"]["beside"] == "transformer"
+    assert falls["lmu"]["paired"]["value"] == pytest.approx(-falls["transformer"]["difference"]["value"])
+    page = (written.folder / "report.html").read_text()
+    assert all(sentence in page for sentence in results["band_sentences"])
     slopes = {found["family"]: found for found in results["in_size"]}
     assert slopes["lmu"]["interval"][0] < slopes["lmu"]["law"]["exponent"] < slopes["lmu"]["interval"][1]
     assert slopes["lmu"]["bends"]  # towards the irreducible loss of the law it is simulated from
