@@ -48,9 +48,8 @@ def estimate(knowledge: Knowledge, question: Question) -> Estimate:
                 remark = f"from measured curves, at losses of {top:.4g} to {bottom:.4g} nats, since {reason}"
                 n_budgets = min(len({r.tokens for r in runs}) for runs in curves.values())
                 early = f"a curve has {n_budgets} of {MIN_BUDGETS} budgets that stopping needs"
-                return Estimate(
-                    found.value, (low, high), "", int(noise.freedom + 1e-6), remark, early if n_budgets < MIN_BUDGETS else ""
-                )
+                freedom = int(noise.freedom + 1e-6)
+                return Estimate(found.value, (low, high), "", freedom, remark, early if n_budgets < MIN_BUDGETS else "")
     return Estimate(value, interval, reason, knowledge.freedom)
 
 

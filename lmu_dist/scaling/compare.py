@@ -58,9 +58,8 @@ def compare(study: Study, laws: Mapping[str, FitResult], base: str, new: str, no
         losses = [losses_of(run.record for run in study.runs_of(family, size_bin)) for family in (base, new)]
         curves, _ = factor_with_noise(losses[0], losses[1], noise)
         sizes.append(SizeComparison(size_bin, curves, _factor_from_laws(study, laws, base, new, size_bin)))
-    growth = _growth_from_laws(laws[base], laws[new], sizes) or growth_of_factors(
-        [(size.n_params, size.curves) for size in sizes]
-    )
+    of_curves = [(size.n_params, size.curves) for size in sizes]
+    growth = _growth_from_laws(laws[base], laws[new], sizes) or growth_of_factors(of_curves)
     if growth is None:
         remark = "fewer than two sizes have a factor with an interval"
         return Comparison(base, new, tuple(sizes), None, None, "", (0, 0), remark)

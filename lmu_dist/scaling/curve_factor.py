@@ -54,8 +54,8 @@ def factor_with_noise(
 def loss_weights(base: Curve, new: Curve) -> tuple[Floats, Floats]:
     """Returns the derivatives of the logarithm of the factor by ln L at every budget of both curves.
 
-    The logarithm is the mean of a difference of straight lines over the common losses. A loss at an end of a curve may also move
-    an end of that range.
+    The logarithm is the mean of a difference of straight lines over the common losses. A loss at an end of a curve may also
+    move an end of that range.
     """
     curves = (base, new)
     top, bottom = np.log(min(c.loss[0] for c in curves)), np.log(max(c.loss[-1] for c in curves))
