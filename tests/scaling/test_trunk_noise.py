@@ -23,9 +23,9 @@ def runs(family: str, errors: dict[int, tuple[float, ...]], n_params: int = 1000
     "design", ["curves of 1 size, all common", "curves of 3 sizes, half common", "noisy smallest budget, half common"]
 )
 def test_intervals_contain_the_truth_in_nine_studies_of_ten(design: str):
-    """At least 0.83 of 60 studies: with a true coverage of 0.90, fewer happen in three of a hundred tests of new seeds."""
-    for name, measured in benchmark.measure_curves(design, 60).items():
-        assert measured["covered"] >= 0.83, (name, measured)
+    """200 studies: their share may be three standard errors (0.021) below 0.90, since ten shares are compared."""
+    for name, measured in benchmark.measure_curves(design, 200).items():
+        assert measured["covered"] > 0.90 - 3 * 0.021, (name, measured)
 
 
 def test_without_a_second_seed_there_is_no_noise():
