@@ -168,7 +168,10 @@ class _Driver:
             return False
         for values in itertools.product(*(space.values(search_range) for search_range in self.tune.space.values())):
             settings = space.settings(dict(zip(self.tune.space, values, strict=True)))
-            cell = _cell(self.base, settings, self.corpus)
+            try:
+                cell = _cell(self.base, settings, self.corpus)
+            except ConfigError:
+                return False  # its trial reports the error, and the others are trained
             finished = claim.find_finished(cell, self.store, STUDY, final_statuses=self.final_statuses)
             if finished is None:
                 return False

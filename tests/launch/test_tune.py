@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load, parse
+from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import tune as launch_tune
 from lmu_dist.launch.tune import tune
 from lmu_dist.planning.grid import grid
@@ -103,3 +105,14 @@ def test_range_with_an_invalid_end_is_refused_before_anything_starts(corpus_glob
     with pytest.raises(ConfigError, match=r"tune\.space: .*warmup_tokens.* must be less"):
         tune(configured(corpus_glob, tmp_path, space=space), default_uri(tmp_path))
     assert not list(tmp_path.glob("lmu-*"))
+
+
+def test_a_sweep_with_an_invalid_combination_has_not_ended(corpus_glob: str, new_store, tmp_path: Path, monkeypatch):
+    """Its trial says what is wrong, also after all others have ended, and does not stop them."""
+    config = configured(corpus_glob, tmp_path, space={"train.warmup_tokens": {"choice": [1000, 1_000_000, 2000]}})
+    corpus = prepare(config.data, config.storage_folder)
+    driver = launch_tune._Driver(config, "lmu", 1000, corpus, new_store(tmp_path), lambda *_: None)
+    driver.check()  # the ends are valid
+    monkeypatch.setattr(launch_tune.claim, "find_finished", lambda cell, *_, **__: Mock(record=cell.key))
+    monkeypatch.setattr(launch_tune, "TrialResult", Mock())
+    assert not driver.has_ended()
