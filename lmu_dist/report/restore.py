@@ -76,7 +76,7 @@ def restore(store: Store, paths: Sequence[Path], show: Callable[..., None]) -> l
     `show` gets an activity, the amount done, the total and a text. Raises ConfigError before anything is written if a table
     cannot be read or lacks a column, or the store cannot be written; MLflowUnavailableError if it does not answer.
     """
-    tables = [table for path in paths for table in _read(path)]
+    tables = [table for path in paths for table in _read(path, paths)]
     read_run_csv(paths)  # two tables with different results of a run are an error
     curves = read_position_csv([found for folder in _folders(paths) if (found := folder / POSITIONS).exists()])
     store.check()
@@ -90,14 +90,25 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.parent for path in paths))
 
 
-def _read(path: Path) -> list[_Table]:
-    """Reads a table, and the forecasts in its folder if these are of its experiment: a report writes both side by side."""
+def _read(path: Path, paths: Sequence[Path]) -> list[_Table]:
+    """Reads a table, and the forecasts in its folder if these are of its experiment: a report writes both side by side.
+
+    `paths`: all tables that are restored. The forecasts name no experiment, so several tables beside them are an error.
+    """
     experiments = read_experiments(path)
     beside = path.parent / FORECASTS
     has_forecasts = beside.exists() and (path.name == RUNS or not (path.parent / RUNS).exists())
-    if has_forecasts and len(experiments) > 1:
-        names = ", ".join(stored.experiment for stored in experiments)
-        raise ConfigError(f"{beside} does not say to which experiment of {path.name} it belongs: {names}; make a table of each")
+    if has_forecasts:
+        # A runs.csv is the table that the report wrote with them. Without one it can be any table of the folder.
+        same_folder = {p.resolve(): p for p in paths if p.parent.resolve() == path.parent.resolve()}
+        claiming = [path] if path.name == RUNS else list(same_folder.values())
+        named = experiments if len(claiming) == 1 else [found for p in claiming for found in read_experiments(p)]
+        if len(claiming) > 1 or len(named) > 1:
+            names = ", ".join(dict.fromkeys(stored.experiment for stored in named))
+            raise ConfigError(
+                f"{beside} does not say to which experiment of {', '.join(p.name for p in claiming)} it belongs: {names}; "
+                f"make a table of each in a folder of its own, and put {FORECASTS} beside the right one"
+            )
     forecasts = read_forecast_csv([beside]) if has_forecasts else []
     return [_Table(path, stored, forecasts) for stored in experiments]
 

@@ -191,6 +191,23 @@ def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store:
     assert (len(stored.runs), stored.baseline) == (3, "lmu")
 
 
+def test_forecasts_beside_two_tables_are_an_error(
+    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
+):
+    store, found, both = new_store(tmp_path), read_rows(lost[1] / "runs.csv"), tmp_path / "both"
+    first = write_rows(both / "a.csv", found[:3])
+    second = write_rows(both / "b.csv", [{**row, "experiment": "other"} for row in found[3:5]])
+    (both / "forecasts.csv").write_bytes((lost[1] / "forecasts.csv").read_bytes())
+    with pytest.raises(ConfigError, match=r"does not say to which experiment of a.csv, b.csv it belongs: e, other; make a"):
+        restore(store, [first, second], ignore_progress)
+    assert store.client.get_experiment_by_name("e") is None  # nothing was written
+    [table] = restore(store, [first, first], ignore_progress)[:1]
+    assert (table.n_restored, table.n_forecasts) == (3, 2)
+    write_rows(both / "runs.csv", found[:3])  # the report's own table: the forecasts are its, whatever is beside it
+    tables = restore(store, [both / "runs.csv", second], ignore_progress)
+    assert [(t.experiment, t.n_restored, t.n_forecasts) for t in tables] == [("e", 0, 0), ("other", 2, 0)]
+
+
 def test_a_run_of_the_store_that_has_not_ended_is_named(
     lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
 ):
