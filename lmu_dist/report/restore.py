@@ -17,7 +17,7 @@ from lmu_dist.scaling.run_csv import read_experiments, read_run_csv
 from lmu_dist.tracking.ended_rows import keep_rows
 from lmu_dist.tracking.experiments import check_not_deleted
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
-from lmu_dist.tracking.restored import KnownCells, find_known_cells, restore_run, restored_tags
+from lmu_dist.tracking.restored import KnownCells, find_known_cells, is_running_nothing, restore_run, restored_tags
 from lmu_dist.tracking.runs import KnownRuns, record_of, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.stored_runs import StoredRuns
@@ -140,7 +140,11 @@ def _restore(
     for forecast in new:
         save_forecast(store, stored.experiment, forecast, restored_tags(forecast.run_id, source))
     runs = runs_of(store, stored.experiment)
-    describe_study(store, stored.experiment, study_id, KnownRuns(runs))
+    # A new study is RUNNING, also one that an earlier restore left behind when it was killed, and no driver would end it.
+    if is_running_nothing(store, stored.experiment, study_id, KnownRuns(runs)):
+        end_study(store, stored.experiment, STUDY, known=KnownRuns(runs))
+    else:
+        describe_study(store, stored.experiment, study_id, KnownRuns(runs))
     keep_rows(store, stored.experiment, runs)  # `status` looks for newly ended runs among the last ones only
     return RestoredTable(
         table=str(table.path),
@@ -155,12 +159,8 @@ def _restore(
 
 
 def _open_study(store: Store, stored: StoredRuns) -> tuple[str, str]:
-    """Returns the ids of the experiment and of the study that its runs belong to. A study that is new is not running."""
-    with store.one_line_errors():
-        is_new = store.client.get_experiment_by_name(stored.experiment) is None
+    """Returns the ids of the experiment and of the study that its runs belong to."""
     experiment_id, study_id = open_study(store, stored.experiment, STUDY)
-    if is_new:
-        end_study(store, stored.experiment, STUDY)
     if stored.baseline:
         set_baseline(store, study_id, stored.baseline)
     return experiment_id, study_id

@@ -15,9 +15,11 @@ from lmu_dist.report.forecasts import make_forecast, score_forecasts
 from lmu_dist.report.inputs import TABLES, ReportInputs, inputs_from_mlflow, write_tables
 from lmu_dist.report.restore import restore
 from lmu_dist.report.write import ReportFiles, write_report
+from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.runs import retire_run, runs_of
 from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.tags import RESTORED_FROM, RESTORED_RUN
 
 CELL = ("lmu", 1_000_000, 10**8)  # its loss was predicted before it ended
@@ -43,6 +45,10 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def inputs_of(store: Store, experiment: str) -> ReportInputs:
     return inputs_from_mlflow(store, experiment, False, ignore_progress)
+
+
+def study_status(store: Store, experiment: str) -> str:
+    return store.client.get_run(open_study(store, experiment, "ladder")[1]).info.status
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,7 @@ def again(lost: tuple[Store, Path], tmp_path_factory: pytest.TempPathFactory, ne
     store = new_store(tmp_path_factory.mktemp("again"))
     [table] = restore(store, [lost[1] / "runs.csv"], ignore_progress)
     assert (table.n_restored, table.n_known, table.n_forecasts, table.notes) == (53, 0, 2, [])
+    assert study_status(store, "e") == "FINISHED"
     return store
 
 
@@ -166,8 +173,10 @@ def test_a_restore_that_was_killed_is_completed(
     monkeypatch.undo()
     n_before = len(runs_of(store, "e"))
     assert 0 < n_before < 5
+    assert study_status(store, "e") == "RUNNING"
     [table] = restore(store, [lost[1] / "runs.csv"], ignore_progress)
     assert (table.n_restored, table.n_known, table.n_forecasts) == (53 - n_before, n_before, 2)
+    assert study_status(store, "e") == "FINISHED"
     tagged = store.search_runs(store.experiment_ids(), f"tags.`{RESTORED_RUN}` LIKE '%'")
     assert len(tagged) == 53 + 2  # nothing of the incomplete run is left
     assert len({run.data.tags[RESTORED_RUN] for run in tagged}) == 55
@@ -216,7 +225,22 @@ def test_a_run_of_the_store_that_has_not_ended_is_named(
     run = store.client.create_run(experiment_id, tags={"lmu.key": row["key"], "lmu.status": "interrupted"})
     [table] = restore(store, [write_rows(tmp_path / "runs.csv", [row])], ignore_progress)
     assert (table.n_restored, table.not_ended) == (0, (run.info.run_id,))
+    assert study_status(store, "e") == "FINISHED"  # the experiment was there, the study was not
     assert "have not ended, and have a result in the table" in table.notes[0]
+
+
+def test_the_status_of_a_study_that_was_there(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
+    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+    table = write_rows(tmp_path / "runs.csv", found[:2])
+    write_plan(store, "e", "ladder", [{"name": "c", "key": "c", "planned_tokens": 1, "n_workers": 1}])
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "RUNNING"  # a ladder may be about to start the cell that has no run
+    create_run(store, *open_study(store, "e", "ladder"), "c", "c", "/nowhere")
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "RUNNING"  # a run that is not restored
+    end_study(store, "e", "ladder", "FAILED")
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "FAILED"
 
 
 @pytest.mark.parametrize("column", ["experiment", "name", "started", "ended", "steps", "train_version", "key"])
