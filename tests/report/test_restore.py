@@ -12,7 +12,7 @@ from simulate import make_record, simulate_study, write_runs_to_mlflow
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.report.forecasts import make_forecast, score_forecasts
-from lmu_dist.report.inputs import TABLES, ReportInputs, inputs_from_mlflow, write_tables
+from lmu_dist.report.inputs import TABLES, ReportInputs, inputs_from_mlflow, inputs_from_tables, write_tables
 from lmu_dist.report.restore import restore
 from lmu_dist.report.write import ReportFiles, write_report
 from lmu_dist.tracking.new_run import create_run
@@ -198,6 +198,35 @@ def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store:
     assert "2 cells of the table have no result" in tables[1].notes[0]
     stored = inputs_of(store, "other").stored  # with the run that is in the first experiment
     assert (len(stored.runs), stored.baseline) == (3, "lmu")
+
+
+def test_a_table_made_from_two_restores_into_both(
+    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
+):
+    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+    half = len(found) // 2
+    others = [{**row, "experiment": "other"} for row in found[:half]]  # so that the first row is not of the first experiment
+    waiting = dict.fromkeys(found[0], "") | {"name": "w", "status": "planned", "experiment": "other"}
+    paths = [
+        write_rows(tmp_path / "a" / "runs.csv", found[half:]),
+        write_rows(tmp_path / "b" / "runs.csv", [*others, waiting]),
+    ]
+    merged = inputs_from_tables(paths)
+    (tmp_path / "merged").mkdir()
+    write_tables(merged, tmp_path / "merged")
+    table = tmp_path / "merged" / "runs.csv"
+    experiments = {row["run_id"]: row["experiment"] for row in read_rows(table)}
+    assert experiments == {row["run_id"]: row["experiment"] for row in [*found[half:], *others, waiting]}
+    again = inputs_from_tables([table])
+    assert (again.study.experiment, again.study.digest) == (merged.study.experiment, merged.study.digest)
+    assert again.study.experiment == "e, other"
+    (tmp_path / "again").mkdir()
+    write_tables(again, tmp_path / "again")
+    assert (tmp_path / "again" / "runs.csv").read_bytes() == table.read_bytes()
+    tables = restore(store, [table], ignore_progress)
+    assert {(t.experiment, t.n_restored, t.n_not_started) for t in tables} == {("e", len(found) - half, 0), ("other", half, 1)}
+    names = {found.name for found in store.client.search_experiments()}
+    assert names - {"Default"} == {"e", "other"}
 
 
 def test_forecasts_beside_two_tables_are_an_error(
