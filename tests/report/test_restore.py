@@ -200,9 +200,7 @@ def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store:
     assert (len(stored.runs), stored.baseline) == (3, "lmu")
 
 
-def test_a_table_made_from_two_restores_into_both(
-    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
-):
+def test_a_table_made_from_two_restores_into_both(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
     store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
     half = len(found) // 2
     others = [{**row, "experiment": "other"} for row in found[:half]]  # so that the first row is not of the first experiment
@@ -229,9 +227,7 @@ def test_a_table_made_from_two_restores_into_both(
     assert names - {"Default"} == {"e", "other"}
 
 
-def test_forecasts_beside_two_tables_are_an_error(
-    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
-):
+def test_forecasts_beside_two_tables_are_an_error(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
     store, found, both = new_store(tmp_path), read_rows(lost[1] / "runs.csv"), tmp_path / "both"
     first = write_rows(both / "a.csv", found[:3])
     second = write_rows(both / "b.csv", [{**row, "experiment": "other"} for row in found[3:5]])
