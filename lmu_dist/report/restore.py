@@ -17,7 +17,7 @@ from lmu_dist.scaling.run_csv import read_experiments, read_run_csv
 from lmu_dist.tracking.ended_rows import keep_rows
 from lmu_dist.tracking.experiments import check_not_deleted
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
-from lmu_dist.tracking.restored import KnownCells, find_known_cells, restore_run, restored_tags
+from lmu_dist.tracking.restored import KnownCells, find_known_cells, is_running_nothing, restore_run, restored_tags
 from lmu_dist.tracking.runs import KnownRuns, record_of, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.stored_runs import StoredRuns
@@ -76,7 +76,7 @@ def restore(store: Store, paths: Sequence[Path], show: Callable[..., None]) -> l
     `show` gets an activity, the amount done, the total and a text. Raises ConfigError before anything is written if a table
     cannot be read or lacks a column, or the store cannot be written; MLflowUnavailableError if it does not answer.
     """
-    tables = [table for path in paths for table in _read(path)]
+    tables = [table for path in paths for table in _read(path, paths)]
     read_run_csv(paths)  # two tables with different results of a run are an error
     curves = read_position_csv([found for folder in _folders(paths) if (found := folder / POSITIONS).exists()])
     store.check()
@@ -90,14 +90,25 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(path.parent for path in paths))
 
 
-def _read(path: Path) -> list[_Table]:
-    """Reads a table, and the forecasts in its folder if these are of its experiment: a report writes both side by side."""
+def _read(path: Path, paths: Sequence[Path]) -> list[_Table]:
+    """Reads a table, and the forecasts in its folder if these are of its experiment: a report writes both side by side.
+
+    `paths`: all tables that are restored. The forecasts name no experiment, so several tables beside them are an error.
+    """
     experiments = read_experiments(path)
     beside = path.parent / FORECASTS
     has_forecasts = beside.exists() and (path.name == RUNS or not (path.parent / RUNS).exists())
-    if has_forecasts and len(experiments) > 1:
-        names = ", ".join(stored.experiment for stored in experiments)
-        raise ConfigError(f"{beside} does not say to which experiment of {path.name} it belongs: {names}; make a table of each")
+    if has_forecasts:
+        # A runs.csv is the table that the report wrote with them. Without one it can be any table of the folder.
+        same_folder = {p.resolve(): p for p in paths if p.parent.resolve() == path.parent.resolve()}
+        claiming = [path] if path.name == RUNS else list(same_folder.values())
+        named = experiments if len(claiming) == 1 else [found for p in claiming for found in read_experiments(p)]
+        if len(claiming) > 1 or len(named) > 1:
+            names = ", ".join(dict.fromkeys(stored.experiment for stored in named))
+            raise ConfigError(
+                f"{beside} does not say to which experiment of {', '.join(p.name for p in claiming)} it belongs: {names}; "
+                f"make a table of each in a folder of its own, and put {FORECASTS} beside the right one"
+            )
     forecasts = read_forecast_csv([beside]) if has_forecasts else []
     return [_Table(path, stored, forecasts) for stored in experiments]
 
@@ -129,7 +140,11 @@ def _restore(
     for forecast in new:
         save_forecast(store, stored.experiment, forecast, restored_tags(forecast.run_id, source))
     runs = runs_of(store, stored.experiment)
-    describe_study(store, stored.experiment, study_id, KnownRuns(runs))
+    # A new study is RUNNING, also one that an earlier restore left behind when it was killed, and no driver would end it.
+    if is_running_nothing(store, stored.experiment, study_id, KnownRuns(runs)):
+        end_study(store, stored.experiment, STUDY, known=KnownRuns(runs))
+    else:
+        describe_study(store, stored.experiment, study_id, KnownRuns(runs))
     keep_rows(store, stored.experiment, runs)  # `status` looks for newly ended runs among the last ones only
     return RestoredTable(
         table=str(table.path),
@@ -144,12 +159,8 @@ def _restore(
 
 
 def _open_study(store: Store, stored: StoredRuns) -> tuple[str, str]:
-    """Returns the ids of the experiment and of the study that its runs belong to. A study that is new is not running."""
-    with store.one_line_errors():
-        is_new = store.client.get_experiment_by_name(stored.experiment) is None
+    """Returns the ids of the experiment and of the study that its runs belong to."""
     experiment_id, study_id = open_study(store, stored.experiment, STUDY)
-    if is_new:
-        end_study(store, stored.experiment, STUDY)
     if stored.baseline:
         set_baseline(store, study_id, stored.baseline)
     return experiment_id, study_id

@@ -36,15 +36,18 @@ def write_run_csv(path: Path, study: Study, stored: StoredRuns) -> None:
 
 
 def _rows(study: Study, stored: StoredRuns) -> Iterator[dict[str, Any]]:
-    of_all = {"experiment": stored.experiment, "baseline": stored.baseline or ""}
-    cells = {run.run_id: of_all | _cells(run) for run in stored.runs}
+    # Each row has the run's own experiment, so that a table made from tables of several can be restored.
+    def common(experiment: str) -> dict[str, Any]:
+        return {"experiment": experiment or stored.experiment, "baseline": stored.baseline or ""}
+
+    cells = {run.run_id: common(run.experiment) | _cells(run) for run in stored.runs}
     for run in study.runs:
         yield cells[run.run_id] | {"rung": run.size_bin}
     for out in study.left_out:
         if out.run_id:
             yield cells[out.run_id] | {"left_out": out.reason}
         else:
-            yield of_all | {"name": out.name, "status": PLANNED, "left_out": out.reason}
+            yield common(stored.planned_in.get(out.name, "")) | {"name": out.name, "status": PLANNED, "left_out": out.reason}
 
 
 def _cells(run: StoredRun) -> dict[str, Any]:
@@ -95,12 +98,12 @@ def _stored_runs(rows: Sequence[CsvRow]) -> StoredRuns:
     """Returns the runs of rows as one experiment."""
     found = dict[str, tuple[StoredRun, CsvRow]]()
     experiments, baselines = dict[str, None](), set[str]()
-    not_started, names = dict[str, None](), set[str]()
+    not_started, names = dict[str, str](), set[str]()
     for row in rows:
-        experiments[row.text("experiment") or row.path.stem] = None
+        experiments[_experiment_of(row)] = None
         baselines |= {row.text("baseline")} - {""}
         if not row.text("run_id"):
-            not_started[_name_of_planned(row)] = None
+            not_started.setdefault(_name_of_planned(row), _experiment_of(row))
             continue
         run = _run(row)
         names.add(run.name)
@@ -108,7 +111,13 @@ def _stored_runs(rows: Sequence[CsvRow]) -> StoredRuns:
         found[run.run_id] = (run, row) if known is None else _the_one_with_a_result(known, (run, row))
     waiting = tuple(name for name in not_started if name not in names)  # another table may have the run of a planned cell
     runs = tuple(run for run, _ in found.values())
-    return StoredRuns(", ".join(experiments), runs, waiting, baselines.pop() if len(baselines) == 1 else None)
+    # In the order of names: a table made from these rows has them in another order, and is to be read as the same experiment.
+    experiment, baseline = ", ".join(sorted(experiments)), baselines.pop() if len(baselines) == 1 else None
+    return StoredRuns(experiment, runs, waiting, baseline, {name: not_started[name] for name in waiting})
+
+
+def _experiment_of(row: CsvRow) -> str:
+    return row.text("experiment") or row.path.stem
 
 
 def _the_one_with_a_result(known: tuple[StoredRun, CsvRow], again: tuple[StoredRun, CsvRow]) -> tuple[StoredRun, CsvRow]:
@@ -150,6 +159,7 @@ def _run(row: CsvRow) -> StoredRun:
         ended_ms=row.time_ms("ended"),
         n_workers=row.text("n_workers"),
         git_commit=row.text("git_commit"),
+        experiment=_experiment_of(row),
     )
 
 

@@ -6,7 +6,7 @@ from mlflow.entities import Run
 
 from lmu_dist.config import ConfigError, Folder, open_folder
 from lmu_dist.tracking.store import Store
-from lmu_dist.tracking.tags import FOLDER, KEY, RESTORED_FROM, RUN_NAME
+from lmu_dist.tracking.tags import FOLDER, KEY, RESTORED_FROM, RETIRED_KEY, RUN_NAME
 
 
 def folder_of(store: Store, reference: str) -> Folder:
@@ -48,13 +48,15 @@ def _runs_called(store: Store, reference: str) -> list[Run]:
             f"tags.`{KEY}` LIKE '{reference}%'" if re.fullmatch("[0-9a-f]{4,64}", reference) else "",
             f"tags.`{RUN_NAME}` = '{reference}'",  # of a run that was trained again since
         ):
-            runs = [
-                run
-                for run in (store.search_runs(experiments, query) if query else [])
-                if run.data.tags.keys() & {FOLDER, RESTORED_FROM}
-            ]
+            runs = [run for run in (store.search_runs(experiments, query) if query else []) if _is_of_cell(run)]
             if runs:
                 # The first created of several with one key, as `find_run` does.
                 runs.sort(key=lambda run: run.info.start_time, reverse=True)
                 return list({run.data.tags.get(KEY, run.info.run_id): run for run in runs}.values())
     return []
+
+
+def _is_of_cell(run: Run) -> bool:
+    """Whether a run trained a cell. A restored forecast did not, although its tags say from where it was restored."""
+    tags = run.data.tags.keys()
+    return FOLDER in tags or (RESTORED_FROM in tags and bool(tags & {KEY, RETIRED_KEY}))

@@ -12,8 +12,10 @@ from mlflow.entities import Metric, Param, Run, RunTag
 
 from lmu_dist import records
 from lmu_dist.records import RunRecord
+from lmu_dist.tracking.runs import KnownRuns
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.stored_runs import APPEARANCE, GIT_COMMIT, N_WORKERS, StoredRun
+from lmu_dist.tracking.studies import cells_of
 from lmu_dist.tracking.tags import FORECAST, KEY, OWNER_ID, PARENT, RESTORED_FROM, RESTORED_RUN, RETIRED_KEY, RUN_NAME
 from lmu_dist.tracking.upload import MAX_METRICS, MAX_PARAMS, MLFLOW_STATUS
 
@@ -83,6 +85,19 @@ def restore_run(
 def restored_tags(run_id: str, source: str) -> dict[str, str]:
     """Returns the tags that say from where a run was restored, and which id it had."""
     return {RESTORED_FROM: source, RESTORED_RUN: run_id}
+
+
+def is_running_nothing(store: Store, experiment: str, study_id: str, known: KnownRuns) -> bool:
+    """Whether a study has the status RUNNING, although all its runs were restored and all its planned cells have a run.
+
+    `known`: the runs of the experiment.
+    """
+    with store.one_line_errors():
+        status = store.client.get_run(study_id).info.status
+    if status != "RUNNING":
+        return False
+    own, _, waiting = cells_of(store, experiment, study_id, known)
+    return not waiting and all(RESTORED_FROM in run.data.tags for run in own)
 
 
 def _metrics(record: RunRecord, position_losses: Sequence[float], time_ms: int) -> list[Metric]:

@@ -24,7 +24,8 @@ class StoredRun:
     """A run of a cell, with or without a result.
 
     `params` has the keys of `model` and `train` in its configuration, and `data.source`, as text. `appearance` is how reports
-    show its family, as JSON; "" if it is not known. Times are milliseconds since 1970, 0 if they are not known.
+    show its family, as JSON; "" if it is not known. Times are milliseconds since 1970, 0 if they are not known. `experiment` is the one
+    that it was read for, which counts a cell of its plan as its own also if another experiment trained it.
     """
 
     run_id: str
@@ -37,16 +38,22 @@ class StoredRun:
     ended_ms: int = 0
     n_workers: str = ""
     git_commit: str = ""
+    experiment: str = ""
 
 
 @dataclass(frozen=True)
 class StoredRuns:
-    """The runs of an experiment, the names of planned cells that have no run, and the family that its ladders compare with."""
+    """The runs of an experiment, the names of planned cells that have no run, and the family that its ladders compare with.
+
+    Tables of several experiments are read as one, whose name lists theirs. `planned_in` then has the experiment of each planned
+    cell.
+    """
 
     experiment: str
     runs: tuple[StoredRun, ...]
     not_started: tuple[str, ...] = ()
     baseline: str | None = None
+    planned_in: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_runs(store: Store, experiment: str) -> StoredRuns:
@@ -55,11 +62,11 @@ def read_runs(store: Store, experiment: str) -> StoredRuns:
     Raises ConfigError if the experiment does not exist.
     """
     own, elsewhere, waiting = cells_of(store, experiment)
-    runs = tuple(_stored(run) for run in [*own, *elsewhere.values()])
+    runs = tuple(_stored(run, experiment) for run in [*own, *elsewhere.values()])
     return StoredRuns(experiment, runs, tuple(cell["name"] for cell in waiting), planned_baseline(store, experiment))
 
 
-def _stored(run: Run) -> StoredRun:
+def _stored(run: Run, experiment: str) -> StoredRun:
     params, tags = run.data.params, run.data.tags
     return StoredRun(
         run_id=run.info.run_id,
@@ -72,4 +79,5 @@ def _stored(run: Run) -> StoredRun:
         ended_ms=run.info.end_time or 0,
         n_workers=tags.get(N_WORKERS, ""),
         git_commit=tags.get(GIT_COMMIT, ""),
+        experiment=experiment,
     )

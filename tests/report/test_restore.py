@@ -12,12 +12,14 @@ from simulate import make_record, simulate_study, write_runs_to_mlflow
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError
 from lmu_dist.report.forecasts import make_forecast, score_forecasts
-from lmu_dist.report.inputs import TABLES, ReportInputs, inputs_from_mlflow, write_tables
+from lmu_dist.report.inputs import TABLES, ReportInputs, inputs_from_mlflow, inputs_from_tables, write_tables
 from lmu_dist.report.restore import restore
 from lmu_dist.report.write import ReportFiles, write_report
+from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.runs import retire_run, runs_of
 from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.tags import RESTORED_FROM, RESTORED_RUN
 
 CELL = ("lmu", 1_000_000, 10**8)  # its loss was predicted before it ended
@@ -43,6 +45,10 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 def inputs_of(store: Store, experiment: str) -> ReportInputs:
     return inputs_from_mlflow(store, experiment, False, ignore_progress)
+
+
+def study_status(store: Store, experiment: str) -> str:
+    return store.client.get_run(open_study(store, experiment, "ladder")[1]).info.status
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +81,7 @@ def again(lost: tuple[Store, Path], tmp_path_factory: pytest.TempPathFactory, ne
     store = new_store(tmp_path_factory.mktemp("again"))
     [table] = restore(store, [lost[1] / "runs.csv"], ignore_progress)
     assert (table.n_restored, table.n_known, table.n_forecasts, table.notes) == (53, 0, 2, [])
+    assert study_status(store, "e") == "FINISHED"
     return store
 
 
@@ -166,8 +173,10 @@ def test_a_restore_that_was_killed_is_completed(
     monkeypatch.undo()
     n_before = len(runs_of(store, "e"))
     assert 0 < n_before < 5
+    assert study_status(store, "e") == "RUNNING"
     [table] = restore(store, [lost[1] / "runs.csv"], ignore_progress)
     assert (table.n_restored, table.n_known, table.n_forecasts) == (53 - n_before, n_before, 2)
+    assert study_status(store, "e") == "FINISHED"
     tagged = store.search_runs(store.experiment_ids(), f"tags.`{RESTORED_RUN}` LIKE '%'")
     assert len(tagged) == 53 + 2  # nothing of the incomplete run is left
     assert len({run.data.tags[RESTORED_RUN] for run in tagged}) == 55
@@ -191,6 +200,48 @@ def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store:
     assert (len(stored.runs), stored.baseline) == (3, "lmu")
 
 
+def test_a_table_made_from_two_restores_into_both(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
+    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+    half = len(found) // 2
+    others = [{**row, "experiment": "other"} for row in found[:half]]  # so that the first row is not of the first experiment
+    waiting = dict.fromkeys(found[0], "") | {"name": "w", "status": "planned", "experiment": "other"}
+    paths = [
+        write_rows(tmp_path / "a" / "runs.csv", found[half:]),
+        write_rows(tmp_path / "b" / "runs.csv", [*others, waiting]),
+    ]
+    merged = inputs_from_tables(paths)
+    (tmp_path / "merged").mkdir()
+    write_tables(merged, tmp_path / "merged")
+    table = tmp_path / "merged" / "runs.csv"
+    experiments = {row["run_id"]: row["experiment"] for row in read_rows(table)}
+    assert experiments == {row["run_id"]: row["experiment"] for row in [*found[half:], *others, waiting]}
+    again = inputs_from_tables([table])
+    assert (again.study.experiment, again.study.digest) == (merged.study.experiment, merged.study.digest)
+    assert again.study.experiment == "e, other"
+    (tmp_path / "again").mkdir()
+    write_tables(again, tmp_path / "again")
+    assert (tmp_path / "again" / "runs.csv").read_bytes() == table.read_bytes()
+    tables = restore(store, [table], ignore_progress)
+    assert {(t.experiment, t.n_restored, t.n_not_started) for t in tables} == {("e", len(found) - half, 0), ("other", half, 1)}
+    names = {found.name for found in store.client.search_experiments()}
+    assert names - {"Default"} == {"e", "other"}
+
+
+def test_forecasts_beside_two_tables_are_an_error(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
+    store, found, both = new_store(tmp_path), read_rows(lost[1] / "runs.csv"), tmp_path / "both"
+    first = write_rows(both / "a.csv", found[:3])
+    second = write_rows(both / "b.csv", [{**row, "experiment": "other"} for row in found[3:5]])
+    (both / "forecasts.csv").write_bytes((lost[1] / "forecasts.csv").read_bytes())
+    with pytest.raises(ConfigError, match=r"does not say to which experiment of a.csv, b.csv it belongs: e, other; make a"):
+        restore(store, [first, second], ignore_progress)
+    assert store.client.get_experiment_by_name("e") is None  # nothing was written
+    [table] = restore(store, [first, first], ignore_progress)[:1]
+    assert (table.n_restored, table.n_forecasts) == (3, 2)
+    write_rows(both / "runs.csv", found[:3])  # the report's own table: the forecasts are its, whatever is beside it
+    tables = restore(store, [both / "runs.csv", second], ignore_progress)
+    assert [(t.experiment, t.n_restored, t.n_forecasts) for t in tables] == [("e", 0, 0), ("other", 2, 0)]
+
+
 def test_a_run_of_the_store_that_has_not_ended_is_named(
     lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
 ):
@@ -199,7 +250,22 @@ def test_a_run_of_the_store_that_has_not_ended_is_named(
     run = store.client.create_run(experiment_id, tags={"lmu.key": row["key"], "lmu.status": "interrupted"})
     [table] = restore(store, [write_rows(tmp_path / "runs.csv", [row])], ignore_progress)
     assert (table.n_restored, table.not_ended) == (0, (run.info.run_id,))
+    assert study_status(store, "e") == "FINISHED"  # the experiment was there, the study was not
     assert "have not ended, and have a result in the table" in table.notes[0]
+
+
+def test_the_status_of_a_study_that_was_there(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
+    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+    table = write_rows(tmp_path / "runs.csv", found[:2])
+    write_plan(store, "e", "ladder", [{"name": "c", "key": "c", "planned_tokens": 1, "n_workers": 1}])
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "RUNNING"  # a ladder may be about to start the cell that has no run
+    create_run(store, *open_study(store, "e", "ladder"), "c", "c", "/nowhere")
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "RUNNING"  # a run that is not restored
+    end_study(store, "e", "ladder", "FAILED")
+    restore(store, [table], ignore_progress)
+    assert study_status(store, "e") == "FAILED"
 
 
 @pytest.mark.parametrize("column", ["experiment", "name", "started", "ended", "steps", "train_version", "key"])

@@ -11,6 +11,7 @@ from simulate import DATA, make_record, write_runs_to_mlflow
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
 from lmu_dist.tracking.names import folder_of
+from lmu_dist.tracking.restored import restored_tags
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import reports_of
 from lmu_dist.tracking.runs import find_known_runs, records_of, runs_of
@@ -72,8 +73,10 @@ def test_nothing_takes_a_forecast_for_a_cell(store: Store):
     known = find_known_runs(store, "other", DATA, 0)
     assert [run.info.run_id for run in (*known.own, *(known.elsewhere or []))] == before
     assert reports_of(store, "e") == []
-    with pytest.raises(ConfigError, match="no run with this name"):
-        folder_of(store, run_id)
+    restored = save_forecast(store, "e", FORECAST, restored_tags(run_id, "runs.csv sha256:0123"))
+    for reference in (run_id, restored):
+        with pytest.raises(ConfigError, match="no run with this name"):
+            folder_of(store, reference)
 
 
 def test_runs_that_hold_no_whole_forecast_are_skipped(store: Store):
