@@ -60,12 +60,14 @@ def band_rows(groups: Mapping[Group, Curves], pair: Pair, bands: tuple[Band, Ban
     the LMU. Raises ValueError if the bands overlap or are not in order.
     """
     rows = list[BandRow]()
+    lengths = {group.sequence_tokens for group in groups}
+    spreads = {n: _spread([curves for group, curves in groups.items() if group.sequence_tokens == n]) for n in lengths}
     for group, curves in groups.items():
         n = group.sequence_tokens
         used = bands or default_bands(n)
         if used is None or used[1].last > n:
             continue
-        spread = _spread([of for other, of in groups.items() if other.sequence_tokens == n])
+        spread = spreads[n]
         found = groups.get(
             Group(beside := _beside(group, groups, pair), n_params=group.n_params, sequence_tokens=n, tokens=group.tokens)
         )
@@ -122,4 +124,5 @@ def _beside(group: Group, groups: Mapping[Group, Curves], pair: Pair) -> str:
 
 
 def _spread(groups: Sequence[Curves]) -> Callable[[Band, Band], SeedSpread]:
+    """The spread of the seeds of curves of one length by bands, each computed once."""
     return cache(lambda early, late: seed_spread(groups, early, late))

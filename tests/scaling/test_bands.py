@@ -1,9 +1,13 @@
 """Losses in bands of positions: the intervals contain the truth, and correlation, text and seeds count in them."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy.signal import lfilter
 
+from lmu_dist.scaling import band_table, bands
 from lmu_dist.scaling.band_table import Group, band_rows, band_sentences
 from lmu_dist.scaling.bands import (
     Band,
@@ -183,3 +187,37 @@ def test_rows_of_two_sequence_lengths_and_what_they_say():
     )
     alone = {group: found for group, found in curves.items() if group.family == "lmu"}
     assert all(row.paired is None for row in band_rows(alone, Pair("transformer", "lmu")))
+
+
+def test_work_does_not_grow_with_the_number_of_groups(monkeypatch: pytest.MonkeyPatch):
+    calls = Counter[tuple[int, Band, Band]]()
+
+    def counted(groups: Sequence[Curves], early: Band, late: Band) -> SeedSpread:
+        calls[groups[0].losses.shape[1], early, late] += 1
+        return seed_spread(groups, early, late)
+
+    monkeypatch.setattr(band_table, "seed_spread", counted)
+    rng, sizes = np.random.default_rng(0), (100, 200, 300, 400)
+    curves = {
+        Group(family, size, n, 1000): Curves(rng.normal(5, 0.1, (2, n)), np.full(2, 0.01))
+        for size in sizes
+        for family in ("lmu", "transformer")
+        for n in (64, 128)  # lengths alternate, so that one length's results must outlive the other's
+    }
+    bands._cosines.cache_clear()
+    assert len(band_rows(curves, Pair("transformer", "lmu"))) == len(curves)
+    assert set(calls.values()) == {1}
+    assert {n for n, _, _ in calls} == {64, 128}
+    assert bands._cosines.cache_info().misses == len(calls)
+
+
+def test_cosines_are_orthonormal_and_without_trend_and_contrast():
+    for n in (8, 16, 64, 256, 1000):
+        for used in (default_bands(n), (Band(1, 1), Band(2, n)), (Band(n // 4, n // 2), Band(n // 2 + 1, n))):
+            assert used is not None
+            basis = bands._cosines(n, *used)
+            assert basis.T @ basis == pytest.approx(np.eye(basis.shape[1]), abs=1e-12)
+            inside = slice(used[0].first - 1, used[1].last)
+            t = np.arange(1, n + 1)[inside]
+            for known in (np.ones(len(t)), np.log(t), contrast(n, *used)[inside]):
+                assert known @ basis[inside] == pytest.approx(0, abs=1e-9)
