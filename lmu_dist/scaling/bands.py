@@ -79,7 +79,8 @@ class BandDifference:
 class Curves:
     """Losses by position of the seeds of a family at one size and budget, (seeds, n), in nats per token.
 
-    `errors` (seeds,) are the standard errors of their mean losses over validation rows; nan if not known.
+    `errors` (seeds,) are the standard errors of their mean losses over validation rows. One that is nan or 0 is not known: a
+    single row, which has no spread, is recorded as 0.
     """
 
     losses: Floats
@@ -133,11 +134,14 @@ def seed_spread(groups: Sequence[Curves], early: Band, late: Band) -> SeedSpread
 def band_difference(curves: Curves, early: Band, late: Band, seeds: SeedSpread) -> BandDifference:
     """Returns the difference of one family, for texts and seeds like these. The noise of the text is an upper estimate.
 
+    The number of validation rows, which is not known here, is taken as large: the noise of the text has the quantiles of the
+    normal distribution, so that with few rows the interval is too narrow. Without an error over rows there is no interval.
     Raises ValueError for bands that are not in the curves.
     """
     n = curves.losses.shape[1]
     weights = contrast(n, early, late)
-    text = float(weights @ weights * n * np.square(curves.errors).mean())
+    errors = np.where(curves.errors > 0, curves.errors, np.nan)
+    text = float(weights @ weights * n * np.square(errors).mean())
     parts = [(text, np.inf), (seeds.variance / len(curves.losses), float(seeds.freedom))]
     return _difference(early, late, float(weights @ curves.mean), parts)
 

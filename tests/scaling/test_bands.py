@@ -134,6 +134,9 @@ def test_bad_bands_are_an_error_and_what_is_unknown_has_no_interval():
             band_difference(curves, early, late, NONE)
     bands = Band(1, 8), Band(9, 16)
     assert band_difference(curves, *bands, NONE) == BandDifference(*bands, 0.0, None, None)  # no error over rows was recorded
+    for errors in ([0.0, 0.0], [0.0, 0.1]):  # of one validation row
+        of_one_row = Curves(np.zeros((2, 16)), np.array(errors))
+        assert band_difference(of_one_row, *bands, NONE) == BandDifference(*bands, 0.0, None, None)
     assert paired_difference(curves, curves, Band(1, 1), Band(2, 2), NONE).interval is None  # too short for noise to be seen
     with pytest.raises(ValueError, match="curves of 16 and 8 positions"):
         paired_difference(curves, Curves(np.zeros((2, 8)), np.zeros(2)), *bands, NONE)
