@@ -180,10 +180,21 @@ def test_rows_of_two_sequence_lengths_and_what_they_say():
         assert row.family != "lmu_attention" or row.paired.side == 1
         assert row.paired.late.last == row.sequence_tokens
     sentences = band_sentences(rows, str.upper)
-    assert len([s for s in sentences if "N = 200, from positions 100 to 150 to positions 200 to 256" in s]) == 2
+    assert (
+        len(
+            [
+                s
+                for s in sentences
+                if "At N = 200 and 1,000 tokens of training, from positions 100 to 150 to positions 200 to 256" in s
+            ]
+        )
+        == 2
+    )
     assert "the loss falls beyond the noise for LMU_ATTENTION." in sentences[0]
     assert any(
-        s.startswith("The loss of LMU_ATTENTION falls by 0.") and "more than that of LMU (90 %: +" in s for s in sentences
+        s.startswith("At N = 200 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.")
+        and "more than that of LMU (90 %: +" in s
+        for s in sentences
     )
     assert all(
         row.sequence_tokens == 256 for row in band_rows(curves, Pair("transformer", "lmu"), (Band(100, 150), Band(200, 256)))
@@ -224,3 +235,48 @@ def test_cosines_are_orthonormal_and_without_trend_and_contrast():
             t = np.arange(1, n + 1)[inside]
             for known in (np.ones(len(t)), np.log(t), contrast(n, *used)[inside]):
                 assert known @ basis[inside] == pytest.approx(0, abs=1e-9)
+
+
+def falling(slope: float) -> Curves:
+    """Curves of two seeds that fall by `slope` nats with each position, with little noise."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, (2, 64))
+    return Curves(5 - slope * np.arange(64) + noise, np.full(2, 1e-4))
+
+
+def test_partners_have_the_same_size_sequence_length_and_budget():
+    curves = {
+        Group("lmu", 100, 64, 1000): falling(0.01),
+        Group("lmu_attention", 100, 64, 1000): falling(0.02),
+        Group("lmu_attention", 200, 64, 1000): falling(0.02),
+        Group("transformer", 100, 64, 1000): falling(0.01),
+        Group("transformer", 200, 64, 1000): falling(0.01),
+        Group("lmu", 200, 64, 2000): falling(0.01),  # of another budget
+    }
+    rows = band_rows(curves, Pair("transformer", "lmu"))
+    assert [(row.family, row.n_params, row.beside) for row in rows] == [
+        ("lmu", 100, "transformer"),
+        ("lmu_attention", 100, "lmu"),
+        ("lmu_attention", 200, "transformer"),
+        ("transformer", 100, "lmu"),
+        ("transformer", 200, None),
+        ("lmu", 200, None),
+    ]
+
+
+def test_sentences_have_every_family_at_its_largest_size_and_do_not_mix_budgets():
+    curves = {
+        Group("lmu", 100, 64, 1000): falling(0.01),  # ends one size earlier
+        Group("lmu_attention", 100, 64, 1000): falling(0.02),
+        Group("lmu_attention", 200, 64, 1000): falling(0.02),
+        Group("transformer", 200, 64, 1000): falling(0.01),
+        Group("llama", 200, 64, 3000): falling(0.01),  # of another budget
+    }
+    sentences = band_sentences(band_rows(curves, Pair("transformer", "lmu")), str.upper)
+    verb = ", from positions 25 to 37 to positions 50 to 64 the loss falls beyond the noise for"
+    assert [s.split(" (90 %")[0] for s in sentences] == [
+        f"At N = 200 and 3,000 tokens of training{verb} LLAMA.",
+        f"At N = 200 and 1,000 tokens of training{verb} LMU_ATTENTION, TRANSFORMER.",
+        "At N = 200 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.26 nats more than that of TRANSFORMER",
+        f"At N = 100 and 1,000 tokens of training{verb} LMU.",
+        "At N = 100 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.26 nats more than that of LMU",
+    ]
