@@ -3,8 +3,8 @@
 For results; docs/study/study_numbers.py asks for bands and pairs of its own.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 from lmu_dist.scaling.bands import (
@@ -57,18 +57,20 @@ def band_rows(groups: Mapping[Group, Curves], pair: Pair, bands: tuple[Band, Ban
     """Returns a row for each group, in its order; none for a sequence too short for `bands`, by default `default_bands`.
 
     Every family is set beside the base of `pair`, the base beside the pair's other family, and the LMU with attention beside
-    the LMU. Raises ValueError if the bands overlap or are not in order.
+    the LMU, or beside the base of `pair` where the LMU has no curve at this size, sequence length and budget.
+    Raises ValueError if the bands overlap or are not in order.
     """
     rows = list[BandRow]()
+    lengths = {group.sequence_tokens for group in groups}
+    spreads = {n: _spread([curves for group, curves in groups.items() if group.sequence_tokens == n]) for n in lengths}
     for group, curves in groups.items():
         n = group.sequence_tokens
         used = bands or default_bands(n)
         if used is None or used[1].last > n:
             continue
-        spread = _spread([of for other, of in groups.items() if other.sequence_tokens == n])
-        found = groups.get(
-            Group(beside := _beside(group, groups, pair), n_params=group.n_params, sequence_tokens=n, tokens=group.tokens)
-        )
+        spread = spreads[n]
+        beside = _beside(group, groups, pair)
+        found = groups.get(replace(group, family=beside))
         paired = paired_difference(curves, found, *used, spread(*used)) if found else None
         difference = band_difference(curves, *used, spread(*used))
         flat = flat_from(curves, spread)
@@ -78,23 +80,52 @@ def band_rows(groups: Mapping[Group, Curves], pair: Pair, bands: tuple[Band, Ban
 
 
 def band_sentences(rows: Sequence[BandRow], title: Callable[[str], str]) -> list[str]:
-    """Returns sentences about the rows of the largest size of each sequence length; `title` has the names of families."""
+    """Returns sentences about every family, and every pair, at its largest size at each sequence length.
+
+    Families that end at another size or budget have a sentence of their own. `title` has the names of families.
+    """
     sentences = list[str]()
     for n in sorted({row.sequence_tokens for row in rows}):
         of_length = [row for row in rows if row.sequence_tokens == n]
-        largest = [row for row in of_length if row.n_params == max(row.n_params for row in of_length)]
-        early, late = largest[0].difference.early, largest[0].difference.late
-        where = f"At N = {largest[0].n_params:,}, from positions {early} to positions {late}"
-        known = [row for row in largest if row.difference.interval]
-        groups = {side: [title(row.family) for row in known if row.difference.side == side] for side in (1, -1, 0)}
-        says = {
-            1: "the loss falls beyond the noise for",
-            -1: "the loss rises beyond the noise for",
-            0: "the loss neither falls nor rises beyond the noise for",
-        }
-        sentences += [f"{where} {says[side]} {', '.join(names)}." for side, names in groups.items() if names]
-        sentences += [_paired_sentence(row, title) for row in largest if row.paired and _is_told(row)]
+        alone = _largest(of_length, lambda row: row.family)
+        pairs = _largest([row for row in of_length if row.paired], lambda row: (row.family, row.beside))
+        for place in sorted({_place(row) for row in (*alone, *pairs)}, reverse=True):
+            sentences += _sentences_alone([row for row in alone if _place(row) == place], title)
+            sentences += [_paired_sentence(row, title) for row in pairs if _place(row) == place and _is_told(row)]
     return sentences
+
+
+def _place(row: BandRow) -> tuple[int, int]:
+    return row.n_params, row.tokens
+
+
+def _largest(rows: Sequence[BandRow], key: Callable[[BandRow], Hashable]) -> list[BandRow]:
+    """The rows with the largest size, then budget, of those with the same key, in the order of `rows`."""
+    places = dict[Hashable, tuple[int, int]]()
+    for row in rows:
+        places[key(row)] = max(places.get(key(row), (0, 0)), _place(row))
+    return [row for row in rows if places[key(row)] == _place(row)]
+
+
+def _sentences_alone(rows: Sequence[BandRow], title: Callable[[str], str]) -> list[str]:
+    """Sentences about rows of one size, budget and sequence length."""
+    known = [row for row in rows if row.difference.interval]
+    says = {
+        1: "the loss falls beyond the noise for",
+        -1: "the loss rises beyond the noise for",
+        0: "the loss neither falls nor rises beyond the noise for",
+    }
+    sentences = list[str]()
+    for side, verb in says.items():
+        found = [row for row in known if row.difference.side == side]
+        if found:
+            bands = f"from positions {found[0].difference.early} to positions {found[0].difference.late}"
+            sentences.append(f"{_where(found[0])}, {bands} {verb} {', '.join(title(row.family) for row in found)}.")
+    return sentences
+
+
+def _where(row: BandRow) -> str:
+    return f"At N = {row.n_params:,} and {row.tokens:,} tokens of training"
 
 
 def _is_told(row: BandRow) -> bool:
@@ -108,18 +139,20 @@ def _paired_sentence(row: BandRow, title: Callable[[str], str]) -> str:
     assert row.beside is not None
     between, value = row.paired, row.paired.value
     how = f"{abs(value):.2g} nats {'more' if value >= 0 else 'less'} than that of {title(row.beside)}"
+    falls = f"{_where(row)} the loss of {title(row.family)} falls by {how}"
     if between.interval is None:
-        return f"The loss of {title(row.family)} falls by {how}; the noise of this is not known."
+        return f"{falls}; the noise of this is not known."
     low, high = between.interval
     end = "" if between.side else ", so that the two cannot be told apart"
-    return f"The loss of {title(row.family)} falls by {how} (90 %: {low:+.2g} to {high:+.2g}){end}."
+    return f"{falls} (90 %: {low:+.2g} to {high:+.2g}){end}."
 
 
 def _beside(group: Group, groups: Mapping[Group, Curves], pair: Pair) -> str:
-    if group.family == WITH_ATTENTION.new and any(other.family == WITH_ATTENTION.base for other in groups):
+    if group.family == WITH_ATTENTION.new and replace(group, family=WITH_ATTENTION.base) in groups:
         return WITH_ATTENTION.base
     return pair.new if group.family == pair.base else pair.base
 
 
 def _spread(groups: Sequence[Curves]) -> Callable[[Band, Band], SeedSpread]:
+    """The spread of the seeds of curves of one length by bands, each computed once."""
     return cache(lambda early, late: seed_spread(groups, early, late))

@@ -21,6 +21,7 @@ Called by band_table, and by docs/study/study_numbers.py.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 
 import numpy as np
@@ -32,6 +33,7 @@ from lmu_dist.scaling.laws import Floats
 EARLY, LATE = (0.39, 0.585), (0.78, 1.0)  # of the context; at n = 256 positions 100 to 150 and 200 to 256
 MIN_COSINES = 3  # fewer leave no interval
 STARTS_PER_DOUBLING = 2  # of the search for where a curve is flat
+MIN_OF_WAVE = 0.1  # of a cosine's norm; one of which less is left adds no direction
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class BandDifference:
 class Curves:
     """Losses by position of the seeds of a family at one size and budget, (seeds, n), in nats per token.
 
-    `errors` (seeds,) are the standard errors of their mean losses over validation rows; nan if not known.
+    `errors` (seeds,) are the standard errors of their mean losses over validation rows. One that is nan or 0 is not known: a
+    single row, which has no spread, is recorded as 0.
     """
 
     losses: Floats
@@ -131,11 +134,14 @@ def seed_spread(groups: Sequence[Curves], early: Band, late: Band) -> SeedSpread
 def band_difference(curves: Curves, early: Band, late: Band, seeds: SeedSpread) -> BandDifference:
     """Returns the difference of one family, for texts and seeds like these. The noise of the text is an upper estimate.
 
+    The number of validation rows, which is not known here, is taken as large: the noise of the text has the quantiles of the
+    normal distribution, so that with few rows the interval is too narrow. Without an error over rows there is no interval.
     Raises ValueError for bands that are not in the curves.
     """
     n = curves.losses.shape[1]
     weights = contrast(n, early, late)
-    text = float(weights @ weights * n * np.square(curves.errors).mean())
+    errors = np.where(curves.errors > 0, curves.errors, np.nan)
+    text = float(weights @ weights * n * np.square(errors).mean())
     parts = [(text, np.inf), (seeds.variance / len(curves.losses), float(seeds.freedom))]
     return _difference(early, late, float(weights @ curves.mean), parts)
 
@@ -205,10 +211,12 @@ def _difference(early: Band, late: Band, value: float, parts: Sequence[tuple[flo
     return BandDifference(early, late, value, error, (value - reach, value + reach))
 
 
+@lru_cache(maxsize=32)  # as many as a long sequence has starts; more would hold several MB each
 def _cosines(n: int, early: Band, late: Band) -> Floats:
     """Returns orthonormal columns (n, B): cosines of low frequency between the bands' ends, without a trend and the contrast.
 
-    White noise of variance v has coefficients of variance v; a trend a + b ln t and the difference itself have none.
+    White noise of variance v has coefficients of variance v; a trend a + b ln t and the difference itself have none. The array
+    is shared between calls, and so read-only.
     """
     start, stop = early.first - 1, late.last
     position, length = np.arange(stop - start), stop - start
@@ -220,13 +228,13 @@ def _cosines(n: int, early: Band, late: Band) -> Floats:
     left = np.stack(waves, axis=1)
     removed = np.linalg.qr(np.stack(known, axis=1))[0]
     left -= removed @ (removed.T @ left)
-    # Frequencies in rising order; a wave that the trend and those before it explain adds no direction.
-    columns = list[Floats]()
-    for wave in left.T:
-        rest = wave - sum((column * (column @ wave) for column in columns), np.zeros(length))
-        size = float(np.linalg.norm(rest))
-        if size > 0.1 * np.sqrt(length / 2) and len(columns) < wanted:
-            columns.append(rest / size)
-    basis = np.zeros((n, len(columns)))
-    basis[start:stop] = np.stack(columns, axis=1) if columns else np.zeros((length, 0))
+    # Frequencies in rising order. A wave that the trend and those before it explain adds no direction, and is left out; what
+    # those after it add depends on that, so the rest is decomposed again. This is rare.
+    columns, sizes = np.linalg.qr(left)
+    while len(weak := np.flatnonzero(np.abs(np.diag(sizes))[:wanted] <= MIN_OF_WAVE * np.sqrt(length / 2))):
+        left = np.delete(left, weak[0], axis=1)
+        columns, sizes = np.linalg.qr(left)
+    basis = np.zeros((n, min(wanted, left.shape[1])))
+    basis[start:stop] = columns[:, :wanted]
+    basis.setflags(write=False)
     return basis

@@ -33,10 +33,10 @@ def factor_with_noise(
     """
     curves = [lower_envelope([r.tokens for r in runs], [r.loss for r in runs]) for runs in (base, new)]
     factor = factor_from_curves(curves[0], curves[1])
-    if noise.overall is None or factor.value is None:
+    if factor.value is None or factor.losses is None or factor.losses[0] == factor.losses[1]:
         return factor, None
-    if factor.losses is None or factor.losses[0] == factor.losses[1]:
-        return factor, None
+    if noise.overall is None:
+        return replace(factor, remark="no size and budget was trained with two seeds"), None
     parts, common, weights = list[SeedNoise](), 0.0, loss_weights(curves[0], curves[1])
     for which, (runs, curve) in enumerate(zip((base, new), curves, strict=True)):
         of_budgets = dict(zip(curve.tokens.astype(int).tolist(), weights[which].tolist(), strict=True))

@@ -76,7 +76,7 @@ def lower_envelope(tokens: ArrayLike, loss: ArrayLike) -> Curve:
 
 
 def factor_from_curves(base: Curve, new: Curve) -> Factor:
-    """Returns the factor between two curves, without an interval (`curve_factor` has it)."""
+    """Returns the factor between two curves, without an interval or the reason for this (`curve_factor` has them)."""
     top, bottom = float(min(base.loss[0], new.loss[0])), float(max(base.loss[-1], new.loss[-1]))
     if top < bottom:
         return _bound_without_common_loss(base, new)
@@ -88,8 +88,7 @@ def factor_from_curves(base: Curve, new: Curve) -> Factor:
     logs = np.log(base.tokens_for(losses) / new.tokens_for(losses))
     value = _mean_log_factor(losses, logs)
     ends = (float(np.exp(logs[0])), float(np.exp(logs[-1])))
-    remark = "no size and budget was trained with two seeds"
-    return Factor(float(np.exp(value)), None, (top, bottom), ends, None, remark)
+    return Factor(float(np.exp(value)), None, (top, bottom), ends, None, "")
 
 
 def factor_from_laws(

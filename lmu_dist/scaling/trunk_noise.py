@@ -20,7 +20,7 @@ from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.table import SIZE_BIN_RATIO
 
-MIN_FREEDOM = 4  # of the noise of a sum; with fewer the bound that needs only single budgets is taken, if it has more
+MIN_FREEDOM_OF_SUM = 4  # of the noise of a sum; with fewer the bound that needs only single budgets is taken, if it has more
 
 Trunk = Mapping[int, float]  # ln L by tokens
 
@@ -44,8 +44,15 @@ class TrunkNoise:
         """Returns the noise of the sum of ln L of one trunk at size `n_params` with a weight for each budget (tokens).
 
         Trunks of another size have the same budgets if these are as many tokens, or as many tokens per parameter: what gives
-        more degrees of freedom counts. If few trunks have all budgets, the noise is the sum of that of the budgets, which is
-        right if all of the error is common, and too large otherwise. None if no cell has two seeds.
+        more degrees of freedom counts. If few trunks have all budgets, the noise is the sum of that of the budgets. If each
+        budget has two seeds, this is right if all of the error is common, and too large otherwise.
+
+        A budget without two seeds has the noise of the nearest smaller budget that has them. If only larger ones have them,
+        it has the largest noise of any of these. So two things are assumed: noise does not grow with the budget, and budgets
+        below all repeated ones are no noisier than the noisiest of these. Noise often falls with the budget, so the second
+        may be false; then the result is too small, and only a second seed of the smallest budget mends this.
+
+        None if no cell has two seeds.
         """
         used = {tokens: weight for tokens, weight in sorted(weights.items()) if weight}
         key = tuple(used.items()), n_params
@@ -54,13 +61,20 @@ class TrunkNoise:
         return self._known[key]
 
     def at(self, tokens: int, n_params: int) -> SeedNoise | None:
-        """Returns the noise of ln L of one run; that of the nearest budget with two seeds if this one has none."""
+        """Returns the noise of ln L of one run; if this budget has no two seeds, that of another, as `of` explains."""
         return self.of({tokens: 1.0}, n_params)
 
     def by_budget(self) -> dict[int, SeedNoise]:
         """Returns the noise of ln L of one run at every budget that has two seeds at any size, by tokens."""
-        found = {tokens: self._pooled({tokens: 1.0}, None) for tokens in self._repeated()}
-        return {tokens: noise for tokens, noise in found.items() if noise is not None}
+        found = dict[int, SeedNoise]()
+        for tokens in sorted({b for trunks in self._groups.values() for trunk in trunks for b in trunk}):
+            # Families round tokens differently, so budgets that agree within the tolerance of `_sum` are one.
+            if tokens <= max(found, default=0) * SIZE_BIN_RATIO:
+                continue
+            noise = self._pooled({tokens: 1.0}, None)
+            if noise is not None:
+                found[tokens] = noise
+        return found
 
     def _of(self, weights: Mapping[int, float], n_params: int) -> SeedNoise | None:
         if self.overall is None:
@@ -68,7 +82,7 @@ class TrunkNoise:
         together = self._most_freedom(weights, n_params)
         if len(weights) == 1 and together is not None:
             return together
-        if together is not None and together.freedom >= MIN_FREEDOM:
+        if together is not None and together.freedom >= MIN_FREEDOM_OF_SUM:
             return together
         bound = self._bound(weights, n_params)
         return bound if together is None or bound.freedom > together.freedom else together
@@ -91,23 +105,17 @@ class TrunkNoise:
     def _bound(self, weights: Mapping[int, float], n_params: int) -> SeedNoise:
         deviation, freedom = 0.0, np.inf
         for tokens, weight in weights.items():
-            noise = self._most_freedom({tokens: 1.0}, n_params)
-            if noise is None:
-                nearest = min(self._repeated(), key=lambda budget: abs(np.log(budget / tokens)))
-                noise = self._pooled({nearest: 1.0}, None)
-            assert noise is not None  # a repeated budget has noise
+            noise = self._most_freedom({tokens: 1.0}, n_params) or self._borrowed(tokens)
             deviation += abs(weight) * noise.deviation
             freedom = min(freedom, noise.freedom)
         return SeedNoise(deviation, freedom)
 
-    def _repeated(self) -> list[int]:
-        """The budgets that two trunks of a family and size have, each once although families round tokens differently."""
-        budgets = list[int]()
-        for tokens in sorted({b for trunks in self._groups.values() for trunk in trunks for b in trunk}):
-            is_new = not budgets or tokens > budgets[-1] * SIZE_BIN_RATIO
-            if is_new and self._pooled({tokens: 1.0}, None) is not None:
-                budgets.append(tokens)
-        return budgets
+    def _borrowed(self, tokens: int) -> SeedNoise:
+        """The noise of a budget without two seeds."""
+        repeated = self.by_budget()
+        smaller = [budget for budget in repeated if budget < tokens]
+        # Small budgets are often noisier, so the noise of a larger one is no bound; the largest noise is the best guess.
+        return repeated[max(smaller)] if smaller else max(repeated.values(), key=lambda noise: noise.deviation)
 
     def _overall(self) -> SeedNoise | None:
         squares, of_cells, of_trunks = 0.0, 0, 0

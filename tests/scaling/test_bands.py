@@ -1,9 +1,13 @@
 """Losses in bands of positions: the intervals contain the truth, and correlation, text and seeds count in them."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from scipy.signal import lfilter
 
+from lmu_dist.scaling import band_table, bands
 from lmu_dist.scaling.band_table import Group, band_rows, band_sentences
 from lmu_dist.scaling.bands import (
     Band,
@@ -130,6 +134,9 @@ def test_bad_bands_are_an_error_and_what_is_unknown_has_no_interval():
             band_difference(curves, early, late, NONE)
     bands = Band(1, 8), Band(9, 16)
     assert band_difference(curves, *bands, NONE) == BandDifference(*bands, 0.0, None, None)  # no error over rows was recorded
+    for errors in ([0.0, 0.0], [0.0, 0.1]):  # of one validation row
+        of_one_row = Curves(np.zeros((2, 16)), np.array(errors))
+        assert band_difference(of_one_row, *bands, NONE) == BandDifference(*bands, 0.0, None, None)
     assert paired_difference(curves, curves, Band(1, 1), Band(2, 2), NONE).interval is None  # too short for noise to be seen
     with pytest.raises(ValueError, match="curves of 16 and 8 positions"):
         paired_difference(curves, Curves(np.zeros((2, 8)), np.zeros(2)), *bands, NONE)
@@ -173,13 +180,103 @@ def test_rows_of_two_sequence_lengths_and_what_they_say():
         assert row.family != "lmu_attention" or row.paired.side == 1
         assert row.paired.late.last == row.sequence_tokens
     sentences = band_sentences(rows, str.upper)
-    assert len([s for s in sentences if "N = 200, from positions 100 to 150 to positions 200 to 256" in s]) == 2
+    assert (
+        len(
+            [
+                s
+                for s in sentences
+                if "At N = 200 and 1,000 tokens of training, from positions 100 to 150 to positions 200 to 256" in s
+            ]
+        )
+        == 2
+    )
     assert "the loss falls beyond the noise for LMU_ATTENTION." in sentences[0]
     assert any(
-        s.startswith("The loss of LMU_ATTENTION falls by 0.") and "more than that of LMU (90 %: +" in s for s in sentences
+        s.startswith("At N = 200 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.")
+        and "more than that of LMU (90 %: +" in s
+        for s in sentences
     )
     assert all(
         row.sequence_tokens == 256 for row in band_rows(curves, Pair("transformer", "lmu"), (Band(100, 150), Band(200, 256)))
     )
     alone = {group: found for group, found in curves.items() if group.family == "lmu"}
     assert all(row.paired is None for row in band_rows(alone, Pair("transformer", "lmu")))
+
+
+def test_work_does_not_grow_with_the_number_of_groups(monkeypatch: pytest.MonkeyPatch):
+    calls = Counter[tuple[int, Band, Band]]()
+
+    def counted(groups: Sequence[Curves], early: Band, late: Band) -> SeedSpread:
+        calls[groups[0].losses.shape[1], early, late] += 1
+        return seed_spread(groups, early, late)
+
+    monkeypatch.setattr(band_table, "seed_spread", counted)
+    rng, sizes = np.random.default_rng(0), (100, 200, 300, 400)
+    curves = {
+        Group(family, size, n, 1000): Curves(rng.normal(5, 0.1, (2, n)), np.full(2, 0.01))
+        for size in sizes
+        for family in ("lmu", "transformer")
+        for n in (64, 128)  # lengths alternate, so that one length's results must outlive the other's
+    }
+    bands._cosines.cache_clear()
+    assert len(band_rows(curves, Pair("transformer", "lmu"))) == len(curves)
+    assert set(calls.values()) == {1}
+    assert {n for n, _, _ in calls} == {64, 128}
+    assert bands._cosines.cache_info().misses == len(calls)
+
+
+def test_cosines_are_orthonormal_and_without_trend_and_contrast():
+    for n in (8, 16, 64, 256, 1000):
+        for used in (default_bands(n), (Band(1, 1), Band(2, n)), (Band(n // 4, n // 2), Band(n // 2 + 1, n))):
+            assert used is not None
+            basis = bands._cosines(n, *used)
+            assert basis.T @ basis == pytest.approx(np.eye(basis.shape[1]), abs=1e-12)
+            inside = slice(used[0].first - 1, used[1].last)
+            t = np.arange(1, n + 1)[inside]
+            for known in (np.ones(len(t)), np.log(t), contrast(n, *used)[inside]):
+                assert known @ basis[inside] == pytest.approx(0, abs=1e-9)
+
+
+def falling(slope: float) -> Curves:
+    """Curves of two seeds that fall by `slope` nats with each position, with little noise."""
+    noise = np.random.default_rng(0).normal(0, 1e-3, (2, 64))
+    return Curves(5 - slope * np.arange(64) + noise, np.full(2, 1e-4))
+
+
+def test_partners_have_the_same_size_sequence_length_and_budget():
+    curves = {
+        Group("lmu", 100, 64, 1000): falling(0.01),
+        Group("lmu_attention", 100, 64, 1000): falling(0.02),
+        Group("lmu_attention", 200, 64, 1000): falling(0.02),
+        Group("transformer", 100, 64, 1000): falling(0.01),
+        Group("transformer", 200, 64, 1000): falling(0.01),
+        Group("lmu", 200, 64, 2000): falling(0.01),  # of another budget
+    }
+    rows = band_rows(curves, Pair("transformer", "lmu"))
+    assert [(row.family, row.n_params, row.beside) for row in rows] == [
+        ("lmu", 100, "transformer"),
+        ("lmu_attention", 100, "lmu"),
+        ("lmu_attention", 200, "transformer"),
+        ("transformer", 100, "lmu"),
+        ("transformer", 200, None),
+        ("lmu", 200, None),
+    ]
+
+
+def test_sentences_have_every_family_at_its_largest_size_and_do_not_mix_budgets():
+    curves = {
+        Group("lmu", 100, 64, 1000): falling(0.01),  # ends one size earlier
+        Group("lmu_attention", 100, 64, 1000): falling(0.02),
+        Group("lmu_attention", 200, 64, 1000): falling(0.02),
+        Group("transformer", 200, 64, 1000): falling(0.01),
+        Group("llama", 200, 64, 3000): falling(0.01),  # of another budget
+    }
+    sentences = band_sentences(band_rows(curves, Pair("transformer", "lmu")), str.upper)
+    verb = ", from positions 25 to 37 to positions 50 to 64 the loss falls beyond the noise for"
+    assert [s.split(" (90 %")[0] for s in sentences] == [
+        f"At N = 200 and 3,000 tokens of training{verb} LLAMA.",
+        f"At N = 200 and 1,000 tokens of training{verb} LMU_ATTENTION, TRANSFORMER.",
+        "At N = 200 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.26 nats more than that of TRANSFORMER",
+        f"At N = 100 and 1,000 tokens of training{verb} LMU.",
+        "At N = 100 and 1,000 tokens of training the loss of LMU_ATTENTION falls by 0.26 nats more than that of LMU",
+    ]

@@ -48,7 +48,21 @@ def test_noise_is_that_of_the_budgets_that_are_used():
     noise = TrunkNoise([*runs("base", errors), *runs("new", errors)])
     found = {tokens: of_budget.deviation for tokens, of_budget in noise.by_budget().items()}
     assert found == {10**6: pytest.approx(0.03 * np.sqrt(2)), 10**7: pytest.approx(0.01 * np.sqrt(2))}
-    assert noise.at(10**8, 1000) == noise.at(10**7, 1000)  # no second seed there: that of the nearest budget
+    assert noise.at(10**8, 1000) == noise.at(10**7, 1000)  # no second seed there: that of the nearest smaller budget
+
+
+def test_a_budget_below_all_repeated_ones_has_the_largest_noise():
+    single = (0.0,)
+    errors = {10**5: single, 10**6: (0.01, -0.01), 2 * 10**7: single, 3 * 10**7: (0.03, -0.03), 10**8: (0.02, -0.02)}
+    noise = TrunkNoise([*runs("base", errors), *runs("new", errors)])
+    found = {tokens: of_run.deviation for tokens in errors if (of_run := noise.at(tokens, 1000)) is not None}
+    small, most, last = (value * np.sqrt(2) for value in (0.01, 0.03, 0.02))
+    # The third is near a larger budget with two seeds, but takes the noise of the smaller one.
+    assert list(found) == list(errors)
+    assert list(found.values()) == pytest.approx([most, small, small, most, last])
+    total = noise.of({10**5: 1.0, 10**8: -1.0}, 1000)
+    assert total is not None
+    assert (total.deviation, total.freedom) == (pytest.approx(most + last), 2)
 
 
 def test_errors_of_many_trunks_that_cancel_do_not_count():
@@ -91,6 +105,9 @@ def test_the_interval_follows_from_the_noise():
     assert np.log(factor.interval[1] / factor.interval[0]) == pytest.approx(2 * reach(noise))
     # By hand: the tokens of a curve change by 1/0.15 of the loss, which is the mean of two seeds; there are two curves.
     assert noise.deviation == pytest.approx(0.01 * np.sqrt(2) / 0.15 / np.sqrt(2) * np.sqrt(2), rel=1e-6)
+    assert factor.remark == ""
+    curve = Curve(np.array([1e6, 1e7]), np.array([3.0, 2.0]))
+    assert factor_from_curves(curve, curve).remark == ""  # curves do not say how many seeds there are
     one_seed = factor_with_noise(base[::2], new[::2], TrunkNoise(base[::2]))
     assert one_seed[0].interval is None
     assert "two seeds" in one_seed[0].remark
