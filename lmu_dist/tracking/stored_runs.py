@@ -24,8 +24,8 @@ class StoredRun:
     """A run of a cell, with or without a result.
 
     `params` has the keys of `model` and `train` in its configuration, and `data.source`, as text. `appearance` is how reports
-    show its family, as JSON; "" if it is not known. Times are milliseconds since 1970, 0 if they are not known. `experiment` is the one
-    that it was read for, which counts a cell of its plan as its own also if another experiment trained it.
+    show its family, as JSON; "" if it is not known. Times are milliseconds since 1970, 0 if they are not known.
+    `experiment` is the one that it was read for, which counts a cell of its plan as its own also if another one trained it.
     """
 
     run_id: str

@@ -11,9 +11,9 @@ from simulate import DATA, make_record, write_runs_to_mlflow
 from lmu_dist.config import ConfigError
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
 from lmu_dist.tracking.names import folder_of
-from lmu_dist.tracking.restored import restored_tags
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import reports_of
+from lmu_dist.tracking.restored import restored_tags
 from lmu_dist.tracking.runs import find_known_runs, records_of, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import cells_of
