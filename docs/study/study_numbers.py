@@ -14,6 +14,7 @@ from lmu_dist.config import AssumedLaw, PlanConfig
 from lmu_dist.planning.design import Question
 from lmu_dist.planning.estimate import estimate
 from lmu_dist.planning.learn import learn
+from lmu_dist.records import COMPLETE
 from lmu_dist.report.forecasts import ForecastScores, score_forecasts
 from lmu_dist.report.inputs import ReportInputs
 from lmu_dist.scaling.answer import answer, best_known_factor
@@ -265,13 +266,20 @@ def _forecasts(forecasts: ForecastScores) -> dict[str, Any]:
 
 
 def _tuning(tuning: StoredRuns | None) -> dict[str, Any]:
-    """How many trials each family and size had in searches, and how they ended."""
+    """How many trials each family and size had in searches, how they ended, and the losses of the complete ones by rate."""
     trials = defaultdict[str, dict[str, dict[str, int]]](lambda: defaultdict(lambda: defaultdict(int)))
+    losses = defaultdict[str, dict[str, dict[str, float]]](lambda: defaultdict(dict))
     for run in tuning.runs if tuning else ():
         if run.record:
             size = run.params.get("model.n_params", str(run.record.n_params))
             trials[run.record.family][size][run.status] += 1
+            if run.record.status == COMPLETE:
+                losses[size][run.record.family][f"{run.record.learning_rate:.4g}"] = run.record.val_loss_nats
     return {
+        "losses": {
+            size: {family: dict(sorted(of.items(), key=lambda item: float(item[0]))) for family, of in families.items()}
+            for size, families in sorted(losses.items(), key=lambda item: float(item[0]))
+        },
         "trials": {
             family: {size: sum(ended.values()) for size, ended in sorted(of.items(), key=lambda item: float(item[0]))}
             for family, of in sorted(trials.items())
