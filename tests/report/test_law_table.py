@@ -62,7 +62,7 @@ def test_misfit_in_words():
 
 def test_the_page_has_the_laws_of_each_family(written: ReportFiles):
     page = (written.folder / "report.html").read_text()
-    assert page.count('<table class="cards">') == len(written.results.fits) + 1
+    assert page.count('<table class="cards">') == len(written.results.fits) + 2  # beside them: all families, bands of positions
     assert page.count("The law misses the losses by") == len(written.results.fits)
     for fitted in written.results.fits:
         assert law_sentence(fitted.comparison) in page

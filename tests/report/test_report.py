@@ -18,9 +18,12 @@ from lmu_dist.scaling.answer import answer
 from lmu_dist.scaling.compare import Comparison, SizeComparison
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
+from lmu_dist.scaling.trunk_noise import TrunkNoise
 from lmu_dist.tracking.reports import reports_of, save_report
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.studies import write_plan
+
+NO_SEEDS = TrunkNoise(())
 
 
 def ignore_progress(*_: object) -> None:
@@ -223,22 +226,23 @@ def factor_with_interval(value: float, low: float, high: float) -> Factor:
 
 def test_the_answer_is_for_the_largest_size_and_mentions_others(written: ReportFiles):
     above = Factor(None, None, None, None, (">", 100.0), "the base did not reach this loss")
-    result = answer(written.study, comparison((10_000, factor_with_interval(2.2, 2, 2.5)), (100_000, above)), None)
+    result = answer(written.study, comparison((10_000, factor_with_interval(2.2, 2, 2.5)), (100_000, above)), NO_SEEDS)
     assert result.verdict == "Not determined"
     assert "more than 100 times" in result.sentence
     assert "At N = 10,000 the verdict is different: less than 10 times, namely 2.2 times (2 to 2.5)." in result.others
     result = answer(
         written.study,
         comparison((10_000, factor_with_interval(2.2, 2, 2.5)), (100_000, factor_with_interval(14, 12, 16))),
-        None,
+        NO_SEEDS,
     )
     assert result.verdict == "More than 10 times: 14 times (12 to 16)"
     assert "less than 10 times" in result.others
-    assert answer(written.study, comparison((10_000, factor_with_interval(9, 7, 11))), None).verdict.startswith(
+    assert answer(written.study, comparison((10_000, factor_with_interval(9, 7, 11))), NO_SEEDS).verdict.startswith(
         "10 times is possible"
     )
     assert (
-        "interval includes 1" in answer(written.study, comparison((10_000, factor_with_interval(1.1, 0.9, 1.3))), None).sentence
+        "interval includes 1"
+        in answer(written.study, comparison((10_000, factor_with_interval(1.1, 0.9, 1.3))), NO_SEEDS).sentence
     )
 
 
@@ -250,7 +254,7 @@ def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
     study = replace(written.study, runs=runs)
     repeating = [run for run in runs if run.record.tokens > unique]
     assert 0 < len(repeating) < len(runs)
-    [caveat] = [text for text in answer(study, None, None).caveats if "epochs" in text]
+    [caveat] = [text for text in answer(study, None, NO_SEEDS).caveats if "epochs" in text]
     assert caveat.startswith(f"{len(repeating)} of the {len(runs)} runs repeat their data, up to 4 epochs")
     page = render(study, written.results, written.forecasts, [], [])
     assert page.count('<b title="repeats its data">') == len(repeating)
