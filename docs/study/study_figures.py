@@ -124,8 +124,9 @@ def _draw(found: Sequence[Panel]) -> Figure:
     for axes in grid[len(found) :]:
         axes.set_visible(False)
     if labels:
-        rows_of_legend = ceil(len(labels) / LEGEND_COLUMNS)
+        legend_columns = LEGEND_COLUMNS if columns > 1 else LEGEND_COLUMNS // 2 + 1
+        rows_of_legend = ceil(len(labels) / legend_columns)
         figure.set_figheight(figure.get_figheight() + LEGEND_ROW * rows_of_legend)
-        place = {"loc": "outside lower center", "ncols": LEGEND_COLUMNS, "frameon": False, "labelcolor": INK}
+        place = {"loc": "outside lower center", "ncols": legend_columns, "frameon": False, "labelcolor": INK}
         figure.legend(list(labels.values()), list(labels), **place)
     return figure

@@ -167,9 +167,12 @@ def residuals(axes: Axes, study: Study, results: Results, axis: str) -> None:
 
 
 def forecasts(axes: Axes, study: Study, scores: Sequence[ForecastScore]) -> None:
-    """Draws by how much each actual loss differs from its forecast, and the interval of the forecast around zero."""
+    """Draws by how much each actual loss differs from its forecast, and the interval of the forecast around zero.
+
+    The axis ends at three times the largest difference, so that an interval of hundreds of per cent does not hide all others.
+    """
     axes.axhline(0, color=INK, linewidth=0.8)
-    titled = set[str]()
+    titled, largest = set[str](), 1.0
     for i, score in enumerate(scores, 1):
         made, look = score.forecast, study.appearances[score.forecast.family]
         assert score.actual_nats is not None
@@ -179,6 +182,9 @@ def forecasts(axes: Axes, study: Study, scores: Sequence[ForecastScore]) -> None
         actual = 100 * (score.actual_nats / made.loss_nats - 1)
         axes.plot([i], [actual], look.marker, color=look.colour, markersize=5, label=label)
         titled.add(made.family)
+        largest = max(largest, abs(actual))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, -3 * largest), min(high, 3 * largest))
     axes.set_xlim(0.5, max(len(scores), 5) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("forecast, in the order in which they were made")
