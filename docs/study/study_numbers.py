@@ -234,8 +234,8 @@ def _bands(results: Results) -> dict[str, Any]:
     rows = defaultdict[str, dict[str, Any]](dict)
     for row in results.bands:
         flat = {"flat_from": row.flat.position, "hidden": row.flat.hidden}
-        beside = {"beside": row.beside, "paired": _fall(row.paired) if row.paired else None}
-        rows[row.family][str(row.n_params)] = {"n_seeds": row.n_seeds, **_fall(row.difference), **flat, **beside}
+        reference = {"reference": row.reference, "paired": _fall(row.paired) if row.paired else None}
+        rows[row.family][str(row.n_params)] = {"n_seeds": row.n_seeds, **_fall(row.difference), **flat, **reference}
     return dict(rows)
 
 

@@ -1,4 +1,4 @@
-"""Writes tables of records back into an MLflow store: runs.csv and the tables beside it in, runs and forecasts in MLflow out.
+"""Writes tables of records back into an MLflow store: runs.csv and the tables in its folder in, runs and forecasts out.
 
 For a store that was lost. Everything is read and checked before anything is written, and what the store has already is not
 written again: so the command can be interrupted and repeated. Called by cli/restore.
@@ -93,23 +93,24 @@ def _folders(paths: Sequence[Path]) -> list[Path]:
 def _read(path: Path, paths: Sequence[Path]) -> list[_Table]:
     """Reads a table, and the forecasts in its folder if these are of its experiment: a report writes both side by side.
 
-    `paths`: all tables that are restored. The forecasts name no experiment, so several tables beside them are an error.
+    `paths`: all tables that are restored. The forecasts name no experiment, so several tables in their folder are an error.
     """
     experiments = read_experiments(path)
-    beside = path.parent / FORECASTS
-    has_forecasts = beside.exists() and (path.name == RUNS or not (path.parent / RUNS).exists())
+    forecast_file = path.parent / FORECASTS
+    has_forecasts = forecast_file.exists() and (path.name == RUNS or not (path.parent / RUNS).exists())
     if has_forecasts:
         # A runs.csv is the table that the report wrote with them. Without one it can be any table of the folder.
         same_folder = {p.resolve(): p for p in paths if p.parent.resolve() == path.parent.resolve()}
-        claiming = [path] if path.name == RUNS else list(same_folder.values())
-        named = experiments if len(claiming) == 1 else [found for p in claiming for found in read_experiments(p)]
-        if len(claiming) > 1 or len(named) > 1:
+        candidates = [path] if path.name == RUNS else list(same_folder.values())
+        named = experiments if len(candidates) == 1 else [found for p in candidates for found in read_experiments(p)]
+        if len(candidates) > 1 or len(named) > 1:
             names = ", ".join(dict.fromkeys(stored.experiment for stored in named))
+            files = ", ".join(p.name for p in candidates)
             raise ConfigError(
-                f"{beside} does not say to which experiment of {', '.join(p.name for p in claiming)} it belongs: {names}; "
-                f"make a table of each in a folder of its own, and put {FORECASTS} beside the right one"
+                f"{forecast_file} does not say to which experiment of {files} it belongs: {names}; "
+                f"make a table of each in a folder of its own, and put {FORECASTS} into the folder of the right one"
             )
-    forecasts = read_forecast_csv([beside]) if has_forecasts else []
+    forecasts = read_forecast_csv([forecast_file]) if has_forecasts else []
     return [_Table(path, stored, forecasts) for stored in experiments]
 
 

@@ -36,9 +36,9 @@ class Group:
 
 @dataclass(frozen=True)
 class BandRow:
-    """By how much the loss of a family falls from one band of positions to a later one, alone and beside another family.
+    """The fall of a family's loss from one band of positions to a later one, and how it differs from that of another family.
 
-    `paired` is this difference minus that of the family `beside`, on the same text; None if that family has no curve at this
+    `paired` is this fall minus that of the family `reference`, on the same text; None if that family has no curve at this
     size, sequence length and budget.
     """
 
@@ -49,15 +49,15 @@ class BandRow:
     n_seeds: int
     difference: BandDifference
     flat: Flat
-    beside: str | None
+    reference: str | None
     paired: BandDifference | None
 
 
 def band_rows(groups: Mapping[Group, Curves], pair: Pair, bands: tuple[Band, Band] | None = None) -> tuple[BandRow, ...]:
     """Returns a row for each group, in its order; none for a sequence too short for `bands`, by default `default_bands`.
 
-    Every family is set beside the base of `pair`, the base beside the pair's other family, and the LMU with attention beside
-    the LMU, or beside the base of `pair` where the LMU has no curve at this size, sequence length and budget.
+    Every family is compared with the base of `pair`, the base with the pair's other family, and the LMU with attention with
+    the LMU, or with the base of `pair` where the LMU has no curve at this size, sequence length and budget.
     Raises ValueError if the bands overlap or are not in order.
     """
     rows = list[BandRow]()
@@ -69,13 +69,13 @@ def band_rows(groups: Mapping[Group, Curves], pair: Pair, bands: tuple[Band, Ban
         if used is None or used[1].last > n:
             continue
         spread = spreads[n]
-        beside = _beside(group, groups, pair)
-        found = groups.get(replace(group, family=beside))
+        reference = _reference(group, groups, pair)
+        found = groups.get(replace(group, family=reference))
         paired = paired_difference(curves, found, *used, spread(*used)) if found else None
         difference = band_difference(curves, *used, spread(*used))
         flat = flat_from(curves, spread)
         facts = (group.family, group.n_params, n, group.tokens, len(curves.losses))
-        rows.append(BandRow(*facts, difference, flat, beside if found else None, paired))
+        rows.append(BandRow(*facts, difference, flat, reference if found else None, paired))
     return tuple(rows)
 
 
@@ -88,10 +88,10 @@ def band_sentences(rows: Sequence[BandRow], title: Callable[[str], str]) -> list
     for n in sorted({row.sequence_tokens for row in rows}):
         of_length = [row for row in rows if row.sequence_tokens == n]
         alone = _largest(of_length, lambda row: row.family)
-        pairs = _largest([row for row in of_length if row.paired], lambda row: (row.family, row.beside))
+        pairs = _largest([row for row in of_length if row.paired], lambda row: (row.family, row.reference))
         for place in sorted({_place(row) for row in (*alone, *pairs)}, reverse=True):
             sentences += _sentences_alone([row for row in alone if _place(row) == place], title)
-            sentences += [_paired_sentence(row, title) for row in pairs if _place(row) == place and _is_told(row)]
+            sentences += [_paired_sentence(row, title) for row in pairs if _place(row) == place and _has_sentence(row)]
     return sentences
 
 
@@ -128,17 +128,17 @@ def _where(row: BandRow) -> str:
     return f"At N = {row.n_params:,} and {row.tokens:,} tokens of training"
 
 
-def _is_told(row: BandRow) -> bool:
+def _has_sentence(row: BandRow) -> bool:
     """Whether a pair has a sentence: its families differ, or it is that of the paper's fourth claim."""
     assert row.paired is not None
-    return row.paired.side != 0 or (row.family, row.beside) == (WITH_ATTENTION.new, WITH_ATTENTION.base)
+    return row.paired.side != 0 or (row.family, row.reference) == (WITH_ATTENTION.new, WITH_ATTENTION.base)
 
 
 def _paired_sentence(row: BandRow, title: Callable[[str], str]) -> str:
     assert row.paired is not None
-    assert row.beside is not None
+    assert row.reference is not None
     between, value = row.paired, row.paired.value
-    how = f"{abs(value):.2g} nats {'more' if value >= 0 else 'less'} than that of {title(row.beside)}"
+    how = f"{abs(value):.2g} nats {'more' if value >= 0 else 'less'} than that of {title(row.reference)}"
     falls = f"{_where(row)} the loss of {title(row.family)} falls by {how}"
     if between.interval is None:
         return f"{falls}; the noise of this is not known."
@@ -147,7 +147,7 @@ def _paired_sentence(row: BandRow, title: Callable[[str], str]) -> str:
     return f"{falls} (90 %: {low:+.2g} to {high:+.2g}){end}."
 
 
-def _beside(group: Group, groups: Mapping[Group, Curves], pair: Pair) -> str:
+def _reference(group: Group, groups: Mapping[Group, Curves], pair: Pair) -> str:
     if group.family == WITH_ATTENTION.new and replace(group, family=WITH_ATTENTION.base) in groups:
         return WITH_ATTENTION.base
     return pair.new if group.family == pair.base else pair.base

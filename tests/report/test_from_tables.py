@@ -1,12 +1,12 @@
 """A report from tables of records: the same bytes as from MLflow, without a store, and one clear error for a bad cell."""
 
-import csv
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from csv_rows import read_rows, write_rows
 from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.cli import main
@@ -25,20 +25,6 @@ SAME = ("runs.csv", "forecasts.csv", "position_losses.csv", "results.json", "fit
 
 def ignore_progress(*_: object) -> None:
     pass
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def facts(inputs: ReportInputs) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ def test_the_report_recovers_the_simulated_truth(written: ReportFiles):
     assert levels["transformer", 1_000_000]["position"] is None or levels["transformer", 1_000_000]["position"] > 100
     falls = {row["family"]: row for row in results["bands"] if row["n_params"] == 1_000_000}
     assert falls["transformer"]["difference"]["value"] > falls["lmu"]["difference"]["value"] == pytest.approx(0)
-    assert falls["lmu"]["beside"] == "transformer"
+    assert falls["lmu"]["reference"] == "transformer"
     assert falls["lmu"]["paired"]["value"] == pytest.approx(-falls["transformer"]["difference"]["value"])
     page = (written.folder / "report.html").read_text()
     assert all(sentence in page for sentence in results["band_sentences"])

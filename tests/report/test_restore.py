@@ -1,12 +1,12 @@
 """A lost store and its tables of records: what is restored equals what was lost, once, however often it is tried."""
 
-import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from csv_rows import read_rows, write_rows
 from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.cli import main
@@ -27,20 +27,6 @@ CELL = ("lmu", 1_000_000, 10**8)  # its loss was predicted before it ended
 
 def ignore_progress(*_: object) -> None:
     pass
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
 
 
 def inputs_of(store: Store, experiment: str) -> ReportInputs:

@@ -173,7 +173,7 @@ def test_rows_of_two_sequence_lengths_and_what_they_say():
     assert [(row.family, row.n_params, row.sequence_tokens) for row in rows] == [
         (g.family, g.n_params, g.sequence_tokens) for g in curves
     ]
-    assert {row.family: row.beside for row in rows} == {"lmu": "transformer", "lmu_attention": "lmu", "transformer": "lmu"}
+    assert {row.family: row.reference for row in rows} == {"lmu": "transformer", "lmu_attention": "lmu", "transformer": "lmu"}
     for row in rows:
         assert row.paired is not None
         assert row.difference.side == (1 if row.family == "lmu_attention" else 0)
@@ -253,7 +253,7 @@ def test_partners_have_the_same_size_sequence_length_and_budget():
         Group("lmu", 200, 64, 2000): falling(0.01),  # of another budget
     }
     rows = band_rows(curves, Pair("transformer", "lmu"))
-    assert [(row.family, row.n_params, row.beside) for row in rows] == [
+    assert [(row.family, row.n_params, row.reference) for row in rows] == [
         ("lmu", 100, "transformer"),
         ("lmu_attention", 100, "lmu"),
         ("lmu_attention", 200, "transformer"),
