@@ -116,7 +116,7 @@ def write_runs_to_mlflow(
         run = client.create_run(experiment_id, tags={"mlflow.parentRunId": parent, "mlflow.runName": name})
         ids.append(run.info.run_id)
         metrics = [Metric(k, v, 0, r.steps) for k, v in r.columns("metrics").items()]
-        if curves:
+        if curves and (r.tokens == max(BUDGETS) or r.n_params == max(SIZES)):  # a report reads no others, and they take long
             flat = 64 if r.family == "lmu" else 0
             metrics += [Metric(POSITION_LOSS, float(v), 0, t) for t, v in enumerate(position_curve(r, flat), 1)]
         params = {"data.source": "simulation", **r.columns("params"), **(settings or {})}
