@@ -7,8 +7,6 @@ search ASHA compares trials by tokens. Every trial is a cell as in a ladder: it 
 import hashlib
 import itertools
 import json
-import os
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -30,7 +28,7 @@ from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
 from lmu_dist.launch.new_cell import make_cell
-from lmu_dist.launch.record import FINAL_STATUSES, FinishedRun, Outcome, read_record, record_path
+from lmu_dist.launch.record import FINAL_STATUSES, Outcome, read_record, record_path
 from lmu_dist.launch.trials import (
     TrialCallback,
     driver_environment,
@@ -39,17 +37,15 @@ from lmu_dist.launch.trials import (
     run_trials,
     wait_for_release,
 )
-from lmu_dist.launch.tune_report import LOSS, TOKENS, ReportEvaluations
-from lmu_dist.launch.work_queue import start_work_queue
-from lmu_dist.launch.work_source import OneTrunk
-from lmu_dist.launch.worker_group import train_run_groups
+from lmu_dist.launch.tune_report import LOSS, TOKENS
+from lmu_dist.launch.tune_trial import train_trial
+from lmu_dist.launch.work_queue import SearchTrial, start_work_queue
 from lmu_dist.models import registry
-from lmu_dist.models.family_source import FamilySource
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import grid, unset_unknown_options
 from lmu_dist.planning.recipes import recipe_settings
 from lmu_dist.records import RunRecord
-from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
+from lmu_dist.tracking.errors import MLflowUnavailableError
 from lmu_dist.tracking.runs import find_run, validation_losses
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.upload import set_client_limits
@@ -57,7 +53,6 @@ from lmu_dist.train import VERSION, checkpoint
 
 STUDY = "tune"
 CLOSING_SECONDS = 15.0  # timeout of an interrupted search for closing an MLflow run
-DIVERGED_LOSS = 1e9  # nats; reported to Tune for a trial that diverged or failed
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,8 @@ class _Driver:
         self.n_params, self.corpus, self.store, self.progress = n_params, corpus, store, progress
         self.n_trials = self.tune.n_trials
         self.release_log: Callable[[Folder], None] = lambda _: None  # until there is a metrics logger
-        self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
+        self.queue: Any = None  # the WorkQueue through which trials get their cells
+        self.starter, self.closer, self.closings = ThreadPoolExecutor(1), ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
         self.known: dict[str, TrialResult] = {}  # trials that had ended before, by key
         self.final_statuses = (*FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else FINAL_STATUSES
@@ -182,17 +178,11 @@ class _Driver:
         """Runs the search and returns its result."""
         self.report_progress()
         self.release_log = partial(release_log, services.metrics_logger)
+        self.queue = services.queue
         max_concurrent = max(1, capacity(self.base) // self.base.cluster.n_workers)
         results = run_trials(
-            _run_trial,
-            {
-                "base": self.base,
-                "corpus": self.corpus,
-                "services": services,
-                "environment": driver_environment(),
-                "final_statuses": self.final_statuses,
-                "sources": registry.sources({self.family}),
-            },
+            train_trial,
+            {"services": services, "environment": driver_environment(), "final_statuses": self.final_statuses},
             storage.local_state_dir(self.base.storage_folder) / "tune",
             ray_tune.TuneConfig(
                 metric=LOSS,
@@ -204,6 +194,7 @@ class _Driver:
             param_space={key: space.domain(search_range, self.tune.search) for key, search_range in self.tune.space.items()},
             callbacks=[TrialCallback(self._trial_started, self._trial_ended, self.report_progress)],
         )
+        self.starter.shutdown()
         self.closer.shutdown()
         errors = [error_message(result) for result in results]
         errors += [
@@ -229,9 +220,25 @@ class _Driver:
 
     def _trial_started(self, trial: Any) -> None:
         settings = space.settings(trial.config)
-        with suppress(ConfigError):  # the trial reports the same error
-            self.started[trial.trial_id] = settings, _cell(self.base, settings, self.corpus)
-            self._write_journal(settings)
+        try:
+            cell = _cell(self.base, settings, self.corpus)
+        except ConfigError as e:
+            self.queue.give_to_search_trial.remote(trial.trial_id, SearchTrial(None, error=str(e)))
+            return
+        self.started[trial.trial_id] = settings, cell
+        self._write_journal(settings)
+        self.starter.submit(self._give_cell, trial.trial_id, cell)  # in another thread, because MLflow may be slow
+
+    def _give_cell(self, trial_id: str, cell: Cell) -> None:
+        evaluations: Sequence[tuple[int, float]] = ()
+        try:
+            with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
+                if (run := find_run(self.store, cell.key)) is not None:
+                    evaluations = validation_losses(self.store, run.info.run_id, cell.config.train.batch_tokens)
+            given = SearchTrial(cell, tuple(evaluations))
+        except Exception as e:  # noqa: BLE001 - the trial would wait for ever
+            given = SearchTrial(None, error=storage.error_text(e))
+        self.queue.give_to_search_trial.remote(trial_id, given)
 
     def _trial_ended(self, trial: Any, died: bool) -> None:
         # In another thread, because closing a run waits until its processes are dead, and Tune ends them in this thread.
@@ -276,51 +283,12 @@ class _Driver:
 
     def close_interrupted(self) -> None:
         """Closes the MLflow runs of the trials that were started and have not ended, as interrupted."""
+        self.starter.shutdown(cancel_futures=True)
         self.closer.shutdown(cancel_futures=True)
         for _, cell in self.started.values():
             if not record_path(cell).exists():
                 with suppress(ConfigError, FailedError, Timeout, OSError):
                     claim.close_run(cell, self.store, STUDY, records.INTERRUPTED, CLOSING_SECONDS, self.release_log)
-
-
-def _run_trial(
-    params: dict[str, Any],
-    base: Config,
-    corpus: Corpus,
-    services: Services,
-    environment: dict[str, str],
-    final_statuses: tuple[str, ...],
-    sources: tuple[FamilySource, ...],
-) -> dict[str, Any]:
-    """The function of a trial: trains one cell and reports each of its evaluations to Tune, those of earlier starts too."""
-    os.environ.update(environment)
-    set_client_limits()
-    try:
-        for source in sources:
-            registry.register(source)
-        cell, store = _cell(base, space.settings(params), corpus), Store(services.tracking_uri)
-        with suppress(MLflowUnavailableError):  # ASHA then sees the next evaluations only
-            run = find_run(store, cell.key)
-            if run is not None:
-                for tokens, loss in validation_losses(store, run.info.run_id, cell.config.train.batch_tokens):
-                    ray_tune.report({TOKENS: tokens, LOSS: loss})
-        finished = _train_when_free(cell, services, final_statuses)
-    except (ConfigError, FailedError, OSError) as e:
-        return {"error": storage.error_text(e), TOKENS: 0, LOSS: DIVERGED_LOSS}
-    record = finished.record
-    return {TOKENS: record.tokens, LOSS: DIVERGED_LOSS if record.status == records.DIVERGED else record.val_loss_nats}
-
-
-def _train_when_free(cell: Cell, services: Services, final_statuses: tuple[str, ...]) -> FinishedRun:
-    """Trains a cell. Waits while another driver is training it or MLflow is unavailable."""
-    while True:
-        source, name = OneTrunk([cell]), f"tune-{cell.key[:12]}-{time.time_ns():x}"
-        train_run_groups(source, name, cell.config, services, callbacks=[ReportEvaluations()], final_statuses=final_statuses)
-        try:
-            [finished] = source.result()
-            return finished
-        except (BusyError, MLflowUnavailableError):
-            time.sleep(5)
 
 
 def _cell(base: Config, settings: dict[str, Any], corpus: Corpus) -> Cell:

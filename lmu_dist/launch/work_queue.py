@@ -2,7 +2,7 @@
 
 A work item is the cells of one trunk. A group of workers belongs to a process that claims runs, such as a trial of a ladder.
 That process takes work items here, and gives run groups to rank 0 of its workers here, because neither can call the other.
-Called by worker_group, worker, ladder and trials.
+A trial of a search gets its cell here. Called by worker_group, worker, ladder, tune and trials.
 """
 
 import asyncio
@@ -33,6 +33,15 @@ class WorkItem(NamedTuple):
 
     cells: tuple[Cell, ...]
     n_workers: int
+
+
+@dataclass(frozen=True)
+class SearchTrial:
+    """What a trial of a search trains, which its driver finds out from the sampled settings."""
+
+    cell: Cell | None  # None if there is an error
+    evaluations: tuple[tuple[int, float], ...] = ()  # tokens and validation loss, in nats, of earlier starts of the cell
+    error: str = ""
 
 
 @dataclass
@@ -100,6 +109,7 @@ class WorkQueue:
     def __init__(self, items: Sequence[WorkItem], n_slots: int) -> None:
         self._list = WorkList(items, n_slots)
         self._rendezvous = defaultdict[str, Rendezvous](Rendezvous)  # by the name of the group
+        self._search_trials = defaultdict[str, asyncio.Future[SearchTrial]](asyncio.Future)  # by id
 
     @ray.method
     async def reserve(self, group: str, n_free: int) -> int | None:
@@ -125,6 +135,16 @@ class WorkQueue:
     async def state(self) -> WorkState:
         """See WorkList."""
         return self._list.state()
+
+    @ray.method
+    async def give_to_search_trial(self, trial_id: str, trial: SearchTrial) -> None:
+        """Called by the driver of a search: answers `search_trial`."""
+        self._search_trials[trial_id].set_result(trial)
+
+    @ray.method
+    async def search_trial(self, trial_id: str) -> SearchTrial:
+        """Called by a trial of a search: waits for what it trains."""
+        return await self._search_trials[trial_id]
 
     @ray.method
     async def next_run_group(self, group: str) -> RunGroup | None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import lmu_dist.launch.ladder_trial
-import lmu_dist.launch.tune_report
+import lmu_dist.launch.tune_trial
 from lmu_dist.launch import metrics_logger
 from lmu_dist.launch.record import log_start, read_record, record_of_cell, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog

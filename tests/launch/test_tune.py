@@ -8,7 +8,7 @@ import pytest
 
 from lmu_dist import records
 from lmu_dist.cli import main
-from lmu_dist.config import Config, ConfigError, load, parse
+from lmu_dist.config import Config, ConfigError, FailedError, load, parse
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch import tune as launch_tune
 from lmu_dist.launch.tune import tune
@@ -116,3 +116,21 @@ def test_a_sweep_with_an_invalid_combination_has_not_ended(corpus_glob: str, new
     monkeypatch.setattr(launch_tune.claim, "find_finished", lambda cell, *_, **__: Mock(record=cell.key))
     monkeypatch.setattr(launch_tune, "TrialResult", Mock())
     assert not driver.has_ended()
+
+
+def test_a_trial_whose_cell_cannot_be_looked_up_ends_with_the_error(corpus_glob: str, new_store, tmp_path: Path, monkeypatch):
+    """It would wait for its cell for ever."""
+    config = configured(corpus_glob, tmp_path)
+    driver = launch_tune._Driver(
+        config, "lmu", 1000, prepare(config.data, config.storage_folder), new_store(tmp_path), lambda *_: None
+    )
+    driver.queue = Mock()
+    monkeypatch.setattr(launch_tune, "find_run", Mock(side_effect=FailedError("two runs have the key")))
+    driver._trial_started(Mock(trial_id="t", config={"train.learning_rate": 0.01}))
+    driver.starter.shutdown()
+    [(trial_id, given)] = [call.args for call in driver.queue.give_to_search_trial.remote.call_args_list]
+    assert (trial_id, given.cell, given.error) == ("t", None, "two runs have the key")
+    driver._trial_started(Mock(trial_id="u", config={"train.warmup_tokens": 1_000_000}))
+    [_, (trial_id, given)] = [call.args for call in driver.queue.give_to_search_trial.remote.call_args_list]
+    assert (trial_id, given.cell) == ("u", None)
+    assert "warmup_tokens" in given.error

@@ -7,7 +7,7 @@ import random
 from ray.tune.search import Searcher
 
 from lmu_dist.launch.trials import Slots
-from lmu_dist.launch.work_queue import Rendezvous, RunGroup, WorkItem, WorkList
+from lmu_dist.launch.work_queue import Rendezvous, RunGroup, SearchTrial, WorkItem, WorkList, WorkQueue
 
 
 def work_list(sizes: list[int], n_slots: int = 8) -> WorkList:
@@ -114,5 +114,18 @@ def test_workers_that_start_again_get_the_answer_to_their_new_request():
         assert await last is None
         rendezvous.close()
         assert not await rendezvous.wait_for_request()
+
+    asyncio.run(scenario())
+
+
+def test_trial_of_a_search_gets_its_cell_whether_it_asks_first_or_last():
+    async def scenario() -> None:
+        queue, first, second = WorkQueue([], 0), SearchTrial(None, error="first"), SearchTrial(None, error="second")
+        waiting = asyncio.create_task(queue.search_trial("a"))
+        await asyncio.sleep(0)
+        await queue.give_to_search_trial("b", second)
+        assert not waiting.done()
+        await queue.give_to_search_trial("a", first)
+        assert [await waiting, await queue.search_trial("b")] == [first, second]
 
     asyncio.run(scenario())
