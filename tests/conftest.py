@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 typecheck.install()
 # Set before Ray, torch or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
-# Threads of OpenMP that wait for each other take the processor from the other processes of the tests: six times the time.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Threads of OpenMP otherwise wait for each other in a loop, which takes the cores from the other processes of the tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
@@ -105,17 +105,6 @@ def _no_user_families(monkeypatch: pytest.MonkeyPatch):
     from lmu_dist.models import registry  # not at the top, where it would be imported before its types can be checked
 
     monkeypatch.setattr(registry, "_user_families", {})
-
-
-@pytest.fixture
-def two_threads() -> Iterator[None]:
-    """Operators divide their work between two threads, as they do outside of tests."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -155,7 +155,6 @@ def in_cpp(
     return kernel.gated_delta_rule(packed, g, beta, q.shape[-1], state)
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(
     ("length", "heads", "keys", "values"),
     [(1, 3, 4, 6), (15, 1, 3, 1), (16, 2, 16, 16), (17, 3, 5, 5), (70, 2, 33, 17), (130, 1, 32, 64), (20, 1, 100, 250)],

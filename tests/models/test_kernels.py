@@ -70,7 +70,7 @@ def check_nan(kernels, pre, p, dout):
 
 
 @pytest.fixture
-def cpp(two_threads):
+def cpp():
     if not shutil.which(os.environ.get("CXX", "c++")):
         pytest.skip("no C++ compiler on this machine")
     assert compiled.library() is not None

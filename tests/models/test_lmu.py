@@ -111,7 +111,6 @@ def test_projection_matrix_is_in_the_papers_basis():
         assert relative_error(lmu(x), expected["out"]) < 1e-12
 
 
-@pytest.mark.usefixtures("two_threads")
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_fused_chunked_equals_fused_fourier(dtype, bound, monkeypatch):
     given, _ = problem(60, 128.0, 200, 20, 6, dtype=dtype)
