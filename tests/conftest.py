@@ -60,7 +60,7 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Gives way to the process that runs Ray, if tests run in several: that one takes longest, and waits for half of its time."""
+    """Gives way to the process that runs Ray, if tests run in several: that one takes longest, and waits half of its time."""
     if "PYTEST_XDIST_WORKER" in os.environ and group_of(item.nodeid) != "Ray" and os.nice(0) == 0:
         os.nice(5)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import make as study_tool
 import pytest
-from simulate import TOKEN_WORTH, simulate_study
+from further_numbers import own_key_numbers
+from simulate import TOKEN_WORTH, make_record, position_curve, simulate_study
 
-from lmu_dist.report.tables import write_forecast_csv
+from lmu_dist.report.tables import write_forecast_csv, write_position_csv
 from lmu_dist.scaling.collect import select_runs
 from lmu_dist.scaling.run_csv import write_run_csv
 from lmu_dist.tracking.forecasts import StoredForecast
@@ -62,6 +63,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_id="f",
     )
     write_forecast_csv(folder / "forecasts.csv", [forecast])
+    at_one_length = [replace(run, experiment="context") for run in runs if run.record and run.record.planned_tokens == 10**6]
+    (folder / "contexts" / "256").mkdir(parents=True)
+    given = replace(stored, runs=tuple(at_one_length))
+    write_run_csv(folder / "contexts" / "256" / "runs.csv", select_runs(given), given)
+    curves = {run.run_id: position_curve(run.record, 64) for run in at_one_length if run.record}
+    write_position_csv(folder / "contexts" / "256" / "position_losses.csv", curves)
     (folder / "README.md.in").write_text(TEXT)
     study_tool.make(folder, n_resamples=100)
     return folder
@@ -99,7 +106,7 @@ def test_the_numbers_of_a_simulated_study_are_right(made: Path):
 def test_the_figures_are_of_these_runs(made: Path):
     digest = json.loads((made / "numbers.json").read_text())["digest"]
     names = {path.stem for path in (made / "figures").iterdir()}
-    assert names == {"main", "loss_vs_tokens", "factors", "order", "forecasts"}
+    assert names == {"main", "loss_vs_tokens", "factors", "order", "forecasts", "contexts"}
     for name in names:
         assert f"runs {digest}" in (made / "figures" / f"{name}.svg").read_text()
         assert (made / "figures" / f"{name}.png").stat().st_size > 10_000
@@ -154,6 +161,40 @@ def test_how_numbers_are_written():
     values = {"a": 1.1666, "b": 0.012345, "c": 12345.6, "d": 0.01234, "e": 2_500_000, "f": known, "g": bound}
     text = study_tool.render(template, values).splitlines()[1]
     assert text == "1.17 0.012 12,346 1.23 % 2,500,000 2.5M 1.17 (0.921 to 1.49) more than 3.14"
+
+
+def test_the_numbers_of_a_context_are_those_of_its_tables(made: Path):
+    [(length, found)] = json.loads((made / "numbers.json").read_text())["contexts"].items()
+    assert (length, found["sequence_tokens"], found["n_runs"]) == ("256", 256, 12)
+    assert {cell["tokens"] for cell in found["order"]} == {10**6}
+    assert [cell["families"][0]["family"] for cell in found["order"]] == ["lmu"] * 3
+    assert set(found["bands"]) == {"lmu", "transformer"}
+    fall = found["bands"]["lmu"]["1000000"]
+    assert fall["early"][1] < fall["late"][0]
+    assert fall["value"] == pytest.approx(0, abs=0.01)  # its curve is flat from position 64
+
+
+def test_the_gain_of_own_keys_is_over_the_rule_at_its_best_rate():
+    def trial(family: str, loss: float, status: str = "complete", **params: object) -> StoredRun:
+        record = make_record(family, 30_000, 500_000, 0, loss)
+        return StoredRun(f"{family}{loss}", "t", status, record, {f"model.{k}": str(v) for k, v in params.items()})
+
+    trials = [
+        trial("lmu", 4.9, order=20, theta_tokens=64),
+        trial("lmu", 4.75, order=40, theta_tokens=64),
+        trial("lmu", 4.8, order=100, theta_tokens=64),
+        trial("lmu", 4.0, "diverged", order=40, theta_tokens=128),
+        trial("llama", 4.7, n_blocks=2),
+        trial("llama", 4.66, n_blocks=3),
+    ]
+    rules = {"lmu": {"0.04": 5.0, "0.08": 5.2}, "llama": {"0.02": 4.6}}
+    found = own_key_numbers(StoredRuns("keys", tuple(trials)), rules)
+    assert found["lmu"]["n_trials"] == 3
+    assert found["lmu"]["varied"] == {"model.order": ["20", "40", "100"]}
+    assert found["lmu"]["best"] == {"loss": 4.75, "settings": {"model.order": "40"}}
+    assert (found["lmu"]["rule_loss"], found["lmu"]["worst_loss"]) == (5.0, 4.9)
+    assert found["lmu"]["gain"] == pytest.approx(0.05)
+    assert found["llama"]["gain"] == pytest.approx(1 - 4.66 / 4.6)  # no trial is better
 
 
 @published

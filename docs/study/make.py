@@ -3,11 +3,12 @@
     .venv/bin/python docs/study/make.py [FOLDER]
 
 FOLDER, by default the one of this file, has runs.csv, and if there are any forecasts.csv, position_losses.csv and tuning.csv
-(runs of searches, which are counted only), as `lmu-dist report` writes them. Its folder `until` has runs.csv of a ladder with
-`ladder.until`. README.md.in is the text: a Jinja template in
-which every number is an expression, such as {{ pairs.lmu_over_llama.sizes["9980"] | factor }}. A number that is no result,
-such as one of the paper, is written as {{ fixed("ten") }}; other digits in the text are an error. tests/test_study.py computes
-all numbers again and compares them, and the text, with what is here.
+(runs of searches, which are counted only), as `lmu-dist report` writes them, and own_keys.csv (searches of families' own keys).
+Its folder `until` has runs.csv of a ladder with `ladder.until`, and each folder in `contexts` runs.csv and
+position_losses.csv of one length of context. README.md.in is the text: a Jinja template in which every number is an expression,
+such as {{ pairs.lmu_over_llama.sizes["9980"] | factor }}. A number that is no result, such as one of the paper, is written as
+{{ fixed("ten") }}; other digits in the text are an error. tests/test_study.py computes all numbers again and compares them, and
+the text, with what is here.
 """
 
 import json
@@ -18,8 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from further_numbers import context_numbers, own_key_numbers
 from jinja2 import Environment, StrictUndefined, TemplateError
-from study_figures import draw_study
+from study_figures import draw_contexts, draw_study
 from study_numbers import study_comparisons, study_numbers, until_numbers
 
 from lmu_dist.report.forecasts import score_forecasts
@@ -32,6 +34,8 @@ from lmu_dist.scaling.run_csv import read_run_csv
 HERE = Path(__file__).parent
 NUMBERS, TEMPLATE, TEXT, FIGURES, TUNING = "numbers.json", "README.md.in", "README.md", "figures", "tuning.csv"
 UNTIL = "until"  # folder of the tables of a ladder with `ladder.until`
+CONTEXTS = "contexts"  # folder of the folders of tables, one for each length of context
+OWN_KEYS, OWN_KEYS_SIZE = "own_keys.csv", "30000"  # runs of searches of families' own keys, and their size in tuning.csv
 NOTE = "<!-- Made by `make study` from README.md.in and numbers.json; edit README.md.in. -->\n"
 UNCHECKED = re.compile(r"```.*?```|`[^`\n]+`|\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}|<!--.*?-->|\]\([^)\s]*\)", re.DOTALL)
 TOLERANCE = 1e-4  # relative, of a number that another processor computes; the text has four digits at most
@@ -47,10 +51,17 @@ def compute(folder: Path, n_resamples: int = N_RESAMPLES, figures: Path | None =
     numbers: dict[str, Any] = {**study_numbers(inputs, results, forecasts, tuning), "n_resamples": n_resamples}
     if (folder / UNTIL / RUNS).exists():
         numbers["until"] = until_numbers(inputs_from_tables([folder / UNTIL / RUNS]), n_resamples)
+    if (folder / OWN_KEYS).exists():
+        numbers["own_keys"] = own_key_numbers(read_run_csv([folder / OWN_KEYS]), numbers["tuned"]["losses"][OWN_KEYS_SIZE])
+    contexts = {int(found.parent.name): inputs_from_tables([found]) for found in folder.glob(f"{CONTEXTS}/*/{RUNS}")}
+    of_contexts = {n: (given, analyse(given.study, given.curves, n_resamples)) for n, given in sorted(contexts.items())}
+    if contexts:
+        numbers["contexts"] = {str(n): context_numbers(*found) for n, found in of_contexts.items()}
     if figures is not None:
         for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
             old.unlink()
         draw_study(study, results, study_comparisons(study, results), forecasts, numbers["order"], figures)
+        draw_contexts({n: (given.study, found) for n, (given, found) in of_contexts.items()}, study.digest, figures)
     return numbers
 
 

@@ -60,6 +60,22 @@ def draw_study(
     return list(drawn)
 
 
+def draw_contexts(contexts: Mapping[int, tuple[Study, Results]], digest: str, folder: Path) -> None:
+    """Writes the figure of the losses by position, a panel for each length of context in tokens; nothing without any."""
+    found: list[Panel] = [
+        (f"{n:,} tokens of context", lambda axes, study=study, results=results: _all_positions(axes, study, results))
+        for n, (study, results) in contexts.items()
+    ]
+    if found:
+        with house_style("contexts"):
+            save_figure(_draw(found), folder, "contexts", f"runs {digest}")
+
+
+def _all_positions(axes: Axes, study: Study, results: Results) -> None:
+    for n in sorted({position.n_params for position in results.positions}):
+        panels.positions(axes, study, results, n)
+
+
 def _main(study: Study, results: Results, comparisons: Sequence[Comparison]) -> list[Panel]:
     """Loss against tokens at the largest size that all families have, and the factors over two baselines there."""
     common = [n for n in study.size_bins if all(study.runs_of(family, n) for family in study.families)]

@@ -85,7 +85,7 @@ def study_numbers(
         "largest": largest_differences(study, results.noise),
         "improvement": vars(results.improvement),
         "positions": [_position(p) for p in results.positions],
-        "bands": _bands(results),
+        "bands": bands_by_family(results),
         "forecasts": _forecasts(forecasts),
         "tuned": {"settings_per_size": dict(study.n_settings_tried), **_tuning(tuning)},
         "cost": {"runs": cost_of(inputs.stored.runs), "tuning": cost_of(tuning.runs if tuning else ())},
@@ -229,7 +229,7 @@ def _position(position: Any) -> dict[str, Any]:
     return {**named, "level_from": position.level.position, "determined": position.level.determined}
 
 
-def _bands(results: Results) -> dict[str, Any]:
+def bands_by_family(results: Results) -> dict[str, Any]:
     """The falls of the loss between two bands of positions, by family and size; at 256 tokens the bands are the protocol's."""
     rows = defaultdict[str, dict[str, Any]](dict)
     for row in results.bands:
