@@ -71,9 +71,9 @@ def write_report(
     ladder, and else `choose_pair` has a rule. Raises ConfigError if the experiment has no usable run or lacks one of these
     families, OSError if a file cannot be written.
     """
-    inputs = inputs_from_mlflow(store, experiment, any_code, lambda what, share: show(what, 2 * share, 4))
+    inputs = inputs_from_mlflow(store, experiment, any_code, lambda what, share: show(what, share / 2, 1))
     files, names = _write_files(inputs, folder, show, n_resamples, baseline, family)
-    show("uploading to MLflow", 3.5, 4)
+    show("uploading to MLflow", 0.875, 1)
     run_id, stale = upload_report(store, folder, names, files.study, files.results, files.forecasts, any_code)
     return replace(files, run_id=run_id, stale=stale)
 
@@ -91,7 +91,7 @@ def write_report_from_tables(
 
     The errors are those of `write_report`, and ConfigError with row and column for a cell that cannot be read.
     """
-    show("reading tables", 0, 4)
+    show("reading tables", 0, 1)
     inputs = inputs_from_tables(tables, any_code)
     check_folder(inputs, folder)
     return _write_files(inputs, folder, show, n_resamples, baseline, family)[0]
@@ -104,10 +104,10 @@ def _write_files(
     study = inputs.study
     pair = default_pair(study, baseline, family, inputs.stored.baseline)
     _prepare_folder(folder)
-    show("fitting", 2, 4)
+    show("fitting", 0.5, 1)
     results = analyse(study, inputs.curves, n_resamples, pair)
     forecasts = score_forecasts(study, inputs.forecasts)
-    show("drawing", 3, 4)
+    show("drawing", 0.75, 1)
     figures = draw_figures(study, results, forecasts, folder)
     tables = write_tables(inputs, folder)
     facts = {"experiment": study.experiment, "digest": study.digest, "any_code": inputs.any_code, "lmu_dist": __version__}
