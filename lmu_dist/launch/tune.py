@@ -52,6 +52,7 @@ from lmu_dist.tracking.upload import set_client_limits
 from lmu_dist.train import VERSION, checkpoint
 
 STUDY = "tune"
+N_STARTERS = 8  # trials whose earlier evaluations are looked up at the same time; each waits for MLflow if it does not answer
 CLOSING_SECONDS = 15.0  # timeout of an interrupted search for closing an MLflow run
 
 
@@ -135,7 +136,8 @@ class _Driver:
         self.n_trials = self.tune.n_trials
         self.release_log: Callable[[Folder], None] = lambda _: None  # until there is a metrics logger
         self.queue: Any = None  # the WorkQueue through which trials get their cells
-        self.starter, self.closer, self.closings = ThreadPoolExecutor(1), ThreadPoolExecutor(1), list[Future[None]]()
+        self.starter = ThreadPoolExecutor(N_STARTERS)
+        self.closer, self.closings = ThreadPoolExecutor(1), list[Future[None]]()
         self.started: dict[str, tuple[dict[str, Any], Cell]] = {}  # settings and cell, by the id of the trial
         self.known: dict[str, TrialResult] = {}  # trials that had ended before, by key
         self.final_statuses = (*FINAL_STATUSES, records.STOPPED_EARLY) if first_rung else FINAL_STATUSES
