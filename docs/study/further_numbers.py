@@ -63,7 +63,10 @@ def _varied(runs: list[StoredRun]) -> dict[str, list[str]]:
 
 
 def _size(value: str) -> float:
-    return float(value) if value else -np.inf
+    try:
+        return float(value)
+    except ValueError:  # not set
+        return -np.inf
 
 
 def _loss(run: StoredRun) -> float:

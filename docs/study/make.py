@@ -22,7 +22,7 @@ from typing import Any
 from further_numbers import context_numbers, own_key_numbers
 from jinja2 import Environment, StrictUndefined, TemplateError
 from study_figures import draw_contexts, draw_study
-from study_numbers import study_comparisons, study_numbers, until_numbers
+from study_numbers import cost_of, study_comparisons, study_numbers, until_numbers
 
 from lmu_dist.report.forecasts import score_forecasts
 from lmu_dist.report.inputs import RUNS, inputs_from_tables
@@ -52,11 +52,14 @@ def compute(folder: Path, n_resamples: int = N_RESAMPLES, figures: Path | None =
     if (folder / UNTIL / RUNS).exists():
         numbers["until"] = until_numbers(inputs_from_tables([folder / UNTIL / RUNS]), n_resamples)
     if (folder / OWN_KEYS).exists():
-        numbers["own_keys"] = own_key_numbers(read_run_csv([folder / OWN_KEYS]), numbers["tuned"]["losses"][OWN_KEYS_SIZE])
+        trials = read_run_csv([folder / OWN_KEYS])
+        numbers["own_keys"] = own_key_numbers(trials, numbers["tuned"]["losses"][OWN_KEYS_SIZE])
+        numbers["cost"]["own_keys"] = cost_of(trials.runs)
     contexts = {int(found.parent.name): inputs_from_tables([found]) for found in folder.glob(f"{CONTEXTS}/*/{RUNS}")}
     of_contexts = {n: (given, analyse(given.study, given.curves, n_resamples)) for n, given in sorted(contexts.items())}
     if contexts:
         numbers["contexts"] = {str(n): context_numbers(*found) for n, found in of_contexts.items()}
+        numbers["cost"]["contexts"] = cost_of([run for given in contexts.values() for run in given.stored.runs])
     if figures is not None:
         for old in [*figures.glob("*.png"), *figures.glob("*.svg")]:
             old.unlink()
