@@ -1,4 +1,4 @@
-"""What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how processes divide the tests."""
+"""What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how two processes divide the tests."""
 
 import json
 import os
@@ -32,7 +32,7 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
 # The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
-# Only the commands of LAST start their own, at the end of another process: all then end at about the same time.
+# Only the commands of LAST start their own, at the end of the other process: both then end at about the same time.
 WITHOUT_RAY = (
     "cell",
     "claim",
@@ -51,7 +51,7 @@ LAST = "tests/launch/test_families.py"
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that `pytest -n 3` runs in one process: most that start Ray, those of the report, those of each other file."""
+    """The tests that `pytest -n 2` runs in one process: most that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
     folder, _, module = path.rpartition("/test_")
     if folder == "tests/launch" and path != LAST and module.removesuffix(".py") not in WITHOUT_RAY:
@@ -59,14 +59,8 @@ def group_of(nodeid: str) -> str:
     return folder if folder == "tests/report" else path  # so that the report is written once
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Gives way to the process that runs Ray, if tests run in several: that one takes longest, and waits half of its time."""
-    if "PYTEST_XDIST_WORKER" in os.environ and group_of(item.nodeid) != "Ray" and os.nice(0) == 0:
-        os.nice(5)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that start Ray first: they take longest, and the other processes run the rest meanwhile.
+    """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile.
 
     Of these, the ones that share a Ray come last: after it has started, this process can join no other one.
     """
@@ -80,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Divides the tests between the processes of `pytest -n 3` by their groups, in the order of collection."""
+    """Divides the tests between the processes of `pytest -n 2` by their groups, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):

@@ -110,13 +110,14 @@ def write_runs_to_mlflow(
     )  # otherwise MLflow writes to the current folder
     experiment_id = existing.experiment_id if existing else client.create_experiment(experiment, artifact_folder.as_uri())
     parent = client.create_run(experiment_id, tags={"lmu.study": study_name, "mlflow.runName": study_name}).info.run_id
-    ids = []
+    records, ids = list(records), []
+    most_tokens, largest = max((r.tokens for r in records), default=0), max((r.n_params for r in records), default=0)
     for r in records:
         name = f"{r.family}-{r.n_params}-{r.planned_tokens}-s{r.seed}"
         run = client.create_run(experiment_id, tags={"mlflow.parentRunId": parent, "mlflow.runName": name})
         ids.append(run.info.run_id)
         metrics = [Metric(k, v, 0, r.steps) for k, v in r.columns("metrics").items()]
-        if curves and (r.tokens == max(BUDGETS) or r.n_params == max(SIZES)):  # a report reads no others, and they take long
+        if curves and (r.tokens == most_tokens or r.n_params == largest):  # a report reads no others, and they take long
             flat = 64 if r.family == "lmu" else 0
             metrics += [Metric(POSITION_LOSS, float(v), 0, t) for t, v in enumerate(position_curve(r, flat), 1)]
         params = {"data.source": "simulation", **r.columns("params"), **(settings or {})}
