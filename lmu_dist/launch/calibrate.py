@@ -25,6 +25,7 @@ from lmu_dist.data.batches import Batch
 from lmu_dist.data.progress import Progress
 from lmu_dist.launch import process_group
 from lmu_dist.launch.cluster import check_before_start, cluster
+from lmu_dist.launch.engine_import import import_engine
 from lmu_dist.launch.workers import run_workers
 from lmu_dist.models import accounting, registry
 from lmu_dist.planning.cost import CALIBRATION, StepTime, step_settings, vocab_tokens, write_calibration
@@ -92,6 +93,7 @@ def _report_measured(
 
 def _measure_worker(arguments: dict[str, Any]) -> None:
     """Measures every cell. Runs on every worker; rank 0 writes the results."""
+    import_engine()
     process_group.join()
     cells: list[GridCell] = arguments["cells"]
     for source in arguments["sources"]:

@@ -6,7 +6,6 @@ logs through launch/metrics_logger; every rank uploads its own checkpoint files.
 
 import functools
 import gc
-import importlib
 import json
 import math
 import os
@@ -33,6 +32,7 @@ from lmu_dist.launch import process_group, start_point
 from lmu_dist.launch.cell import BRANCH_POINTS, Cell
 from lmu_dist.launch.collectives import all_ranks, broadcast_from_rank0, patient_group
 from lmu_dist.launch.curves import TrainingCurves
+from lmu_dist.launch.engine_import import import_engine
 from lmu_dist.launch.metrics_logger import MetricsLogger, RemoteRunLogger
 from lmu_dist.launch.record import Outcome, log_result, record_of_cell, record_path, write_record
 from lmu_dist.launch.start_point import StartPoint, find_start_point, state_for_cell
@@ -52,9 +52,7 @@ def train_worker(queue: ActorProxy[WorkQueue], metrics_logger: ActorProxy[Metric
 
     Collective: runs on every rank.
     """
-    # Imported here because importing DeepSpeed takes four seconds, and drivers import this file without using it.
-    importlib.import_module("lmu_dist.train.engine")
-
+    import_engine()
     process_group.join()
     gc.freeze()  # to free an engine takes a search for unreachable objects, half a second if it visits those of all imports
     rank = dist.get_rank()

@@ -11,11 +11,10 @@ import math
 import re
 import resource
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -27,13 +26,12 @@ from torch import Tensor
 from lmu_dist.array_types import Float
 from lmu_dist.config import ClusterConfig, Folder, TrainConfig
 from lmu_dist.data.batches import Batch
-from lmu_dist.models import registry
 from lmu_dist.models.accounting import bucket_size, executed_stage, overlaps_communication
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.models.width_transfer import rate_factors
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
+from lmu_dist.train.optimizer import adam, parameter_groups
 
 
 class Engine:
@@ -56,7 +54,7 @@ class Engine:
         self._optimizer: Any
         self._ds, self._optimizer, *_ = deepspeed.initialize(
             model=self.model,
-            optimizer=_adam(groups, train),
+            optimizer=adam(groups, train),
             config={
                 "train_micro_batch_size_per_gpu": self.micro_rows,
                 "gradient_accumulation_steps": self._n_micro,
@@ -219,40 +217,6 @@ def _import_muon() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
     finally:
         compiler.compile = original
-
-
-class ParameterGroup(NamedTuple):
-    """Parameters with the same learning rate, as a factor of that of the step, and the same weight decay."""
-
-    parameters: list[torch.nn.Parameter]
-    rate_factor: float
-    weight_decay: float
-
-
-def parameter_groups(model: torch.nn.Module, train: TrainConfig) -> list[ParameterGroup]:
-    """The parameters of a model by role: matrices, vectors (biases, norms, p), embeddings. Roles with equal settings are one
-    group. Vectors get no weight decay. If the model has a base, rates also depend on fan-ins (models/width_transfer); what
-    decay takes off a weight in a step does not.
-    """
-    embedded = {id(p) for module in model.modules() if isinstance(module, torch.nn.Embedding) for p in module.parameters()}
-    found = dict[tuple[float, float], list[torch.nn.Parameter]]()
-    by_width = dict[str, float]()
-    if isinstance(model, LanguageModel):
-        by_width = rate_factors(model, model.shape, registry.family_of(model.shape))
-    for name, parameter in model.named_parameters():
-        is_vector, of_width = parameter.ndim < 2, by_width.get(name, 1.0)
-        factor = train.embedding_rate if id(parameter) in embedded else train.vector_rate if is_vector else train.matrix_rate
-        decay = 0.0 if is_vector else train.weight_decay / of_width
-        found.setdefault((factor * of_width, decay), []).append(parameter)
-    return [ParameterGroup(parameters, *settings) for settings, parameters in found.items()]
-
-
-def _adam(groups: Sequence[ParameterGroup], train: TrainConfig) -> torch.optim.Optimizer:
-    """torch's AdamW, which is Adam when weight_decay is 0."""
-    # foreach is torch's default on GPUs; on CPUs it saves one of two temporaries.
-    settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps, "foreach": True}
-    by_group = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
-    return torch.optim.AdamW(by_group, **settings)
 
 
 def _precision_settings(train: TrainConfig, cluster: ClusterConfig) -> dict[str, Any]:

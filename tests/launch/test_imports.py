@@ -1,4 +1,4 @@
-"""What the processes of a live trial on the head do without, since there are many: torch, and MLflow's client."""
+"""What processes do without, since there are many: trials on the head torch and MLflow, workers MLflow and torch's compiler."""
 
 import json
 import pickle
@@ -67,3 +67,33 @@ def test_trial_and_controller_import_neither_torch_nor_mlflow(tmp_path: Path, co
     tags = [entry["values"] for _, entry in MetricsLog(cell.folder, None).pending() if entry["kind"] == "tags"]
     [appearance] = [values["lmu.family_appearance"] for values in tags if "lmu.family_appearance" in values]
     assert json.loads(appearance)["title"] == "Plain words"
+
+
+IN_A_WORKER = """
+import json, os, sys, torch
+import torch.distributed as dist
+from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.data.batches import Batch
+from lmu_dist.launch.engine_import import import_engine
+from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.sizing import shape_for
+
+import_engine()
+from lmu_dist.train.engine import Engine
+
+os.environ["LOCAL_RANK"] = "0"
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+shape = shape_for("lmu", 3000, vocab_tokens=64, sequence_tokens=16)
+train = TrainConfig(batch_tokens=32, sequence_tokens=16)
+engine = Engine(LanguageModel(shape), train, ClusterConfig(zero_stage=1), torch.device("cpu"))
+ids = torch.arange(32).view(2, 16)
+engine.step(Batch(ids, ids), 1e-3)
+print(json.dumps([name for name in ("mlflow", "torch._dynamo", "torch._inductor") if name in sys.modules]))
+"""
+
+
+def test_a_worker_trains_without_mlflow_and_torchs_compiler():
+    """Each would take a second of a core and tens of MB in every worker."""
+    process = subprocess.run([sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout.splitlines()[-1]) == []

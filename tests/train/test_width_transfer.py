@@ -12,7 +12,7 @@ from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.shape import Shape
 from lmu_dist.planning.grid import grid, shape_of
 from lmu_dist.planning.plan_notes import plan_notes
-from lmu_dist.train.engine import parameter_groups
+from lmu_dist.train.optimizer import parameter_groups
 
 VOCAB, LENGTH, ROWS, RATE, STEPS = 64, 32, 4, 0.01, 8
 WIDTHS = (64, 128, 256)
