@@ -30,7 +30,7 @@ from lmu_dist.tracking.store import Store, default_uri
 
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
-SHORT, LONG = 51_200, 102_400
+SHORT, LONG = 25_600, 51_200
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule": "wsd",
             "warmup_tokens": 2560,
             "plateau_patience": 1,
-            "eval_every_tokens": 12_800,
+            "eval_every_tokens": 6_400,
             "eval_tokens": 512,
         },
         "ladder": {
@@ -186,7 +186,7 @@ def test_status_command_lists_all_cells(
 def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
     both = json.dumps([{"n_params": 0, "n_workers": 2}])  # so that one group of workers measures both sizes
-    config = configured(job, folder, "ladder.tokens=[102400]", f"ladder.workers={both}")
+    config = configured(job, folder, f"ladder.tokens=[{LONG}]", f"ladder.workers={both}")
     assert plan(config).worker_seconds is None
     lines = list[str]()
     calibrate(config, lambda *line: lines.append(str(line)))
