@@ -7,6 +7,7 @@ Every law has its predicted loss, the gradient by its parameters, and the comput
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
+from functools import cache
 from typing import ClassVar, TypeVar
 
 import numpy as np
@@ -65,10 +66,9 @@ class ScalingLaw(ABC):
 
     def coordinate_gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/dcoordinate, (rows, parameters)."""
-        gradient = self.gradient(n_params, tokens, unique_tokens)
-        for i, name in enumerate(parameter_names(type(self))):
-            if name in self.LOG_PARAMETERS:
-                gradient[..., i] *= getattr(self, name)
+        gradient, names = self.gradient(n_params, tokens, unique_tokens), parameter_names(type(self))
+        for name in self.LOG_PARAMETERS:
+            gradient[..., names.index(name)] *= getattr(self, name)
         return gradient
 
     @classmethod
@@ -258,9 +258,10 @@ def parameters(law: ScalingLaw) -> dict[str, float]:
     return dict(zip(parameter_names(type(law)), astuple(law), strict=True))  # pyright: ignore
 
 
-def parameter_names(form: type[ScalingLaw]) -> list[str]:
+@cache
+def parameter_names(form: type[ScalingLaw]) -> tuple[str, ...]:
     """Returns the names of the parameters of a law, in order."""
-    return [f.name for f in fields(form)]  # pyright: ignore
+    return tuple(f.name for f in fields(form))  # pyright: ignore
 
 
 def unitless_names(form: type[ScalingLaw]) -> list[str]:

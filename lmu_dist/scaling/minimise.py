@@ -32,7 +32,7 @@ class Optima:
 
 @dataclass
 class _State:
-    """The current point of every law of a batch, and what was computed there."""
+    """The current point of every law of a batch, and what was computed there; no Hessians if they were not asked for."""
 
     vectors: Floats
     values: Floats
@@ -61,12 +61,13 @@ class Batch:
         slopes = weights * self.objective.slopes(residuals)
         gradients = np.matmul(slopes[:, None, :], jacobian)[:, 0] / DELTA**2
         good = np.isfinite(values) & np.all(np.isfinite(gradients), axis=1)
-        hessians = np.zeros((len(vectors), self.n_free, self.n_free))
+        hessians = np.empty((0, self.n_free, self.n_free))
         if hessian:
             scaled = jacobian * (weights * self.objective.curvatures(residuals))[..., None]
             hessians = np.matmul(jacobian.swapaxes(1, 2), scaled) / DELTA**2
             good &= np.all(np.isfinite(hessians), axis=(1, 2))
-        values[~good], gradients[~good], hessians[~good] = np.inf, 0.0, np.eye(self.n_free)
+            hessians[~good] = np.eye(self.n_free)
+        values[~good], gradients[~good] = np.inf, 0.0
         return _State(vectors, values, gradients, hessians)
 
     def moved(self, vectors: Floats, steps: Floats) -> Floats:
@@ -186,7 +187,7 @@ def _line_search(
     limit = np.abs(directions).max(axis=1)
     trial = np.minimum(1.0, 2.0 / np.maximum(limit, 1e-300))
     step = np.zeros(len(active))
-    new = _State(*(getattr(now, name)[active].copy() for name in ("vectors", "values", "gradients", "hessians")))
+    new = _State(now.vectors[active], now.values[active], now.gradients[active], now.hessians[:0])
     waiting = np.arange(len(active))
     for _ in range(25):
         rows = active[waiting]
