@@ -10,7 +10,8 @@ import sys
 def import_engine() -> None:
     """Imports the engine without MLflow, unless the process has it.
 
-    DeepSpeed's autotuner, which no run uses, imports MLflow where it is installed: 1.0 s of a core and 40 MB in every worker.
+    DeepSpeed's autotuner, which no run uses, imports MLflow where it is installed: a second of a core and 40 MB in every worker
+    (findings/deepspeed-imports-mlflow.sh).
     """
     hidden = "mlflow" not in sys.modules
     if hidden:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import Tensor
 
 from lmu_dist.array_types import Float
@@ -31,7 +32,9 @@ from lmu_dist.models.lm import LanguageModel
 from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
-from lmu_dist.train.optimizer import adam, parameter_groups
+from lmu_dist.train.optimizer import EagerAdamW, adam, parameter_groups
+
+ZERO_SUPPORTED_OPTIMIZERS.append(EagerAdamW)  # DeepSpeed compares types, and would warn of one that takes AdamW's steps
 
 
 class Engine:
@@ -61,7 +64,6 @@ class Engine:
                 "gradient_clipping": train.clip_norm,
                 **_precision_settings(train, cluster),
                 "zero_optimization": _zero_settings(self.model, train, cluster, device),
-                "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # torch's AdamW also runs on offloaded state
                 "steps_per_print": 2**31,
                 "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU twice per micro-batch

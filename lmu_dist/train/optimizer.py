@@ -44,17 +44,18 @@ def adam(groups: Sequence[ParameterGroup], train: TrainConfig) -> torch.optim.Op
     # foreach is torch's default on GPUs; on CPUs it saves one of two temporaries.
     settings = {"lr": train.learning_rate, "betas": (train.beta1, train.beta2), "eps": train.eps, "foreach": True}
     by_group = [{"params": group.parameters, "weight_decay": group.weight_decay} for group in groups]
-    return _EagerAdamW(by_group, **settings)
+    return EagerAdamW(by_group, **settings)
 
 
 def _unguarded(name: str) -> Any:
     return inspect.unwrap(getattr(AdamW, name))
 
 
-class _EagerAdamW(AdamW):
+class EagerAdamW(AdamW):
     """torch's AdamW without the guards around its methods for torch.compile, which no run uses.
 
-    The guards import torch._dynamo: 1.4 s of a core and 65 MB in every worker (LOG.md). Stage 3 imports it all the same.
+    The guards import torch._dynamo: 1.3 s of a core and 74 MB in every worker (findings/torch-adam-imports-the-compiler.sh).
+    DeepSpeed imports it all the same at stage 3.
     """
 
     add_param_group = _unguarded("add_param_group")

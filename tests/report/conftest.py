@@ -35,6 +35,12 @@ def written(store: Store, tmp_path_factory: pytest.TempPathFactory) -> ReportFil
 
 
 @pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports of this test have no figures, which take half of their time; `written` has them."""
+    monkeypatch.setattr("lmu_dist.report.write.draw_figures", lambda *_: [])
+
+
+@pytest.fixture
 def tracking(store: Store, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     yield store.uri

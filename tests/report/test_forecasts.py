@@ -65,6 +65,7 @@ def run_forecast(capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, s
     return code, output.out, " ".join(output.err.split())
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command_predicts_and_writes(
     one_family: Store, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

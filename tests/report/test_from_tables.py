@@ -216,6 +216,7 @@ def test_files_that_are_no_tables_of_records(
     assert "--baseline gpt: experiment" in error("--from", str(small[1]), "--baseline", "gpt", *output)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_with_another_pair_needs_no_store(
     small: tuple[Store, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):

@@ -107,6 +107,7 @@ def test_the_commands_on_the_page_reproduce_its_numbers(
     assert found["parameters"] == pytest.approx(reported["parameters"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_report_is_stale_after_the_runs_change(
     tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -144,6 +145,7 @@ def test_a_study_without_the_base_family_gives_no_answer(
     assert not (tmp_path / "r2").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_pair_of_a_report_is_a_choice(
     tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -205,6 +207,7 @@ def test_unwritable_folder_and_failed_upload(
     assert [store.client.get_run(run_id).info.status for run_id, _, _ in reports_of(store, "e")] == ["FAILED"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_reports_of_deleted_runs_are_stale(tmp_path: Path, new_store: Callable[[Path], Store]):
     store = new_store(tmp_path)
     ids = write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
@@ -262,6 +265,7 @@ def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
     assert "Epochs in bold" not in render(written.study, written.results, written.forecasts, [], [])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_one_common_loss_gives_no_interval(tmp_path: Path, new_store: Callable[[Path], Store]):
     store = new_store(tmp_path)
     losses = {("lmu", 10**6): 4.0, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}

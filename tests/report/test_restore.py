@@ -100,6 +100,7 @@ def test_the_store_has_what_was_lost(lost: tuple[Store, Path], again: Store):
         }
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_its_report_differs_by_ids_only(lost: tuple[Store, Path], again: Store, tmp_path: Path):
     def written(store: Store, name: str) -> ReportFiles:
         return write_report(store, "e", tmp_path / name, False, ignore_progress, n_resamples=20)
