@@ -4,8 +4,8 @@
 # Guess, before it was run: torch has been imported, AdamW is a class of it, and an object of it has a few dictionaries. So no
 # module is imported, and memory does not change.
 # Found with torch 2.13.0: the constructor imports torch._dynamo, the front end of torch.compile: 823 modules, 1.3 s of a core, 74 MB.
-# It does so through the guard around add_param_group; zero_grad, state_dict and step have guards that import it too. The methods
-# below the guards, which inspect.unwrap finds, take the same steps to the last bit.
+# It does so through the guard around add_param_group; zero_grad, state_dict, load_state_dict and step have guards that import it
+# too. The methods below the guards, which inspect.unwrap finds, take the same steps, and give and take the same state, to the last bit.
 # Why it matters here: a worker of a small cell imports longer than it trains, and a machine has many; lmu_dist/train/optimizer.py
 # has an AdamW without the guards.
 #
@@ -27,13 +27,18 @@ A = torch.optim.AdamW
 class Unguarded(A):
     add_param_group = inspect.unwrap(A.add_param_group)
     zero_grad = inspect.unwrap(A.zero_grad)
+    state_dict = inspect.unwrap(A.state_dict)
+    load_state_dict = inspect.unwrap(A.load_state_dict)
     step = torch.no_grad()(inspect.unwrap(A.step))
 
 
 def weights(optimizer_class):
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
     adam = optimizer_class([weight], lr=0.1)
-    for _ in range(5):
+    for i in range(5):
+        if i == 3:
+            state, adam = adam.state_dict(), optimizer_class([weight], lr=1.0)
+            adam.load_state_dict(state)
         adam.zero_grad()
         (weight**3).sum().backward()
         adam.step()

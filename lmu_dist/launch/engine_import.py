@@ -1,6 +1,6 @@
 """Imports train/engine, and with it DeepSpeed, in a process of workers. Called by worker and calibrate.
 
-It takes seconds, so drivers and trials, which import those files too, do without.
+Importing DeepSpeed takes long. Drivers and trials import launch/worker and launch/calibrate too, and do not need it.
 """
 
 import importlib
@@ -8,10 +8,10 @@ import sys
 
 
 def import_engine() -> None:
-    """Imports the engine without MLflow, unless the process has it.
+    """Imports the engine, and hides MLflow meanwhile, unless it has been imported.
 
-    DeepSpeed's autotuner, which no run uses, imports MLflow where it is installed: a second of a core and 40 MB in every worker
-    (findings/deepspeed-imports-mlflow.sh).
+    DeepSpeed's autotuner, which no run uses, imports MLflow where it is installed: a second of a core, 35 MB in every worker,
+    and more in a process without Ray, which imports some of the same packages (findings/deepspeed-imports-mlflow.sh).
     """
     hidden = "mlflow" not in sys.modules
     if hidden:

@@ -32,7 +32,7 @@ class Optima:
 
 @dataclass
 class _State:
-    """The current point of every law of a batch, and what was computed there; no Hessians if they were not asked for."""
+    """The current point of every law of a batch, and what was computed there; `hessians` are empty if not asked for."""
 
     vectors: Floats
     values: Floats

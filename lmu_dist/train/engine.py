@@ -34,7 +34,7 @@ from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
 from lmu_dist.train.optimizer import EagerAdamW, adam, parameter_groups
 
-ZERO_SUPPORTED_OPTIMIZERS.append(EagerAdamW)  # DeepSpeed compares types, and would warn of one that takes AdamW's steps
+ZERO_SUPPORTED_OPTIMIZERS.append(EagerAdamW)  # DeepSpeed refuses types that it does not list; this one takes AdamW's steps
 
 
 class Engine:

@@ -52,10 +52,10 @@ def _unguarded(name: str) -> Any:
 
 
 class EagerAdamW(AdamW):
-    """torch's AdamW without the guards around its methods for torch.compile, which no run uses.
+    """torch's AdamW with its methods as they are below their wrappers for torch.compile. No run compiles.
 
-    The guards import torch._dynamo: 1.3 s of a core and 74 MB in every worker (findings/torch-adam-imports-the-compiler.sh).
-    DeepSpeed imports it all the same at stage 3.
+    The wrappers import torch._dynamo at their first call: 1.3 s of a core and 74 MB in every worker
+    (findings/torch-adam-imports-the-compiler.sh). At stage 3 DeepSpeed imports it, and torch for activation checkpointing.
     """
 
     add_param_group = _unguarded("add_param_group")

@@ -54,7 +54,7 @@ def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokens": [SHORT, LONG],
             "workers": [{"n_params": 0, "n_workers": 1}, {"n_params": 3000, "n_workers": 2, "zero_stage": 2}],
         },
-        "cluster": {"checkpoint_every_steps": 50},
+        "cluster": {"checkpoint_every_steps": 25},
     }
     path.write_text(json.dumps(tree))
     return path
@@ -239,6 +239,7 @@ def test_killed_and_rival_drivers_give_the_same_results(
     assert victim.poll() is None
     victim.kill()
     victim.communicate()
+    assert len(list(tmp_path.glob("lmu-*/*/record.json"))) < 4
     rival = start()
     mine = ladder(configured(job, tmp_path), default_uri(tmp_path))
     table = json.loads(rival.communicate(timeout=300)[0])["cells"]

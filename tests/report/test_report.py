@@ -145,7 +145,6 @@ def test_a_study_without_the_base_family_gives_no_answer(
     assert not (tmp_path / "r2").exists()
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_the_pair_of_a_report_is_a_choice(
     tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
@@ -265,7 +264,6 @@ def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
     assert "Epochs in bold" not in render(written.study, written.results, written.forecasts, [], [])
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_one_common_loss_gives_no_interval(tmp_path: Path, new_store: Callable[[Path], Store]):
     store = new_store(tmp_path)
     losses = {("lmu", 10**6): 4.0, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}
