@@ -3,10 +3,9 @@
     python tests/faults.py [--json FILE] [SCENARIO ...]       disks need root; all scenarios take about 25 minutes on two cores
 
 Each scenario starts from the same configuration in folders of its own: a home (corpora and runs), a temporary folder, a cache
-with the operators that the undisturbed run compiled, and one for MLflow. Where a disk fills, the folder is a small tmpfs. The
-command must end with the table of an undisturbed run, to the last bit, or with one line that says what to do; after that is
-done, the same command must end with that table. No traceback may be shown and no process may remain. Prints one line per
-scenario; exits with 1 if one failed.
+and one for MLflow. Where a disk fills, the folder is a small tmpfs. The command must end with the table of an undisturbed run,
+to the last bit, or with one line that says what to do; after that is done, the same command must end with that table. No
+traceback may be shown and no process may remain. Prints one line per scenario; exits with 1 if one failed.
 """
 
 import json
@@ -205,9 +204,6 @@ class Study:
                 raise BrokenError(f"{len(points) - len(set(points))} points are twice in MLflow")
             table[key] = (r.status, r.tokens, r.train_loss_nats, r.val_loss_nats, len(points))
         return table
-
-
-COMPILED = "torch_extensions"  # in the cache: DeepSpeed's operators, whose build takes longer than most scenarios
 
 
 Scenario = Callable[[Study], str]  # breaks something, mends it; returns "went on" or the line that the command printed
@@ -632,8 +628,6 @@ def run(name: str, folder: Path, reference: Table | None) -> tuple[str, Table]:
     root = folder / name
     root.mkdir()
     study = Study(root, SMALL_DISKS.get(name))
-    if (folder / COMPILED).exists() and "cache" not in SMALL_DISKS.get(name, {}):
-        shutil.copytree(folder / COMPILED, root / "cache" / COMPILED)
     try:
         outcome = SCENARIOS[name](study) if name in SCENARIOS else ""
         study.check_nothing_left()
@@ -643,8 +637,6 @@ def run(name: str, folder: Path, reference: Table | None) -> tuple[str, Table]:
         table = study.table()
         if reference is not None and table != reference:
             raise BrokenError(f"{outcome}; but other results: {table} instead of {reference}")
-        if reference is None:
-            shutil.copytree(root / "cache" / COMPILED, folder / COMPILED)
         return outcome, table
     finally:
         study.kill_all()

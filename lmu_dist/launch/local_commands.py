@@ -116,7 +116,7 @@ def ray_environment(inherited: Mapping[str, str], token: Path, mlflow: str, inte
     return (
         {name: value for name, value in inherited.items() if name not in others}
         | {
-            # Jobs start their command by name, and DeepSpeed builds with ninja: both are in the folder of this Python.
+            # Jobs start their command by name, which is in the folder of this Python.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{inherited.get('PATH', '')}",
             # By default gloo takes the address of the host's name, which may not exist.
             "GLOO_SOCKET_IFNAME": interface,

@@ -39,7 +39,6 @@ from lmu_dist.launch.start_point import StartPoint, find_start_point, state_for_
 from lmu_dist.launch.work_queue import RunGroup, WorkQueue
 from lmu_dist.models import accounting, registry
 from lmu_dist.records import EvalMetrics
-from lmu_dist.toolchain import build_folder
 from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
 from lmu_dist.train.model import build_model
@@ -87,8 +86,7 @@ def _train_run_group(group: RunGroup, metrics_logger: ActorProxy[MetricsLogger],
             engine = None
         peak_flops = _peak_flops(cell.config.train.precision, device)  # before there is an engine
         if engine is None:
-            with storage.full_disk_errors(build_folder()):  # what it compiles
-                engine = Engine(build_model(cell.config, cell.shape, device), cell.config.train, cell.config.cluster, device)
+            engine = Engine(build_model(cell.config, cell.shape, device), cell.config.train, cell.config.cluster, device)
         if start.checkpoint_folder is not None:
             start_point.load(engine, start)
         logger = RemoteRunLogger(metrics_logger, logged_run) if rank == 0 else None

@@ -29,19 +29,20 @@ from lmu_dist.config import ClusterConfig, Folder, TrainConfig
 from lmu_dist.data.batches import Batch
 from lmu_dist.models.accounting import bucket_size, executed_stage, overlaps_communication
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.toolchain import configure_extension_builds
 from lmu_dist.train import reshard
 from lmu_dist.train.checkpoint import SHARDS, CheckpointError
 from lmu_dist.train.optimizer import EagerAdamW, adam, parameter_groups
 
 ZERO_SUPPORTED_OPTIMIZERS.append(EagerAdamW)  # DeepSpeed refuses types that it does not list; this one takes AdamW's steps
+# The operators that it may compile: none. On CPUs it would compile an all-reduce of which only its inference makes use, which
+# needs g++ and Python's headers, and takes half a minute of two cores at the first start.
+deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Engine:
     """A LanguageModel under ZeRO stage 0 to 3 with Adam, on this rank's device. Methods are collective: all ranks call them."""
 
     def __init__(self, model: LanguageModel, train: TrainConfig, cluster: ClusterConfig, device: torch.device) -> None:
-        configure_extension_builds()  # DeepSpeed compiles its collectives
         _import_muon()
         deepspeed.init_distributed(dist_backend=dist.get_backend())
         self.device = device

@@ -64,7 +64,7 @@ def test_image_runs_unprivileged_and_contains_only_allowed_files():
     assert all((ROOT / source).exists() for source in copied)
 
 
-def test_image_has_ninja_on_path_and_requires_a_token():
+def test_image_has_its_programs_on_path_and_requires_a_token():
     [settings] = instructions("ENV")
     assert "PATH=/opt/venv/bin:$PATH" in settings
     assert 'echo "PATH=/opt/venv/bin:\\$PATH" >/etc/profile.d/' in "".join(instructions("RUN"))

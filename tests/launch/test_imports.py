@@ -1,6 +1,10 @@
-"""Processes of which there are many skip slow imports: trials torch and MLflow, workers MLflow and torch's compiler."""
+"""Processes of which there are many skip slow imports: trials torch and MLflow, workers MLflow and torch's compiler.
+
+Nor does a worker let DeepSpeed compile anything.
+"""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -98,8 +102,13 @@ print(json.dumps([name for name in ("mlflow", "torch._dynamo", "torch._inductor"
 """
 
 
-def test_a_worker_trains_without_mlflow_and_torchs_compiler():
-    """Each would take a second of a core and tens of MB in every worker."""
-    process = subprocess.run([sys.executable, "-c", IN_A_WORKER], capture_output=True, text=True)
+def test_a_worker_trains_without_mlflow_and_any_compiler(tmp_path: Path):
+    """MLflow and torch's compiler would each take a second of a core and tens of MB in every worker.
+
+    DeepSpeed would compile an operator that training does not use, and fail where there is no C++ compiler.
+    """
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "CXX": "no-such-compiler"}
+    process = subprocess.run([sys.executable, "-c", IN_A_WORKER], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert json.loads(process.stdout.splitlines()[-1]) == []
+    assert list(tmp_path.iterdir()) == []
