@@ -1,5 +1,6 @@
 """What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how two processes divide the tests."""
 
+import gc
 import json
 import os
 import random
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from lmu_dist.tracking.store import Store
 
 typecheck.install()
+gc.disable()  # until all tests are collected: what they import stays
 # Set before Ray, torch or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Threads of OpenMP otherwise wait for each other in a loop, which takes the cores from the other processes of the tests.
@@ -70,6 +72,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return group != "Ray", group == LAST, "local_ray" in getattr(item, "fixturenames", ())
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """Looks for unreachable objects again, but not among those of imports, where a full search would take half a second."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import click
 
-from lmu_dist import show
+from lmu_dist import garbage, show
 from lmu_dist.cli import clean, clusters, fit, forecast, next_cell, process, restore, results, runs, ui
 from lmu_dist.cli.common import cli
 from lmu_dist.config import ConfigError, FailedError
@@ -21,6 +21,7 @@ READER_GONE = 141  # as shells report a program that a closed pipe ended
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code. Entry point of the console script. Raises only what is a bug."""
+    garbage.collect_rarely()
     with process.signals_like_ctrl_c(), process.only_results_on_stdout():
         try:
             code = cli.main(arguments, prog_name="lmu-dist", standalone_mode=False) or 0

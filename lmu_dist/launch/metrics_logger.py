@@ -17,6 +17,7 @@ from ray.actor import ActorProxy
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from lmu_dist import garbage
 from lmu_dist.config import FailedError, Folder
 from lmu_dist.launch.cell import Cell
 from lmu_dist.launch.locks import metrics_log_lock
@@ -49,6 +50,7 @@ class MetricsLogger:
     """
 
     def __init__(self, uri: str, environment: dict[str, str]) -> None:
+        garbage.collect_rarely()
         from lmu_dist.tracking.store import Store
         from lmu_dist.tracking.upload import set_client_limits
 

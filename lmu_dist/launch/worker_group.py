@@ -8,7 +8,7 @@ groups nothing starts: processes, imports, process group and compiled operators 
 from collections.abc import Sequence
 from typing import Any
 
-from lmu_dist import background, records, storage
+from lmu_dist import background, garbage, records, storage
 from lmu_dist.config import Config, FailedError
 from lmu_dist.launch.dispatcher import Dispatcher, MetricsListener, Services
 from lmu_dist.launch.record import FINAL_STATUSES
@@ -53,6 +53,7 @@ def train_run_groups(
 
 def _train(arguments: dict[str, Any]) -> None:
     """The function of a worker."""
+    garbage.collect_rarely()
     from lmu_dist.launch.worker import train_worker  # needs torch, which this process, and Ray's controller, do without
 
     train_worker(**arguments)
