@@ -16,12 +16,11 @@ from ray.util import placement_group_table
 
 from lmu_dist import records
 from lmu_dist.cli import main
-from lmu_dist.config import Config, ConfigError, load, with_settings
+from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch.calibrate import calibrate
 from lmu_dist.launch.ladder import LadderResult, ladder
 from lmu_dist.launch.new_cell import at_half_rate
 from lmu_dist.launch.record import FinishedRun
-from lmu_dist.launch.trainer import train
 from lmu_dist.planning.cost import plan
 from lmu_dist.records import RunRecord
 from lmu_dist.tracking.progress import rows
@@ -82,6 +81,11 @@ def undisturbed(job: Path, local_ray: str, tmp_path_factory: pytest.TempPathFact
     return folder, ladder(configured(job, folder, *WITH_LSTM), default_uri(folder))
 
 
+def another(job: Path, folder: Path) -> Config:
+    """A ladder that shares a cell with the first one."""
+    return configured(job, folder, "ladder.n_params=[1000]", f"ladder.tokens=[{LONG}, {2 * LONG}]", "experiment=another")
+
+
 def of_family(result: LadderResult, family: str) -> list[FinishedRun]:
     return [f for f in result.finished if f.record.family == family]
 
@@ -122,47 +126,39 @@ def test_diverged_cell_is_stopped_retried_and_recorded(job: Path, undisturbed: t
     assert [f.record for f in again.finished] == [f.record for f in result.finished]
 
 
-def test_branch_of_a_trunk_equals_a_run_from_step_0(undisturbed: tuple[Path, LadderResult], tmp_path: Path):
-    _, result = undisturbed
-    branch = next(
-        f for f in of_family(result, "lmu") if (f.cell.config.model.n_params, f.cell.config.train.tokens) == (3000, LONG)
-    )
-    decay_start = int(0.8 * SHORT / 256)
-    assert branch.record.fork_step == decay_start
-    history = Store(branch.tracking_uri).client.get_metric_history(branch.run_id, records.TRAIN_LOSS)
-    losses = {p.step: p.value for p in history}
-    assert sorted(losses) == list(range(decay_start, LONG // 256))
-    data = branch.cell.corpus.folder
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / data.name).symlink_to(data)
-    from_step_0 = train(with_settings(branch.cell.config, {"storage": str(tmp_path)}), default_uri(tmp_path))
-    assert from_step_0.cell.key == branch.cell.key
-    assert from_step_0.record.fork_step == 0
-    assert from_step_0.record.val_loss_nats == branch.record.val_loss_nats
-    history = Store(from_step_0.tracking_uri).client.get_metric_history(from_step_0.run_id, records.TRAIN_LOSS)
-    assert {p.step: p.value for p in history if p.step >= decay_start} == losses
+def losses(finished: FinishedRun) -> dict[int, float]:
+    history = Store(finished.tracking_uri).client.get_metric_history(finished.run_id, records.TRAIN_LOSS)
+    return {point.step: point.value for point in history}
 
 
-def test_another_ladder_trains_only_cells_that_are_new_or_asked_for(job: Path, undisturbed: tuple[Path, LadderResult]):
+def test_another_ladder_trains_only_cells_that_are_new(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
-    settings = ["ladder.n_params=[1000]", f"ladder.tokens=[{SHORT}, {2 * LONG}]", "experiment=another"]
-    config, store = configured(job, folder, *settings), Store(default_uri(folder))
-    other = ladder(config, store.uri)
-    shared, new = other.finished
+    config, store = another(job, folder), Store(default_uri(folder))
+    shared, new = ladder(config, store.uri).finished
     assert (shared.already_done, new.already_done) == (True, False)
     assert shared.record == by_key(result)[shared.cell.key]
     # it starts from the latest branch point of the trunk, which the first ladder saved
     assert new.record.fork_step == int(0.8 * LONG / 256)
     found = {row.key: row for row in rows(store, "another")}
     assert found[shared.cell.key].remark == "in another experiment"
+
+
+def test_a_cell_asked_for_is_trained_from_step_0_and_equals_the_branch(job: Path, undisturbed: tuple[Path, LadderResult]):
+    folder, result = undisturbed
+    config, store = another(job, folder), Store(default_uri(folder))
     with pytest.raises(ConfigError, match="--rerun ffff"):
         ladder(config, store.uri, rerun=["ffff"])
-    rerun, known = ladder(config, store.uri, rerun=[shared.cell.key[:10]]).finished
+    found = {(f.cell.config.model.n_params, f.record.planned_tokens): f for f in of_family(result, "lmu")}
+    branch = found[1000, LONG]
+    rerun, known = ladder(config, store.uri, rerun=[branch.cell.key[:10]]).finished
     assert (rerun.already_done, known.already_done) == (False, True)
-    assert (rerun.cell.key, known.record) == (shared.cell.key, new.record)
-    assert rerun.run_id != shared.run_id
-    assert rerun.record.val_loss_nats == shared.record.val_loss_nats
-    assert store.client.get_run(shared.run_id).data.tags["lmu.retired_key"] == shared.cell.key
+    assert (rerun.cell.key, rerun.run_id == branch.run_id) == (branch.cell.key, False)
+    decay_start = int(0.8 * SHORT / 256)
+    assert (branch.record.fork_step, rerun.record.fork_step) == (decay_start, 0)
+    assert rerun.record.val_loss_nats == branch.record.val_loss_nats
+    assert sorted(losses(rerun)) == list(range(LONG // 256))
+    assert losses(branch) == {step: loss for step, loss in losses(rerun).items() if step >= decay_start}
+    assert store.client.get_run(branch.run_id).data.tags["lmu.retired_key"] == branch.cell.key
 
 
 def test_status_command_lists_all_cells(

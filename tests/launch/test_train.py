@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.trainer import train
-from lmu_dist.tracking.runs import find_run, records_of
+from lmu_dist.tracking.runs import records_of, runs_of
 from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.train.checkpoint import newest_intact
 
@@ -212,12 +213,13 @@ def test_inconvertible_zero_stage_is_refused_on_resume(undisturbed: FinishedRun,
             train(other, default_uri(tmp_path))
 
 
-def _workers() -> list[psutil.Process]:
-    """The Ray Train workers on this machine that have started to train."""
-    return [p for p in psutil.process_iter(["cmdline"]) if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])]
+def _workers_of(driver: int) -> list[psutil.Process]:
+    """The Ray Train workers of a local Ray that have started to train."""
+    processes = psutil.Process(driver).children(recursive=True)
+    return [p for p in processes if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
 
 
-# A family in a user's file runs in the workers; this one makes one of their uploads slow, so that a test can kill them in it.
+# A family in a user's file runs in the workers; this one makes one of their uploads slow, so that a test can kill one in it.
 SLOW_UPLOAD = """
 import os
 import time
@@ -242,57 +244,50 @@ class SlowUpload(LMU):
 
 
 @pytest.mark.timeout(300)
-def test_worker_killed_during_an_upload_does_not_change_the_losses(job: Path, undisturbed: FinishedRun, tmp_path: Path):
-    killed = []
+def test_killed_worker_and_interrupted_driver_do_not_change_the_losses(job: Path, undisturbed: FinishedRun, tmp_path: Path):
+    """A worker is killed during an upload, later the driver is interrupted, which has started a local Ray; another one goes on.
+
+    Killed drivers are test_ladder's.
+    """
     (tmp_path / "slow.py").write_text(SLOW_UPLOAD)
-
-    def kill_one(latest: dict[str, float]) -> None:
-        found = list(tmp_path.glob("*/*/step-00000200-*/meta.json"))
-        if not killed and found:
-            mine = [p for p in _workers() if os.getpid() in {a.pid for a in p.parents()}]
-            mine[-1].send_signal(signal.SIGKILL)
-            killed.append((latest["step"], newest_intact(found[0].parents[1])[1]))
-
-    config = configured(job, tmp_path, f"model.family={tmp_path / 'slow.py'}:SlowUpload")
-    finished = train(config, default_uri(tmp_path), listener=kill_one)
-    [(step, state)] = killed
-    assert step > 200  # training went on during the upload
-    assert (state and state.step) == 100
-    assert losses(finished) == losses(undisturbed)
-    assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
-    store = Store(finished.tracking_uri)
-    assert list(records_of(store, "tests")) == [finished.run_id]
-    assert store.client.get_run(finished.run_id).data.tags["lmu.attempt"] == "2"
-
-
-@pytest.mark.timeout(300)
-def test_run_of_an_interrupted_driver_resumes(job: Path, undisturbed: FinishedRun, tmp_path: Path):
-    """The driver starts a local Ray, as on a machine without a cluster. Killed drivers are test_ladder's."""
+    family = f"model.family={tmp_path / 'slow.py'}:SlowUpload"
     driver = subprocess.Popen(
-        [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}"],
+        [sys.executable, "-m", "lmu_dist.cli", "train", str(job), f"storage={tmp_path}", family],
         env=os.environ | {"MLFLOW_TRACKING_URI": default_uri(tmp_path)},
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("lmu-*/*/step-00000100-*/meta.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert driver.poll() is None
+
+    def wait_for(reached: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 120
+        while not reached() and time.monotonic() < deadline:
+            assert driver.poll() is None
+            time.sleep(0.05)
+
+    def files(name: str) -> list[Path]:
+        return list(tmp_path.glob(f"*/*/{name}"))
+
+    wait_for(lambda: files("step-00000200-*/meta.json"))
+    wait_for(lambda: any(log.read_bytes().count(b'"train/loss_nats"') > 210 for log in files("metrics_log.jsonl")))
+    [state] = [newest_intact(meta.parents[1])[1] for meta in files("step-00000200-*/meta.json")]
+    assert (state and state.step) == 100  # training went on during the upload
+    _workers_of(driver.pid)[-1].send_signal(signal.SIGKILL)
+    wait_for(lambda: files("step-00000300-*/meta.json"))
     driver.send_signal(signal.SIGINT)
     _, error = driver.communicate(timeout=120)
     assert driver.returncode == 1
     assert "interrupted; run the same command again" in error
     store = Store(default_uri(tmp_path))
-    run = find_run(store, undisturbed.cell.key)
-    assert run is not None
-    assert (run.info.status, run.data.tags["lmu.status"]) == ("KILLED", "interrupted")
-    finished = train(configured(job, tmp_path), default_uri(tmp_path))
+    [run] = runs_of(store, "tests")
+    assert (run.info.status, run.data.tags["lmu.status"], run.data.tags["lmu.attempt"]) == ("KILLED", "interrupted", "2")
+    finished = train(configured(job, tmp_path, family), default_uri(tmp_path))
     assert not finished.already_done
     assert losses(finished) == losses(undisturbed)
     assert finished.record.val_loss_nats == undisturbed.record.val_loss_nats
-    assert list(records_of(store, "tests")) == [finished.run_id]
-    assert store.client.get_run(run.info.run_id).info.status == "FINISHED"
+    assert list(records_of(store, "tests")) == [finished.run_id] == [run.info.run_id]
+    run = store.client.get_run(finished.run_id)
+    assert (run.info.status, run.data.tags["lmu.attempt"]) == ("FINISHED", "3")
 
 
 @pytest.mark.timeout(300)
