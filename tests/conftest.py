@@ -4,23 +4,20 @@ import gc
 import json
 import os
 import random
-import shutil
 import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import typecheck
-
-if TYPE_CHECKING:
-    from lmu_dist.tracking.store import Store
 
 typecheck.install()
 gc.disable()  # until all tests are collected: what they import stays
@@ -130,26 +127,38 @@ def _no_waits_for_the_disk() -> Iterator[None]:
     event.remove(Engine, "connect", set_pragma)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _new_databases_are_copies() -> Iterator[None]:
+    """A new SQLite file of MLflow is a copy of the first one: its tables, and all their migrations, take a second."""
+    from mlflow.store.db import utils
+    from sqlalchemy.engine import Engine
+
+    made, lock = sqlite3.connect(":memory:", check_same_thread=False), threading.Lock()
+    create = utils._initialize_tables
+
+    def copy(engine: Engine) -> None:
+        path = engine.url.database if engine.url.drivername.startswith("sqlite") else None
+        if not path:
+            create(engine)
+            return
+        with lock, closing(sqlite3.connect(path)) as database:
+            if made.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                made.backup(database)
+            else:
+                create(engine)
+                database.backup(made)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", copy)
+        yield
+    made.close()
+
+
 @pytest.fixture(scope="session")
 def corpus_glob(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("corpus")
     write_corpus(folder)
     return str(folder / "*.jsonl")
-
-
-@pytest.fixture(scope="session")
-def new_store(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[Path], Store]":
-    """A function that makes an empty MLflow store in a folder. It copies a file, which MLflow needs seconds to create."""
-    from lmu_dist.tracking.store import Store, default_uri
-
-    template = tmp_path_factory.mktemp("new_store")
-    Store(default_uri(template)).check()
-
-    def copy_to(folder: Path) -> Store:
-        shutil.copy(template / "mlflow.db", folder)
-        return Store(default_uri(folder))
-
-    return copy_to
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""`lmu-dist train` on Ray: two workers, ZeRO 1, MLflow; also with a killed worker, a killed driver, and a divergence.
+"""`lmu-dist train` on Ray: two workers, ZeRO 1, MLflow; also with a killed worker, an interrupted driver, and a divergence.
 
 Each run takes 20 to 40 seconds; other tests cover what needs no Ray.
 """

@@ -107,22 +107,22 @@ def test_range_with_an_invalid_end_is_refused_before_anything_starts(corpus_glob
     assert not list(tmp_path.glob("lmu-*"))
 
 
-def test_a_sweep_with_an_invalid_combination_has_not_ended(corpus_glob: str, new_store, tmp_path: Path, monkeypatch):
+def test_a_sweep_with_an_invalid_combination_has_not_ended(corpus_glob: str, tmp_path: Path, monkeypatch):
     """Its trial says what is wrong, also after all others have ended, and does not stop them."""
     config = configured(corpus_glob, tmp_path, space={"train.warmup_tokens": {"choice": [1000, 1_000_000, 2000]}})
     corpus = prepare(config.data, config.storage_folder)
-    driver = launch_tune._Driver(config, "lmu", 1000, corpus, new_store(tmp_path), lambda *_: None)
+    driver = launch_tune._Driver(config, "lmu", 1000, corpus, Store(default_uri(tmp_path)), lambda *_: None)
     driver.check()  # the ends are valid
     monkeypatch.setattr(launch_tune.claim, "find_finished", lambda cell, *_, **__: Mock(record=cell.key))
     monkeypatch.setattr(launch_tune, "TrialResult", Mock())
     assert not driver.has_ended()
 
 
-def test_a_trial_whose_cell_cannot_be_looked_up_ends_with_the_error(corpus_glob: str, new_store, tmp_path: Path, monkeypatch):
+def test_a_trial_whose_cell_cannot_be_looked_up_ends_with_the_error(corpus_glob: str, tmp_path: Path, monkeypatch):
     """It would wait for its cell for ever."""
     config = configured(corpus_glob, tmp_path)
     driver = launch_tune._Driver(
-        config, "lmu", 1000, prepare(config.data, config.storage_folder), new_store(tmp_path), lambda *_: None
+        config, "lmu", 1000, prepare(config.data, config.storage_folder), Store(default_uri(tmp_path)), lambda *_: None
     )
     driver.queue = Mock()
     monkeypatch.setattr(launch_tune, "find_run", Mock(side_effect=FailedError("two runs have the key")))

@@ -197,14 +197,14 @@ def test_nucleus_is_the_smallest_set_with_probability_top_p():
 
     def sampled(**settings):
         rngs = [torch.Generator().manual_seed(0)]
-        return Counter(int(sample_tokens(logits, Sampling(**settings), rngs)) for _ in range(4000))
+        return Counter(int(sample_tokens(logits, Sampling(**settings), rngs)) for _ in range(1000))
 
     assert set(sampled(top_p=0.5)) == {0}
     assert set(sampled(top_p=0.51)) == {0, 1}
     assert set(sampled(top_p=1e-9)) == {0}
     assert set(sampled(top_k=3, top_p=0.99)) == {0, 1, 2}
-    assert sampled()[0] / 4000 == pytest.approx(0.5, abs=0.03)
-    assert sampled(temperature=0.5)[0] / 4000 == pytest.approx(0.25 / (0.25 + 0.04 + 0.0225 + 0.01 + 0.0025), abs=0.03)
+    assert sampled()[0] / 1000 == pytest.approx(0.5, abs=0.05)
+    assert sampled(temperature=0.5)[0] / 1000 == pytest.approx(0.25 / (0.25 + 0.04 + 0.0225 + 0.01 + 0.0025), abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """What `lmu-dist next` says of an experiment: before any run, with some, with a wrong question, and when nothing is left."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from simulate import law_of, simulate_study, write_runs_to_mlflow
@@ -14,7 +12,7 @@ from lmu_dist.planning.design import PlannedCell
 from lmu_dist.planning.plan_rows import to_row
 from lmu_dist.planning.proposal import propose, questions_of
 from lmu_dist.records import RunRecord
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import write_plan
 
 SIZES, BUDGETS = (10_000, 100_000, 1_000_000), (10**6, 4 * 10**6, 16 * 10**6, 64 * 10**6)
@@ -38,9 +36,9 @@ def planned(r: RunRecord) -> PlannedCell:
 
 
 @pytest.fixture(scope="module")
-def store(new_store: Callable[[Path], Store], tmp_path_factory: pytest.TempPathFactory) -> Store:
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """Experiments in which `some`, `none` and `all` of the planned cells have runs, and one with an `old` plan."""
-    made = new_store(tmp_path_factory.mktemp("store"))
+    made = Store(default_uri(tmp_path_factory.mktemp("store")))
     for experiment, plan, runs in (
         ("some", STUDY, DONE),
         ("none", STUDY, []),

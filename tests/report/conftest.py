@@ -1,23 +1,22 @@
 """Fixtures: a simulated ladder in an MLflow store and its report, with forecasts, made once for all tests of the report."""
 
 import os
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from simulate import make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.report.forecasts import make_forecast
 from lmu_dist.report.write import ReportFiles, write_report
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 
 EXPERIMENT = "quickstart"
 FORECAST_CELL = ("lmu", 1_000_000, 100_000_000)  # its loss was predicted before the two runs of it ended
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> Store:
-    store = new_store(tmp_path_factory.mktemp("reported"))
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(default_uri(tmp_path_factory.mktemp("reported")))
     records = simulate_study(seeds=(0, 1), noise=0.004)
     later = [r for r in records if (r.family, r.n_params, r.tokens) == FORECAST_CELL]
     write_runs_to_mlflow(store.client, EXPERIMENT, [r for r in records if r not in later], curves=True)

@@ -1,7 +1,6 @@
 """Forecasts of cells: made from the runs of a report before the cell ends, and scored afterwards."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lmu_dist.scaling.compare_laws import forms_for
 from lmu_dist.scaling.family_laws import rows_with_unique_tokens
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of
 from lmu_dist.tracking.runs import retire_run, runs_of
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 
 CELL = ("--family", "lmu", "--n", "300k", "--tokens", "3e7")
 
@@ -51,9 +50,9 @@ def test_the_report_scores_the_first_forecast_of_a_cell(store: Store, written: R
 
 
 @pytest.fixture(scope="module")
-def one_family(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> Store:
+def one_family(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """A study of one family whose law is determined: three sizes, four budgets."""
-    store = new_store(tmp_path_factory.mktemp("one_family"))
+    store = Store(default_uri(tmp_path_factory.mktemp("one_family")))
     grid = simulate_study(("lmu",), (10_000, 100_000, 1_000_000), (10**6, 5 * 10**6, 2 * 10**7, 10**8), noise=0.002)
     write_runs_to_mlflow(store.client, "e", grid)
     return store
@@ -91,7 +90,7 @@ def test_the_command_predicts_and_writes(
 
 
 def test_what_cannot_be_forecast_is_refused_and_writes_nothing(
-    one_family: Store, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, new_store: Callable, tmp_path: Path
+    one_family: Store, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", one_family.uri)
     before = forecasts_of(one_family, "e")
@@ -105,7 +104,7 @@ def test_what_cannot_be_forecast_is_refused_and_writes_nothing(
     code, _, err = run_forecast(capsys, "e", "--family", "lmu", "--n", "many", "--tokens", "1e8")
     assert (code, "'many' is not a positive whole number" in err) == (2, True)
     assert forecasts_of(one_family, "e") == before
-    small = new_store(tmp_path)
+    small = Store(default_uri(tmp_path))
     write_runs_to_mlflow(small.client, "e", simulate_study(("lmu",), (8_000, 40_000), (10**5, 2 * 10**5, 4 * 10**5), (0, 1)))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", small.uri)
     code, out, err = run_forecast(capsys, "e", "--family", "lmu", "--n", "80k", "--tokens", "4e5")

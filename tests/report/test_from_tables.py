@@ -1,6 +1,5 @@
 """A report from tables of records: the same bytes as from MLflow, without a store, and one clear error for a bad cell."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from lmu_dist.report.write import ReportFiles, write_report_from_tables
 from lmu_dist.scaling.collect import collect
 from lmu_dist.scaling.positions import bin_positions, find_plateau
 from lmu_dist.scaling.run_csv import read_run_csv
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import write_plan
 
 SAME = ("runs.csv", "forecasts.csv", "position_losses.csv", "results.json", "fits.json")
@@ -38,10 +37,10 @@ def facts(inputs: ReportInputs) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> tuple[Store, Path]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """A store with runs of several settings, some that have not ended, a plan, and cells of another experiment; its tables."""
     folder = tmp_path_factory.mktemp("small")
-    store = new_store(folder)
+    store = Store(default_uri(folder))
     records = simulate_study(("lmu", "transformer", "lstm"), (10_000, 100_000), (10**6, 10**7), (0, 1))
     elsewhere, *records = records
     write_runs_to_mlflow(store.client, "first", [elsewhere])

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
 from lmu_dist.scaling.trunk_noise import TrunkNoise
 from lmu_dist.tracking.reports import reports_of, save_report
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import write_plan
 
 NO_SEEDS = TrunkNoise(())
@@ -109,9 +108,9 @@ def test_the_commands_on_the_page_reproduce_its_numbers(
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_report_is_stale_after_the_runs_change(
-    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    store = new_store(tmp_path)
+    store = Store(default_uri(tmp_path))
     write_runs_to_mlflow(store.client, "e", [make_record(family, 10_000, 10**6, 0, 4.0) for family in ("lmu", "transformer")])
     first = write_report(store, "e", tmp_path / "a", False, ignore_progress)
     again = write_report(store, "e", tmp_path / "b", False, ignore_progress)
@@ -130,9 +129,9 @@ def test_a_report_is_stale_after_the_runs_change(
 
 
 def test_a_study_without_the_base_family_gives_no_answer(
-    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    store = new_store(tmp_path)
+    store = Store(default_uri(tmp_path))
     write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     assert main(["report", "e", "-o", str(tmp_path / "r")]) == 0
@@ -145,10 +144,8 @@ def test_a_study_without_the_base_family_gives_no_answer(
     assert not (tmp_path / "r2").exists()
 
 
-def test_the_pair_of_a_report_is_a_choice(
-    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    store = new_store(tmp_path)
+def test_the_pair_of_a_report_is_a_choice(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    store = Store(default_uri(tmp_path))
     losses = {"transformer": (5.0, 4.0), "lmu": (4.0, 3.0), "llama": (4.5, 3.5)}
     records = [
         make_record(family, 10_000, 10**6 * 4**i, seed, loss + 0.01 * seed)
@@ -186,10 +183,8 @@ def test_the_pair_of_a_report_is_a_choice(
     assert "report e --baseline transformer --family lmu --json" in (tmp_path / "usual" / "report.html").read_text()
 
 
-def test_unwritable_folder_and_failed_upload(
-    tmp_path: Path, new_store: Callable[[Path], Store], capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    store = new_store(tmp_path)
+def test_unwritable_folder_and_failed_upload(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    store = Store(default_uri(tmp_path))
     write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     (tmp_path / "file").touch()
@@ -207,8 +202,8 @@ def test_unwritable_folder_and_failed_upload(
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_reports_of_deleted_runs_are_stale(tmp_path: Path, new_store: Callable[[Path], Store]):
-    store = new_store(tmp_path)
+def test_reports_of_deleted_runs_are_stale(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
     ids = write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     made = write_report(store, "e", tmp_path / "r", False, ignore_progress)
     store.client.delete_run(ids[0])
@@ -264,8 +259,8 @@ def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
     assert "Epochs in bold" not in render(written.study, written.results, written.forecasts, [], [])
 
 
-def test_one_common_loss_gives_no_interval(tmp_path: Path, new_store: Callable[[Path], Store]):
-    store = new_store(tmp_path)
+def test_one_common_loss_gives_no_interval(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
     losses = {("lmu", 10**6): 4.0, ("lmu", 10**7): 3.0, ("transformer", 10**6): 5.0, ("transformer", 10**7): 4.0}
     write_runs_to_mlflow(
         store.client, "e", [make_record(family, 10_000, tokens, 0, loss) for (family, tokens), loss in losses.items()]

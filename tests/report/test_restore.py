@@ -1,7 +1,6 @@
 """A lost store and its tables of records: what is restored equals what was lost, once, however often it is tried."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lmu_dist.report.write import ReportFiles, write_report
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.runs import retire_run, runs_of
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import end_study, open_study, write_plan
 from lmu_dist.tracking.tags import RESTORED_FROM, RESTORED_RUN
 
@@ -38,10 +37,10 @@ def study_status(store: Store, experiment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def lost(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> tuple[Store, Path]:
+def lost(tmp_path_factory: pytest.TempPathFactory) -> tuple[Store, Path]:
     """A store with runs of many kinds and a scored forecast, and the tables that a report has made of it."""
     folder = tmp_path_factory.mktemp("lost")
-    store = new_store(folder)
+    store = Store(default_uri(folder))
     records = simulate_study(("lmu", "transformer"), seeds=(0,), noise=0.004)
     last = [r for r in records if (r.family, r.n_params, r.tokens) == CELL]
     settings = {"train.beta2": 0.99}
@@ -63,8 +62,8 @@ def lost(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], S
 
 
 @pytest.fixture(scope="module")
-def again(lost: tuple[Store, Path], tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> Store:
-    store = new_store(tmp_path_factory.mktemp("again"))
+def again(lost: tuple[Store, Path], tmp_path_factory: pytest.TempPathFactory) -> Store:
+    store = Store(default_uri(tmp_path_factory.mktemp("again")))
     [table] = restore(store, [lost[1] / "runs.csv"], ignore_progress)
     assert (table.n_restored, table.n_known, table.n_forecasts, table.notes) == (53, 0, 2, [])
     assert study_status(store, "e") == "FINISHED"
@@ -142,10 +141,8 @@ def test_restoring_again_adds_nothing(lost: tuple[Store, Path], again: Store):
     assert ids() == before
 
 
-def test_a_restore_that_was_killed_is_completed(
-    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store], monkeypatch: pytest.MonkeyPatch
-):
-    store, calls = new_store(tmp_path), list[str]()
+def test_a_restore_that_was_killed_is_completed(lost: tuple[Store, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store, calls = Store(default_uri(tmp_path)), list[str]()
     terminate = type(store.client).set_terminated
 
     def killed(self: object, run_id: str, *arguments: object) -> None:
@@ -169,8 +166,8 @@ def test_a_restore_that_was_killed_is_completed(
     assert len({run.data.tags[RESTORED_RUN] for run in tagged}) == 55
 
 
-def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
-    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path):
+    store, found = Store(default_uri(tmp_path)), read_rows(lost[1] / "runs.csv")
     first = write_rows(tmp_path / "a" / "runs.csv", found[:3])
     waiting = dict.fromkeys(found[0], "") | {"name": "w", "status": "planned", "experiment": "other"}
     unfinished = dict.fromkeys(found[0], "") | {"name": "u", "status": "failed", "run_id": "u", "experiment": "other"}
@@ -187,8 +184,8 @@ def test_runs_of_two_tables(lost: tuple[Store, Path], tmp_path: Path, new_store:
     assert (len(stored.runs), stored.baseline) == (3, "lmu")
 
 
-def test_a_table_made_from_two_restores_into_both(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
-    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+def test_a_table_made_from_two_restores_into_both(lost: tuple[Store, Path], tmp_path: Path):
+    store, found = Store(default_uri(tmp_path)), read_rows(lost[1] / "runs.csv")
     half = len(found) // 2
     others = [{**row, "experiment": "other"} for row in found[:half]]  # so that the first row is not of the first experiment
     waiting = dict.fromkeys(found[0], "") | {"name": "w", "status": "planned", "experiment": "other"}
@@ -214,8 +211,8 @@ def test_a_table_made_from_two_restores_into_both(lost: tuple[Store, Path], tmp_
     assert names - {"Default"} == {"e", "other"}
 
 
-def test_forecasts_beside_two_tables_are_an_error(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
-    store, found, both = new_store(tmp_path), read_rows(lost[1] / "runs.csv"), tmp_path / "both"
+def test_forecasts_beside_two_tables_are_an_error(lost: tuple[Store, Path], tmp_path: Path):
+    store, found, both = Store(default_uri(tmp_path)), read_rows(lost[1] / "runs.csv"), tmp_path / "both"
     first = write_rows(both / "a.csv", found[:3])
     second = write_rows(both / "b.csv", [{**row, "experiment": "other"} for row in found[3:5]])
     (both / "forecasts.csv").write_bytes((lost[1] / "forecasts.csv").read_bytes())
@@ -229,10 +226,8 @@ def test_forecasts_beside_two_tables_are_an_error(lost: tuple[Store, Path], tmp_
     assert [(t.experiment, t.n_restored, t.n_forecasts) for t in tables] == [("e", 0, 0), ("other", 2, 0)]
 
 
-def test_a_run_of_the_store_that_has_not_ended_is_named(
-    lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]
-):
-    store, row = new_store(tmp_path), read_rows(lost[1] / "runs.csv")[0]
+def test_a_run_of_the_store_that_has_not_ended_is_named(lost: tuple[Store, Path], tmp_path: Path):
+    store, row = Store(default_uri(tmp_path)), read_rows(lost[1] / "runs.csv")[0]
     experiment_id = store.client.create_experiment("e", (tmp_path / "artifacts").as_uri())
     run = store.client.create_run(experiment_id, tags={"lmu.key": row["key"], "lmu.status": "interrupted"})
     [table] = restore(store, [write_rows(tmp_path / "runs.csv", [row])], ignore_progress)
@@ -241,8 +236,8 @@ def test_a_run_of_the_store_that_has_not_ended_is_named(
     assert "have not ended, and have a result in the table" in table.notes[0]
 
 
-def test_the_status_of_a_study_that_was_there(lost: tuple[Store, Path], tmp_path: Path, new_store: Callable[[Path], Store]):
-    store, found = new_store(tmp_path), read_rows(lost[1] / "runs.csv")
+def test_the_status_of_a_study_that_was_there(lost: tuple[Store, Path], tmp_path: Path):
+    store, found = Store(default_uri(tmp_path)), read_rows(lost[1] / "runs.csv")
     table = write_rows(tmp_path / "runs.csv", found[:2])
     write_plan(store, "e", "ladder", [{"name": "c", "key": "c", "planned_tokens": 1, "n_workers": 1}])
     restore(store, [table], ignore_progress)

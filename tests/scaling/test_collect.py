@@ -2,7 +2,6 @@
 
 import csv
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,14 +15,14 @@ from lmu_dist.scaling.collect import Study, collect, resampling_groups, rows_fro
 from lmu_dist.scaling.run_csv import write_run_csv
 from lmu_dist.scaling.settings import settings_of
 from lmu_dist.tracking.new_run import create_run
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.stored_runs import read_runs
 from lmu_dist.tracking.studies import open_study, write_plan
 
 
 @pytest.fixture
-def store(tmp_path: Path, new_store: Callable[[Path], Store]) -> Store:
-    return new_store(tmp_path)
+def store(tmp_path: Path) -> Store:
+    return Store(default_uri(tmp_path))
 
 
 SMALL_STUDY = simulate_study(families=("lmu", "transformer"), sizes=(10_000, 100_000), budgets=(10**6, 10**7))

@@ -15,15 +15,15 @@ from lmu_dist.tracking.ended_rows import Row
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.runs import retire_run, runs_of
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import open_study, write_plan
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture
-def store(tmp_path: Path, machine: Callable[[str], None], new_store: Callable[[Path], Store]) -> Store:
-    return new_store(tmp_path)
+def store(tmp_path: Path, machine: Callable[[str], None]) -> Store:
+    return Store(default_uri(tmp_path))
 
 
 @pytest.fixture

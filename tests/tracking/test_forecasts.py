@@ -1,6 +1,5 @@
 """Forecasts in MLflow: read back as they were written, never changed, and never taken for a cell."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.reports import reports_of
 from lmu_dist.tracking.restored import restored_tags
 from lmu_dist.tracking.runs import find_known_runs, records_of, runs_of
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import cells_of
 
 FORECAST = StoredForecast(
@@ -41,8 +40,8 @@ FORECAST = StoredForecast(
 
 
 @pytest.fixture
-def store(tmp_path: Path, new_store: Callable[[Path], Store]) -> Store:
-    store = new_store(tmp_path)
+def store(tmp_path: Path) -> Store:
+    store = Store(default_uri(tmp_path))
     write_runs_to_mlflow(store.client, "e", [make_record("lmu", 10_000, 10**6, 0, 4.0)])
     return store
 

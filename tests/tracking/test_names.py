@@ -1,6 +1,5 @@
 """Runs are found by what tables print of them: name, key, start of a key, MLflow id."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,12 +8,12 @@ from lmu_dist.config import ConfigError
 from lmu_dist.tracking.names import folder_of
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.runs import retire_run
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import open_study
 
 
-def test_a_run_is_found_by_its_name_key_or_id(tmp_path: Path, new_store: Callable[[Path], Store]):
-    store = new_store(tmp_path)
+def test_a_run_is_found_by_its_name_key_or_id(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
     keys = ["ab" * 32, "abab1" + "0" * 59]
     names = [f"lmu-3K-25K-s0-{key[:12]}" for key in keys]
     run_ids = list[str]()

@@ -4,7 +4,6 @@ import json
 import socket
 import sqlite3
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -38,8 +37,8 @@ MLFLOW_3_10 = "1b5f0d9ad7c1"  # the revision of its tables
 
 
 @pytest.fixture
-def store(tmp_path: Path, new_store: Callable[[Path], Store]) -> Store:
-    return new_store(tmp_path)
+def store(tmp_path: Path) -> Store:
+    return Store(default_uri(tmp_path))
 
 
 def make_file_of_revision(path: Path, revision: str) -> None:

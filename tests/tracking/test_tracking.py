@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from lmu_dist.tracking.metrics_log import MetricsLog
 from lmu_dist.tracking.new_run import create_run
 from lmu_dist.tracking.progress import rows
 from lmu_dist.tracking.runs import find_run, record_of, records_of, retire_run
-from lmu_dist.tracking.store import Store
+from lmu_dist.tracking.store import Store, default_uri
 from lmu_dist.tracking.studies import open_study, write_plan
 from lmu_dist.tracking.upload import MLflowUploader, upload_pending
 
@@ -37,8 +36,8 @@ RECORD = RunRecord(
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, new_store: Callable[[Path], Store]) -> Store:
-    return new_store(tmp_path_factory.mktemp("mlflow"))
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(default_uri(tmp_path_factory.mktemp("mlflow")))
 
 
 @pytest.fixture
