@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import ray
@@ -21,7 +21,9 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobTy
 
 from lmu_dist.config import ConfigError, FailedError
 from lmu_dist.launch.address import ADDRESSES, dashboard_address
-from lmu_dist.launch.submission import JobSpec
+
+if TYPE_CHECKING:  # it imports torch and MLflow, which commands for jobs that are on the cluster do without
+    from lmu_dist.launch.submission import JobSpec
 
 REQUEST_SECONDS = 30.0
 UPLOAD_SECONDS = 600.0
@@ -109,7 +111,7 @@ def connect(address: str | None) -> JobsClient:
     return client
 
 
-def submit(client: JobsClient, job_spec: JobSpec) -> tuple[str, bool]:
+def submit(client: JobsClient, job_spec: "JobSpec") -> tuple[str, bool]:
     """Submits a job. Returns its id and whether it is new.
 
     A job with the same content that is still running is not submitted again. One that has ended is submitted again under the

@@ -31,6 +31,7 @@ import json, pickle, sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import lmu_dist.launch.jobs
 import lmu_dist.launch.ladder_trial
 import lmu_dist.launch.tune_trial
 from lmu_dist.launch import metrics_logger
@@ -48,8 +49,8 @@ print(json.dumps([name for name in {UNNEEDED} if name in sys.modules]))
 """
 
 
-def test_trial_and_controller_import_neither_torch_nor_mlflow(tmp_path: Path, corpus_glob: str):
-    """They unpickle a cell, also one of a user's own family, log its constants, write its record, and close its log."""
+def test_trial_controller_and_jobs_command_import_neither_torch_nor_mlflow(tmp_path: Path, corpus_glob: str):
+    """The first two unpickle a cell, also of a user's own family, log its constants, write its record, and close its log."""
     (tmp_path / "plain.py").write_text(FAMILY)
     config = parse(
         {
