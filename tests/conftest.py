@@ -31,7 +31,6 @@ os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
 # The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
-# Only the commands of LAST start their own, at the end of the other process: both then end at about the same time.
 WITHOUT_RAY = (
     "cell",
     "claim",
@@ -46,14 +45,13 @@ WITHOUT_RAY = (
     "waves",
     "work_queue",
 )
-LAST = "tests/launch/test_families.py"
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that `pytest -n 2` runs in one process: most that start Ray, those of the report, those of each other file."""
+    """The tests that `pytest -n 2` runs in one process: those that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
     folder, _, module = path.rpartition("/test_")
-    if folder == "tests/launch" and path != LAST and module.removesuffix(".py") not in WITHOUT_RAY:
+    if folder == "tests/launch" and module.removesuffix(".py") not in WITHOUT_RAY:
         return "Ray"
     return folder if folder == "tests/report" else path  # so that the report is written once
 
@@ -61,12 +59,13 @@ def group_of(nodeid: str) -> str:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile.
 
-    Of these, the ones that share a Ray come last: after it has started, this process can join no other one.
+    Of these, the ones that share a Ray come last: after it has started, this process can join no other one. Of the rest, the
+    training of engines comes first, which takes longest: at the end both processes have a share of what is left.
     """
 
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
         group = group_of(item.nodeid)
-        return group != "Ray", group == LAST, "local_ray" in getattr(item, "fixturenames", ())
+        return group != "Ray", not group.startswith("tests/train/"), "local_ray" in getattr(item, "fixturenames", ())
 
     items.sort(key=place)
 
