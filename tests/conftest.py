@@ -23,7 +23,9 @@ typecheck.install()
 gc.disable()  # until all tests are collected: what they import stays
 # Set before Ray, torch or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
-# Threads of OpenMP otherwise wait for each other in a loop, which takes the cores from the other processes of the tests.
+# Both cores are busy: a second thread makes no test faster, and the first one waits for it. Threads of OpenMP would do so in a
+# loop, which takes the cores from the other processes of the tests.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
@@ -60,12 +62,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile.
 
     Of these, the ones that share a Ray come last: after it has started, this process can join no other one. Of the rest, the
-    training of engines comes first, which takes longest: at the end both processes have a share of what is left.
+    tests that take longest come first: at the end both processes have a share of what is left.
     """
 
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
         group = group_of(item.nodeid)
-        return group != "Ray", not group.startswith("tests/train/"), "local_ray" in getattr(item, "fixturenames", ())
+        return group != "Ray", not group.startswith(("tests/train/", "tests/test_study")), "local_ray" in getattr(item, "fixturenames", ())
 
     items.sort(key=place)
 
@@ -129,6 +131,9 @@ def _no_waits_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _new_databases_are_copies() -> Iterator[None]:
     """A new SQLite file of MLflow is a copy of the first one: its tables, and all their migrations, take a second."""
+    if "mlflow" not in sys.modules:  # the tests at hand do not need it, and to import it takes longer
+        yield
+        return
     from mlflow.store.db import utils
     from sqlalchemy.engine import Engine
 
