@@ -67,7 +67,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
         group = group_of(item.nodeid)
-        return group != "Ray", not group.startswith(("tests/train/", "tests/test_study")), "local_ray" in getattr(item, "fixturenames", ())
+        return (
+            group != "Ray",
+            not group.startswith(("tests/train/", "tests/test_study")),
+            "local_ray" in getattr(item, "fixturenames", ()),
+        )
 
     items.sort(key=place)
 
