@@ -17,7 +17,8 @@ tools:
 	@$(PYTHON) -c '$(IS_SUPPORTED)' 2>/dev/null || { echo "lmu-dist needs Python 3.11 or 3.12, and $(PYTHON) is none of them ($$($(PYTHON) -V 2>&1 | head -1)); run make PYTHON=/path/to/python3.12"; exit 1; }
 	@test -z "$(GIVEN)" -o ! -x $(BIN)/python || test "$$($(PYTHON) -V | cut -d. -f1,2)" = "$$($(BIN)/python -V | cut -d. -f1,2)" || { echo "$(VENV) has $$($(BIN)/python -V), and $(PYTHON) is $$($(PYTHON) -V); run make clean first, or leave PYTHON out"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "$(PYTHON) cannot create virtual environments; install its venv package (apt-get install python3-venv)"; exit 1; }
-	@command -v g++ >/dev/null || { echo "lmu-dist needs g++ to compile its kernels, without which they are several times slower; install it (apt-get install g++)"; exit 1; }
+	@! command -v nvidia-smi >/dev/null || $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no C headers (Python.h), with which Triton compiles for the GPU; install them (apt-get install python3-dev)"; exit 1; }
+	@command -v g++ >/dev/null || { echo "lmu-dist needs g++: it compiles the LMU's kernels, without which the LMU is several times slower; install it (apt-get install g++)"; exit 1; }
 
 setup: tools $(STAMP) ## create the virtual environment .venv with the exact versions of requirements.lock
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What DeepSpeed needs to start a training process on a CPU, with an optimizer of torch: nothing of it is an own operator then.
+# What DeepSpeed needs to start a training process on a CPU. With an optimizer of torch it uses none of its own operators.
 #
 # Guess, before it was run: `deepspeed.init_distributed` wraps a process group of torch. Where there is neither ninja nor a compiler
 # it works, as Python packages with optional operators do, perhaps with a warning; a training step works too.

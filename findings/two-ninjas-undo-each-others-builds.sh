@@ -8,7 +8,7 @@
 # old and starts over. 1.11.1.4 reads the newer log without a word, does not find its own hashes of the commands there, and says
 # only with `-d explain` that the command line changed, which it did not.
 # Why it matters here: torch.utils.cpp_extension runs whichever ninja is first on PATH. Workers and tests that found different ones
-# compiled DeepSpeed's CPU collectives anew in turn, 20 to 40 s each time.
+# compiled DeepSpeed's CPU collectives anew in turn, 20 to 40 s each time. Since 2026-11-28 nothing here runs ninja.
 #
 # Run by hand, not in CI: bash findings/two-ninjas-undo-each-others-builds.sh    Exit 0: as found; 1: it has changed.
 set -euo pipefail

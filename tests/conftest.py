@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,6 @@ import pytest
 import typecheck
 
 typecheck.install()
-gc.disable()  # until all tests are collected: what they import stays
 # Set before Ray, torch or DeepSpeed is imported, so that the tests do not depend on the machine's settings.
 os.environ["DS_ACCELERATOR"] = "cpu"
 # Both cores are busy: a second thread makes no test faster, and the first one waits for it. Threads of OpenMP would do so in a
@@ -76,10 +75,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_finish() -> None:
-    """Looks for unreachable objects again, but not among those of imports, where a full search would take half a second."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Looks for no unreachable objects meanwhile, and later not among those of imports, where a search takes half a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -144,17 +148,22 @@ def _new_databases_are_copies() -> Iterator[None]:
     made, lock = sqlite3.connect(":memory:", check_same_thread=False), threading.Lock()
     create = utils._initialize_tables
 
+    def is_empty(database: sqlite3.Connection) -> bool:
+        return not database.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+
     def copy(engine: Engine) -> None:
         path = engine.url.database if engine.url.drivername.startswith("sqlite") else None
         if not path:
             create(engine)
             return
         with lock, closing(sqlite3.connect(path)) as database:
-            if made.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                made.backup(database)
-            else:
+            if not is_empty(database):
+                create(engine)
+            elif is_empty(made):
                 create(engine)
                 database.backup(made)
+            else:
+                made.backup(database)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "_initialize_tables", copy)

@@ -2,7 +2,7 @@
 
 The process that calls `train_run_groups` claims the runs: it is the driver of `train`, or a trial of ladder or tune. One
 thread runs Ray Train; another one claims the next run group when the workers need it (launch/dispatcher). So between two run
-groups nothing starts: processes, imports, process group and compiled operators stay.
+groups nothing starts: processes, imports and process group stay.
 """
 
 from collections.abc import Sequence

@@ -34,8 +34,8 @@ from lmu_dist.train.checkpoint import SHARDS, CheckpointError
 from lmu_dist.train.optimizer import EagerAdamW, adam, parameter_groups
 
 ZERO_SUPPORTED_OPTIMIZERS.append(EagerAdamW)  # DeepSpeed refuses types that it does not list; this one takes AdamW's steps
-# The operators that it may compile: none. On CPUs it would compile an all-reduce of which only its inference makes use, which
-# needs g++ and Python's headers, and takes half a minute of two cores at the first start.
+# The operators that can be compiled here: none. DeepSpeed looks only for the all-reduce of its inference on CPUs, which it
+# would build in half a minute of two cores, with g++ and Python's headers. No setting of ours makes it compile another one.
 deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -31,7 +31,7 @@ import json, pickle, sys
 from pathlib import Path
 from unittest.mock import Mock
 
-import lmu_dist.launch.jobs
+import lmu_dist.cli, lmu_dist.launch.jobs
 import lmu_dist.launch.ladder_trial
 import lmu_dist.launch.tune_trial
 from lmu_dist.launch import metrics_logger

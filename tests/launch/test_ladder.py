@@ -81,9 +81,9 @@ def undisturbed(job: Path, local_ray: str, tmp_path_factory: pytest.TempPathFact
     return folder, ladder(configured(job, folder, *WITH_LSTM), default_uri(folder))
 
 
-def another(job: Path, folder: Path) -> Config:
-    """A ladder that shares a cell with the first one."""
-    return configured(job, folder, "ladder.n_params=[1000]", f"ladder.tokens=[{LONG}, {2 * LONG}]", "experiment=another")
+def another(job: Path, folder: Path, *tokens: int) -> Config:
+    """A ladder of the small size that shares cells with the first one."""
+    return configured(job, folder, "ladder.n_params=[1000]", f"ladder.tokens={[*tokens]}", "experiment=another")
 
 
 def of_family(result: LadderResult, family: str) -> list[FinishedRun]:
@@ -133,7 +133,7 @@ def losses(finished: FinishedRun) -> dict[int, float]:
 
 def test_another_ladder_trains_only_cells_that_are_new(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
-    config, store = another(job, folder), Store(default_uri(folder))
+    config, store = another(job, folder, LONG, 2 * LONG), Store(default_uri(folder))
     shared, new = ladder(config, store.uri).finished
     assert (shared.already_done, new.already_done) == (True, False)
     assert shared.record == by_key(result)[shared.cell.key]
@@ -145,12 +145,12 @@ def test_another_ladder_trains_only_cells_that_are_new(job: Path, undisturbed: t
 
 def test_a_cell_asked_for_is_trained_from_step_0_and_equals_the_branch(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
-    config, store = another(job, folder), Store(default_uri(folder))
+    config, store = another(job, folder, SHORT, LONG), Store(default_uri(folder))
     with pytest.raises(ConfigError, match="--rerun ffff"):
         ladder(config, store.uri, rerun=["ffff"])
     found = {(f.cell.config.model.n_params, f.record.planned_tokens): f for f in of_family(result, "lmu")}
     branch = found[1000, LONG]
-    rerun, known = ladder(config, store.uri, rerun=[branch.cell.key[:10]]).finished
+    known, rerun = ladder(config, store.uri, rerun=[branch.cell.key[:10]]).finished
     assert (rerun.already_done, known.already_done) == (False, True)
     assert (rerun.cell.key, rerun.run_id == branch.run_id) == (branch.cell.key, False)
     decay_start = int(0.8 * SHORT / 256)
@@ -246,10 +246,13 @@ def test_killed_and_rival_drivers_give_the_same_results(
     assert {cell["key"]: cell["run_id"] for cell in table} == {f.cell.key: f.run_id for f in mine.finished}
     store = Store(default_uri(tmp_path))
     runs = runs_of(store, "grid")
+    assert "2" in {run.data.tags["lmu.attempt"] for run in runs}  # what the killed driver had begun went on
     assert len({run.data.tags["lmu.key"] for run in runs}) == len(runs) == 4
+    undisturbed_losses = {f.cell.key: losses(f) for f in of_family(undisturbed[1], "lmu")}
     for run in runs:
         points = store.client.get_metric_history(run.info.run_id, records.TRAIN_LOSS)
         assert len({p.step for p in points}) == len(points)
+        assert {p.step: p.value for p in points} == undisturbed_losses[run.data.tags["lmu.key"]]
         assert run.info.status == "FINISHED"
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,8 +216,12 @@ def test_inconvertible_zero_stage_is_refused_on_resume(undisturbed: FinishedRun,
 
 def _workers_of(driver: int) -> list[psutil.Process]:
     """The Ray Train workers of a local Ray that have started to train."""
-    processes = psutil.Process(driver).children(recursive=True)
-    return [p for p in processes if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline())]
+    found = list[psutil.Process]()
+    for process in psutil.Process(driver).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 # A family in a user's file runs in the workers; this one makes one of their uploads slow, so that a test can kill one in it.
@@ -261,8 +266,9 @@ def test_killed_worker_and_interrupted_driver_do_not_change_the_losses(job: Path
 
     def wait_for(reached: Callable[[], object]) -> None:
         deadline = time.monotonic() + 120
-        while not reached() and time.monotonic() < deadline:
+        while not reached():
             assert driver.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.05)
 
     def files(name: str) -> list[Path]:

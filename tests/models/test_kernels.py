@@ -256,8 +256,7 @@ LMU_PRECISIONS = [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)]
 
 def lmu_and_input(dtype, device):
     torch.manual_seed(0)
-    length = 20 if INTERPRETED else 70
-    return LMU(12, 3, 50.0).to(device, dtype), torch.randn(1, length, 5).to(device, dtype).requires_grad_()
+    return LMU(12, 3, 50.0).to(device, dtype), torch.randn(1, 70, 5).to(device, dtype).requires_grad_()
 
 
 @pytest.mark.parametrize(("dtype", "bound"), LMU_PRECISIONS)
