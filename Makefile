@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml requirements.lock
 run: setup ## run a small scaling study on this machine (24 cells on Ray, ZeRO 1, MLflow) and write its report
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml --report report
 
-test: setup ## run the fast tests in two processes, 9 to 14 minutes on two cores
-	$(BIN)/pytest -m 'not slow' -n 2
+test: setup ## run the fast tests in three processes, about ten minutes on two cores
+	$(BIN)/pytest -m 'not slow' -n 3
 
 test-all: setup ## run all tests, also the slow ones
 	$(BIN)/pytest

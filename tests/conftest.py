@@ -1,4 +1,4 @@
-"""What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how two processes divide the tests."""
+"""What all tests share: a corpus, MLflow stores, an S3 bucket, simulated machines; how three processes divide the tests."""
 
 import gc
 import json
@@ -31,8 +31,10 @@ os.environ.setdefault("RAY_AUTH_TOKEN", "0" * 64)
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ.pop("RAY_ADDRESS", None)
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's own 15 would starve its workers beside the other tests
-# The modules of tests/launch that start no Ray. All others share one process, because two Rays need more than two cores.
-WITHOUT_RAY = (
+# The modules of tests/launch that start no Ray, and that of families, whose commands start their own. All others share one
+# process, because two Rays need more than two cores.
+APART_FROM_RAY = (
+    "families",
     "cell",
     "claim",
     "clean",
@@ -46,29 +48,30 @@ WITHOUT_RAY = (
     "waves",
     "work_queue",
 )
+EARLY = ("tests/launch/test_families", "tests/train/", "tests/test_study")
 
 
 def group_of(nodeid: str) -> str:
-    """The tests that `pytest -n 2` runs in one process: those that start Ray, those of the report, those of each other file."""
+    """The tests that `pytest -n 3` runs in one process: those that start Ray, those of the report, those of each other file."""
     path = nodeid.split("::", 1)[0]
     folder, _, module = path.rpartition("/test_")
-    if folder == "tests/launch" and module.removesuffix(".py") not in WITHOUT_RAY:
+    if folder == "tests/launch" and module.removesuffix(".py") not in APART_FROM_RAY:
         return "Ray"
     return folder if folder == "tests/report" else path  # so that the report is written once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the tests that start Ray first: they take longest, and the other process runs the rest meanwhile.
+    """Puts the tests that start Ray first: they take longest, and the other processes run the rest meanwhile.
 
     Of these, the ones that share a Ray come last: after it has started, this process can join no other one. Of the rest, the
-    tests that take longest come first: at the end both processes have a share of what is left.
+    tests that take longest come first: at the end all processes have a share of what is left.
     """
 
     def place(item: pytest.Item) -> tuple[bool, bool, bool]:
         group = group_of(item.nodeid)
         return (
             group != "Ray",
-            not group.startswith(("tests/train/", "tests/test_study")),
+            not group.startswith(EARLY),
             "local_ray" in getattr(item, "fixturenames", ()),
         )
 
@@ -88,7 +91,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Divides the tests between the processes of `pytest -n 2` by their groups, in the order of collection."""
+    """Divides the tests between the processes of `pytest -n 3` by their groups, in the order of collection."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByGroup(LoadScopeScheduling):
