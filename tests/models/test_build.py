@@ -3,12 +3,22 @@
 import multiprocessing
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from lmu_dist.models.kernels import build, compiled
+
+
+def compiles(process: multiprocessing.process.BaseProcess) -> bool:
+    """Whether a process has started the compiler for a source, not only asked for its version."""
+    for child in psutil.Process(process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if "-c" in child.cmdline():
+                return True
+    return False
 
 
 def test_waiting_process_builds_after_the_builder_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -26,7 +36,7 @@ def test_waiting_process_builds_after_the_builder_is_killed(tmp_path: Path, monk
     deadline = time.monotonic() + 60
     while not (tmp_path / "began").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    [builder] = [p for p in processes if any("-c" in child.cmdline() for child in psutil.Process(p.pid).children())]
+    [builder] = filter(compiles, processes)
     builder.kill()
     [other] = [p for p in processes if p is not builder]
     other.join(60)
