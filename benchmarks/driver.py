@@ -118,7 +118,8 @@ def measure_driver(folder: Path, uri: str, seeds: range) -> dict[str, float]:
     """Seconds of the start of a driver, after its cells were made, and of a tick of it, the slowest of TICKS."""
     from lmu_dist.config import load
     from lmu_dist.data.prepare import prepare
-    from lmu_dist.launch.ladder import _Driver
+    from lmu_dist.launch.ladder_driver import LadderDriver
+    from lmu_dist.launch.ladder_state import LadderState
     from lmu_dist.launch.new_cell import make_cell
     from lmu_dist.planning.grid import grid
     from lmu_dist.tracking.store import Store
@@ -130,7 +131,7 @@ def measure_driver(folder: Path, uri: str, seeds: range) -> dict[str, float]:
     began = time.perf_counter()
     cells = [make_cell(planned.config, corpus) for planned in grid(config, corpus.manifest.vocab_tokens)[0]]
     made = time.perf_counter()
-    driver = _Driver(cells, Store(uri), lambda *_: None)
+    driver = LadderDriver(LadderState(cells, Store(uri)))
     started = time.perf_counter()
     ticks = list[float]()
     for _ in range(TICKS):
@@ -139,7 +140,7 @@ def measure_driver(folder: Path, uri: str, seeds: range) -> dict[str, float]:
         ticks.append(time.perf_counter() - before)
     return {
         "n_cells": len(cells),
-        "n_finished": len(driver.finished),
+        "n_finished": len(driver.state.finished),
         "cells_seconds": made - began,
         "start_seconds": started - made,
         "tick_seconds": max(ticks),

@@ -1,7 +1,7 @@
 """A trial of a ladder: trains the items of a work queue in one group of workers.
 
-A process of its own, which imports neither torch nor MLflow. Started by launch/ladder through Ray Tune; the driver reads from
-the queue, and from the cells' folders, what has ended.
+A process of its own, which imports neither torch nor MLflow. Started by launch/ladder_driver through Ray Tune; the driver reads
+from the queue, and from the cells' folders, what has ended.
 """
 
 import os
@@ -20,8 +20,7 @@ from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.work_queue import WorkQueue
 from lmu_dist.launch.worker_group import train_run_groups
 from lmu_dist.tracking.errors import BusyError, MLflowUnavailableError
-
-STUDY = "ladder"
+from lmu_dist.tracking.tags import LADDER_STUDY
 
 
 def train_work_items(
@@ -34,7 +33,7 @@ def train_work_items(
 ) -> dict[str, Any]:
     """The function of a trial: trains work items, one after the other, in one group of workers."""
     os.environ.update(environment)
-    services = Services(tracking_uri, STUDY, metrics_logger, queue)
+    services = Services(tracking_uri, LADDER_STUDY, metrics_logger, queue)
     config = with_settings(config, {"cluster.n_workers": params["n_workers"]})
     source = WorkItems(params["group"], params["n_workers"], queue)
     try:

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from lmu_dist.planning.information import N_PARAMETERS, Information
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.quantiles import t_quantile
 from lmu_dist.scaling.run_losses import RunLoss, group_of
 from lmu_dist.scaling.shared_noise import huber_loss_of_precision
 from lmu_dist.scaling.table import SIZE_BIN_RATIO
@@ -192,4 +192,4 @@ def same_size(a: float, b: float) -> bool:
 
 def quantile(freedom: int) -> float:
     """The quantile of the t distribution that a 90 % interval needs."""
-    return float(t_distribution.ppf((1 + CONFIDENCE) / 2, max(1, freedom)))
+    return t_quantile((1 + CONFIDENCE) / 2, max(1, freedom))

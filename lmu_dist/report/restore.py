@@ -22,8 +22,8 @@ from lmu_dist.tracking.runs import KnownRuns, record_of, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.stored_runs import StoredRuns
 from lmu_dist.tracking.studies import add_to_plan, describe_study, end_study, open_study, set_baseline
+from lmu_dist.tracking.tags import LADDER_STUDY
 
-STUDY = "ladder"  # the study that a later ladder of the experiment goes on with
 DIGEST_DIGITS = 12
 
 
@@ -143,7 +143,7 @@ def _restore(
     runs = runs_of(store, stored.experiment)
     # A new study is RUNNING, also one that an earlier restore left behind when it was killed, and no driver would end it.
     if is_running_nothing(store, stored.experiment, study_id, KnownRuns(runs)):
-        end_study(store, stored.experiment, STUDY, known=KnownRuns(runs))
+        end_study(store, stored.experiment, LADDER_STUDY, known=KnownRuns(runs))
     else:
         describe_study(store, stored.experiment, study_id, KnownRuns(runs))
     keep_rows(store, stored.experiment, runs)  # `status` looks for newly ended runs among the last ones only
@@ -161,7 +161,7 @@ def _restore(
 
 def _open_study(store: Store, stored: StoredRuns) -> tuple[str, str]:
     """Returns the ids of the experiment and of the study that its runs belong to."""
-    experiment_id, study_id = open_study(store, stored.experiment, STUDY)
+    experiment_id, study_id = open_study(store, stored.experiment, LADDER_STUDY)
     if stored.baseline:
         set_baseline(store, study_id, stored.baseline)
     return experiment_id, study_id

@@ -25,10 +25,10 @@ from functools import lru_cache
 from itertools import takewhile
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Floats
+from lmu_dist.scaling.quantiles import t_quantile
 
 EARLY, LATE = (0.39, 0.585), (0.78, 1.0)  # of the context; at n = 256 positions 100 to 150 and 200 to 256
 MIN_COSINES = 3  # fewer leave no interval
@@ -207,7 +207,7 @@ def _difference(early: Band, late: Band, value: float, parts: Sequence[tuple[flo
     of_square = sum(part**2 / freedom for part, freedom in parts if part)
     freedom = variance**2 / of_square if of_square else np.inf
     error = float(np.sqrt(variance))
-    reach = float(t_distribution.ppf((1 + CONFIDENCE) / 2, freedom)) * error
+    reach = t_quantile((1 + CONFIDENCE) / 2, freedom) * error
     return BandDifference(early, late, value, error, (value - reach, value + reach))
 
 

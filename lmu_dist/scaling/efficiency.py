@@ -10,11 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.stats import norm
-from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval, bootstrap_interval
 from lmu_dist.scaling.laws import Chinchilla, Floats
+from lmu_dist.scaling.quantiles import normal_quantile, t_quantile
 
 MIN_RESAMPLES = 50
 MIN_CELLS = 8
@@ -166,7 +165,7 @@ def improvement_ratio(losses: ArrayLike, weights: Floats | None = None) -> Impro
 def _percentile_interval(best: float, resampled: Floats, n: int) -> Interval:
     """Returns the percentiles of resampled means, widened by the small-sample correction for n cells (t instead of normal)."""
     upper = (1 + CONFIDENCE) / 2
-    wider = float(n / (n - 1) * t_distribution.ppf(upper, n - 1) / norm.ppf(upper))
+    wider = n / (n - 1) * t_quantile(upper, n - 1) / normal_quantile(upper)
     low, high = np.percentile(resampled, [100 * (1 - upper), 100 * upper])
     return best + wider * (float(low) - best), best + wider * (float(high) - best)
 

@@ -10,14 +10,12 @@ from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
-from scipy.stats import f as f_distribution
-from scipy.stats import norm
-from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.fit import Fit, refit
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, parameters
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.objective import DELTA, Objective, log_residuals, losses, unit_of_loss
+from lmu_dist.scaling.quantiles import f_quantile, normal_quantile, t_quantile
 from lmu_dist.scaling.shared_noise import MIN_GROUPS, with_shared_noise
 from lmu_dist.scaling.table import Rows, rows_are_copies
 
@@ -95,7 +93,7 @@ def small_sample_correction(fit: Fit, rows: Rows, labels: Sequence[str]) -> floa
     if dof < 1:
         return 1.0
     upper = (1 + CONFIDENCE) / 2
-    full = float(n_groups / dof * t_distribution.ppf(upper, dof) / norm.ppf(upper))
+    full = n_groups / dof * t_quantile(upper, dof) / normal_quantile(upper)
     quadratic_share = 1.0 if fit.law.LEAST_SQUARES else float(np.mean(np.abs(log_residuals(fit.law, rows)) <= DELTA))
     return 1 + quadratic_share * (full - 1)
 
@@ -114,7 +112,7 @@ def bootstrap_interval(best: float, values: Floats, correction: float = 1.0) -> 
     logs = np.log(np.abs(known))
     low, middle, high = np.percentile(logs, [15.87, 50, 84.13])
     clipped = np.clip(logs, middle - 4 * (high - low) / 2, middle + 4 * (high - low) / 2)
-    reach = float(correction * norm.ppf((1 + CONFIDENCE) / 2) * clipped.std())
+    reach = float(correction * normal_quantile((1 + CONFIDENCE) / 2) * clipped.std())
     ends = sorted((best * float(np.exp(-reach)), best * float(np.exp(reach))))
     return ends[0], ends[1]
 
@@ -140,7 +138,7 @@ def profile_interval(fit: Fit, rows: Rows, name: str) -> tuple[Interval | None, 
     if dof < 1:
         return None, None
     best = getattr(fit.law, name)
-    allowed = 0.5 * float(f_distribution.ppf(CONFIDENCE, 1, dof)) * residual_scale(fit.law, rows) * len(rows) / dof
+    allowed = 0.5 * f_quantile(CONFIDENCE, 1, dof) * residual_scale(fit.law, rows) * len(rows) / dof
     if not allowed > 0:
         return None, None
     lowest, better = fit.minimised_objective, None

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import chi2
-from scipy.stats import f as f_distribution
 
 from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import Objective, losses
+from lmu_dist.scaling.quantiles import chi_squared_median, f_tail
 from lmu_dist.scaling.shared_noise import MIN_GROUPS, orthonormal, whitening
 from lmu_dist.scaling.table import Rows, rows_are_copies
 
@@ -131,7 +130,7 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     if n_groups == len(rows):
         n_left = len(rows) - law_space.shape[1] - smooth.shape[1]
         ratio = np.mean(scores**2) / max(float(np.sum(remainder**2)) / n_left, 1e-300)
-        return structure, float(f_distribution.sf(ratio, smooth.shape[1], n_left))
+        return structure, f_tail(ratio, smooth.shape[1], n_left)
     by_group = np.zeros((n_groups, smooth.shape[1]))
     for group in range(n_groups):
         which = groups == group
@@ -194,5 +193,5 @@ def replicate_noise(rows: Rows) -> float | None:
     if len(logs) < 3:
         return None
     # The median of sample variances, in units of the median that normal values have at so many degrees of freedom.
-    scaled = [np.var(group, ddof=1) * (len(group) - 1) / chi2.ppf(0.5, len(group) - 1) for group in logs]
+    scaled = [np.var(group, ddof=1) * (len(group) - 1) / chi_squared_median(len(group) - 1) for group in logs]
     return float(np.sqrt(np.median(scaled)))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.special import ndtr
 
 from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.laws import Floats, ScalingLaw
@@ -99,8 +99,8 @@ def huber_loss_of_precision(noise: float) -> float:
     sqrt(E[psi^2]) / E[psi'] with psi clipped at DELTA, in units of the noise (Huber 1964).
     """
     k = DELTA / noise
-    inside = 2 * norm.cdf(k) - 1
-    squared = inside - 2 * k * norm.pdf(k) + 2 * k**2 * norm.sf(k)
+    inside, density = 2 * ndtr(k) - 1, np.exp(-(k**2) / 2) / np.sqrt(2 * np.pi)
+    squared = inside - 2 * k * density + 2 * k**2 * ndtr(-k)
     return float(np.sqrt(squared) / inside)
 
 

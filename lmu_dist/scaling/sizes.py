@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.published import PowerLaw
+from lmu_dist.scaling.quantiles import t_quantile
 
 MIN_SIZES = 4
 
@@ -38,9 +38,9 @@ def fit_power_law(family: str, tokens: int, n_params: Floats, loss: Floats) -> S
     x, y = np.log(n_params) - np.log(n_params).mean(), np.log(loss)
     (slope, offset), residual, slope_error = _regress(np.stack([x, np.ones(count)], axis=1), y)
     exponent = -slope
-    reach = float(t_distribution.ppf((1 + CONFIDENCE) / 2, count - 2)) * slope_error
+    reach = t_quantile((1 + CONFIDENCE) / 2, count - 2) * slope_error
     (bend, *_), _, bend_error = _regress(np.stack([x**2, x, np.ones(count)], axis=1), y)
-    bends = abs(bend) > t_distribution.ppf((1 + CONFIDENCE) / 2, count - 3) * bend_error
+    bends = abs(bend) > t_quantile((1 + CONFIDENCE) / 2, count - 3) * bend_error
     scale = float(np.exp(np.log(n_params).mean() + offset / exponent)) if exponent else float("inf")
     law = PowerLaw(scale, float(exponent))
     interval = (float(exponent - reach), float(exponent + reach))

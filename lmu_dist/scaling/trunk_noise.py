@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.stats import t as t_distribution
 
 from lmu_dist.scaling.efficiency import SeedNoise
 from lmu_dist.scaling.intervals import CONFIDENCE
+from lmu_dist.scaling.quantiles import t_quantile
 from lmu_dist.scaling.run_losses import RunLoss
 from lmu_dist.scaling.table import SIZE_BIN_RATIO
 
@@ -146,7 +146,7 @@ def combine(parts: Sequence[SeedNoise]) -> SeedNoise:
 
 def reach(noise: SeedNoise) -> float:
     """Returns half the width of the 90 % interval of a number with this noise (Student's t)."""
-    return float(t_distribution.ppf((1 + CONFIDENCE) / 2, noise.freedom)) * noise.deviation
+    return t_quantile((1 + CONFIDENCE) / 2, noise.freedom) * noise.deviation
 
 
 def _sum(trunk: Trunk, weights: Mapping[int, float], scale: float) -> float | None:

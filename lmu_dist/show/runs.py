@@ -15,7 +15,7 @@ from lmu_dist.show.tables import duration, fitted_table, new_table, number, prin
 from lmu_dist.tracking.pages import ui_hint
 
 if TYPE_CHECKING:  # these imports are slow, and only needed for annotations
-    from lmu_dist.launch.ladder import LadderResult
+    from lmu_dist.launch.ladder_state import LadderResult
     from lmu_dist.launch.tune import SearchResult
     from lmu_dist.tracking.progress import Row
 

@@ -10,6 +10,7 @@ OWNER_ID = "lmu.place"
 HEARTBEAT = "lmu.alive_ms"
 CLAIM = "lmu.claim"  # a random value, by which a driver that takes over a run sees whether another one does so too
 STUDY = "lmu.study"  # the name of a study; only its parent run has one
+LADDER_STUDY = "ladder"  # the study of all ladders of an experiment: a later one goes on with it
 ANSWER = "lmu.answer"  # of a study: the answer of its newest report
 BASELINE = "lmu.baseline"  # of a study: the family that its ladder compares the others with
 REPORT = "lmu.report"  # of a run that holds a report: the digest of its inputs

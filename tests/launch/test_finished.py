@@ -12,8 +12,10 @@ from lmu_dist import records
 from lmu_dist.config import Config, parse, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import claim, finished, ladder
+from lmu_dist.launch import claim, finished, ladder_driver
 from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.ladder_driver import LadderDriver
+from lmu_dist.launch.ladder_state import LadderState
 from lmu_dist.launch.new_cell import at_half_rate, make_cell
 from lmu_dist.launch.record import FinishedRun, Outcome, log_result, log_start, record_of_cell, record_path, write_record
 from lmu_dist.tracking.metrics_log import MetricsLog
@@ -87,12 +89,15 @@ def test_finished_cells_cost_no_request_and_no_file_each(cells: list[Cell], tmp_
             if not record_path(cell).exists():
                 end(cell, store)
         requests.clear()
-        driver = ladder._Driver(cells[:n_finished], store, lambda *line: shown.append(line))
-        assert len(driver.finished) == n_finished
-        assert driver.missing() == []
-        assert {run.record.train_loss_nats for run in driver.finished.values()} == {5.5}
-        assert driver.result(()).notes == ()
-        monkeypatch.setattr(ladder, "record_path", lambda _: pytest.fail("a tick looks for the record of a finished run"))
+        driver = LadderDriver(LadderState(cells[:n_finished], store), lambda *line: shown.append(line))
+        state = driver.state
+        assert len(state.finished) == n_finished
+        assert state.missing() == []
+        assert {run.record.train_loss_nats for run in state.finished.values()} == {5.5}
+        assert state.result(()).notes == ()
+        monkeypatch.setattr(
+            ladder_driver, "record_path", lambda _: pytest.fail("a tick looks for the record of a finished run")
+        )
         driver.report_progress()
         assert shown.pop() == ("ladder", n_finished, n_finished, f"{n_finished} of {n_finished} cells ended")
         costs.append(dict(requests))
@@ -103,7 +108,7 @@ def test_finished_cells_cost_no_request_and_no_file_each(cells: list[Cell], tmp_
 def test_cells_that_ended_since_are_counted_by_the_progress(cells: list[Cell], tmp_path: Path):
     store, shown = Store(default_uri(tmp_path)), list[int]()
     end(cells[0], store)
-    driver = ladder._Driver(cells, store, lambda _, done, *__: shown.append(int(done)))
+    driver = LadderDriver(LadderState(cells, store), lambda _, done, *__: shown.append(int(done)))
     driver.report_progress()
     driver.note_ended(cells[:2])
     driver.report_progress()
@@ -117,12 +122,12 @@ def test_cells_that_ended_since_are_counted_by_the_progress(cells: list[Cell], t
 def test_what_mlflow_lacks_of_a_finished_run_is_uploaded(cells: list[Cell], tmp_path: Path):
     store = Store(default_uri(tmp_path))
     run_ids = [end(cell, store, uploads=i > 0) for i, cell in enumerate(cells[:2])]
-    driver = ladder._Driver(cells, store, lambda *_: None)
-    assert {run.run_id for run in driver.finished.values()} == set(run_ids)
-    assert driver.runs_for_study() is None  # the listing is from before the upload
+    state = LadderState(cells, store)
+    assert {run.run_id for run in state.finished.values()} == set(run_ids)
+    assert state.runs_for_study() is None  # the listing is from before the upload
     assert store.client.get_run(run_ids[0]).data.metrics["final/train_loss_nats"] == 5.5
-    driver._refresh()
-    known = driver.runs_for_study()
+    state.refresh()
+    known = state.runs_for_study()
     assert known is not None
     claim.end_study(store, cells[0].config, "ladder", known=known)
     note = store.client.get_run(open_study(store, "many", "ladder")[1]).data.tags[NOTE]

@@ -1,6 +1,6 @@
 """Processes of which there are many skip slow imports: trials torch and MLflow, workers MLflow and torch's compiler.
 
-Nor does a worker let DeepSpeed compile anything.
+Nor does a worker let DeepSpeed compile anything, and a ladder that has ended waits for no Ray Tune.
 """
 
 import json
@@ -72,6 +72,14 @@ def test_trial_controller_and_jobs_command_import_neither_torch_nor_mlflow(tmp_p
     tags = [entry["values"] for _, entry in MetricsLog(cell.folder, None).pending() if entry["kind"] == "tags"]
     [appearance] = [values["lmu.family_appearance"] for values in tags if "lmu.family_appearance" in values]
     assert json.loads(appearance)["title"] == "Plain words"
+
+
+def test_a_finished_ladder_waits_for_no_slow_import():
+    """Of Ray Tune, Triton and scipy.stats: a second and a half of the ten that such a command may take."""
+    unneeded = ("ray.tune", "triton", "torch.utils.flop_counter", "scipy.stats")
+    script = f"import json, sys, lmu_dist.launch.ladder; print(json.dumps([n for n in {unneeded} if n in sys.modules]))"
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(process.stdout) == []
 
 
 IN_A_WORKER = """

@@ -18,7 +18,8 @@ from lmu_dist import records
 from lmu_dist.cli import main
 from lmu_dist.config import Config, ConfigError, load
 from lmu_dist.launch.calibrate import calibrate
-from lmu_dist.launch.ladder import LadderResult, ladder
+from lmu_dist.launch.ladder import ladder
+from lmu_dist.launch.ladder_state import LadderResult
 from lmu_dist.launch.new_cell import at_half_rate
 from lmu_dist.launch.record import FinishedRun
 from lmu_dist.planning.cost import plan

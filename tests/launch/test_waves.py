@@ -12,8 +12,10 @@ from lmu_dist import records
 from lmu_dist.config import Config, parse, with_settings
 from lmu_dist.data.corpus import Corpus
 from lmu_dist.data.prepare import prepare
-from lmu_dist.launch import ladder
+from lmu_dist.launch import ladder_driver
 from lmu_dist.launch.cell import Cell
+from lmu_dist.launch.ladder_driver import LadderDriver
+from lmu_dist.launch.ladder_state import LadderResult, LadderState
 from lmu_dist.launch.new_cell import make_cell
 from lmu_dist.launch.record import FinishedRun, Outcome, record_of_cell
 from lmu_dist.launch.waves import Waves, plan_of, result_of
@@ -71,21 +73,29 @@ def trained(cell: Cell, status: str = records.COMPLETE) -> FinishedRun:
     return FinishedRun(cell, replace(record, val_loss_nats=loss), "", "", False, ())
 
 
-class Driver(ladder._Driver):
+class State(LadderState):
+    """The state of a ladder whose trials end at once. `trained` are the runs since the last refresh."""
+
+    def __init__(self, cells: list[Cell], config: Config, store: Store):
+        self.trained = dict[str, FinishedRun]()
+        super().__init__(cells, store, Waves(cells, config))
+
+    def refresh(self) -> None:
+        self.finished |= self.trained
+
+
+class Driver(LadderDriver):
     """A driver whose trials end at once. `failing` says which cells fail."""
 
     def __init__(self, cells: list[Cell], config: Config, store: Store, failing: Callable[[Cell], bool] = lambda _: False):
-        self.ended, self.waves_run, self.failing = dict[str, FinishedRun](), list[list[str]](), failing
-        super().__init__(cells, store, lambda *_: None, Waves(cells, config))
-
-    def _refresh(self) -> None:
-        self.finished |= self.ended
+        self.waves_run, self.failing, self.trained = list[list[str]](), failing, (state := State(cells, config, store)).trained
+        super().__init__(state)
 
     def _run_trials(self, scratch: Path, n_slots: int) -> list[Any]:
         wave = [cell for item in self.work_items for cell in item.cells]
         self.waves_run.append([cell.key for cell in wave])
-        self.ended |= {cell.key: trained(cell) for cell in wave if not self.failing(cell)}
-        self.failures |= {cell.name: "failed" for cell in wave if self.failing(cell)}
+        self.trained |= {cell.key: trained(cell) for cell in wave if not self.failing(cell)}
+        self.state.failures |= {cell.name: "failed" for cell in wave if self.failing(cell)}
         return []
 
     def _update_work(self) -> None:
@@ -97,15 +107,15 @@ class Driver(ladder._Driver):
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ladder, "capacity", lambda _: N_SLOTS)
-    monkeypatch.setattr(ladder, "head_node_id", lambda: "")
+    monkeypatch.setattr(ladder_driver, "capacity", lambda _: N_SLOTS)
+    monkeypatch.setattr(ladder_driver, "head_node_id", lambda: "")
     for name in ("start_metrics_logger", "start_work_queue"):
-        monkeypatch.setattr(ladder, name, lambda *_: None)
+        monkeypatch.setattr(ladder_driver, name, lambda *_: None)
 
 
-def run(driver: Driver, tmp_path: Path) -> ladder.LadderResult:
+def run(driver: Driver, tmp_path: Path) -> LadderResult:
     driver.run(tmp_path)
-    return driver.result(())
+    return driver.state.result(())
 
 
 @pytest.mark.usefixtures("no_ray", "machine")
@@ -118,11 +128,11 @@ def test_ladder_stops_by_its_rule_and_the_same_command_has_nothing_to_do(config:
     assert len(first.waves_run) > 1
     assert "stopped, because the intervals are narrow enough" in result.stopped
     assert f"{len(keys)} of 54 cells" in result.stopped
-    assert first.not_needed() == {cell.key for cell in cells} - set(keys)
-    done = [cell for cell in plan_of(cells) if cell.key in first.finished]
+    assert first.state.not_needed() == {cell.key for cell in cells} - set(keys)
+    done = [cell for cell in plan_of(cells) if cell.key in first.state.finished]
     assert total_cost(done, "flops") < 0.8 * total_cost(plan_of(cells), "flops")
-    again = Driver(cells, config, store)
-    again.finished = dict(first.finished)
+    again = State(cells, config, store)
+    again.finished = dict(first.state.finished)
     assert again.next_trunks(N_SLOTS) == []
     assert again.result(()).stopped == result.stopped
 
@@ -131,7 +141,7 @@ def test_ladder_stops_by_its_rule_and_the_same_command_has_nothing_to_do(config:
 def test_waves_fill_the_slots_and_a_trunk_is_one_work_item(config: Config, corpus: Corpus, tmp_path: Path):
     driver = Driver(cells_of(config, corpus), config, Store(default_uri(tmp_path)))
     run(driver, tmp_path)
-    by_key = {cell.key: cell for cell in driver.cells}
+    by_key = {cell.key: cell for cell in driver.state.cells}
     for wave in driver.waves_run[:-1]:
         assert len({by_key[key].trunk for key in wave}) >= N_SLOTS
 
@@ -143,7 +153,7 @@ def test_budget_is_not_exceeded_and_is_named(config: Config, corpus: Corpus, tmp
     config = with_settings(config, {"ladder.until": {"factor": 1.0001, "flops": budget}})
     driver = Driver(cells, config, Store(default_uri(tmp_path)))
     result = run(driver, tmp_path)
-    done = [cell for cell in plan_of(cells) if cell.key in driver.finished]
+    done = [cell for cell in plan_of(cells) if cell.key in driver.state.finished]
     assert 0.5 * budget < total_cost(done, "flops") <= budget
     assert f"the budget of {budget:.3g} FLOPs is spent" in result.stopped
     assert "the intervals" not in result.stopped
@@ -154,7 +164,7 @@ def test_failed_cells_are_not_chosen_again_and_all_cells_are_an_end_too(
     config: Config, corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     config = with_settings(config, {"ladder.until": {"factor": 1.0001}, "ladder.seeds": [0, 2]})
-    monkeypatch.setattr(ladder, "capacity", lambda _: 30)
+    monkeypatch.setattr(ladder_driver, "capacity", lambda _: 30)
     cells = cells_of(config, corpus)
     driver = Driver(cells, config, Store(default_uri(tmp_path)), lambda cell: cell.config.seed == 2)
     result = run(driver, tmp_path)
