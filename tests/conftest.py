@@ -46,6 +46,7 @@ APART_FROM_RAY = (
     "metrics_logger",
     "restored",
     "waves",
+    "worker",
     "work_queue",
 )
 EARLY = ("tests/launch/test_families", "tests/train/", "tests/test_study")

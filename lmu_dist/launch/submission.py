@@ -25,7 +25,7 @@ from lmu_dist.launch.cell import git_commit
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
 from lmu_dist.planning.grid import all_references, grid
-from lmu_dist.tracking.address import check_no_password
+from lmu_dist.tracking.passwords import check_no_password
 
 # An interrupted driver closes its MLflow runs. Ray's default, SIGTERM and three seconds, leaves no time for that.
 STOP_SETTINGS = {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": "60"}

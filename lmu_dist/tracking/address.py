@@ -16,6 +16,7 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from lmu_dist.config import ConfigError
+from lmu_dist.tracking.passwords import check_no_password
 
 CONNECT_SECONDS = 5.0  # how long a database may take to accept a connection
 ANSWER_SECONDS = 10.0  # how long a server may take to answer a request
@@ -46,19 +47,6 @@ def check_uri(uri: str) -> None:
     elif scheme != "databricks":
         similar = difflib.get_close_matches(scheme, [*HTTP, *DATABASE_ENGINES], 1)
         raise _wrong(uri, f"MLflow has no store at {scheme}://{f'; did you mean {similar[0]}://?' if similar else ''}")
-
-
-def check_no_password(uri: str) -> None:
-    """Raises ConfigError if a store's URI holds a password: the URI is printed, logged and saved with every run."""
-    try:
-        parts = urlsplit(uri)
-    except ValueError as e:  # the message leaves the URI out, which may hold a password
-        raise ConfigError(f"MLFLOW_TRACKING_URI is no URI ({e}); set it to http://HOST:PORT") from e
-    if parts.password or "password=" in parts.query:
-        raise ConfigError(
-            "MLFLOW_TRACKING_URI holds a password, and everybody who can see a run could read it; remove it and set "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (of a database: PGPASSWORD, or a password file)"
-        )
 
 
 def outage_of(uri: str) -> str:

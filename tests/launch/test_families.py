@@ -1,13 +1,11 @@
 """Families from one file, from configuration to report on Ray: a new built-in family in a copy of the package, a user's."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from commands import run_commands
 
 from lmu_dist.cli import main
 from lmu_dist.models.family_source import FAMILY_CODE
@@ -57,32 +55,10 @@ def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-SEVERAL_COMMANDS = """
-import contextlib, io, json, sys
-
-from lmu_dist.cli import main
-
-for words in json.loads(sys.argv[1]):
-    with contextlib.redirect_stdout(io.StringIO()) as output:
-        code = main(words)
-    print(json.dumps([code, output.getvalue()]), flush=True)
-"""
-
-
-def run_commands(folder: Path, *commands: str) -> list[str]:
-    """The outputs of several commands in one process with the code in a folder: imports take longer than most of them."""
-    words = json.dumps([line.split() for line in commands])
-    process = [sys.executable, "-c", SEVERAL_COMMANDS, words]
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(process, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
-    results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for code, _ in results] == [0] * len(commands), done.stderr[-3000:]
-    return [output for _, output in results]
-
-
 @pytest.mark.timeout(600)
 def test_new_families_in_plan_ladder_report_and_figures(folder: Path, capsys: pytest.CaptureFixture[str]):
-    outputs = run_commands(folder, "plan job.json --json", "ladder job.json --json")
+    environment = {"PYTHONPATH": str(folder)}
+    outputs = run_commands(folder, environment, "plan job.json --json", "ladder job.json --json")
     planned, cells = (json.loads(output)["cells"] for output in outputs)
     assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
     assert {(cell["family"], cell["status"]) for cell in cells} == {(c["family"], "complete") for c in planned}
@@ -95,6 +71,7 @@ def test_new_families_in_plan_ladder_report_and_figures(folder: Path, capsys: py
     run = next(cell["folder"] for cell in cells if cell["family"] == "gated_linear_attention")
     output, _, text, _ = run_commands(
         folder,
+        environment,
         "ladder job.json --json",
         "report own-family -o report",
         f"generate {run} --tokens 3 --family {EXAMPLE}",

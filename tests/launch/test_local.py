@@ -1,7 +1,8 @@
-"""A local cluster is started, used and stopped; only its own processes are ever stopped."""
+"""A local cluster is started, runs a submitted job and is stopped; only its own processes are ever stopped."""
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,14 +12,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from commands import run_commands
 
 from lmu_dist.cli import main
 from lmu_dist.config import ConfigError, FailedError, parse
 from lmu_dist.launch import local, local_commands, processes, submission
 from lmu_dist.launch.cluster import check_before_start
 from lmu_dist.launch.local_commands import LocalClusterSettings
+from lmu_dist.tracking.runs import records_of
+from lmu_dist.tracking.store import Store
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+ROOT, LMU_DIST = Path(__file__).parents[2], Path(sys.executable).parent / "lmu-dist"
 SLEEP = [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"]
 
 SPREAD = """
@@ -195,20 +200,23 @@ def test_port_in_use_is_reported(tmp_path: Path):
 
 
 @pytest.mark.timeout(400)
-def test_cluster_starts_runs_and_stops(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+def test_cluster_starts_runs_a_job_with_the_submitted_code_and_stops(
+    tmp_path: Path, folder: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.delenv("PYTHONPATH", raising=False)  # the job's code is that which was sent
     before = set(psutil.Process().children(recursive=True))  # processes of other tests
-    folder, cluster_settings = tmp_path / "cluster", settings()
+    cluster, cluster_settings = tmp_path / "cluster", settings()
     ports = [
         f"--port={cluster_settings.port}",
         f"--dashboard-port={cluster_settings.dashboard_port}",
         f"--mlflow-port={cluster_settings.mlflow_port}",
     ]
-    command = ["cluster", "up", "--folder", str(folder), *ports]
+    command = ["cluster", "up", "--folder", str(cluster), *ports]
     assert main(command) == 0
     try:
         first = capfd.readouterr().out
-        assert stat.S_IMODE((folder / "token").stat().st_mode) == 0o600
-        assert (folder / "token").read_text() not in first
+        assert stat.S_IMODE((cluster / "token").stat().st_mode) == 0o600
+        assert (cluster / "token").read_text() not in first
         assert main(command) == 0  # idempotent
         assert capfd.readouterr().out == first
         assert main([*command, "--nodes", "3"]) == 2
@@ -218,15 +226,49 @@ def test_cluster_starts_runs_and_stops(tmp_path: Path, capfd: pytest.CaptureFixt
         assert seen.split() == ["127.0.0.3", "127.0.0.4"]
         with pytest.raises(ConfigError, match="Authentication token is missing or incorrect; start it, or"):
             check_before_start([parse({"cluster": {"address": f"127.0.0.2:{cluster_settings.port}"}})])  # the tests' own token
-        processes.stop(folder, "node-2", grace_seconds=0)
-        assert main(["cluster", "status", "--folder", str(folder)]) == 1
+        run_a_job(folder, local.exports(cluster) | {"RAY_AUTH_TOKEN": (cluster / "token").read_text()})
+        refuse_other_tokens(folder, cluster_settings.dashboard)
+        [record] = records_of(Store(cluster_settings.mlflow), "tests").values()
+        assert (record.family, record.status) == ("gated_linear_attention", "complete")
+        processes.stop(cluster, "node-2", grace_seconds=0)
+        assert main(["cluster", "status", "--folder", str(cluster)]) == 1
         assert "# node-2    dead" in capfd.readouterr().out
     finally:
         processes_of_cluster = set(psutil.Process().children(recursive=True)) - before
-        scratch = (folder / "ray").readlink()
-        assert main(["cluster", "down", "--folder", str(folder)]) == 0
+        scratch = (cluster / "ray").readlink()
+        assert main(["cluster", "down", "--folder", str(cluster)]) == 0
     assert all(has_ended(process) for process in processes_of_cluster)
-    assert {path.name for path in folder.iterdir()} >= {"token", "mlflow.db", "head.log"}
-    assert not list(folder.glob("*.pid"))
-    assert not (folder / "ray").is_symlink()
+    assert {path.name for path in cluster.iterdir()} >= {"token", "mlflow.db", "head.log"}
+    assert not list(cluster.glob("*.pid"))
+    assert not (cluster / "ray").is_symlink()
     assert not scratch.exists()
+
+
+def run_a_job(folder: Path, environment: dict[str, str]) -> None:
+    """Submits a job of a user's family twice: the code that was sent trains it, once."""
+    shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(folder / "lmu_dist" / "__init__.py", "a") as file:
+        file.write('print("the code that was sent")\n')
+    shutil.copytree(ROOT / "examples", folder / "families")
+    submit = "submit job.yaml model.family=families/gated_linear_attention.py:GatedLinearAttention"
+    _, shown, jobs = run_commands(folder, environment, submit, f"{submit} --follow", "jobs list --json")
+    assert "not submitted again" in shown
+    assert "the code that was sent" in shown
+    assert "complete    gated_linear_attention-3k-25.6k-s0-" in shown
+    [row] = json.loads(jobs)
+    assert (row["status"], row["experiment"]) == ("SUCCEEDED", "tests")
+
+
+def refuse_other_tokens(folder: Path, dashboard: str) -> None:
+    """The commands for jobs say in one line what is wrong with a token."""
+    for token, answer in (("f" * 64, "refuses the token"), ("", "there is no token")):
+        refused = subprocess.run(
+            [LMU_DIST, "jobs", "list", "--address", dashboard],
+            env=os.environ | {"RAY_AUTH_TOKEN": token, "HOME": str(folder)},
+            capture_output=True,
+            text=True,
+        )
+        assert refused.returncode == 2
+        assert refused.stderr.count("\n") == 1
+        assert answer in refused.stderr
+        assert "RAY_AUTH_TOKEN" in refused.stderr
