@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, scaled_prefactor
+from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw, batch_law, in_columns, scaled_prefactor
 
 LOG_TOKENS = 24.0  # ln of 2.6e10 tokens: the D at which the coordinates of Farseer's law take its token term
 MIN_CURVATURE = 1e-6
@@ -37,13 +37,13 @@ class Gamma(ScalingLaw):
 
     def gradient(self, n_params: ArrayLike, tokens: ArrayLike, unique_tokens: ArrayLike | None = None) -> Floats:
         """Returns dL/d(E, A, B, alpha, beta, gamma)."""
-        n, d = np.broadcast_arrays(np.asarray(n_params, np.float64), np.asarray(tokens, np.float64))
+        n, d = np.asarray(n_params, np.float64), np.asarray(tokens, np.float64)
         of_n, of_d = n**-self.alpha, d**-self.beta
         both = self.A * of_n + self.B * of_d
         power = both**self.gamma
         outer = self.gamma * power / both
         by_alpha, by_beta = -self.A * of_n * np.log(n) * outer, -self.B * of_d * np.log(d) * outer
-        return np.stack([np.ones_like(both), of_n * outer, of_d * outer, by_alpha, by_beta, power * np.log(both)], axis=-1)
+        return in_columns(1.0, of_n * outer, of_d * outer, by_alpha, by_beta, power * np.log(both))
 
     def rescaled(self, n_params: float, tokens: float) -> "Gamma":
         """Returns the law in plain units; A and B change."""
@@ -103,7 +103,7 @@ class Farseer(ScalingLaw):
         ):
             power = np.exp(k * x)
             columns += [outer * power, outer, outer * a * power * x]
-        return np.stack(np.broadcast_arrays(*columns), axis=-1)
+        return in_columns(*columns)
 
     def rescaled(self, n_params: float, tokens: float) -> "Farseer":
         """Returns the law in plain units of N. The form does not allow another unit of D."""
@@ -161,7 +161,7 @@ class Farseer(ScalingLaw):
             of_n * g3,
             of_n * (self.a3 * self.gamma) * dg3 * tanh[2],
         ]
-        return np.stack(np.broadcast_arrays(*columns), axis=-1)
+        return in_columns(*columns)
 
 
 def _box_cox(curvature: float | Floats, x: Floats) -> tuple[Floats, Floats]:

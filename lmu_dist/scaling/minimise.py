@@ -5,6 +5,7 @@ which converges in it. All laws take their steps together, so numpy's overhead i
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,14 @@ class _State:
     gradients: Floats
     hessians: Floats
 
+    def of(self, which: NDArray[Any]) -> "_State":
+        """Returns a copy of the states of some laws, without their Hessians."""
+        return _State(self.vectors[which], self.values[which], self.gradients[which], self.hessians[:0])
+
+    def put(self, which: NDArray[Any], states: "_State") -> None:
+        """Replaces the states of some laws, but for their Hessians."""
+        self.vectors[which], self.values[which], self.gradients[which] = states.vectors, states.values, states.gradients
+
 
 class Batch:
     """A batch of problems on one table: `weights` and `losses` are (laws, rows), or None for ones and the table's losses.
@@ -56,18 +65,19 @@ class Batch:
         residuals, jacobian = self.objective.residuals_and_jacobian(vectors, measured)
         if self.basis is not None:
             jacobian = jacobian @ self.basis.T
-        weights = np.ones_like(residuals) if self.weights is None else self.weights[which]
-        values = np.sum(weights * self.objective.row_values(residuals), axis=1) / DELTA**2
+        weights = 1.0 if self.weights is None else self.weights[which]
+        values = np.add.reduce(weights * self.objective.row_values(residuals), axis=1) / DELTA**2
         slopes = weights * self.objective.slopes(residuals)
         gradients = np.matmul(slopes[:, None, :], jacobian)[:, 0] / DELTA**2
-        good = np.isfinite(values) & np.all(np.isfinite(gradients), axis=1)
+        good = np.isfinite(values) & np.isfinite(gradients).all(axis=1)
         hessians = np.empty((0, self.n_free, self.n_free))
         if hessian:
             scaled = jacobian * (weights * self.objective.curvatures(residuals))[..., None]
             hessians = np.matmul(jacobian.swapaxes(1, 2), scaled) / DELTA**2
             good &= np.all(np.isfinite(hessians), axis=(1, 2))
             hessians[~good] = np.eye(self.n_free)
-        values[~good], gradients[~good] = np.inf, 0.0
+        if not good.all():
+            values[~good], gradients[~good] = np.inf, 0.0
         return _State(vectors, values, gradients, hessians)
 
     def moved(self, vectors: Floats, steps: Floats) -> Floats:
@@ -148,36 +158,29 @@ def _inverse(matrices: Floats) -> Floats:
 
 def _bfgs(batch: Batch, vectors: Floats, tolerance: float, max_steps: int) -> Optima:
     """Minimises by BFGS with a line search that only asks for sufficient decrease; laws that have converged drop out."""
-    everyone = np.arange(len(vectors))
-    now = batch.state(vectors, everyone, hessian=True)
-    inverse = _inverse(now.hessians)
-    active = everyone[np.isfinite(now.values) & (np.abs(now.gradients).max(axis=1) > tolerance)]
-    fresh = np.zeros(len(vectors), np.intp)  # restarts without progress in between
+    found = batch.state(vectors, np.arange(len(vectors)), hessian=True)
+    active = np.flatnonzero(np.isfinite(found.values) & (np.abs(found.gradients).max(axis=1) > tolerance))
+    now, inverse = found.of(active), _inverse(found.hessians)[active]
+    fresh = np.zeros(len(active), np.intp)  # restarts without progress in between
     for _ in range(max_steps):
         if not len(active):
             break
-        slope = now.gradients[active]
-        directions = -np.matmul(inverse[active], slope[..., None])[..., 0]
-        descent = np.sum(directions * slope, axis=1)
+        directions = -np.matmul(inverse, now.gradients[..., None])[..., 0]
+        descent = np.add.reduce(directions * now.gradients, axis=1)
         new, step = _line_search(batch, now, active, directions, descent)
-        moved = step > 0
-        going = active[moved]
-        change = step[moved, None] * directions[moved]
-        bend = new.gradients[moved] - now.gradients[going]
-        inverse[going] = _updated(inverse[going], change, bend)
-        now.vectors[going], now.values[going], now.gradients[going] = (
-            new.vectors[moved],
-            new.values[moved],
-            new.gradients[moved],
-        )
-        fresh[going] = 0
-        stuck = active[~moved]
-        fresh[stuck] += 1
-        if len(stuck) and np.any(fresh[stuck] < 2):  # perhaps the inverse Hessian is bad: start it again
-            again = batch.state(now.vectors[stuck], stuck, hessian=True)
-            inverse[stuck] = _inverse(again.hessians)
-        active = active[(np.abs(now.gradients[active]).max(axis=1) > tolerance) & (fresh[active] < 2)]
-    return Optima(now.vectors, now.values, np.abs(now.gradients).max(axis=1))
+        change, bend = step[:, None] * directions, new.gradients - now.gradients
+        stuck = np.flatnonzero(step == 0)
+        fresh = (fresh + 1) * (step == 0)
+        # A law that is stuck has not changed, and so keeps its inverse; perhaps that is bad: start it again.
+        inverse, now = _updated(inverse, change, bend), new
+        if len(stuck) and np.any(fresh[stuck] < 2):
+            inverse[stuck] = _inverse(batch.state(now.vectors[stuck], active[stuck], hessian=True).hessians)
+        going = (np.abs(now.gradients).max(axis=1) > tolerance) & (fresh < 2)
+        if not going.all():
+            found.put(active[~going], now.of(~going))
+            active, now, inverse, fresh = active[going], now.of(going), inverse[going], fresh[going]
+    found.put(active, now)
+    return Optima(found.vectors, found.values, np.abs(found.gradients).max(axis=1))
 
 
 def _line_search(
@@ -186,19 +189,21 @@ def _line_search(
     """Returns the new states of the active laws and their step lengths; 0 where no step lowers the objective."""
     limit = np.abs(directions).max(axis=1)
     trial = np.minimum(1.0, 2.0 / np.maximum(limit, 1e-300))
-    step = np.zeros(len(active))
-    new = _State(now.vectors[active], now.values[active], now.gradients[active], now.hessians[:0])
-    waiting = np.arange(len(active))
-    for _ in range(25):
-        rows = active[waiting]
-        tried = batch.state(batch.moved(now.vectors[rows], trial[waiting, None] * directions[waiting]), rows, hessian=False)
-        lower = tried.values <= now.values[rows] + ARMIJO * trial[waiting] * descent[waiting]
-        lower &= tried.values < now.values[rows]
-        done = waiting[lower]
-        for name in ("vectors", "values", "gradients"):
-            getattr(new, name)[done] = getattr(tried, name)[lower]
-        step[done] = trial[done]
-        rise = tried.values[~lower] - now.values[rows[~lower]]
+    new, step, waiting = now, np.zeros(len(active)), np.arange(len(active))
+    for attempt in range(25):
+        which = waiting if attempt else slice(None)
+        tried = batch.state(
+            batch.moved(now.vectors[which], trial[which, None] * directions[which]), active[which], hessian=False
+        )
+        lower = tried.values <= now.values[which] + ARMIJO * trial[which] * descent[which]
+        lower &= tried.values < now.values[which]
+        if not attempt:
+            if lower.all():
+                return tried, trial
+            new = now.of(waiting)
+        new.put(waiting[lower], tried.of(lower))
+        step[waiting[lower]] = trial[waiting[lower]]
+        rise = tried.values[~lower] - now.values[waiting[~lower]]
         waiting = waiting[~lower]
         if not len(waiting):
             break
@@ -210,8 +215,9 @@ def _line_search(
 
 def _updated(inverse: Floats, change: Floats, bend: Floats) -> Floats:
     """Returns the inverse Hessians after the update of BFGS, unchanged where the curvature is not positive."""
-    curvature = np.sum(change * bend, axis=1)
-    valid = curvature > 1e-12 * np.linalg.norm(change, axis=1) * np.linalg.norm(bend, axis=1)
+    curvature = np.add.reduce(change * bend, axis=1)
+    sizes = np.sqrt(np.add.reduce(change * change, axis=1)) * np.sqrt(np.add.reduce(bend * bend, axis=1))
+    valid = curvature > 1e-12 * sizes
     rho = np.where(valid, 1 / np.where(valid, curvature, 1), 0)[:, None, None]
     left = np.eye(change.shape[1]) - rho * change[:, :, None] * bend[:, None, :]
     updated = left @ inverse @ left.swapaxes(1, 2) + rho * change[:, :, None] * change[:, None, :]

@@ -48,7 +48,7 @@ class Repeated(ScalingLaw):
         effective, by_r_star = _effective_tokens(tokens, unique_tokens, self.R_star)
         inner = batch_law(Chinchilla, [self.E, self.A, self.B, self.alpha, self.beta])
         by_d = -self.beta * self.B * effective ** (-self.beta - 1)
-        first = inner.gradient(*np.broadcast_arrays(np.asarray(n_params, np.float64), effective))
+        first = inner.gradient(n_params, effective)
         return np.concatenate([first, np.broadcast_to(by_d * by_r_star, first.shape[:-1])[..., None]], axis=-1)
 
     def rescaled(self, n_params: float, tokens: float) -> "Repeated":
