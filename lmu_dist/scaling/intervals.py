@@ -6,7 +6,7 @@ the laws are spread as far as the shared part of the noise demands (`shared_nois
 
 import zlib
 from collections.abc import Callable, Sequence
-from typing import cast
+from functools import cache
 
 import numpy as np
 from scipy.optimize import brentq
@@ -24,6 +24,7 @@ N_RESAMPLES = 1000
 RESAMPLE_TOLERANCE = 1e-2  # gradient in units of DELTA^2; the remaining error is small compared with the interval
 MAX_STEPS = 300  # a resample that needs more belongs to a law that is not determined
 KINK_SHIFTS = (-0.3, -0.2, -0.13, -0.08, -0.04, -0.02, 0.02, 0.04, 0.08, 0.13, 0.2, 0.3)  # of a logarithm
+PROFILE_REACH = (0.62, 82.0)  # how far a profile looks from the best value, in units of it: towards zero, and away from it
 MIN_SHARE = 0.95  # share of the resamples that must have a valid value, otherwise there is no interval
 
 Interval = tuple[float, float]
@@ -144,38 +145,41 @@ def profile_interval(fit: Fit, rows: Rows, name: str) -> tuple[Interval | None, 
     lowest, better = fit.minimised_objective, None
     slack = 1e-6 * abs(lowest) + 1e-12 * DELTA**2 * len(rows)
 
-    def rise(value: float) -> float:
-        """Returns the rise over the limit. Every value starts anew from the fit, so the result depends on the value only."""
+    @cache
+    def distance(value: float) -> float:
+        """Returns the root of the rise, less that of the limit, which is about linear on each side of the best value.
+
+        Every value starts anew from the fit, so the result depends on the value only.
+        """
         nonlocal lowest, better
         if value == best:
-            return -allowed
+            return -float(np.sqrt(allowed))
         refitted = refit(fit.law, rows, constraints=fit.constraints.holding(name, value), tolerance=1e-4)
         if refitted.minimised_objective < lowest - slack:
             lowest, better = refitted.minimised_objective, refitted.law
-        return refitted.minimised_objective - fit.minimised_objective - allowed
+        rise = np.maximum(0.0, refitted.minimised_objective - fit.minimised_objective)  # keeps NaN
+        return float(np.sqrt(rise) - np.sqrt(allowed))
 
-    ends = [_profile_end(rise, best, direction, -allowed) for direction in (-1, 1)]
+    ends = [_profile_end(distance, best, direction) for direction in (-1, 1)]
     if ends[0] is None or ends[1] is None:
         return None, better
     return (ends[0], ends[1]), better
 
 
-def _profile_end(rise: Callable[[float], float], best: float, direction: int, at_best: float) -> float | None:
-    """Returns where `rise` becomes positive on one side of the best value; None if it never does."""
-    inside, outside, step, at_inside, at_outside = best, best, 0.02 * abs(best), at_best, at_best
-    for _ in range(12):
-        outside = inside + direction * step
-        if outside * best <= 0:
+def _profile_end(distance: Callable[[float], float], best: float, direction: int) -> float | None:
+    """Returns where `distance` becomes positive on one side of the best value; None if it does not within PROFILE_REACH."""
+    at_best, gone, inside = distance(best), 0.02 * abs(best), best
+    farthest = abs(best) * PROFILE_REACH[direction * best > 0]
+    while (at_outside := distance(best + direction * gone)) < 0:
+        if gone == farthest:
             return None
-        at_outside = rise(outside)
-        if not at_outside < 0:
-            break
-        inside, step, at_inside = outside, 2 * step, at_outside
-    if not at_outside >= 0:
-        return None
-    if not (at_inside < 0 and np.isfinite(at_outside)):
-        return inside  # by rounding, where the objective is almost flat
-    return cast(float, brentq(rise, inside, outside, xtol=2e-4 * abs(best)))
+        inside = best + direction * gone
+        # A tenth beyond where a straight line would end; at most four times as far as now.
+        line = gone * at_best / (at_best - at_outside) if at_outside > at_best else np.inf
+        gone = min(max(1.1 * line, 1.5 * gone), 4 * gone, farthest)
+    if not np.isfinite(at_outside):
+        return inside if at_outside > 0 else None
+    return brentq(distance, inside, best + direction * gone, xtol=2e-4 * abs(best))
 
 
 def residual_scale(law: ScalingLaw, rows: Rows) -> float:
