@@ -115,15 +115,17 @@ def test_another_epsilon_of_the_norms_names_the_version_that_all_share(monkeypat
 
 
 def test_another_order_of_a_sum_passes(monkeypatch: pytest.MonkeyPatch):
-    linear, before = torch.nn.functional.linear, losses("lmu")
+    linear, changed = torch.nn.functional.linear, list[bool]()
 
     def in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         first, second, third = (linear(x[..., i::3], weight[:, i::3]) for i in range(3))
-        return (third + first if bias is None else third + first + bias) + second
+        result = (third + first if bias is None else third + first + bias) + second
+        changed.append(not torch.equal(result, linear(x, weight, bias)))
+        return result
 
     monkeypatch.setattr(torch.nn.functional, "linear", in_parts)
-    assert losses("lmu") != before
     check("lmu")
+    assert any(changed)  # in the losses the last bits may agree again
 
 
 def update(name: str, version: Any, found: list[float]) -> None:

@@ -171,10 +171,10 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
     const int64_t padded_width = s.padded_width(), stride = s.rows * s.length * padded_width;
     const int64_t size = 2 * s.pairs() * (s.points + 1);
     const Vec inverse_n = splat(1.0f / float(s.points));
-    std::vector<std::vector<float>> thread_sums(at::get_num_threads());
+    std::vector<Buffer> thread_sums(at::get_num_threads());
     at::parallel_for(0, s.rows * s.groups(), 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
-        std::vector<float>& sums = thread_sums[at::get_thread_num()];  // gradients of spectra, then of biases
+        Buffer& sums = thread_sums[at::get_thread_num()];  // gradients of spectra, then of biases
         sums.assign(size, 0.0f);
         std::vector<Complex> x_spectrum(s.points), dx_spectrum(s.points), a(s.points);
         for (int64_t item = begin; item < end; ++item) {
@@ -208,7 +208,7 @@ void convolve_backward(const Sizes& s, const float* x, const Scalar* spectra, co
         }
     });
     const int64_t first_bias = size - 2 * s.pairs();
-    for (const std::vector<float>& sums : thread_sums) {
+    for (const Buffer& sums : thread_sums) {
         if (sums.empty()) continue;
         for (int64_t i = 0; i < first_bias; ++i) dspectra[i] += sums[i];
         for (int64_t k = 0; k < s.kernels; ++k) dbias[k] += sums[first_bias + k];

@@ -4,73 +4,102 @@
 //
 // S is the memory (keys K, values V) of a head. q and k are divided by their 2-norms, and q by sqrt(K). `packed` (rows, tokens,
 // channels) has the queries of all heads, then their keys, then their values; g and beta are (rows, tokens, heads). The columns of
-// S do not meet: LINE of them at a time stay in the first cache, or in registers, for a whole chunk of tokens. What the backward
-// pass needs of a chunk it computes again from the memory before the chunk, which the forward pass keeps. Built and called by
-// kernels/compiled.py for mixers/gated_delta_rule, which computes the same in matrix products of plain torch.
+// S do not meet: a block of them at a time, a few vectors wide, stays in the cache for a whole chunk of tokens. What the
+// backward pass needs of a chunk it computes again from the memory before the chunk, which the forward pass keeps. Built and
+// called by kernels/compiled.py for mixers/gated_delta_rule, which computes the same in matrix products of plain torch.
 
 #include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 
 #include "lanes.h"
 
 namespace {
 
-constexpr int64_t CHUNK = 16;            // tokens; the same number as CHUNK_TOKENS in kernels/gated_delta_rule.py
-constexpr int N_VECTORS = LINE / LANES;  // of a block of columns
+constexpr int64_t CHUNK = 16;  // tokens; the same number as CHUNK_TOKENS in kernels/gated_delta_rule.py
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int MOST_VECTORS = 4;  // of a block of columns
+#else
+constexpr int MOST_VECTORS = 2;  // with four, 16 registers do not hold what a sweep of the backward pass adds up
+#endif
 constexpr float NORM_EPS = 1e-6f;
 
 struct Sizes {
     int64_t rows, tokens, heads, keys, values;
     int64_t channels() const { return heads * (2 * keys + values); }
     int64_t padded_keys() const { return (keys + LANES - 1) / LANES * LANES; }
-    int64_t blocks() const { return (values + LINE - 1) / LINE; }
     int64_t chunks() const { return (tokens + CHUNK - 1) / CHUNK; }
-    int64_t block_size() const { return padded_keys() * LINE; }  // of the memory
+    // Of blocks of N vectors.
+    template <int N>
+    int64_t blocks() const {
+        return (values + N * LANES - 1) / (N * LANES);
+    }
+    template <int N>
+    int64_t block_size() const {  // of the memory
+        return padded_keys() * N * LANES;
+    }
 };
 
 struct Inputs {
     const float *packed, *g, *beta;
 };
 
-// Columns of a block.
+// Columns of a block of N vectors.
+template <int N>
 struct Columns {
-    Vec v[N_VECTORS] = {};
+    Vec v[N] = {};
 
     static Columns of(const float* from) {
         Columns c;
-        for (int i = 0; i < N_VECTORS; ++i) c.v[i] = load(from + i * LANES);
+        for (int i = 0; i < N; ++i) c.v[i] = load(from + i * LANES);
         return c;
     }
     static Columns of(const float* from, int64_t n) {
         Columns c;
-        for (int i = 0; i < N_VECTORS; ++i) c.v[i] = load(from + i * LANES, n - i * LANES);
+        for (int i = 0; i < N; ++i) c.v[i] = load(from + i * LANES, n - i * LANES);
         return c;
     }
     void store_to(float* to) const {
-        for (int i = 0; i < N_VECTORS; ++i) store(to + i * LANES, v[i]);
+        for (int i = 0; i < N; ++i) store(to + i * LANES, v[i]);
     }
     void store_to(float* to, int64_t n) const {
-        for (int i = 0; i < N_VECTORS; ++i) store(to + i * LANES, n - i * LANES, v[i]);
+        for (int i = 0; i < N; ++i) store(to + i * LANES, n - i * LANES, v[i]);
     }
     void add(const Columns& a, const Columns& b) {
-        for (int i = 0; i < N_VECTORS; ++i) v[i] += a.v[i] * b.v[i];
+        for (int i = 0; i < N; ++i) v[i] += a.v[i] * b.v[i];
     }
     void add(float a, const Columns& b) {
-        for (int i = 0; i < N_VECTORS; ++i) v[i] += a * b.v[i];
+        for (int i = 0; i < N; ++i) v[i] += a * b.v[i];
+    }
+    Columns plus(const Columns& b) const {
+        Columns c;
+        for (int i = 0; i < N; ++i) c.v[i] = v[i] + b.v[i];
+        return c;
     }
     Columns times(float a) const {
         Columns c;
-        for (int i = 0; i < N_VECTORS; ++i) c.v[i] = a * v[i];
+        for (int i = 0; i < N; ++i) c.v[i] = a * v[i];
         return c;
     }
     // One vector whose lanes add up to the sum of all numbers.
     Vec folded() const {
         Vec sum = v[0];
-        for (int i = 1; i < N_VECTORS; ++i) sum += v[i];
+        for (int i = 1; i < N; ++i) sum += v[i];
+        return sum;
+    }
+};
+
+// The sum of N terms in several parts, so that additions need not wait for each other.
+template <int N>
+struct Sum {
+    static constexpr int PARTS = 4 / N;
+    Columns<N> parts[PARTS];
+
+    Columns<N> total() const {
+        Columns<N> sum = parts[0];
+        for (int i = 1; i < PARTS; ++i) sum = sum.plus(parts[i]);
         return sum;
     }
 };
@@ -78,7 +107,7 @@ struct Columns {
 // What a chunk of a head reads: unit vectors, (tokens, padded keys), and scalars.
 struct Chunk {
     int64_t first, tokens, padded;
-    std::vector<float> q, k;
+    Buffer q, k;
     float q_scale[CHUNK], k_scale[CHUNK], decay[CHUNK], beta[CHUNK], qk[CHUNK];
 
     explicit Chunk(const Sizes& n) : padded(n.padded_keys()), q(CHUNK * padded), k(CHUNK * padded) {}
@@ -113,52 +142,80 @@ private:
 };
 
 // What the backward pass needs of the tokens of a chunk and a block: D, u, and v - D^T k.
+template <int N>
 struct Kept {
-    std::vector<float> decayed, update, error;
-    explicit Kept(const Sizes& n) : decayed(CHUNK * n.block_size()), update(CHUNK * LINE), error(CHUNK * LINE) {}
+    Buffer decayed, update, error;
+    explicit Kept(const Sizes& n) : decayed(CHUNK * n.block_size<N>()), update(CHUNK * N * LANES), error(CHUNK * N * LANES) {}
 };
 
-// Takes the memory of a block through a chunk. `values` and `out` point to the first token's columns; `out` or `kept` may be null.
-void advance(const Sizes& n, const Chunk& c, const float* values, int64_t n_columns, float* memory, float* out, Kept* kept) {
+// What the memory has found for a key, S^T k, and for a query.
+template <int N, bool WITH_QUERY>
+struct Found {
+    Sum<N> by_key, by_query;
+
+    void add(float k, float q, const Columns<N>& s, int part) {
+        by_key.parts[part].add(k, s);
+        if constexpr (WITH_QUERY) by_query.parts[part].add(q, s);
+    }
+};
+
+// Takes the memory of a block through a chunk. `values` and `out` point to the first token's columns. A token changes the memory,
+// lets it decay for the next one, and looks up what that one needs, in one sweep. KEEPS: whether the backward pass asks. Then D of
+// every token goes to `kept`, and there are no outputs; else the memory is changed in place.
+template <int N, bool KEEPS>
+void advance(const Sizes& n, const Chunk& c, const float* values, int64_t n_columns, float* memory, float* out, Kept<N>* kept) {
+    constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
+    Found<N, !KEEPS> found;
+    float* decayed = memory;
+    if constexpr (KEEPS) decayed = kept->decayed.data();
+    for (int64_t i = 0; i < c.padded; i += PARTS)
+        for (int j = 0; j < PARTS; ++j) {
+            auto s = Columns<N>::of(memory + (i + j) * WIDTH).times(c.decay[0]);
+            s.store_to(decayed + (i + j) * WIDTH);
+            found.add(c.k[i + j], c.q[i + j], s, j);
+        }
     for (int64_t t = 0; t < c.tokens; ++t) {
-        const float *q = &c.q[t * c.padded], *k = &c.k[t * c.padded];
-        Columns found[4], read[4];  // four sums each, so that additions need not wait for each other
-        for (int64_t i = 0; i < c.padded; i += 4)
-            for (int j = 0; j < 4; ++j) {
-                Columns s = Columns::of(memory + (i + j) * LINE);
-                found[j].add(k[i + j], s);
-                read[j].add(q[i + j], s);
+        auto value = Columns<N>::of(values + t * n.channels(), n_columns);
+        value.add(-1.0f, found.by_key.total());
+        Columns<N> update = value.times(c.beta[t]);
+        if constexpr (KEEPS) {
+            update.store_to(&kept->update[t * WIDTH]);
+            value.store_to(&kept->error[t * WIDTH]);
+        } else {
+            Columns<N> o = found.by_query.total();
+            o.add(c.qk[t], update);
+            o.store_to(out + t * n.heads * n.values, n_columns);
+        }
+        bool is_last = t == c.tokens - 1;
+        if (KEEPS && is_last) break;
+        int64_t next = is_last ? t : t + 1;
+        const float decay = is_last ? 1.0f : c.decay[next];
+        const float *k = &c.k[t * c.padded], *next_k = &c.k[next * c.padded], *next_q = &c.q[next * c.padded];
+        float* after = KEEPS ? decayed + n.block_size<N>() : decayed;
+        found = {};
+        for (int64_t i = 0; i < c.padded; i += PARTS)
+            for (int j = 0; j < PARTS; ++j) {
+                auto s = Columns<N>::of(decayed + (i + j) * WIDTH);
+                s.add(k[i + j], update);
+                s = s.times(decay);
+                s.store_to(after + (i + j) * WIDTH);
+                found.add(next_k[i + j], next_q[i + j], s, j);
             }
-        Columns value = Columns::of(values + t * n.channels(), n_columns), update, o;
-        for (int i = 0; i < N_VECTORS; ++i) {
-            value.v[i] -= c.decay[t] * ((found[0].v[i] + found[1].v[i]) + (found[2].v[i] + found[3].v[i]));
-            update.v[i] = c.beta[t] * value.v[i];
-            o.v[i] = c.decay[t] * ((read[0].v[i] + read[1].v[i]) + (read[2].v[i] + read[3].v[i])) + c.qk[t] * update.v[i];
-        }
-        if (out) o.store_to(out + t * n.heads * n.values, n_columns);
-        float* decayed = kept ? &kept->decayed[t * n.block_size()] : nullptr;
-        for (int64_t i = 0; i < c.padded; ++i) {
-            Columns s = Columns::of(memory + i * LINE).times(c.decay[t]);
-            if (kept) s.store_to(decayed + i * LINE);
-            s.add(k[i], update);
-            s.store_to(memory + i * LINE);
-        }
-        if (kept) {
-            update.store_to(&kept->update[t * LINE]);
-            value.store_to(&kept->error[t * LINE]);
-        }
+        decayed = after;
     }
 }
 
 // Copies a block of a memory (keys, values) into a padded one, or back.
-void read_block(const Sizes& n, const float* from, int64_t block, float* to) {
+template <int N>
+void read_block(const Sizes& n, const float* from, int64_t first, float* to) {
     for (int64_t i = 0; i < n.keys; ++i)
-        Columns::of(from + i * n.values + block * LINE, n.values - block * LINE).store_to(to + i * LINE);
+        Columns<N>::of(from + i * n.values + first, n.values - first).store_to(to + i * N * LANES);
 }
 
-void write_block(const Sizes& n, const float* from, int64_t block, float* to) {
+template <int N>
+void write_block(const Sizes& n, const float* from, int64_t first, float* to) {
     for (int64_t i = 0; i < n.keys; ++i)
-        Columns::of(from + i * LINE).store_to(to + i * n.values + block * LINE, n.values - block * LINE);
+        Columns<N>::of(from + i * N * LANES).store_to(to + i * n.values + first, n.values - first);
 }
 
 // Runs `work(row, head)` for every head of every row. A head is one task, so the order of sums does not depend on the threads.
@@ -171,21 +228,23 @@ void for_each_head(const Sizes& n, const Work& work) {
 }
 
 // states: (rows, heads, chunks + 1, keys, values), before every chunk and after the last. The first of each head is given.
+template <int N>
 void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
     for_each_head(n, [&](int64_t row, int64_t head) {
         Chunk c(n);
-        std::vector<float> memory(n.blocks() * n.block_size());
-        float* of_head = states + (row * n.heads + head) * (n.chunks() + 1) * n.keys * n.values;
-        for (int64_t b = 0; b < n.blocks(); ++b) read_block(n, of_head, b, &memory[b * n.block_size()]);
+        int64_t size = n.keys * n.values;
+        Buffer memory(n.blocks<N>() * n.block_size<N>());
+        float* of_head = states + (row * n.heads + head) * (n.chunks() + 1) * size;
+        for (int64_t b = 0; b < n.blocks<N>(); ++b) read_block<N>(n, of_head, b * N * LANES, &memory[b * n.block_size<N>()]);
         for (int64_t chunk = 0; chunk < n.chunks(); ++chunk) {
             c.read(n, in, row, head, chunk);
             int64_t token = row * n.tokens + c.first;
-            for (int64_t b = 0; b < n.blocks(); ++b) {
-                float* of_block = &memory[b * n.block_size()];
-                int64_t column = head * n.values + b * LINE;
-                advance(n, c, in.packed + token * n.channels() + 2 * n.heads * n.keys + column, n.values - b * LINE, of_block,
-                        out + token * n.heads * n.values + column, nullptr);
-                write_block(n, of_block, b, of_head + (chunk + 1) * n.keys * n.values);
+            for (int64_t b = 0; b < n.blocks<N>(); ++b) {
+                float* of_block = &memory[b * n.block_size<N>()];
+                int64_t first = b * N * LANES, column = head * n.values + first;
+                advance<N, false>(n, c, in.packed + token * n.channels() + 2 * n.heads * n.keys + column, n.values - first,
+                                  of_block, out + token * n.heads * n.values + column, nullptr);
+                write_block<N>(n, of_block, first, of_head + (chunk + 1) * size);
             }
         }
     });
@@ -197,7 +256,7 @@ struct Gradients {
 
 // Gradients of a chunk's unit vectors, (tokens, padded keys), and scalars, summed over the blocks.
 struct ChunkGradients {
-    std::vector<float> q, k;
+    Buffer q, k;
     float g[CHUNK], beta[CHUNK];
     explicit ChunkGradients(const Sizes& n) : q(CHUNK * n.padded_keys()), k(CHUNK * n.padded_keys()) {}
 
@@ -207,44 +266,63 @@ struct ChunkGradients {
     }
 };
 
-// Takes the gradient of a block of the memory back through a chunk.
-void go_back(const Sizes& n, const Chunk& c, const Kept& kept, int64_t n_columns, const float* dout, float* dmemory,
+// Takes the gradient of a block of the memory back through a chunk. In one sweep it leaves a token and enters the one before.
+template <int N>
+void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_columns, const float* dout, float* dmemory,
              float* dvalues, ChunkGradients& d) {
-    for (int64_t t = c.tokens - 1; t >= 0; --t) {
-        const float *q = &c.q[t * c.padded], *k = &c.k[t * c.padded], *decayed = &kept.decayed[t * n.block_size()];
-        Columns dread = Columns::of(dout + t * n.heads * n.values, n_columns), update = Columns::of(&kept.update[t * LINE]);
-        Columns dupdate[2], along_error, along_out;
-        for (int64_t i = 0; i < c.padded; ++i) {
-            Columns ds = Columns::of(dmemory + i * LINE);
-            ds.add(q[i], dread);
-            ds.store_to(dmemory + i * LINE);
-            dupdate[i % 2].add(k[i], ds);
-        }
-        for (int i = 0; i < N_VECTORS; ++i) dupdate[0].v[i] += dupdate[1].v[i];
-        along_error.add(dupdate[0], Columns::of(&kept.error[t * LINE]));
+    constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
+    auto dout_of = [&](int64_t t) { return Columns<N>::of(dout + t * n.heads * n.values, n_columns); };
+    // Adds the gradient by a token's output to a row; adds what that row says about the token's update to `sum`.
+    auto enter = [](Columns<N>& ds, float q, float k, const Columns<N>& dread, Sum<N>& sum, int64_t row) {
+        ds.add(q, dread);
+        sum.parts[row % PARTS].add(k, ds);
+    };
+    int64_t last = c.tokens - 1;
+    Columns<N> dread = dout_of(last);
+    Sum<N> sum;
+    for (int64_t i = 0; i < c.padded; ++i) {
+        auto ds = Columns<N>::of(dmemory + i * WIDTH);
+        enter(ds, c.q[last * c.padded + i], c.k[last * c.padded + i], dread, sum, i);
+        ds.store_to(dmemory + i * WIDTH);
+    }
+    for (int64_t t = last; t >= 0; --t) {
+        const float *k = &c.k[t * c.padded], *decayed = &kept.decayed[t * n.block_size<N>()];
+        auto update = Columns<N>::of(&kept.update[t * WIDTH]);
+        Columns<N> dupdate = sum.total(), along_error, along_out;
+        along_error.add(dupdate, Columns<N>::of(&kept.error[t * WIDTH]));
         along_out.add(update, dread);
-        Columns dvalue = dupdate[0].times(c.beta[t]), minus = dvalue.times(-1.0f), along_decay;
+        Columns<N> dvalue = dupdate.times(c.beta[t]), minus = dvalue.times(-1.0f);
         dvalue.store_to(dvalues + t * n.channels(), n_columns);
         d.beta[t] += horizontal_sum(along_error.folded());
         float of_update = horizontal_sum(along_out.folded());
+        // At the first token there is none before: nothing is added to the gradient of the memory before the chunk.
+        Columns<N> dread_before = t ? dout_of(t - 1) : Columns<N>{};
+        const float *k_before = t ? k - c.padded : k, *q_before = &c.q[t ? (t - 1) * c.padded : 0];
+        Vec along_decay{};
+        sum = {};
         for (int64_t first = 0; first < c.padded; first += LANES) {
             Vec of_q[LANES], of_k[LANES];
             for (int j = 0; j < LANES; ++j) {
                 int64_t i = first + j;
-                Columns s = Columns::of(decayed + i * LINE), ds = Columns::of(dmemory + i * LINE), dq, dk;
+                auto s = Columns<N>::of(decayed + i * WIDTH), ds = Columns<N>::of(dmemory + i * WIDTH);
+                Columns<N> dq, dk, of_decay;
                 dq.add(s, dread);
                 dk.add(ds, update);
                 dk.add(s, minus);
                 ds.add(k[i], minus);
-                along_decay.add(ds, s);
-                ds.times(c.decay[t]).store_to(dmemory + i * LINE);
+                of_decay.add(ds, s);
+                along_decay += of_decay.folded();
+                ds = ds.times(c.decay[t]);
+                enter(ds, q_before[i], k_before[i], dread_before, sum, j);
+                ds.store_to(dmemory + i * WIDTH);
                 of_q[j] = dq.folded(), of_k[j] = dk.folded();
             }
             float *dq = &d.q[t * c.padded + first], *dk = &d.k[t * c.padded + first];
             store(dq, load(dq) + horizontal_sums(of_q) + of_update * load(k + first));
             store(dk, load(dk) + horizontal_sums(of_k));
         }
-        d.g[t] += horizontal_sum(along_decay.folded());
+        d.g[t] += horizontal_sum(along_decay);
+        dread = dread_before;
     }
 }
 
@@ -255,27 +333,29 @@ void unit_backward(const Sizes& n, const Chunk& c, const float* u, float* du, fl
         store(dx + i, n.keys - i, (load(du + i) - along * load(u + i)) * by);
 }
 
-void backward(const Sizes& n, const Inputs& in, const float* states, const float* dout, const float* dend, Gradients to,
+template <int N>
+void backward(const Sizes& n, const Inputs& in, const float* states, const float* dout, const float* dend, const Gradients& to,
               float* dinitial) {
     for_each_head(n, [&](int64_t row, int64_t head) {
         Chunk c(n);
-        Kept kept(n);
+        Kept<N> kept(n);
         ChunkGradients d(n);
         int64_t task = row * n.heads + head, size = n.keys * n.values;
         const float* of_head = states + task * (n.chunks() + 1) * size;
-        std::vector<float> memory(n.block_size()), dmemory(n.blocks() * n.block_size());
-        for (int64_t b = 0; b < n.blocks(); ++b) read_block(n, dend + task * size, b, &dmemory[b * n.block_size()]);
+        Buffer memory(n.block_size<N>()), dmemory(n.blocks<N>() * n.block_size<N>());
+        for (int64_t b = 0; b < n.blocks<N>(); ++b)
+            read_block<N>(n, dend + task * size, b * N * LANES, &dmemory[b * n.block_size<N>()]);
         for (int64_t chunk = n.chunks() - 1; chunk >= 0; --chunk) {
             c.read(n, in, row, head, chunk);
             d.clear();
             int64_t token = row * n.tokens + c.first;
             float* of_chunk = to.packed + token * n.channels();
-            for (int64_t b = 0; b < n.blocks(); ++b) {
-                int64_t column = head * n.values + b * LINE, value = 2 * n.heads * n.keys + column, n_columns = n.values - b * LINE;
-                read_block(n, of_head + chunk * size, b, memory.data());
-                advance(n, c, in.packed + token * n.channels() + value, n_columns, memory.data(), nullptr, &kept);
-                go_back(n, c, kept, n_columns, dout + token * n.heads * n.values + column, &dmemory[b * n.block_size()],
-                        of_chunk + value, d);
+            for (int64_t b = 0; b < n.blocks<N>(); ++b) {
+                int64_t first = b * N * LANES, column = head * n.values + first, value = 2 * n.heads * n.keys + column;
+                read_block<N>(n, of_head + chunk * size, first, memory.data());
+                advance<N, true>(n, c, in.packed + token * n.channels() + value, n.values - first, memory.data(), nullptr, &kept);
+                go_back<N>(n, c, kept, n.values - first, dout + token * n.heads * n.values + column,
+                           &dmemory[b * n.block_size<N>()], of_chunk + value, d);
             }
             for (int64_t t = 0; t < c.tokens; ++t) {
                 float* dx = of_chunk + t * n.channels() + head * n.keys;
@@ -286,8 +366,20 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                 to.beta[(token + t) * n.heads + head] = d.beta[t];
             }
         }
-        for (int64_t b = 0; b < n.blocks(); ++b) write_block(n, &dmemory[b * n.block_size()], b, dinitial + task * size);
+        for (int64_t b = 0; b < n.blocks<N>(); ++b)
+            write_block<N>(n, &dmemory[b * n.block_size<N>()], b * N * LANES, dinitial + task * size);
     });
+}
+
+// Calls `work.operator()<N>()` for the number of vectors of a block, fewer if the values fill fewer.
+template <typename Work>
+void for_width(int64_t values, const Work& work) {
+    if (values > 2 * LANES)
+        work.template operator()<MOST_VECTORS>();
+    else if (values > LANES)
+        work.template operator()<2>();
+    else
+        work.template operator()<1>();
 }
 
 }  // namespace
@@ -297,16 +389,18 @@ int lmu_gated_delta_rule_chunk() { return CHUNK; }
 
 int lmu_gated_delta_rule_forward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t keys, int64_t values,
                                          const float* packed, const float* g, const float* beta, float* states, float* out) {
-    return error_code([&] { forward(Sizes{rows, tokens, heads, keys, values}, Inputs{packed, g, beta}, states, out); });
+    Sizes n{rows, tokens, heads, keys, values};
+    return error_code([&] { for_width(values, [&]<int N>() { forward<N>(n, Inputs{packed, g, beta}, states, out); }); });
 }
 
 int lmu_gated_delta_rule_backward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t keys, int64_t values,
                                           const float* packed, const float* g, const float* beta, const float* states,
                                           const float* dout, const float* dend, float* dpacked, float* dg, float* dbeta,
                                           float* dinitial) {
+    Sizes n{rows, tokens, heads, keys, values};
+    Gradients to{dpacked, dg, dbeta};
     return error_code([&] {
-        backward(Sizes{rows, tokens, heads, keys, values}, Inputs{packed, g, beta}, states, dout, dend,
-                 Gradients{dpacked, dg, dbeta}, dinitial);
+        for_width(values, [&]<int N>() { backward<N>(n, Inputs{packed, g, beta}, states, dout, dend, to, dinitial); });
     });
 }
 }

@@ -13,7 +13,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "lanes.h"
 
@@ -61,7 +60,7 @@ inline void with_constant(int n, const Work& work) {
 // products of gelu's slope at V with d out, `slopes` gelu's slopes at Q and below at K.
 struct Workspace {
     int rows, width, vectors, padded_width, padded_rows;
-    std::vector<float> q, k, slopes, values, weights, p_weights, column_mask, dweights, row;
+    Buffer q, k, slopes, values, weights, p_weights, column_mask, dweights, row;
 
     Workspace(int rows, int width, bool backward)
         : rows(rows), width(width), vectors((width + LANES - 1) / LANES), padded_width(vectors * LANES),
@@ -264,7 +263,7 @@ template <typename T>
 void backward(const Sizes& n, T* pre, const float* p, const T* dout, float* dp, float scale) {
     int64_t row_stride = n.chunks * n.width;
     int threads = at::get_num_threads();
-    std::vector<float> thread_sums(static_cast<size_t>(threads) * n.rows, 0.0f);
+    Buffer thread_sums(static_cast<size_t>(threads) * n.rows, 0.0f);
     at::parallel_for(0, n.chunks * n.tokens, 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
         Workspace workspace(n.rows, n.width, true);

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <vector>
 
 #if defined(__SSE__)
 #include <immintrin.h>
@@ -25,6 +26,20 @@
 constexpr int LINE = 16;  // float32 numbers of a cache line; rows of channels are padded to whole lines
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t IVec __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+// Allocates at the start of a cache line: a vector that crosses the end of one takes two loads or stores.
+template <typename T>
+struct LineAllocator {
+    using value_type = T;
+    static constexpr std::align_val_t ALIGNMENT{LINE * sizeof(float)};
+    LineAllocator() = default;
+    template <typename U>
+    LineAllocator(const LineAllocator<U>&) {}
+    T* allocate(std::size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), ALIGNMENT)); }
+    void deallocate(T* p, std::size_t) { ::operator delete(p, ALIGNMENT); }
+    bool operator==(const LineAllocator&) const { return true; }
+};
+using Buffer = std::vector<float, LineAllocator<float>>;
 
 inline Vec splat(float x) { return Vec{} + x; }
 
@@ -185,6 +200,12 @@ inline Vec exp_negative(Vec x) {
     y = y * r + 5.0000001201e-1f;
     y = y * r * r + r + 1.0f;
     return (Vec)((IVec)y + (n << 23));
+}
+
+inline Vec sigmoid(Vec z) {
+    Vec e = exp_negative(z < 0.0f ? z : -z);
+    Vec s = reciprocal(1.0f + e);
+    return z < 0.0f ? e * s : s;
 }
 
 // Flushes denormals, numbers below 1.2e-38, to 0 while in scope. The tails of softmax and gelu, and the gradients computed from

@@ -9,12 +9,12 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "lanes.h"
 
 namespace {
 
+constexpr int TILE = 4;        // tokens that are computed together, and share what is loaded
 constexpr int64_t BLOCK = 32;  // tokens of a task. The tasks, and so the order of all sums, do not depend on the threads
 
 struct Sizes {
@@ -24,80 +24,110 @@ struct Sizes {
 };
 
 // Weights by tap, (taps, padded channels), padded with zeros.
-std::vector<float> by_tap(const Sizes& n, const float* weight) {
-    std::vector<float> result(n.taps * n.padded(), 0.0f);
+Buffer by_tap(const Sizes& n, const float* weight) {
+    Buffer result(n.taps * n.padded(), 0.0f);
     for (int64_t c = 0; c < n.channels; ++c)
         for (int64_t j = 0; j < n.taps; ++j) result[j * n.padded() + c] = weight[c * n.taps + j];
     return result;
 }
 
-inline Vec sigmoid(Vec z) {
-    Vec e = exp_negative(z < 0.0f ? z : -z);
-    Vec s = 1.0f / (1.0f + e);
-    return z < 0.0f ? e * s : s;
+// z of TOKENS tokens from t on, for the channels from c on; x points to the first token of the row. Several tokens share what is
+// loaded, but need all their inputs in the row. TAPS: the taps of the kernel if they are known to the compiler, else 0.
+template <int TOKENS, int TAPS, typename T>
+inline void convolve(const Sizes& n, const T* x, const float* taps, int64_t t, int64_t c, Vec* z) {
+    const int64_t n_taps = TAPS ? TAPS : n.taps;
+    for (int i = 0; i < TOKENS; ++i) z[i] = Vec{};
+    for (int64_t j = TOKENS > 1 ? 0 : std::max<int64_t>(0, n_taps - 1 - t); j < n_taps; ++j) {
+        Vec weight = load(taps + j * n.padded() + c);
+        for (int i = 0; i < TOKENS; ++i) z[i] += weight * load(x + (t + i - n_taps + 1 + j) * n.channels + c, n.channels - c);
+    }
 }
 
-// z of token t for the channels from c on; x points to the first token of the row.
-template <typename T>
-inline Vec convolve(const Sizes& n, const T* x, const float* taps, int64_t t, int64_t c) {
-    Vec z{};
-    for (int64_t j = std::max<int64_t>(0, n.taps - 1 - t); j < n.taps; ++j)
-        z += load(taps + j * n.padded() + c) * load(x + (t - n.taps + 1 + j) * n.channels + c, n.channels - c);
-    return z;
+// Calls `work.operator()<TOKENS>(t)` for the tokens from first to last: TILE of them at a time where `fits(t)`, else one.
+template <typename Fits, typename Work>
+void for_tokens(int64_t first, int64_t last, const Fits& fits, const Work& work) {
+    for (int64_t t = first; t < last;) {
+        if (t + TILE <= last && fits(t)) {
+            work.template operator()<TILE>(t);
+            t += TILE;
+        } else {
+            work.template operator()<1>(t++);
+        }
+    }
 }
 
-template <typename T>
+template <int TAPS, typename T>
 void forward(const Sizes& n, const T* x, const float* weight, T* y) {
-    std::vector<float> taps = by_tap(n, weight);
+    Buffer taps = by_tap(n, weight);
     at::parallel_for(0, n.rows * n.blocks(), 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
         for (int64_t task = begin; task < end; ++task) {
             const T* row = x + task / n.blocks() * n.tokens * n.channels;
             T* out = y + task / n.blocks() * n.tokens * n.channels;
             int64_t first = task % n.blocks() * BLOCK, last = std::min(first + BLOCK, n.tokens);
-            for (int64_t t = first; t < last; ++t)
+            auto outputs = [&]<int TOKENS>(int64_t t) {
                 for (int64_t c = 0; c < n.channels; c += LANES) {
-                    Vec z = convolve(n, row, taps.data(), t, c);
-                    store(out + t * n.channels + c, n.channels - c, n.silu ? z * sigmoid(z) : z);
+                    Vec z[TOKENS];
+                    convolve<TOKENS, TAPS>(n, row, taps.data(), t, c, z);
+                    for (int i = 0; i < TOKENS; ++i)
+                        store(out + (t + i) * n.channels + c, n.channels - c, n.silu ? z[i] * sigmoid(z[i]) : z[i]);
                 }
+            };
+            for_tokens(first, last, [&](int64_t t) { return t >= n.taps - 1; }, outputs);
         }
     });
 }
 
-template <typename T>
+template <int TAPS, typename T>
 void backward(const Sizes& n, const T* x, const float* weight, const T* dy, T* dx, float* dweight) {
-    std::vector<float> taps = by_tap(n, weight);
+    Buffer taps = by_tap(n, weight);
+    const int64_t n_taps = TAPS ? TAPS : n.taps;
     int64_t tasks = n.rows * n.blocks(), size = n.taps * n.padded();
-    std::vector<float> sums(tasks * size, 0.0f);
+    Buffer sums(tasks * size, 0.0f);
     at::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
         FlushDenormals scope;
-        std::vector<float> dz((BLOCK + n.taps - 1) * n.padded());
+        Buffer dz((BLOCK + n.taps - 1) * n.padded());
         for (int64_t task = begin; task < end; ++task) {
             int64_t row = task / n.blocks() * n.tokens * n.channels;
             int64_t first = task % n.blocks() * BLOCK, last = std::min(first + BLOCK, n.tokens);
             int64_t reach = std::min(last + n.taps - 1, n.tokens);  // tokens of the next block that read this block's x
             float* sum = &sums[task * size];
-            for (int64_t t = first; t < reach; ++t)
+            auto gradients_of_z = [&]<int TOKENS>(int64_t t) {
                 for (int64_t c = 0; c < n.channels; c += LANES) {
-                    Vec d = load(dy + row + t * n.channels + c, n.channels - c);
+                    Vec d[TOKENS], z[TOKENS];
+                    for (int i = 0; i < TOKENS; ++i) d[i] = load(dy + row + (t + i) * n.channels + c, n.channels - c);
                     if (n.silu) {
-                        Vec z = convolve(n, x + row, taps.data(), t, c), s = sigmoid(z);
-                        d *= s * (1.0f + z * (1.0f - s));
+                        convolve<TOKENS, TAPS>(n, x + row, taps.data(), t, c, z);
+                        for (int i = 0; i < TOKENS; ++i) {
+                            Vec s = sigmoid(z[i]);
+                            d[i] *= s * (1.0f + z[i] * (1.0f - s));
+                        }
                     }
-                    store(&dz[(t - first) * n.padded() + c], d);
-                    for (int64_t j = std::max<int64_t>(0, n.taps - 1 - t); t < last && j < n.taps; ++j) {
-                        const T* from = x + row + (t - n.taps + 1 + j) * n.channels + c;
+                    for (int i = 0; i < TOKENS; ++i) store(&dz[(t + i - first) * n.padded() + c], d[i]);
+                    for (int64_t j = TOKENS > 1 ? 0 : std::max<int64_t>(0, n_taps - 1 - t); t < last && j < n_taps; ++j) {
                         float* to = sum + j * n.padded() + c;
-                        store(to, load(to) + d * load(from, n.channels - c));
+                        Vec total = load(to);
+                        for (int i = 0; i < TOKENS; ++i)
+                            total += d[i] * load(x + row + (t + i - n_taps + 1 + j) * n.channels + c, n.channels - c);
+                        store(to, total);
                     }
                 }
-            for (int64_t t = first; t < last; ++t)
+            };
+            auto gradients_of_x = [&]<int TOKENS>(int64_t t) {
                 for (int64_t c = 0; c < n.channels; c += LANES) {
-                    Vec d{};
-                    for (int64_t j = std::max<int64_t>(0, t + n.taps - reach); j < n.taps; ++j)
-                        d += load(&taps[j * n.padded() + c]) * load(&dz[(t + n.taps - 1 - j - first) * n.padded() + c]);
-                    store(dx + row + t * n.channels + c, n.channels - c, d);
+                    Vec d[TOKENS] = {};
+                    for (int64_t j = TOKENS > 1 ? 0 : std::max<int64_t>(0, t + n_taps - reach); j < n_taps; ++j) {
+                        const float* from = &dz[(t + n_taps - 1 - j - first) * n.padded() + c];
+                        Vec of_tap = load(&taps[j * n.padded() + c]);
+                        for (int i = 0; i < TOKENS; ++i) d[i] += of_tap * load(from + i * n.padded());
+                    }
+                    for (int i = 0; i < TOKENS; ++i) store(dx + row + (t + i) * n.channels + c, n.channels - c, d[i]);
                 }
+            };
+            auto has_inputs = [&](int64_t t) { return t >= n.taps - 1; };
+            for_tokens(first, last, has_inputs, gradients_of_z);
+            for_tokens(last, reach, has_inputs, gradients_of_z);
+            for_tokens(first, last, [&](int64_t t) { return t + TILE + n.taps - 1 <= reach; }, gradients_of_x);
         }
     });
     for (int64_t task = 1; task < tasks; ++task)
@@ -106,16 +136,27 @@ void backward(const Sizes& n, const T* x, const float* weight, const T* dy, T* d
         for (int64_t j = 0; j < n.taps; ++j) dweight[c * n.taps + j] = sums.empty() ? 0.0f : sums[j * n.padded() + c];
 }
 
+// Calls `work.operator()<TAPS>()`.
+template <typename Work>
+void for_taps(int64_t taps, const Work& work) {
+    if (taps == 4)  // those of all models
+        work.template operator()<4>();
+    else
+        work.template operator()<0>();
+}
+
 }  // namespace
 
 #define ENTRIES(name, T)                                                                                                     \
     int lmu_short_convolution_forward_##name(int64_t rows, int64_t tokens, int64_t channels, int64_t taps, int64_t silu,     \
                                              const T* x, const float* weight, T* y) {                                        \
-        return error_code([&] { forward(Sizes{rows, tokens, channels, taps, silu}, x, weight, y); });                        \
+        Sizes n{rows, tokens, channels, taps, silu};                                                                         \
+        return error_code([&] { for_taps(taps, [&]<int TAPS>() { forward<TAPS>(n, x, weight, y); }); });                     \
     }                                                                                                                        \
     int lmu_short_convolution_backward_##name(int64_t rows, int64_t tokens, int64_t channels, int64_t taps, int64_t silu,    \
                                               const T* x, const float* weight, const T* dy, T* dx, float* dweight) {         \
-        return error_code([&] { backward(Sizes{rows, tokens, channels, taps, silu}, x, weight, dy, dx, dweight); });         \
+        Sizes n{rows, tokens, channels, taps, silu};                                                                         \
+        return error_code([&] { for_taps(taps, [&]<int TAPS>() { backward<TAPS>(n, x, weight, dy, dx, dweight); }); });      \
     }
 
 extern "C" {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
+from lmu_dist.models.kernels import compiled
 from lmu_dist.models.norms import RMS_EPS
 
 
@@ -30,10 +31,21 @@ class GatedRMSNorm(nn.Module):
 
 
 class _GatedNorm(torch.autograd.Function):
-    """x and gate (.., E), weight (E,), groups, order -> (.., E). Keeps x, the gate and one number for each norm."""
+    """x and gate (.., E), weight (E,), groups, order -> (.., E). Keeps x, the gate and one number for each norm.
+
+    In C++ on a CPU if x is float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, n_groups: int, gate_first: bool) -> Tensor:
+        if _is_in_cpp(x, gate):
+            x, gate = x.contiguous(), gate.contiguous()
+            y, scale = torch.empty_like(gate), x.new_empty(*x.shape[:-1], n_groups, 1)
+            sizes = (scale.numel() // n_groups, n_groups, x.shape[-1] // n_groups, int(gate_first))
+            compiled.call("lmu_gated_norm_forward", gate.dtype, sizes, (gate, x, weight.float(), y, scale), RMS_EPS)
+            ctx.save_for_backward(x, gate, weight, scale)
+            ctx.gate_first = gate_first
+            return y
         opened, grouped = F.silu(gate.to(x.dtype)), (n_groups, -1)
         y = (x * opened if gate_first else x).unflatten(-1, grouped)
         scale = y.square().mean(-1, keepdim=True).add_(RMS_EPS).rsqrt_()
@@ -45,6 +57,13 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gate, weight, scale = ctx.saved_tensors
+        if _is_in_cpp(x, gate):
+            dx, dgate, dweight = torch.empty_like(x), torch.empty_like(gate), torch.empty(weight.shape, dtype=torch.float32)
+            n_groups = scale.shape[-2]
+            sizes = (scale.numel() // n_groups, n_groups, x.shape[-1] // n_groups, int(ctx.gate_first))
+            tensors = (gate, x, weight.float(), scale, gradients[0].contiguous(), dgate, dx, dweight)
+            compiled.call("lmu_gated_norm_backward", gate.dtype, sizes, tensors)
+            return dx, dgate, dweight.to(weight.dtype), None, None
         dy, gate_in_float = gradients[0].to(x.dtype), gate.to(x.dtype)
         opened, grouped = F.silu(gate_in_float), (scale.shape[-2], -1)
         normed = ((x * opened if ctx.gate_first else x).unflatten(-1, grouped) * scale).flatten(-2)
@@ -60,3 +79,7 @@ class _GatedNorm(torch.autograd.Function):
             dopened, dx = dx * x, dx * opened
         dgate = torch.ops.aten.silu_backward(dopened, gate_in_float).to(gate.dtype)
         return dx, dgate, dweight, None, None
+
+
+def _is_in_cpp(x: Tensor, gate: Tensor) -> bool:
+    return x.dtype == torch.float32 and compiled.is_available(gate.dtype, gate.device)
