@@ -20,7 +20,7 @@ for words in json.loads(sys.argv[1]):
 
 
 def run_commands(folder: Path, environment: Mapping[str, str], *commands: str) -> list[str]:
-    """The outputs of commands that are run in a folder, which is no place for imports. All of them must succeed."""
+    """The outputs of commands that are run in a folder. All must succeed. Imports are from there only by PYTHONPATH."""
     process = [sys.executable, "-P", "-c", SEVERAL_COMMANDS, json.dumps([line.split() for line in commands])]
     done = subprocess.run(process, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=400)
     results = [json.loads(line) for line in done.stdout.splitlines()]

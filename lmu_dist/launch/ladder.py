@@ -62,14 +62,18 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
             _write_plan(store, cells, baseline, state.not_needed())
         claim.end_study(store, config, LADDER_STUDY, known=state.runs_for_study())
         return state.result(())
-    notes = _train(state, config, cells_to_rerun, progress)
+    try:
+        notes = _train(state, config, cells_to_rerun, progress)
+    except BaseException as e:
+        claim.end_study(store, config, LADDER_STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
+        raise
     _write_plan(store, cells, baseline, state.not_needed())  # again, if MLflow was unavailable at the start
     claim.end_study(store, config, LADDER_STUDY, "FAILED" if state.failures else "FINISHED", state.runs_for_study())
     return state.result(notes)
 
 
 def _train(state: LadderState, config: Config, cells_to_rerun: Sequence[Cell], progress: Progress) -> tuple[str, ...]:
-    """Trains what is missing, and the cells to rerun. Returns notes of the end."""
+    """Trains what is missing, and the cells to rerun. Returns notes for the user about the shutdown."""
     from lmu_dist.launch.ladder_driver import CLOSING_SECONDS, LadderDriver  # imports Ray Tune, which takes over a second
     from lmu_dist.launch.trials import wait_for_release
 
@@ -83,9 +87,8 @@ def _train(state: LadderState, config: Config, cells_to_rerun: Sequence[Cell], p
                 state.forget(cell)
             driver.run(storage.local_state_dir(config.storage_folder) / "tune")
             return wait_for_release()
-    except BaseException as e:
+    except BaseException:
         driver.close(records.INTERRUPTED, CLOSING_SECONDS)
-        claim.end_study(state.store, config, LADDER_STUDY, "FAILED" if isinstance(e, FailedError) else "KILLED")
         raise
 
 

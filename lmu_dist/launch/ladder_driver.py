@@ -1,6 +1,6 @@
 """The driver of a ladder that has cells to train: Ray Tune trials, which take trunks from a queue, wave after wave.
 
-Ray Tune takes more than a second to import, so this module is imported where something is to train. Called by ladder.
+Ray Tune takes more than a second to import, so this module is imported only if cells must be trained. Called by ladder.
 """
 
 import time

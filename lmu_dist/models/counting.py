@@ -24,7 +24,7 @@ def largest_tensor(sublayers: Sequence[nn.Module]) -> int:
 
 def matmul_flops(sublayers: Sequence[nn.Module], d_model: int, sequence_tokens: int) -> float:
     """Forward FLOPs per token in matrix products, by torch's flop counter. A multiply-add counts 2."""
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton: 0.3 s, which families with own counts are spared
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, 0.3 s; families with formulas need neither
 
     x = torch.empty(1, sequence_tokens, d_model, device=META)
     counter = FlopCounterMode(display=False)

@@ -24,7 +24,8 @@ N_RESAMPLES = 1000
 RESAMPLE_TOLERANCE = 1e-2  # gradient in units of DELTA^2; the remaining error is small compared with the interval
 MAX_STEPS = 300  # a resample that needs more belongs to a law that is not determined
 KINK_SHIFTS = (-0.3, -0.2, -0.13, -0.08, -0.04, -0.02, 0.02, 0.04, 0.08, 0.13, 0.2, 0.3)  # of a logarithm
-PROFILE_REACH = (0.62, 82.0)  # how far a profile looks from the best value, in units of it: towards zero, and away from it
+# How far a profile looks from the best value, in units of it.
+REACH_TOWARDS_ZERO, REACH_AWAY_FROM_ZERO = 0.62, 82.0
 MIN_SHARE = 0.95  # share of the resamples that must have a valid value, otherwise there is no interval
 
 Interval = tuple[float, float]
@@ -167,19 +168,19 @@ def profile_interval(fit: Fit, rows: Rows, name: str) -> tuple[Interval | None, 
 
 
 def _profile_end(distance: Callable[[float], float], best: float, direction: int) -> float | None:
-    """Returns where `distance` becomes positive on one side of the best value; None if it does not within PROFILE_REACH."""
-    at_best, gone, inside = distance(best), 0.02 * abs(best), best
-    farthest = abs(best) * PROFILE_REACH[direction * best > 0]
-    while (at_outside := distance(best + direction * gone)) < 0:
-        if gone == farthest:
+    """Returns where `distance` becomes positive on one side of the best value; None if it does not within reach."""
+    at_best, offset, inside = distance(best), 0.02 * abs(best), best
+    farthest = abs(best) * (REACH_AWAY_FROM_ZERO if direction * best > 0 else REACH_TOWARDS_ZERO)
+    while (at_outside := distance(best + direction * offset)) < 0:
+        if offset == farthest:
             return None
-        inside = best + direction * gone
+        inside = best + direction * offset
         # A tenth beyond where a straight line would end; at most four times as far as now.
-        line = gone * at_best / (at_best - at_outside) if at_outside > at_best else np.inf
-        gone = min(max(1.1 * line, 1.5 * gone), 4 * gone, farthest)
+        line = offset * at_best / (at_best - at_outside) if at_outside > at_best else np.inf
+        offset = min(max(1.1 * line, 1.5 * offset), 4 * offset, farthest)
     if not np.isfinite(at_outside):
         return inside if at_outside > 0 else None
-    return brentq(distance, inside, best + direction * gone, xtol=2e-4 * abs(best))
+    return brentq(distance, inside, best + direction * offset, xtol=2e-4 * abs(best))
 
 
 def residual_scale(law: ScalingLaw, rows: Rows) -> float:

@@ -12,7 +12,7 @@ import numpy as np
 from lmu_dist.scaling.fit import Fit
 from lmu_dist.scaling.laws import Floats
 from lmu_dist.scaling.objective import Objective, losses
-from lmu_dist.scaling.quantiles import chi_squared_median, f_tail
+from lmu_dist.scaling.quantiles import chi_squared_median, f_survival
 from lmu_dist.scaling.shared_noise import MIN_GROUPS, orthonormal, whitening
 from lmu_dist.scaling.table import Rows, rows_are_copies
 
@@ -130,7 +130,7 @@ def structure_test(fit: Fit, rows: Rows, labels: Sequence[str]) -> tuple[float |
     if n_groups == len(rows):
         n_left = len(rows) - law_space.shape[1] - smooth.shape[1]
         ratio = np.mean(scores**2) / max(float(np.sum(remainder**2)) / n_left, 1e-300)
-        return structure, f_tail(ratio, smooth.shape[1], n_left)
+        return structure, f_survival(ratio, smooth.shape[1], n_left)
     by_group = np.zeros((n_groups, smooth.shape[1]))
     for group in range(n_groups):
         which = groups == group

@@ -21,14 +21,11 @@ def chi_squared_median(freedom: float) -> float:
     return float(chdtri(freedom, 0.5))
 
 
-def f_quantile(p: float, freedom: float, freedom_below: float) -> float:
-    """Returns the number below which a value of the F distribution is with probability p.
-
-    `freedom` and `freedom_below` are the degrees of freedom of its numerator and of its denominator.
-    """
-    return float(fdtri(freedom, freedom_below, p))
+def f_quantile(p: float, numerator_freedom: float, denominator_freedom: float) -> float:
+    """Returns the number below which a value of the F distribution with these degrees of freedom is with probability p."""
+    return float(fdtri(numerator_freedom, denominator_freedom, p))
 
 
-def f_tail(x: float, freedom: float, freedom_below: float) -> float:
-    """Returns the probability that a value of the F distribution exceeds x."""
-    return float(fdtrc(freedom, freedom_below, x))
+def f_survival(x: float, numerator_freedom: float, denominator_freedom: float) -> float:
+    """Returns the probability that a value of the F distribution with these degrees of freedom exceeds x."""
+    return float(fdtrc(numerator_freedom, denominator_freedom, x))

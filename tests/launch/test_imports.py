@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from lmu_dist.config import parse
 from lmu_dist.data.prepare import prepare
 from lmu_dist.launch.new_cell import make_cell
@@ -74,10 +76,19 @@ def test_trial_controller_and_jobs_command_import_neither_torch_nor_mlflow(tmp_p
     assert json.loads(appearance)["title"] == "Plain words"
 
 
-def test_a_finished_ladder_waits_for_no_slow_import():
-    """Of Ray Tune, Triton and scipy.stats: a second and a half of the ten that such a command may take."""
-    unneeded = ("ray.tune", "triton", "torch.utils.flop_counter", "scipy.stats")
-    script = f"import json, sys, lmu_dist.launch.ladder; print(json.dumps([n for n in {unneeded} if n in sys.modules]))"
+@pytest.mark.parametrize(
+    ("module", "unneeded"),
+    [
+        ("ladder", ("ray.tune", "triton", "torch.utils.flop_counter", "scipy.stats")),
+        ("submission", ("mlflow", "sqlalchemy", "ray.tune", "triton", "scipy.stats")),
+    ],
+)
+def test_the_commands_ladder_and_submit_import_nothing_slow_that_they_may_not_need(module: str, unneeded: tuple[str, ...]):
+    """A second and a half of the ten that a ladder may take which has ended; a second of each submission."""
+    listed = f"[name for name in {unneeded} if name in sys.modules]"
+    script = f"import json, sys, lmu_dist.report.write, lmu_dist.launch.{module}; print(json.dumps({listed}))"
+    if module == "submission":
+        script = script.replace(" lmu_dist.report.write,", "")
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(process.stdout) == []
 

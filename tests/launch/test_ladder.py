@@ -173,7 +173,7 @@ def test_status_command_lists_all_cells(
 
 def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderResult]):
     folder, result = undisturbed
-    both = json.dumps([{"n_params": 0, "n_workers": 1}])  # so that one group of workers measures both sizes
+    both = json.dumps([{"n_params": 0, "n_workers": 2}])  # so that one group of workers measures both sizes
     config = configured(job, folder, f"ladder.tokens=[{LONG}]", f"ladder.workers={both}")
     assert plan(config).worker_seconds is None
     lines = list[str]()
@@ -181,7 +181,7 @@ def test_plan_uses_the_calibration(job: Path, undisturbed: tuple[Path, LadderRes
     found = plan(config)
     assert len(found.cells) == len(lines) - 1
     assert all(any(f"N = {line.n_params:,}: " in text for text in lines) for line in found.cells)
-    assert {line.n_workers for line in found.cells} == {1}
+    assert {line.n_workers for line in found.cells} == {2}
     for line in found.cells:
         [real] = [
             f.record for f in of_family(result, "lmu") if (f.record.n_params, f.record.planned_tokens) == (line.n_params, LONG)

@@ -226,7 +226,8 @@ def test_cluster_starts_runs_a_job_with_the_submitted_code_and_stops(
         assert seen.split() == ["127.0.0.3", "127.0.0.4"]
         with pytest.raises(ConfigError, match="Authentication token is missing or incorrect; start it, or"):
             check_before_start([parse({"cluster": {"address": f"127.0.0.2:{cluster_settings.port}"}})])  # the tests' own token
-        run_a_job(folder, local.exports(cluster) | {"RAY_AUTH_TOKEN": (cluster / "token").read_text()})
+        token = {"RAY_AUTH_TOKEN": (cluster / "token").read_text()}
+        run_a_job(folder, local.exports(cluster) | token, cluster_settings.dashboard)
         refuse_other_tokens(folder, cluster_settings.dashboard)
         [record] = records_of(Store(cluster_settings.mlflow), "tests").values()
         assert (record.family, record.status) == ("gated_linear_attention", "complete")
@@ -244,14 +245,16 @@ def test_cluster_starts_runs_a_job_with_the_submitted_code_and_stops(
     assert not scratch.exists()
 
 
-def run_a_job(folder: Path, environment: dict[str, str]) -> None:
+def run_a_job(folder: Path, environment: dict[str, str], dashboard: str) -> None:
     """Submits a job of a user's family twice: the code that was sent trains it, once."""
     shutil.copytree(ROOT / "lmu_dist", folder / "lmu_dist", ignore=shutil.ignore_patterns("__pycache__"))
     with open(folder / "lmu_dist" / "__init__.py", "a") as file:
         file.write('print("the code that was sent")\n')
     shutil.copytree(ROOT / "examples", folder / "families")
     submit = "submit job.yaml model.family=families/gated_linear_attention.py:GatedLinearAttention"
-    _, shown, jobs = run_commands(folder, environment, submit, f"{submit} --follow", "jobs list --json")
+    _, shown, jobs = run_commands(
+        folder, environment, f"{submit} --address {dashboard}", f"{submit} --follow", "jobs list --json"
+    )
     assert "not submitted again" in shown
     assert "the code that was sent" in shown
     assert "complete    gated_linear_attention-3k-25.6k-s0-" in shown

@@ -74,7 +74,7 @@ def trained(cell: Cell, status: str = records.COMPLETE) -> FinishedRun:
 
 
 class State(LadderState):
-    """The state of a ladder whose trials end at once. `trained` are the runs since the last refresh."""
+    """The state of a ladder that finds the runs in `trained`."""
 
     def __init__(self, cells: list[Cell], config: Config, store: Store):
         self.trained = dict[str, FinishedRun]()
@@ -88,8 +88,9 @@ class Driver(LadderDriver):
     """A driver whose trials end at once. `failing` says which cells fail."""
 
     def __init__(self, cells: list[Cell], config: Config, store: Store, failing: Callable[[Cell], bool] = lambda _: False):
-        self.waves_run, self.failing, self.trained = list[list[str]](), failing, (state := State(cells, config, store)).trained
+        state = State(cells, config, store)
         super().__init__(state)
+        self.waves_run, self.failing, self.trained = list[list[str]](), failing, state.trained
 
     def _run_trials(self, scratch: Path, n_slots: int) -> list[Any]:
         wave = [cell for item in self.work_items for cell in item.cells]

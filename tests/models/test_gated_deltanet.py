@@ -177,6 +177,16 @@ def test_cpp_equals_the_recurrence_of_float64(length: int, heads: int, keys: int
 
 
 @torch.no_grad()
+def test_cpp_keeps_a_query_that_is_no_number_to_its_own_token():
+    """Also those 16 tokens later, which take its place in the chunk; keys do not fill a vector."""
+    q, *others = (x.float() for x in rule_inputs(70))
+    q[:, 3] = math.nan
+    found = in_cpp(q, *others)[0].isfinite().flatten(2).all(2)
+    assert found.sum(1).tolist() == [69, 69]
+    assert not found[:, 3].any()
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("parts", [[1] * 70, [70], [3, 1, 1, 16, 17, 32], [40, 1, 29]])
 def test_states_pass_from_chunk_to_chunk(parts: list[int]):
     mixer, x = build(), text(70)
@@ -223,7 +233,7 @@ def test_extreme_decays_and_repeated_keys(g: float, form: Callable[..., tuple[to
 def test_rounding(dtype: torch.dtype, bound: float, in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
     """Relative error of the norm of outputs and gradients, with weights that are numbers in the lower precision."""
     if not in_cpp:
-        monkeypatch.setattr(kernel, "is_available", lambda *_: False)
+        monkeypatch.setattr(compiled, "is_available", lambda *_: False)
     low = build(dtype)
     exact = build(dtype).double()
     x = text(200).to(dtype)

@@ -125,8 +125,10 @@ def test_cpp_for_other_instruction_sets(capability):
     """The tests of the C++ kernels with the builds for older processors, which this one runs too."""
     if LANES[capability.upper()] >= LANES.get(torch.backends.cpu.get_cpu_capability(), 4):
         pytest.skip("this processor has no more than that")
-    tests = [__file__, os.path.join(os.path.dirname(__file__), "test_lmu.py")]
-    options = ["-q", "-x", "-k", "cpp or on_a_cpu or fused", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    modules = ("test_kernels", "test_lmu", "test_gated_deltanet", "test_gated_norm", "test_short_convolution")
+    tests = [os.path.join(os.path.dirname(__file__), f"{module}.py") for module in modules]
+    chosen = "cpp or on_a_cpu or fused or (torchs_convolution and f32)"
+    options = ["-q", "-x", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     result = subprocess.run([sys.executable, "-m", "pytest", *tests, *options], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr

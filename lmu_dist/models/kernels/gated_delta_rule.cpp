@@ -91,7 +91,7 @@ struct Columns {
     }
 };
 
-// The sum of N terms in several parts, so that additions need not wait for each other.
+// A running sum of columns, in several parts so that an addition need not wait for the one before.
 template <int N>
 struct Sum {
     static constexpr int PARTS = 4 / N;
@@ -136,7 +136,7 @@ private:
     float unit(const Sizes& n, const float* from, float* to, float scale) const {
         std::copy(from, from + n.keys, to);
         scale /= std::sqrt(dot(to, to) + NORM_EPS);
-        for (int64_t i = 0; i < padded; i += LANES) store(to + i, load(to + i) * scale);
+        for (int64_t i = 0; i < n.keys; i += LANES) store(to + i, n.keys - i, load(to + i) * scale);  // not the zeros beyond
         return scale;
     }
 };
@@ -148,9 +148,9 @@ struct Kept {
     explicit Kept(const Sizes& n) : decayed(CHUNK * n.block_size<N>()), update(CHUNK * N * LANES), error(CHUNK * N * LANES) {}
 };
 
-// What the memory has found for a key, S^T k, and for a query.
+// What is read from a memory: D^T k and D^T q, row by row.
 template <int N, bool WITH_QUERY>
-struct Found {
+struct Lookup {
     Sum<N> by_key, by_query;
 
     void add(float k, float q, const Columns<N>& s, int part) {
@@ -159,13 +159,13 @@ struct Found {
     }
 };
 
-// Takes the memory of a block through a chunk. `values` and `out` point to the first token's columns. A token changes the memory,
-// lets it decay for the next one, and looks up what that one needs, in one sweep. KEEPS: whether the backward pass asks. Then D of
-// every token goes to `kept`, and there are no outputs; else the memory is changed in place.
+// Takes the memory of a block through a chunk. `values` and `out` point to the first token's columns. One sweep over the memory
+// writes the update of a token and the decay of the next one, and reads what that one needs. KEEPS: whether the backward pass calls
+// this. Then D of every token goes to `kept`, and there are no outputs; else the memory is changed in place.
 template <int N, bool KEEPS>
 void advance(const Sizes& n, const Chunk& c, const float* values, int64_t n_columns, float* memory, float* out, Kept<N>* kept) {
     constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
-    Found<N, !KEEPS> found;
+    Lookup<N, !KEEPS> found;
     float* decayed = memory;
     if constexpr (KEEPS) decayed = kept->decayed.data();
     for (int64_t i = 0; i < c.padded; i += PARTS)
@@ -266,23 +266,24 @@ struct ChunkGradients {
     }
 };
 
-// Takes the gradient of a block of the memory back through a chunk. In one sweep it leaves a token and enters the one before.
+// Takes the gradient of a block of the memory back through a chunk. One sweep ends a token and adds the gradient by the output of
+// the token before.
 template <int N>
 void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_columns, const float* dout, float* dmemory,
              float* dvalues, ChunkGradients& d) {
     constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
     auto dout_of = [&](int64_t t) { return Columns<N>::of(dout + t * n.heads * n.values, n_columns); };
-    // Adds the gradient by a token's output to a row; adds what that row says about the token's update to `sum`.
-    auto enter = [](Columns<N>& ds, float q, float k, const Columns<N>& dread, Sum<N>& sum, int64_t row) {
-        ds.add(q, dread);
+    // Adds the gradient by a token's output to a row, and the row's term of the gradient of the token's update to `sum`.
+    auto add_output_gradient = [](Columns<N>& ds, float q, float k, const Columns<N>& dout_now, Sum<N>& sum, int64_t row) {
+        ds.add(q, dout_now);
         sum.parts[row % PARTS].add(k, ds);
     };
     int64_t last = c.tokens - 1;
-    Columns<N> dread = dout_of(last);
+    Columns<N> dout_now = dout_of(last);
     Sum<N> sum;
     for (int64_t i = 0; i < c.padded; ++i) {
         auto ds = Columns<N>::of(dmemory + i * WIDTH);
-        enter(ds, c.q[last * c.padded + i], c.k[last * c.padded + i], dread, sum, i);
+        add_output_gradient(ds, c.q[last * c.padded + i], c.k[last * c.padded + i], dout_now, sum, i);
         ds.store_to(dmemory + i * WIDTH);
     }
     for (int64_t t = last; t >= 0; --t) {
@@ -290,13 +291,13 @@ void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_colu
         auto update = Columns<N>::of(&kept.update[t * WIDTH]);
         Columns<N> dupdate = sum.total(), along_error, along_out;
         along_error.add(dupdate, Columns<N>::of(&kept.error[t * WIDTH]));
-        along_out.add(update, dread);
-        Columns<N> dvalue = dupdate.times(c.beta[t]), minus = dvalue.times(-1.0f);
+        along_out.add(update, dout_now);
+        Columns<N> dvalue = dupdate.times(c.beta[t]), minus_dvalue = dvalue.times(-1.0f);
         dvalue.store_to(dvalues + t * n.channels(), n_columns);
         d.beta[t] += horizontal_sum(along_error.folded());
         float of_update = horizontal_sum(along_out.folded());
         // At the first token there is none before: nothing is added to the gradient of the memory before the chunk.
-        Columns<N> dread_before = t ? dout_of(t - 1) : Columns<N>{};
+        Columns<N> dout_before = t ? dout_of(t - 1) : Columns<N>{};
         const float *k_before = t ? k - c.padded : k, *q_before = &c.q[t ? (t - 1) * c.padded : 0];
         Vec along_decay{};
         sum = {};
@@ -306,14 +307,14 @@ void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_colu
                 int64_t i = first + j;
                 auto s = Columns<N>::of(decayed + i * WIDTH), ds = Columns<N>::of(dmemory + i * WIDTH);
                 Columns<N> dq, dk, of_decay;
-                dq.add(s, dread);
+                dq.add(s, dout_now);
                 dk.add(ds, update);
-                dk.add(s, minus);
-                ds.add(k[i], minus);
+                dk.add(s, minus_dvalue);
+                ds.add(k[i], minus_dvalue);
                 of_decay.add(ds, s);
                 along_decay += of_decay.folded();
                 ds = ds.times(c.decay[t]);
-                enter(ds, q_before[i], k_before[i], dread_before, sum, j);
+                add_output_gradient(ds, q_before[i], k_before[i], dout_before, sum, j);
                 ds.store_to(dmemory + i * WIDTH);
                 of_q[j] = dq.folded(), of_k[j] = dk.folded();
             }
@@ -322,7 +323,7 @@ void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_colu
             store(dk, load(dk) + horizontal_sums(of_k));
         }
         d.g[t] += horizontal_sum(along_decay);
-        dread = dread_before;
+        dout_now = dout_before;
     }
 }
 

@@ -1,7 +1,7 @@
 """The gated delta rule token by token in C++, on a CPU: an autograd function around gated_delta_rule.cpp.
 
 It computes what mixers/gated_delta_rule.chunked does, in a fraction of the time for the widths of small models: the memory of
-a head stays in the processor's first cache. Called by mixers/gated_deltanet.
+a head stays in the processor's cache. Called by mixers/gated_deltanet.
 Legend: B batch, T time, H heads, K and V channels of a key and of a value, C = H (2 K + V).
 """
 

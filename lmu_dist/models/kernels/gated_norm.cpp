@@ -1,8 +1,8 @@
 // RMSNorm with an output gate, forward and backward: y = norm(x) w silu(gate), or norm(x silu(gate)) w if `gate_first` is set.
 //
 // x and its gradient are float32 (rows, groups, channels), gate, y and their gradients float32 or bfloat16 of the same shape; each
-// group is divided by its root mean square. weight is (groups, channels), scale (rows, groups): what the forward pass multiplied
-// by, which the backward pass reads. Built and called by kernels/compiled.py for mixers/gated_norm, which computes the same in
+// group is divided by its root mean square. weight is (groups, channels), scale (rows, groups): 1 / root mean square, written by the
+// forward pass. Built and called by kernels/compiled.py for mixers/gated_norm, which computes the same in
 // plain torch.
 
 #include <ATen/Parallel.h>
@@ -91,16 +91,16 @@ void backward(const Sizes& n, const T* gate, const float* x, const float* weight
             }
             float along = horizontal_sum(along_channels) / static_cast<float>(n.channels);
             for (int64_t c = 0; c < n.channels; c += LANES) {
-                Vec value = load(&normed[c]), z = load(gate + at + c, n.channels - c), s = sigmoid(z), dopened;
+                Vec value = load(&normed[c]), z = load(gate + at + c, n.channels - c), s = sigmoid(z), dsilu;
                 Vec d = (load(&dnormed[c]) - along * value) * scale[group];
                 if (n.gate_first) {
-                    dopened = d * load(x + at + c, n.channels - c);
+                    dsilu = d * load(x + at + c, n.channels - c);
                     d *= z * s;
                 } else {
-                    dopened = load(dy + at + c, n.channels - c) * value * load(weight + at_weight + c, n.channels - c);
+                    dsilu = load(dy + at + c, n.channels - c) * value * load(weight + at_weight + c, n.channels - c);
                 }
                 store(dx + at + c, n.channels - c, d);
-                store(dgate + at + c, n.channels - c, dopened * s * (1.0f + z * (1.0f - s)));
+                store(dgate + at + c, n.channels - c, dsilu * silu_slope(z, s));
             }
         }
     });

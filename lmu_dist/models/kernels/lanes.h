@@ -208,6 +208,9 @@ inline Vec sigmoid(Vec z) {
     return z < 0.0f ? e * s : s;
 }
 
+// The derivative of z sigmoid(z), for s = sigmoid(z).
+inline Vec silu_slope(Vec z, Vec s) { return s * (1.0f + z * (1.0f - s)); }
+
 // Flushes denormals, numbers below 1.2e-38, to 0 while in scope. The tails of softmax and gelu, and the gradients computed from
 // them, are full of denormals, and a processor takes up to a hundred times as long for each.
 class FlushDenormals {

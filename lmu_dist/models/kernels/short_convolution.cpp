@@ -100,7 +100,7 @@ void backward(const Sizes& n, const T* x, const float* weight, const T* dy, T* d
                         convolve<TOKENS, TAPS>(n, x + row, taps.data(), t, c, z);
                         for (int i = 0; i < TOKENS; ++i) {
                             Vec s = sigmoid(z[i]);
-                            d[i] *= s * (1.0f + z[i] * (1.0f - s));
+                            d[i] *= silu_slope(z[i], s);
                         }
                     }
                     for (int i = 0; i < TOKENS; ++i) store(&dz[(t + i - first) * n.padded() + c], d[i]);

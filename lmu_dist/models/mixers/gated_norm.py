@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
@@ -39,10 +40,10 @@ class _GatedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, weight: Tensor, n_groups: int, gate_first: bool) -> Tensor:
         if _is_in_cpp(x, gate):
+            assert x.shape == gate.shape
             x, gate = x.contiguous(), gate.contiguous()
             y, scale = torch.empty_like(gate), x.new_empty(*x.shape[:-1], n_groups, 1)
-            sizes = (scale.numel() // n_groups, n_groups, x.shape[-1] // n_groups, int(gate_first))
-            compiled.call("lmu_gated_norm_forward", gate.dtype, sizes, (gate, x, weight.float(), y, scale), RMS_EPS)
+            _call("forward", gate_first, gate, x, weight, scale, (y, scale), RMS_EPS)
             ctx.save_for_backward(x, gate, weight, scale)
             ctx.gate_first = gate_first
             return y
@@ -55,14 +56,12 @@ class _GatedNorm(torch.autograd.Function):
         return (y if gate_first else y.mul_(opened)).to(gate.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gate, weight, scale = ctx.saved_tensors
         if _is_in_cpp(x, gate):
             dx, dgate, dweight = torch.empty_like(x), torch.empty_like(gate), torch.empty(weight.shape, dtype=torch.float32)
-            n_groups = scale.shape[-2]
-            sizes = (scale.numel() // n_groups, n_groups, x.shape[-1] // n_groups, int(ctx.gate_first))
-            tensors = (gate, x, weight.float(), scale, gradients[0].contiguous(), dgate, dx, dweight)
-            compiled.call("lmu_gated_norm_backward", gate.dtype, sizes, tensors)
+            _call("backward", ctx.gate_first, gate, x, weight, scale, (scale, gradients[0].contiguous(), dgate, dx, dweight))
             return dx, dgate, dweight.to(weight.dtype), None, None
         dy, gate_in_float = gradients[0].to(x.dtype), gate.to(x.dtype)
         opened, grouped = F.silu(gate_in_float), (scale.shape[-2], -1)
@@ -79,6 +78,22 @@ class _GatedNorm(torch.autograd.Function):
             dopened, dx = dx * x, dx * opened
         dgate = torch.ops.aten.silu_backward(dopened, gate_in_float).to(gate.dtype)
         return dx, dgate, dweight, None, None
+
+
+def _call(
+    direction: str,
+    gate_first: bool,
+    gate: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    tensors: tuple[Tensor, ...],
+    *factors: float,
+) -> None:
+    n_groups = scale.shape[-2]
+    sizes = (scale.numel() // n_groups, n_groups, x.shape[-1] // n_groups, int(gate_first))
+    given = (gate, x, weight.float().contiguous())
+    compiled.call(f"lmu_gated_norm_{direction}", gate.dtype, sizes, (*given, *tensors), *factors)
 
 
 def _is_in_cpp(x: Tensor, gate: Tensor) -> bool:
