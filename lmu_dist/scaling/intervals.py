@@ -7,6 +7,7 @@ the laws are spread as far as the shared part of the noise demands (`shared_nois
 import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import cast
 
 import numpy as np
 from scipy.optimize import brentq
@@ -180,7 +181,7 @@ def _profile_end(distance: Callable[[float], float], best: float, direction: int
         offset = min(max(1.1 * line, 1.5 * offset), 4 * offset, farthest)
     if not np.isfinite(at_outside):
         return inside if at_outside > 0 else None
-    return brentq(distance, inside, best + direction * offset, xtol=2e-4 * abs(best))
+    return cast(float, brentq(distance, inside, best + direction * offset, xtol=2e-4 * abs(best)))
 
 
 def residual_scale(law: ScalingLaw, rows: Rows) -> float:
