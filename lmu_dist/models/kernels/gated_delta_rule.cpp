@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t CHUNK = 16;  // tokens; the same number as CHUNK_TOKENS in kernels/gated_delta_rule.py
+constexpr int64_t CHUNK = 32;  // tokens; the same number as CHUNK_TOKENS in kernels/gated_delta_rule.py
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MOST_VECTORS = 4;  // of a block of columns
 #else

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from lmu_dist.array_types import Float
 from lmu_dist.models.kernels import compiled
 
-CHUNK_TOKENS = 16  # tokens between two memories that are kept; the same number as in gated_delta_rule.cpp
+CHUNK_TOKENS = 32  # tokens between two memories that are kept; the same number as in gated_delta_rule.cpp
 
 
 def is_available(dtype: torch.dtype, device: torch.device) -> bool:
