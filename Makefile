@@ -20,7 +20,7 @@ tools:
 	@! command -v nvidia-smi >/dev/null || $(PYTHON) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' || { echo "$(PYTHON) has no C headers (Python.h), with which Triton compiles for the GPU; install them (apt-get install python3-dev)"; exit 1; }
 	@command -v g++ >/dev/null || { echo "lmu-dist needs g++: it compiles the LMU's kernels, without which the LMU is several times slower; install it (apt-get install g++)"; exit 1; }
 
-setup: tools $(STAMP) ## create the virtual environment .venv with the exact versions of requirements.lock
+setup: $(if $(GIVEN),tools) $(STAMP) ## create the virtual environment .venv with the exact versions of requirements.lock
 
 $(STAMP): pyproject.toml requirements.lock
 	@$(MAKE) --no-print-directory tools
