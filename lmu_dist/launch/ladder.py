@@ -1,8 +1,8 @@
-"""The driver of `lmu-dist ladder`: trains every missing cell of a grid exactly once, in Ray Tune trials. Returns the records.
+"""What `lmu-dist ladder` does: every missing cell of a grid is trained exactly once, in Ray Tune trials. Returns the records.
 
 A trial is a group of workers that takes one trunk after the other from a queue: the cells that share their steps before the
 decay. Which cells have ended is read from their folders and from MLflow only, so the same command resumes a ladder after any
-failure. Progress goes to callbacks.
+failure: `ladder_state` knows what is missing, and `ladder_driver` trains it. Progress goes to callbacks.
 """
 
 from collections.abc import Collection, Sequence

@@ -77,18 +77,16 @@ def test_trial_controller_and_jobs_command_import_neither_torch_nor_mlflow(tmp_p
 
 
 @pytest.mark.parametrize(
-    ("module", "unneeded"),
+    ("modules", "unneeded"),
     [
-        ("ladder", ("ray.tune", "triton", "torch.utils.flop_counter", "scipy.stats")),
-        ("submission", ("mlflow", "sqlalchemy", "ray.tune", "triton", "scipy.stats")),
+        ("lmu_dist.launch.ladder, lmu_dist.report.write", ("ray.tune", "triton", "torch.utils.flop_counter", "scipy.stats")),
+        ("lmu_dist.launch.submission", ("mlflow", "sqlalchemy", "ray.tune", "triton", "scipy.stats")),
     ],
 )
-def test_the_commands_ladder_and_submit_import_nothing_slow_that_they_may_not_need(module: str, unneeded: tuple[str, ...]):
+def test_the_commands_ladder_and_submit_import_nothing_slow_that_they_may_not_need(modules: str, unneeded: tuple[str, ...]):
     """A second and a half of the ten that a ladder may take which has ended; a second of each submission."""
     listed = f"[name for name in {unneeded} if name in sys.modules]"
-    script = f"import json, sys, lmu_dist.report.write, lmu_dist.launch.{module}; print(json.dumps({listed}))"
-    if module == "submission":
-        script = script.replace(" lmu_dist.report.write,", "")
+    script = f"import json, sys, {modules}; print(json.dumps({listed}))"
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert json.loads(process.stdout) == []
 

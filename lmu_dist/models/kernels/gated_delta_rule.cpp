@@ -104,7 +104,7 @@ struct Sum {
     }
 };
 
-// What a chunk of a head reads: unit vectors, (tokens, padded keys), and scalars.
+// Inputs of a chunk of a head: unit vectors, (tokens, padded keys), and scalars.
 struct Chunk {
     int64_t first, tokens, padded;
     Buffer q, k;

@@ -44,16 +44,15 @@ class _GatedNorm(torch.autograd.Function):
             x, gate = x.contiguous(), gate.contiguous()
             y, scale = torch.empty_like(gate), x.new_empty(*x.shape[:-1], n_groups, 1)
             _call("forward", gate_first, gate, x, weight, scale, (y, scale), RMS_EPS)
-            ctx.save_for_backward(x, gate, weight, scale)
-            ctx.gate_first = gate_first
-            return y
-        opened, grouped = F.silu(gate.to(x.dtype)), (n_groups, -1)
-        y = (x * opened if gate_first else x).unflatten(-1, grouped)
-        scale = y.square().mean(-1, keepdim=True).add_(RMS_EPS).rsqrt_()
-        y = (y * scale).flatten(-2).mul_(weight.to(x.dtype))
+        else:
+            opened, grouped = F.silu(gate.to(x.dtype)), (n_groups, -1)
+            y = (x * opened if gate_first else x).unflatten(-1, grouped)
+            scale = y.square().mean(-1, keepdim=True).add_(RMS_EPS).rsqrt_()
+            y = (y * scale).flatten(-2).mul_(weight.to(x.dtype))
+            y = (y if gate_first else y.mul_(opened)).to(gate.dtype)
         ctx.save_for_backward(x, gate, weight, scale)
         ctx.gate_first = gate_first
-        return (y if gate_first else y.mul_(opened)).to(gate.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
