@@ -39,6 +39,7 @@ CLASSES = f"{REMOTE}.sublayer_classes"
 REPLACED = {
     "lmu_dist.models.kernels.compiled": PLAIN_KERNELS,
     "lmu_dist.models.kernels.gated_delta_rule": PLAIN_KERNELS,
+    "lmu_dist.models.kernels.ssd": PLAIN_KERNELS,
     "lmu_dist.models.kernels.triton_kernels": PLAIN_KERNELS,
     "lmu_dist.models.mixers.gpu_kernels": PLAIN_KERNELS,
 }

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-OF_KERNELS = ("test_kernels", "test_lmu", "test_gated_deltanet", "test_gated_norm", "test_short_convolution")
+OF_KERNELS = ("test_kernels", "test_lmu", "test_gated_deltanet", "test_mamba2", "test_gated_norm", "test_short_convolution")
 
 
 @pytest.fixture(autouse=True, scope="module")

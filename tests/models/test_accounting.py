@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lmu_dist.models import accounting
 from lmu_dist.models.families.lmu import LMUOptions
 from lmu_dist.models.family import Family
-from lmu_dist.models.kernels import gated_delta_rule
+from lmu_dist.models.kernels import gated_delta_rule, ssd
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.mixers.lmu import chunked, fourier
 from lmu_dist.models.registry import built_in, family_of
@@ -32,7 +32,8 @@ def test_parameters_equal_numel(shape):
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_matmul_flops_equal_torchs_counter(shape, monkeypatch):
-    monkeypatch.setattr(gated_delta_rule, "is_available", lambda *_: False)  # the counter does not see C++
+    for kernel in (gated_delta_rule, ssd):  # the counter does not see C++
+        monkeypatch.setattr(kernel, "is_available", lambda *_: False)
     model, counter = LanguageModel(shape, options=family_of(shape).options_for_counting(shape)), FlopCounterMode(display=False)
     tokens = torch.zeros(1, shape.sequence_tokens, dtype=torch.long)
     # The counter does not see the products of oneDNN's fused LSTM and of fused attention.

@@ -125,7 +125,7 @@ def test_cpp_for_other_instruction_sets(capability):
     """The tests of the C++ kernels with the builds for older processors, which this one runs too."""
     if LANES[capability.upper()] >= LANES.get(torch.backends.cpu.get_cpu_capability(), 4):
         pytest.skip("this processor has no more than that")
-    modules = ("test_kernels", "test_lmu", "test_gated_deltanet", "test_gated_norm", "test_short_convolution")
+    modules = ("test_kernels", "test_lmu", "test_gated_deltanet", "test_mamba2", "test_gated_norm", "test_short_convolution")
     tests = [os.path.join(os.path.dirname(__file__), f"{module}.py") for module in modules]
     chosen = "cpp or on_a_cpu or fused or (torchs_convolution and f32)"
     options = ["-q", "-x", "-k", chosen, "-p", "no:cacheprovider", "-p", "no:xdist"]

@@ -1,6 +1,7 @@
 """Mamba-2 against the paper's equations, Mamba-2 of transformers and fla's reference of simple GLA, in float64."""
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,8 @@ from float64 import check_gradients, in_float64
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmu_dist.models.kernels import compiled
+from lmu_dist.models.kernels import ssd as kernel
 from lmu_dist.models.mixers import gpu_kernels, ssd
 from lmu_dist.models.mixers.mamba2 import Mamba2
 from lmu_dist.models.registry import find
@@ -45,6 +48,22 @@ def ssd_inputs(length: int, n_groups: int, **changed: torch.Tensor) -> list[torc
     found |= {name: draw(2, length, n_groups, STATE) for name in ("b", "c")}
     found |= {"skip": draw(HEADS), "state": draw(2, n_groups, STATE, HEADS // n_groups, CHANNELS)}
     return [x.requires_grad_() for x in (found | changed).values()]
+
+
+def in_cpp(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    rates: torch.Tensor,
+    b: torch.Tensor,
+    c: torch.Tensor,
+    skip: torch.Tensor,
+    state: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The state space in C++, with the arguments of the other forms."""
+    if not kernel.is_available(x.dtype, x.device):
+        pytest.skip("the C++ kernels cannot be built")
+    packed = torch.cat([tensor.flatten(2) for tensor in (x, b, c)], -1)
+    return kernel.state_space(packed, dt, rates, skip, b.shape[2:], state)
 
 
 def by_the_paper(mixer: Mamba2, us: torch.Tensor) -> torch.Tensor:
@@ -150,6 +169,40 @@ def test_chunks_and_their_gradients_equal_the_recurrence(length: int, n_groups: 
         assert (a - b).norm() < 1e-12 * b.norm()
 
 
+@pytest.mark.parametrize(
+    ("length", "heads", "channels", "groups", "states"),
+    [
+        (1, 1, 1, 1, 1),
+        (31, 3, 5, 1, 6),
+        (32, 4, 16, 2, 16),
+        (33, 6, 8, 3, 17),
+        (70, 13, 32, 1, 128),
+        (100, 5, 64, 1, 33),
+        (65, 18, 40, 2, 20),
+    ],
+)
+def test_cpp_equals_the_recurrence_of_float64(length: int, heads: int, channels: int, groups: int, states: int):
+    """Errors of the norm, of outputs, of the last state and of all gradients, for widths that fill vectors or do not."""
+    rng = torch.Generator().manual_seed(length)
+
+    def draw(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, generator=rng, dtype=torch.float64)
+
+    x, dt, rates = draw(2, length, heads, channels), F.softplus(draw(2, length, heads) - 2), -draw(heads).exp()
+    b, c = draw(2, length, groups, states), draw(2, length, groups, states)
+    inputs = (x, dt, rates, b, c, draw(heads), draw(2, groups, states, heads // groups, channels))
+    exact = [x.requires_grad_() for x in inputs]
+    low = [x.detach().float().requires_grad_() for x in inputs]
+    results = ssd.recurrent(*exact), in_cpp(*low)
+    weights = [draw(*result.shape) for result in results[0]]
+    gradients = [
+        torch.autograd.grad(sum((x * w.to(x.dtype)).sum() for x, w in zip(result, weights, strict=True)), inputs)
+        for result, inputs in zip(results, (exact, low), strict=True)
+    ]
+    for a, b in zip((*results[1], *gradients[1]), (*results[0], *gradients[0]), strict=True):
+        assert (a - b).norm() < 2e-6 * b.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("n_groups", GROUPS)
 @pytest.mark.parametrize("parts", [[1] * 70, [70], [3, 1, 1, 32, 33], [40, 1, 29]])
@@ -176,11 +229,12 @@ def test_no_token_depends_on_a_later_one():
         assert torch.equal(mixer(changed)[:, :t], before[:, :t])
 
 
+@pytest.mark.parametrize("form", [ssd.chunked, in_cpp])
 @pytest.mark.parametrize("dt", [0.0, 1e-9, 60.0, 1e5])
-def test_extreme_steps(dt: float):
+def test_extreme_steps(dt: float, form: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
     exact = ssd_inputs(70, 1, dt=torch.full((2, 70, HEADS), dt, dtype=torch.float64))
     inputs = [x.detach().float().requires_grad_() for x in exact]
-    expected, found = ssd.recurrent(*exact)[0], ssd.chunked(*inputs)[0]
+    expected, found = ssd.recurrent(*exact)[0], form(*inputs)[0]
     weights = torch.randn_like(expected)
     gradients = torch.autograd.grad((expected * weights).sum(), exact)
     in_float32 = torch.autograd.grad((found * weights).sum(), inputs)
@@ -190,9 +244,12 @@ def test_extreme_steps(dt: float):
         assert (a - b).norm() <= 2e-5 * b.norm() + 1e-6 * weights.norm() * max(dt, 1)
 
 
+@pytest.mark.parametrize("in_cpp", [True, False])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_rounding(dtype: torch.dtype, bound: float):
+def test_rounding(dtype: torch.dtype, bound: float, in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
     """Relative error of the norm of outputs and gradients, with weights that are numbers in the lower precision."""
+    if not in_cpp:
+        monkeypatch.setattr(compiled, "is_available", lambda *_: False)
     low = build(dtype=dtype)
     exact = build(dtype=dtype).double()
     u = text(200).to(dtype)
@@ -263,7 +320,8 @@ def test_widths_and_initial_values_are_those_of_the_papers_code():
 
 
 @pytest.mark.parametrize("length", [64, 70])
-def test_executed_flops_equal_torchs_counter(length: int):
+def test_executed_flops_equal_torchs_counter(length: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(kernel, "is_available", lambda *_: False)  # the counter does not see C++
     family = find("mamba2")
     shape = shape_for(family, 20_000, vocab_tokens=97, sequence_tokens=length)
     mixer, x = family.mixer(shape, family.Options()), torch.randn(2, length, shape.d_model, requires_grad=True)
@@ -273,3 +331,15 @@ def test_executed_flops_equal_torchs_counter(length: int):
         y.sum().backward()
     counted = [2 * length * count for count in family.mixer_executed_flops(shape, 2, on_gpu=False)]
     assert [forward.get_total_flops(), backward.get_total_flops()] == pytest.approx(counted, rel=1e-12)
+
+
+def test_a_cpu_computes_in_cpp_where_there_is_a_compiler(monkeypatch: pytest.MonkeyPatch):
+    family = find("mamba2")
+    shape, cpu = shape_for(family, 100_000, vocab_tokens=97, sequence_tokens=64), torch.device("cpu")
+    expected = "chunked, c++" if compiled.library() else "chunked"
+    for dtype in (torch.float32, torch.bfloat16):
+        assert family.operator(shape, family.Options(), dtype, cpu) == expected
+    assert family.operator(shape, family.Options(), torch.float64, cpu) == "chunked"
+    assert family.operator(shape, family.Options(), torch.float32, torch.device("cuda")) == "chunked"
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert family.operator(shape, family.Options(), torch.float32, cpu) == "chunked"

@@ -9,9 +9,11 @@ from pydantic.dataclasses import dataclass
 from torch import nn
 
 from lmu_dist.config.types import STRICT, Count
+from lmu_dist.models.kernels import ssd as kernel
 from lmu_dist.models.mixers import gpu_kernels, mamba2, ssd
 from lmu_dist.models.mixers.mamba2 import Mamba2 as Mixer
 from lmu_dist.models.modern_family import ModernFamily
+from lmu_dist.models.precision import recurrence_dtype
 from lmu_dist.models.recipe import MAMBA
 from lmu_dist.models.shape import Shape, power_of_two
 
@@ -70,16 +72,18 @@ class Mamba2(ModernFamily):
         return mamba2.matmul_flops(shape.d_model, *_sizes(shape), shape.sequence_tokens)
 
     def mixer_executed_flops(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
-        """Those of the chunked recurrence in plain torch, also on a GPU."""
+        """Those of the chunked recurrence in plain torch, also on a GPU. In C++ they are about as many."""
         forward = self.mixer_matmul_flops(shape)
         return forward, 2 * forward + ssd.recomputed_flops(shape.sequence_tokens, *_sizes(shape))
 
     def mixer_saved_elements(self, shape: Shape, n_rows: int, on_gpu: bool) -> tuple[float, float]:
-        """Of the chunked recurrence in plain torch; the kernels of fla-core save less."""
-        return mamba2.saved_elements(shape.d_model, *_sizes(shape), shape.sequence_tokens)
+        """Of the recurrence in C++ on a CPU; on a GPU of that in plain torch, and the kernels of fla-core save less."""
+        return mamba2.saved_elements(shape.d_model, *_sizes(shape), shape.sequence_tokens, on_gpu)
 
     def operator(self, shape: Shape, options: Mamba2Options, dtype: torch.dtype, device: torch.device) -> str:
-        """Chunked in plain torch, or the kernels of fla-core on a GPU."""
+        """Chunked, in C++ or in plain torch, or the kernels of fla-core on a GPU."""
+        if kernel.is_available(recurrence_dtype(dtype), device):
+            return "chunked, c++"
         return gpu_kernels.operator_name("simple_gla", dtype, device, shape.d_state)
 
 

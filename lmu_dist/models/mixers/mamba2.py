@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lmu_dist.array_types import Float
+from lmu_dist.models.kernels import ssd as kernel
 from lmu_dist.models.mixers import gpu_kernels, short_convolution, ssd
 from lmu_dist.models.mixers.decay import draw_rates, draw_step_bias
 from lmu_dist.models.mixers.gated_norm import GatedRMSNorm
@@ -46,8 +47,8 @@ class Mamba2(nn.Module):
         """Outputs of a whole sequence from empty states."""
         inputs = self._inputs(u, self.convolution(self.xbc(u)))
         if gpu_kernels.is_supported("simple_gla", u.dtype, u.device, self.d_state):
-            return self._output(u, gpu_kernels.state_space(*inputs, u.dtype))
-        return self._output(u, ssd.chunked(*inputs)[0])
+            return self._output(u, gpu_kernels.state_space(*self._by_group(*inputs), u.dtype))
+        return self._output(u, self._state_space(*inputs)[0])
 
     def advance(self, u: Float[Tensor, "B T D"], state: State | None) -> tuple[Float[Tensor, "B T D"], State]:
         """Outputs of the next chunk of tokens, and the state for the chunk that follows."""
@@ -55,21 +56,29 @@ class Mamba2(nn.Module):
         mixed, recent = self.convolution.advance(self.xbc(u), recent)
         inputs = self._inputs(u, mixed)
         if states is not None and u.shape[1] == 1:
-            y, states = ssd.recurrent(*inputs, states)
+            y, states = ssd.recurrent(*self._by_group(*inputs), states)
         else:
-            y, states = ssd.chunked(*inputs, states)
+            y, states = self._state_space(*inputs, states)
         return self._output(u, y), (recent, states)
 
-    def _inputs(
-        self, u: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T C"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x, steps, decay rates, B, C and skips of the state space."""
-        dtype, of_groups = recurrence_dtype(u.dtype), self.n_groups * self.d_state
-        x, b, c = mixed.to(dtype).split([self.n_heads * self.head_width, of_groups, of_groups], -1)
+    def _inputs(self, u: Float[Tensor, "B T D"], mixed: Float[Tensor, "B T C"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, B and C side by side, steps, decay rates and skips of the state space."""
+        dtype = recurrence_dtype(u.dtype)
         dt = F.softplus(self.step(u).to(dtype) + self.dt_bias.to(dtype))
-        groups = (self.n_groups, -1)
-        x, b, c = x.unflatten(-1, (self.n_heads, -1)), b.unflatten(-1, groups), c.unflatten(-1, groups)
-        return x, dt, -self.A_log.to(dtype).exp(), b, c, self.D.to(dtype)
+        return mixed.to(dtype), dt, -self.A_log.to(dtype).exp(), self.D.to(dtype)
+
+    def _by_group(self, packed: Tensor, dt: Tensor, rates: Tensor, skip: Tensor) -> tuple[Tensor, ...]:
+        """The arguments of mixers/ssd."""
+        of_groups, groups = self.n_groups * self.d_state, (self.n_groups, -1)
+        x, b, c = packed.split([self.n_heads * self.head_width, of_groups, of_groups], -1)
+        return x.unflatten(-1, (self.n_heads, -1)), dt, rates, b.unflatten(-1, groups), c.unflatten(-1, groups), skip
+
+    def _state_space(
+        self, packed: Tensor, dt: Tensor, rates: Tensor, skip: Tensor, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if kernel.is_available(packed.dtype, packed.device):
+            return kernel.state_space(packed, dt, rates, skip, (self.n_groups, self.d_state), states)
+        return ssd.chunked(*self._by_group(packed, dt, rates, skip), states)
 
     def _output(self, u: Float[Tensor, "B T D"], y: Float[Tensor, "B T H P"]) -> Float[Tensor, "B T D"]:
         return self.out(self.norm(y.flatten(2), self.gate(u)))
@@ -90,17 +99,17 @@ def matmul_flops(d_model: int, n_heads: int, head_width: int, d_state: int, n_gr
 
 
 def saved_elements(
-    d_model: int, n_heads: int, head_width: int, d_state: int, n_groups: int, length: int
+    d_model: int, n_heads: int, head_width: int, d_state: int, n_groups: int, length: int, on_gpu: bool
 ) -> tuple[float, float]:
     """Elements per token that are saved for the backward pass: (in the model's precision, in float32 always).
 
-    Inputs of the projections and of the convolution, the gate; x, B, C, the states before the chunks, y, and a few scalars.
+    Inputs of the projections and of the convolution, the gate; those of the state space, y, and a few scalars. On a CPU the
+    state space is that in C++; where no compiler is, plain torch keeps about as much.
     """
-    inner, chunk = n_heads * head_width, ssd.chunk_tokens(length)
-    channels, padding = inner + 2 * n_groups * d_state, -(-length // chunk) * chunk / length
-    copied = channels * (padding if length % chunk else 1)
-    states = inner * d_state / chunk * padding
+    inner, sizes = n_heads * head_width, (n_heads, head_width, d_state, n_groups)
+    of_states = ssd.saved_elements(length, *sizes) if on_gpu else kernel.saved_elements(length, *sizes)
+    channels = inner + 2 * n_groups * d_state
     return (
         d_model + short_convolution.saved_elements(channels) + 2 * inner,
-        copied + states + inner + 3 * n_heads + n_groups,
+        of_states + inner + n_heads + n_groups,
     )

@@ -165,6 +165,14 @@ def flops(length: int, n_heads: int, head_width: int, d_state: int, n_groups: in
     return per_token * (-(-length // chunk) * chunk / length)
 
 
+def saved_elements(length: int, n_heads: int, head_width: int, d_state: int, n_groups: int) -> float:
+    """Elements per token that `chunked` saves for the backward pass, padding included: inputs, sums, states before the chunks."""
+    chunk, inner = chunk_tokens(length), n_heads * head_width
+    padding = -(-length // chunk) * chunk / length
+    inputs, states = inner + 2 * n_groups * d_state, inner * d_state / chunk
+    return (inputs + states) * padding + 2 * n_heads
+
+
 def recomputed_flops(length: int, n_heads: int, head_width: int, d_state: int, n_groups: int) -> float:
     """FLOPs per token that the backward pass of `chunked` computes again: scores, and what tokens read from the states.
 

@@ -1,0 +1,406 @@
+// State space duality (arXiv 2405.21060, section 6) in chunks of small matrix products, forward and backward, in float32.
+//
+//     S_t = exp(dt_t A) S_(t-1) + dt_t B_t x_t^T,    y_t = S_t^T C_t + D x_t    for every head
+//
+// `packed` (rows, tokens, channels) has x of all heads, then B of all groups, then C; dt is (rows, tokens, heads), the rates A
+// and the skips D are (heads). Heads of a group share B and C. With G_i the sum of log decays dt A up to token i of a chunk:
+//
+//     y = (decays * scores diag(dt) + D) x + e^G C S,    S' = e^(G_L) S + B^T (dt e^(G_L - G) x)
+//
+// where scores = C B^T and decays_ij = e^(G_i - G_j) for j <= i, else 0. A few heads go from chunk to chunk while their states
+// are in the cache; plain torch writes and reads the states of all heads and chunks several times. The backward pass computes
+// decays and scores again. Built and called by kernels/compiled.py for kernels/ssd.py.
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "lanes.h"
+
+namespace {
+
+constexpr int64_t CHUNK = 32;  // tokens; the same number as CHUNK_TOKENS in kernels/ssd.py
+constexpr int64_t MOST_HEADS = 4;  // of a task: they share scores, but more of them leave fewer tasks; as in kernels/ssd.py
+static_assert(CHUNK % LANES == 0);
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int TILE_ROWS = 8;  // by two vectors: the sums of a tile stay in registers
+#else
+constexpr int TILE_ROWS = 4;
+#endif
+
+struct Sizes {
+    int64_t rows, tokens, heads, width, groups, states;
+    int64_t channels() const { return heads * width + 2 * groups * states; }
+    int64_t padded() const { return (width + LINE - 1) / LINE * LINE; }
+    int64_t padded_states() const { return (states + LINE - 1) / LINE * LINE; }
+    int64_t chunks() const { return (tokens + CHUNK - 1) / CHUNK; }
+    int64_t group_heads() const { return heads / groups; }
+    int64_t parts() const { return (group_heads() + MOST_HEADS - 1) / MOST_HEADS; }  // of the heads of a group
+};
+
+struct Inputs {
+    const float *packed, *dt, *rates, *skips;
+};
+
+// The left matrix of a product, or its transpose: elements at + row * by_row + inner * by_inner.
+struct Left {
+    const float* at;
+    int64_t by_row, by_inner;
+};
+
+enum Band { ALL, LOWER, UPPER };  // which elements of the left matrix are not 0
+
+// What a product is added to: `factor` times a matrix of its size.
+struct Added {
+    float factor;
+    const float* at;
+};
+
+template <int R, int V>
+void tile(Left a, int64_t first, int64_t last, const float* b, int64_t width, Added added, float* out) {
+    Vec sum[R][V];
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sum[r][v] = added.at ? added.factor * load(added.at + r * width + v * LANES) : Vec{};
+    for (int64_t i = first; i < last; ++i) {
+        Vec row[V];
+        for (int v = 0; v < V; ++v) row[v] = load(b + i * width + v * LANES);
+        for (int r = 0; r < R; ++r)
+            for (int v = 0; v < V; ++v) sum[r][v] += a.at[r * a.by_row + i * a.by_inner] * row[v];
+    }
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(out + r * width + v * LANES, sum[r][v]);
+}
+
+// out <- a b + added, for b (inner, width) and out (rows, width), where width fills whole vectors.
+template <int V>
+void multiply_columns(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Added added, Band band) {
+    for (int64_t r = 0; r < rows;) {
+        int64_t n = rows - r < TILE_ROWS ? 1 : TILE_ROWS;
+        int64_t first = band == UPPER ? r : 0, last = band == LOWER ? r + n : inner;
+        Left from{a.at + r * a.by_row, a.by_row, a.by_inner};
+        Added to{added.factor, added.at ? added.at + r * width : nullptr};
+        if (n == 1)
+            tile<1, V>(from, first, last, b, width, to, out + r * width);
+        else
+            tile<TILE_ROWS, V>(from, first, last, b, width, to, out + r * width);
+        r += n;
+    }
+}
+
+void multiply(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Added added = {},
+              Band band = ALL) {
+    for (int64_t column = 0; column < width;) {
+        bool both = column + 2 * LANES <= width;
+        Added to{added.factor, added.at ? added.at + column : nullptr};
+        (both ? multiply_columns<2> : multiply_columns<1>)(rows, inner, width, a, b + column, out + column, to, band);
+        column += both ? 2 * LANES : LANES;
+    }
+}
+
+// (CHUNK, width) <- diag(factors) (CHUNK, width)
+void scale_rows(const float* factors, int64_t width, float* matrix) {
+    for (int64_t i = 0; i < CHUNK; ++i)
+        for (int64_t p = i * width; p < (i + 1) * width; p += LANES) store(matrix + p, factors[i] * load(matrix + p));
+}
+
+// (rows, CHUNK) <- (rows, CHUNK) diag(factors)
+void scale_columns(const float* factors, int64_t rows, float* matrix) {
+    for (int64_t p = 0; p < rows * CHUNK; p += LANES) store(matrix + p, load(factors + p % CHUNK) * load(matrix + p));
+}
+
+// (rows, columns) -> (columns, rows).
+void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
+    for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
+}
+
+// For n that fills whole cache lines. Not inlined: its sums stay in registers then.
+__attribute__((noinline)) float dot(const float* a, const float* b, int64_t n) {
+    constexpr int PARTS = LINE / LANES;
+    Vec sums[PARTS] = {};
+    for (int64_t i = 0; i < n; i += LINE)
+        for (int part = 0; part < PARTS; ++part) sums[part] += load(a + i + part * LANES) * load(b + i + part * LANES);
+    for (int part = 1; part < PARTS; ++part) sums[0] += sums[part];
+    return horizontal_sum(sums[0]);
+}
+
+// The tokens of a chunk of a row.
+struct Chunk {
+    int64_t token, tokens;  // the first one, counted through all rows; how many
+    Chunk(const Sizes& n, int64_t row, int64_t index)
+        : token(row * n.tokens + index * CHUNK), tokens(std::min(CHUNK, n.tokens - index * CHUNK)) {}
+
+    // Copies columns of these tokens to (CHUNK, padded), filled up with zeros.
+    void read(const float* from, int64_t stride, int64_t width, int64_t padded, float* to) const {
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < padded; i += LANES)
+                store(to + t * padded + i, load(from + (token + t) * stride + i, width - i));
+        std::fill(to + tokens * padded, to + CHUNK * padded, 0.0f);
+    }
+    void write(const float* from, int64_t padded, float* to, int64_t stride, int64_t width) const {
+        for (int64_t t = 0; t < tokens; ++t)
+            for (int64_t i = 0; i < padded; i += LANES)
+                store(to + (token + t) * stride + i, width - i, load(from + t * padded + i));
+    }
+};
+
+// B and C of a group and a chunk, (CHUNK, padded states) and transposed, and their products.
+struct Maps {
+    Buffer b, c, b_turned, c_turned, scores;
+
+    explicit Maps(const Sizes& n)
+        : b(CHUNK * n.padded_states()), c(b.size()), b_turned(b.size()), c_turned(b.size()), scores(CHUNK * CHUNK) {}
+
+    void read(const Sizes& n, const Inputs& in, int64_t group, const Chunk& chunk) {
+        const float* from = in.packed + n.heads * n.width + group * n.states;
+        int64_t padded = n.padded_states();
+        chunk.read(from, n.channels(), n.states, padded, b.data());
+        chunk.read(from + n.groups * n.states, n.channels(), n.states, padded, c.data());
+        transpose(b.data(), CHUNK, padded, b_turned.data());
+        transpose(c.data(), CHUNK, padded, c_turned.data());
+        multiply(CHUNK, n.states, CHUNK, {c.data(), padded, 1}, b_turned.data(), scores.data());
+    }
+};
+
+// dt, G, e^G, e^(G_L - G), dt e^(G_L - G) and e^(G_L) of a head and a chunk. Tokens beyond the last one have dt = 0 and leave
+// the state as it is.
+struct Decays {
+    alignas(64) float dt[CHUNK], total[CHUNK], from_start[CHUNK], to_end[CHUNK], added[CHUNK];
+    float whole;
+
+    void read(const Sizes& n, const Inputs& in, int64_t head, const Chunk& chunk) {
+        float sum = 0.0f;
+        for (int64_t t = 0; t < CHUNK; ++t) {
+            dt[t] = t < chunk.tokens ? in.dt[(chunk.token + t) * n.heads + head] : 0.0f;
+            total[t] = sum += dt[t] * in.rates[head];
+        }
+        for (int64_t t = 0; t < CHUNK; t += LANES) {
+            store(from_start + t, exp_negative(load(total + t)));
+            store(to_end + t, exp_negative(sum - load(total + t)));
+            store(added + t, load(dt + t) * load(to_end + t));
+        }
+        whole = from_start[CHUNK - 1];
+    }
+
+    // e^(G_i - G_j) for the tokens j from `first` on, a vector of them; 0 for those after i.
+    Vec between(int64_t i, int64_t first) const {
+        IVec j{};
+        for (int lane = 0; lane < LANES; ++lane) j[lane] = static_cast<int32_t>(first) + lane;
+        return j <= static_cast<int32_t>(i) ? exp_negative(total[i] - load(total + first)) : Vec{};
+    }
+};
+
+// Some heads of a group of a row: one task, so that the order of sums does not depend on the threads.
+struct Task {
+    int64_t row, group, part, first_head, last_head;
+    Task(const Sizes& n, int64_t index)
+        : row(index / (n.groups * n.parts())), group(index / n.parts() % n.groups), part(index % n.parts()),
+          first_head(group * n.group_heads() + part * n.group_heads() / n.parts()),
+          last_head(group * n.group_heads() + (part + 1) * n.group_heads() / n.parts()) {}
+};
+
+template <typename Work>
+void for_each_task(const Sizes& n, const Work& work) {
+    at::parallel_for(0, n.rows * n.groups * n.parts(), 1, [&](int64_t begin, int64_t end) {
+        FlushDenormals scope;
+        for (int64_t index = begin; index < end; ++index) work(Task(n, index));
+    });
+}
+
+// states: (rows, heads, chunks + 1, states, padded), before every chunk and after the last. The first of each head is given.
+void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
+    for_each_task(n, [&](const Task& task) {
+        int64_t padded = n.padded(), size = n.states * padded, chunks = n.chunks();
+        Maps maps(n);
+        Decays d;
+        Buffer x(CHUNK * padded), y(CHUNK * padded), mixing(CHUNK * CHUNK);
+        for (int64_t index = 0; index < chunks; ++index) {
+            Chunk chunk(n, task.row, index);
+            maps.read(n, in, task.group, chunk);
+            for (int64_t head = task.first_head; head < task.last_head; ++head) {
+                float* state = states + ((task.row * n.heads + head) * (chunks + 1) + index) * size;
+                d.read(n, in, head, chunk);
+                chunk.read(in.packed + head * n.width, n.channels(), n.width, padded, x.data());
+                for (int64_t i = 0; i < CHUNK; ++i) {
+                    for (int64_t j = 0; j <= i; j += LANES)
+                        store(&mixing[i * CHUNK + j], d.between(i, j) * load(&maps.scores[i * CHUNK + j]) * load(d.dt + j));
+                    mixing[i * CHUNK + i] += in.skips[head];
+                }
+                multiply(CHUNK, n.states, padded, {maps.c.data(), n.padded_states(), 1}, state, y.data());
+                scale_rows(d.from_start, padded, y.data());
+                multiply(CHUNK, CHUNK, padded, {mixing.data(), CHUNK, 1}, x.data(), y.data(), {1.0f, y.data()}, LOWER);
+                chunk.write(y.data(), padded, out + head * n.width, n.heads * n.width, n.width);
+                scale_rows(d.added, padded, x.data());
+                Left b{maps.b.data(), 1, n.padded_states()};
+                multiply(n.states, CHUNK, padded, b, x.data(), state + size, {d.whole, state});
+            }
+        }
+    });
+}
+
+struct Gradients {
+    float* packed;  // of x only
+    float* maps;    // (rows, tokens, parts, 2, groups, states): of B and C, by the heads of each part
+    float *dt, *rates, *skips;  // those of rates and skips: (rows, heads)
+    float* state;               // (rows, heads, states, padded): by the last state when it comes, by the first when it returns
+};
+
+// Gradients of B and C of a chunk, transposed, (states, CHUNK), and of their products, added up over the heads of a task.
+struct MapGradients {
+    Buffer b, c, scores;
+
+    explicit MapGradients(const Sizes& n)
+        : b(n.padded_states() * CHUNK), c(b.size()), scores(CHUNK * CHUNK), turned(std::max(b.size(), scores.size())) {}
+
+    void clear() {
+        for (Buffer* part : {&b, &c, &scores}) std::fill(part->begin(), part->end(), 0.0f);
+    }
+
+    void write(const Sizes& n, const Maps& maps, const Task& task, const Chunk& chunk, float* to) {
+        int64_t padded = n.padded_states(), stride = n.parts() * 2 * n.groups * n.states;
+        to += (task.part * 2 * n.groups + task.group) * n.states;
+        multiply(n.states, CHUNK, CHUNK, {maps.c.data(), 1, padded}, scores.data(), b.data(), {1.0f, b.data()});
+        transpose(b.data(), padded, CHUNK, turned.data());
+        chunk.write(turned.data(), padded, to, stride, n.states);
+        transpose(scores.data(), CHUNK, CHUNK, turned.data());
+        multiply(n.states, CHUNK, CHUNK, {maps.b.data(), 1, padded}, turned.data(), c.data(), {1.0f, c.data()});
+        transpose(c.data(), padded, CHUNK, turned.data());
+        chunk.write(turned.data(), padded, to + n.groups * n.states, stride, n.states);
+    }
+
+private:
+    Buffer turned;
+};
+
+// Gradients of the sums of log decays G and of dt of a head and a chunk.
+struct StepGradients {
+    alignas(64) float total[CHUNK], dt[CHUNK];
+};
+
+// Writes the matrix of a chunk, decays * scores diag(dt), and takes its gradient back to scores, decays and dt. What a token
+// adds to its own output has no decay: it is left out of the sums of a row and a column, which would cancel.
+void mixing_backward(const Decays& d, const float* scores, const float* dmixing, float* mixing, float* dscores,
+                     StepGradients& to) {
+    alignas(64) float later[CHUNK] = {};  // by dt_j, of the tokens after j
+    for (int64_t i = 0; i < CHUNK; ++i) {
+        Vec moved{};
+        for (int64_t j = 0; j <= i; j += LANES) {
+            int64_t at = i * CHUNK + j;
+            Vec decays = d.between(i, j), step = load(d.dt + j);
+            Vec by_score = decays * load(dmixing + at), by_step = by_score * load(scores + at);
+            store(mixing + at, decays * load(scores + at) * step);
+            store(dscores + at, load(dscores + at) + by_score * step);
+            if (i < j + LANES) to.dt[i] = by_step[i - j], by_step[i - j] = 0.0f;
+            moved += by_step * step;
+            store(later + j, load(later + j) + by_step);
+        }
+        to.total[i] = horizontal_sum(moved);
+    }
+    for (int64_t j = 0; j < CHUNK; ++j) {
+        to.total[j] -= later[j] * d.dt[j];
+        to.dt[j] += later[j];
+    }
+}
+
+void backward(const Sizes& n, const Inputs& in, const float* states, const float* dout, const Gradients& to) {
+    for_each_task(n, [&](const Task& task) {
+        int64_t padded = n.padded(), size = n.states * padded, chunks = n.chunks();
+        Maps maps(n);
+        MapGradients dmaps(n);
+        Decays d;
+        StepGradients dsteps;
+        Buffer mixing(CHUNK * CHUNK), dmixing(CHUNK * CHUNK), dread(n.states * CHUNK);
+        Buffer x(CHUNK * padded), dx(CHUNK * padded), dy(CHUNK * padded), x_turned(padded * CHUNK), dy_turned(padded * CHUNK);
+        for (int64_t head = task.first_head; head < task.last_head; ++head)
+            to.rates[task.row * n.heads + head] = to.skips[task.row * n.heads + head] = 0.0f;
+        for (int64_t index = chunks - 1; index >= 0; --index) {
+            Chunk chunk(n, task.row, index);
+            maps.read(n, in, task.group, chunk);
+            dmaps.clear();
+            for (int64_t head = task.first_head; head < task.last_head; ++head) {
+                int64_t of_row = task.row * n.heads + head;
+                const float* state = states + (of_row * (chunks + 1) + index) * size;
+                float* dstate = to.state + of_row * size;
+                d.read(n, in, head, chunk);
+                chunk.read(in.packed + head * n.width, n.channels(), n.width, padded, x.data());
+                chunk.read(dout + head * n.width, n.heads * n.width, n.width, padded, dy.data());
+                transpose(x.data(), CHUNK, padded, x_turned.data());
+                transpose(dy.data(), CHUNK, padded, dy_turned.data());
+                // Inside of the chunk.
+                multiply(CHUNK, n.width, CHUNK, {dy.data(), padded, 1}, x_turned.data(), dmixing.data());
+                mixing_backward(d, maps.scores.data(), dmixing.data(), mixing.data(), dmaps.scores.data(), dsteps);
+                float skip = 0.0f;
+                for (int64_t i = 0; i < CHUNK; ++i) {
+                    mixing[i * CHUNK + i] += in.skips[head];
+                    skip += dmixing[i * CHUNK + i];
+                }
+                to.skips[of_row] += skip;
+                // What the chunk adds to the state, and what decays of it.
+                multiply(CHUNK, n.states, padded, {maps.b.data(), n.padded_states(), 1}, dstate, dx.data());
+                float at_end = d.whole * dot(state, dstate, size);
+                for (int64_t i = 0; i < CHUNK; ++i) {
+                    float along = dot(&x[i * padded], &dx[i * padded], padded);
+                    at_end += d.added[i] * along;
+                    dsteps.total[i] -= d.added[i] * along;
+                    dsteps.dt[i] += d.to_end[i] * along;
+                }
+                scale_rows(d.added, padded, dx.data());
+                multiply(CHUNK, CHUNK, padded, {mixing.data(), 1, CHUNK}, dy.data(), dx.data(), {1.0f, dx.data()}, UPPER);
+                chunk.write(dx.data(), padded, to.packed + head * n.width, n.channels(), n.width);
+                scale_columns(d.added, n.width, x_turned.data());
+                float* db = dmaps.b.data();
+                multiply(n.states, n.width, CHUNK, {dstate, padded, 1}, x_turned.data(), db, {1.0f, db});
+                // What tokens read from the state before the chunk.
+                scale_columns(d.from_start, n.width, dy_turned.data());
+                multiply(n.states, n.width, CHUNK, {state, padded, 1}, dy_turned.data(), dread.data());
+                for (int64_t j = 0; j < CHUNK; j += LANES) {
+                    Vec along = load(dsteps.total + j);
+                    for (int64_t i = j; i < n.states * CHUNK; i += CHUNK) {
+                        Vec of_c = load(&dread[i]);
+                        along += of_c * load(&maps.c_turned[i]);
+                        store(&dmaps.c[i], load(&dmaps.c[i]) + of_c);
+                    }
+                    store(dsteps.total + j, along);
+                }
+                scale_rows(d.from_start, padded, dy.data());
+                multiply(n.states, CHUNK, padded, {maps.c.data(), 1, n.padded_states()}, dy.data(), dstate, {d.whole, dstate});
+                // From the sums of log decays to the log decays dt A.
+                float rate = 0.0f;
+                for (int64_t i = CHUNK - 1; i >= 0; --i) {
+                    at_end += dsteps.total[i];
+                    rate += at_end * d.dt[i];
+                    if (i < chunk.tokens) to.dt[(chunk.token + i) * n.heads + head] = dsteps.dt[i] + at_end * in.rates[head];
+                }
+                to.rates[of_row] += rate;
+            }
+            dmaps.write(n, maps, task, chunk, to.maps);
+        }
+    });
+}
+
+}  // namespace
+
+extern "C" {
+int lmu_ssd_chunk() { return CHUNK; }
+int lmu_ssd_most_heads() { return MOST_HEADS; }
+
+int lmu_ssd_forward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t n_states,
+                            const float* packed, const float* dt, const float* rates, const float* skips, float* states,
+                            float* out) {
+    return error_code([&] {
+        forward(Sizes{rows, tokens, heads, width, groups, n_states}, Inputs{packed, dt, rates, skips}, states, out);
+    });
+}
+
+int lmu_ssd_backward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t n_states,
+                             const float* packed, const float* dt, const float* rates, const float* skips, const float* states,
+                             const float* dout, float* dpacked, float* dmaps, float* ddt, float* drates, float* dskips,
+                             float* dstate) {
+    return error_code([&] {
+        backward(Sizes{rows, tokens, heads, width, groups, n_states}, Inputs{packed, dt, rates, skips}, states, dout,
+                 Gradients{dpacked, dmaps, ddt, drates, dskips, dstate});
+    });
+}
+}
