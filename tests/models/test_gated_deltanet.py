@@ -228,11 +228,11 @@ def test_extreme_decays_and_repeated_keys(g: float, form: Callable[..., tuple[to
         assert (a - b).norm() < 1e-5 * max(b.norm(), weights.norm())
 
 
-@pytest.mark.parametrize("in_cpp", [True, False])
+@pytest.mark.parametrize("compiles", [True, False], ids=["cpp", "torch"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_rounding(dtype: torch.dtype, bound: float, in_cpp: bool, monkeypatch: pytest.MonkeyPatch):
+def test_rounding(dtype: torch.dtype, bound: float, compiles: bool, monkeypatch: pytest.MonkeyPatch):
     """Relative error of the norm of outputs and gradients, with weights that are numbers in the lower precision."""
-    if not in_cpp:
+    if not compiles:
         monkeypatch.setattr(compiled, "is_available", lambda *_: False)
     low = build(dtype)
     exact = build(dtype).double()

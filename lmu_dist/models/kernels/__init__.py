@@ -1,1 +1,1 @@
-"""Kernels of the LMU in C++ (compiled) and Triton (triton_kernels), and the same in plain torch (implicit_attention)."""
+"""Compiled kernels: C++ for CPUs (compiled), Triton for GPUs (triton_kernels), and the functions that choose and call them."""

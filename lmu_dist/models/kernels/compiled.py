@@ -1,7 +1,6 @@
 """C++ kernels for CPUs, built at first use and called through ctypes.
 
-Those of implicit_attention.cpp, convolve.cpp, short_convolution.cpp, gated_delta_rule.cpp, ssd.cpp and gated_norm.cpp. Called by
-implicit_attention, gated_delta_rule, ssd, mixers/lmu/fourier, mixers/short_convolution and mixers/gated_norm.
+Called by implicit_attention, gated_delta_rule, ssd, mixers/lmu/fourier, mixers/short_convolution and mixers/gated_norm.
 """
 
 import ctypes

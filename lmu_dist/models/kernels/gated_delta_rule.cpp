@@ -104,6 +104,16 @@ struct Sum {
     }
 };
 
+// Asks for q, k and v of a head and a token, if there is such a token: a few cache lines each, far from those of the tokens
+// before and after, so that the processor does not foresee them.
+void prefetch_inputs(const Sizes& n, const Inputs& in, int64_t row, int64_t head, int64_t t) {
+    if (t < 0 || t >= n.tokens) return;
+    const float* token = in.packed + (row * n.tokens + t) * n.channels();
+    prefetch(token + head * n.keys, n.keys);
+    prefetch(token + (n.heads + head) * n.keys, n.keys);
+    prefetch(token + 2 * n.heads * n.keys + head * n.values, n.values);
+}
+
 // Inputs of a chunk of a head: unit vectors, (tokens, padded keys), and scalars.
 struct Chunk {
     int64_t first, tokens, padded;
@@ -112,7 +122,8 @@ struct Chunk {
 
     explicit Chunk(const Sizes& n) : padded(n.padded_keys()), q(CHUNK * padded), k(CHUNK * padded) {}
 
-    void read(const Sizes& n, const Inputs& in, int64_t row, int64_t head, int64_t chunk) {
+    // `next`: the chunk after this one.
+    NOINLINE void read(const Sizes& n, const Inputs& in, int64_t row, int64_t head, int64_t chunk, int64_t next) {
         first = chunk * CHUNK, tokens = std::min(CHUNK, n.tokens - first);
         for (int64_t t = 0; t < tokens; ++t) {
             int64_t token = row * n.tokens + first + t;
@@ -122,6 +133,7 @@ struct Chunk {
             decay[t] = std::exp(in.g[token * n.heads + head]);
             beta[t] = in.beta[token * n.heads + head];
             qk[t] = dot(&q[t * padded], &k[t * padded]);
+            prefetch_inputs(n, in, row, head, next * CHUNK + t);  // now and then: a processor fetches few lines at a time
         }
     }
 
@@ -163,7 +175,8 @@ struct Lookup {
 // writes the update of a token and the decay of the next one, and reads what that one needs. KEEPS: whether the backward pass calls
 // this. Then D of every token goes to `kept`, and there are no outputs; else the memory is changed in place.
 template <int N, bool KEEPS>
-void advance(const Sizes& n, const Chunk& c, const float* values, int64_t n_columns, float* memory, float* out, Kept<N>* kept) {
+NOINLINE void advance(const Sizes& n, const Chunk& c, const float* values, int64_t n_columns, float* memory, float* out,
+                      Kept<N>* kept) {
     constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
     Lookup<N, !KEEPS> found;
     float* decayed = memory;
@@ -237,7 +250,7 @@ void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
         float* of_head = states + (row * n.heads + head) * (n.chunks() + 1) * size;
         for (int64_t b = 0; b < n.blocks<N>(); ++b) read_block<N>(n, of_head, b * N * LANES, &memory[b * n.block_size<N>()]);
         for (int64_t chunk = 0; chunk < n.chunks(); ++chunk) {
-            c.read(n, in, row, head, chunk);
+            c.read(n, in, row, head, chunk, chunk + 1);
             int64_t token = row * n.tokens + c.first;
             for (int64_t b = 0; b < n.blocks<N>(); ++b) {
                 float* of_block = &memory[b * n.block_size<N>()];
@@ -269,8 +282,8 @@ struct ChunkGradients {
 // Takes the gradient of a block of the memory back through a chunk. One sweep ends a token and adds the gradient by the output of
 // the token before.
 template <int N>
-void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_columns, const float* dout, float* dmemory,
-             float* dvalues, ChunkGradients& d) {
+NOINLINE void go_back(const Sizes& n, const Chunk& c, const Kept<N>& kept, int64_t n_columns, const float* dout, float* dmemory,
+                      float* dvalues, ChunkGradients& d) {
     constexpr int WIDTH = N * LANES, PARTS = Sum<N>::PARTS;
     auto dout_of = [&](int64_t t) { return Columns<N>::of(dout + t * n.heads * n.values, n_columns); };
     // Adds the gradient by a token's output to a row, and the row's term of the gradient of the token's update to `sum`.
@@ -347,9 +360,11 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
         for (int64_t b = 0; b < n.blocks<N>(); ++b)
             read_block<N>(n, dend + task * size, b * N * LANES, &dmemory[b * n.block_size<N>()]);
         for (int64_t chunk = n.chunks() - 1; chunk >= 0; --chunk) {
-            c.read(n, in, row, head, chunk);
+            c.read(n, in, row, head, chunk, chunk - 1);
             d.clear();
             int64_t token = row * n.tokens + c.first;
+            for (int64_t t = token - CHUNK; chunk > 0 && t < token; ++t)
+                prefetch(dout + (t * n.heads + head) * n.values, n.values);
             float* of_chunk = to.packed + token * n.channels();
             for (int64_t b = 0; b < n.blocks<N>(); ++b) {
                 int64_t first = b * N * LANES, column = head * n.values + first, value = 2 * n.heads * n.keys + column;

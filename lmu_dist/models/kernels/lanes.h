@@ -23,6 +23,7 @@
 #else  // SSE, NEON
 #define LANES 4
 #endif
+#define NOINLINE __attribute__((noinline))  // for inner loops: they get all registers then
 constexpr int LINE = 16;  // float32 numbers of a cache line; rows of channels are padded to whole lines
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t IVec __attribute__((vector_size(LANES * sizeof(int32_t))));
@@ -146,6 +147,12 @@ inline Vec load(const float* from) {
 }
 
 inline void store(float* to, Vec v) { std::memcpy(to, &v, sizeof v); }
+
+// Asks for n numbers to be brought into the second-level cache.
+inline void prefetch(const float* from, int64_t n) {
+    for (int64_t i = 0; i < n; i += LINE) __builtin_prefetch(from + i, 0, 2);
+    asm volatile("");  // g++ 12 drops calls of a function that does nothing but this
+}
 
 inline Vec load(const uint16_t* from) {
     typedef uint16_t Short __attribute__((vector_size(LANES * 2)));

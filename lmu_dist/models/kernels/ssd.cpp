@@ -3,7 +3,8 @@
 //     S_t = exp(dt_t A) S_(t-1) + dt_t B_t x_t^T,    y_t = S_t^T C_t + D x_t    for every head
 //
 // `packed` (rows, tokens, channels) has x of all heads, then B of all groups, then C; dt is (rows, tokens, heads), the rates A
-// and the skips D are (heads). Heads of a group share B and C. With G_i the sum of log decays dt A up to token i of a chunk:
+// and the skips D are (heads). Heads of a group share B and C. With G_i the sum of log decays dt A up to token i of a chunk, of
+// which L is the last one:
 //
 //     y = (decays * scores diag(dt) + D) x + e^G C S,    S' = e^(G_L) S + B^T (dt e^(G_L - G) x)
 //
@@ -31,10 +32,10 @@ constexpr int TILE_ROWS = 4;
 #endif
 
 struct Sizes {
-    int64_t rows, tokens, heads, width, groups, states;
-    int64_t channels() const { return heads * width + 2 * groups * states; }
+    int64_t rows, tokens, heads, width, groups, d_state;
+    int64_t channels() const { return heads * width + 2 * groups * d_state; }
     int64_t padded() const { return (width + LINE - 1) / LINE * LINE; }
-    int64_t padded_states() const { return (states + LINE - 1) / LINE * LINE; }
+    int64_t padded_state() const { return (d_state + LINE - 1) / LINE * LINE; }
     int64_t chunks() const { return (tokens + CHUNK - 1) / CHUNK; }
     int64_t group_heads() const { return heads / groups; }
     int64_t parts() const { return (group_heads() + MOST_HEADS - 1) / MOST_HEADS; }  // of the heads of a group
@@ -52,35 +53,38 @@ struct Left {
 
 enum Band { ALL, LOWER, UPPER };  // which elements of the left matrix are not 0
 
-// What a product is added to: `factor` times a matrix of its size.
-struct Added {
+// What is added to a product: `factor` times a matrix of its size.
+struct Addend {
     float factor;
     const float* at;
 };
 
 template <int R, int V>
-void tile(Left a, int64_t first, int64_t last, const float* b, int64_t width, Added added, float* out) {
-    Vec sum[R][V];
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) sum[r][v] = added.at ? added.factor * load(added.at + r * width + v * LANES) : Vec{};
+void tile(Left a, int64_t first, int64_t last, const float* b, int64_t width, Addend addend, float* out) {
+    Vec sum[R][V] = {};
     for (int64_t i = first; i < last; ++i) {
         Vec row[V];
         for (int v = 0; v < V; ++v) row[v] = load(b + i * width + v * LANES);
         for (int r = 0; r < R; ++r)
             for (int v = 0; v < V; ++v) sum[r][v] += a.at[r * a.by_row + i * a.by_inner] * row[v];
     }
+    // The addend comes last: it may be much larger than the terms of the product, which would be rounded one by one.
     for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(out + r * width + v * LANES, sum[r][v]);
+        for (int v = 0; v < V; ++v) {
+            int64_t at = r * width + v * LANES;
+            store(out + at, addend.at ? sum[r][v] + addend.factor * load(addend.at + at) : sum[r][v]);
+        }
 }
 
-// out <- a b + added, for b (inner, width) and out (rows, width), where width fills whole vectors.
+// out <- a b + addend, for b (inner, width) and out (rows, width), where width fills whole vectors.
 template <int V>
-void multiply_columns(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Added added, Band band) {
+void multiply_columns(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Addend addend,
+                      Band band) {
     for (int64_t r = 0; r < rows;) {
         int64_t n = rows - r < TILE_ROWS ? 1 : TILE_ROWS;
         int64_t first = band == UPPER ? r : 0, last = band == LOWER ? r + n : inner;
         Left from{a.at + r * a.by_row, a.by_row, a.by_inner};
-        Added to{added.factor, added.at ? added.at + r * width : nullptr};
+        Addend to{addend.factor, addend.at ? addend.at + r * width : nullptr};
         if (n == 1)
             tile<1, V>(from, first, last, b, width, to, out + r * width);
         else
@@ -89,11 +93,11 @@ void multiply_columns(int64_t rows, int64_t inner, int64_t width, Left a, const 
     }
 }
 
-void multiply(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Added added = {},
+void multiply(int64_t rows, int64_t inner, int64_t width, Left a, const float* b, float* out, Addend addend = {},
               Band band = ALL) {
     for (int64_t column = 0; column < width;) {
         bool both = column + 2 * LANES <= width;
-        Added to{added.factor, added.at ? added.at + column : nullptr};
+        Addend to{addend.factor, addend.at ? addend.at + column : nullptr};
         (both ? multiply_columns<2> : multiply_columns<1>)(rows, inner, width, a, b + column, out + column, to, band);
         column += both ? 2 * LANES : LANES;
     }
@@ -116,8 +120,8 @@ void transpose(const float* from, int64_t rows, int64_t columns, float* to) {
         for (int64_t j = 0; j < columns; ++j) to[j * rows + i] = from[i * columns + j];
 }
 
-// For n that fills whole cache lines. Not inlined: its sums stay in registers then.
-__attribute__((noinline)) float dot(const float* a, const float* b, int64_t n) {
+// For n that fills whole cache lines.
+NOINLINE float dot(const float* a, const float* b, int64_t n) {
     constexpr int PARTS = LINE / LANES;
     Vec sums[PARTS] = {};
     for (int64_t i = 0; i < n; i += LINE)
@@ -146,29 +150,29 @@ struct Chunk {
     }
 };
 
-// B and C of a group and a chunk, (CHUNK, padded states) and transposed, and their products.
+// B and C of a group and a chunk, (CHUNK, padded d_state) and transposed, and their products.
 struct Maps {
-    Buffer b, c, b_turned, c_turned, scores;
+    Buffer b, c, b_transposed, c_transposed, scores;
 
     explicit Maps(const Sizes& n)
-        : b(CHUNK * n.padded_states()), c(b.size()), b_turned(b.size()), c_turned(b.size()), scores(CHUNK * CHUNK) {}
+        : b(CHUNK * n.padded_state()), c(b.size()), b_transposed(b.size()), c_transposed(b.size()), scores(CHUNK * CHUNK) {}
 
     void read(const Sizes& n, const Inputs& in, int64_t group, const Chunk& chunk) {
-        const float* from = in.packed + n.heads * n.width + group * n.states;
-        int64_t padded = n.padded_states();
-        chunk.read(from, n.channels(), n.states, padded, b.data());
-        chunk.read(from + n.groups * n.states, n.channels(), n.states, padded, c.data());
-        transpose(b.data(), CHUNK, padded, b_turned.data());
-        transpose(c.data(), CHUNK, padded, c_turned.data());
-        multiply(CHUNK, n.states, CHUNK, {c.data(), padded, 1}, b_turned.data(), scores.data());
+        const float* from = in.packed + n.heads * n.width + group * n.d_state;
+        int64_t padded = n.padded_state();
+        chunk.read(from, n.channels(), n.d_state, padded, b.data());
+        chunk.read(from + n.groups * n.d_state, n.channels(), n.d_state, padded, c.data());
+        transpose(b.data(), CHUNK, padded, b_transposed.data());
+        transpose(c.data(), CHUNK, padded, c_transposed.data());
+        multiply(CHUNK, n.d_state, CHUNK, {c.data(), padded, 1}, b_transposed.data(), scores.data());
     }
 };
 
 // dt, G, e^G, e^(G_L - G), dt e^(G_L - G) and e^(G_L) of a head and a chunk. Tokens beyond the last one have dt = 0 and leave
 // the state as it is.
 struct Decays {
-    alignas(64) float dt[CHUNK], total[CHUNK], from_start[CHUNK], to_end[CHUNK], added[CHUNK];
-    float whole;
+    alignas(64) float dt[CHUNK], total[CHUNK], from_start[CHUNK], to_end[CHUNK], weight[CHUNK];
+    float chunk_decay;
 
     void read(const Sizes& n, const Inputs& in, int64_t head, const Chunk& chunk) {
         float sum = 0.0f;
@@ -179,9 +183,9 @@ struct Decays {
         for (int64_t t = 0; t < CHUNK; t += LANES) {
             store(from_start + t, exp_negative(load(total + t)));
             store(to_end + t, exp_negative(sum - load(total + t)));
-            store(added + t, load(dt + t) * load(to_end + t));
+            store(weight + t, load(dt + t) * load(to_end + t));
         }
-        whole = from_start[CHUNK - 1];
+        chunk_decay = from_start[CHUNK - 1];
     }
 
     // e^(G_i - G_j) for the tokens j from `first` on, a vector of them; 0 for those after i.
@@ -209,13 +213,13 @@ void for_each_task(const Sizes& n, const Work& work) {
     });
 }
 
-// states: (rows, heads, chunks + 1, states, padded), before every chunk and after the last. The first of each head is given.
+// states: (rows, heads, chunks + 1, d_state, padded), before every chunk and after the last. The first of each head is given.
 void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
     for_each_task(n, [&](const Task& task) {
-        int64_t padded = n.padded(), size = n.states * padded, chunks = n.chunks();
+        int64_t padded = n.padded(), size = n.d_state * padded, chunks = n.chunks();
         Maps maps(n);
         Decays d;
-        Buffer x(CHUNK * padded), y(CHUNK * padded), mixing(CHUNK * CHUNK);
+        Buffer x(CHUNK * padded), y(CHUNK * padded), mixing(CHUNK * CHUNK);  // whose upper part stays 0
         for (int64_t index = 0; index < chunks; ++index) {
             Chunk chunk(n, task.row, index);
             maps.read(n, in, task.group, chunk);
@@ -228,13 +232,13 @@ void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
                         store(&mixing[i * CHUNK + j], d.between(i, j) * load(&maps.scores[i * CHUNK + j]) * load(d.dt + j));
                     mixing[i * CHUNK + i] += in.skips[head];
                 }
-                multiply(CHUNK, n.states, padded, {maps.c.data(), n.padded_states(), 1}, state, y.data());
+                multiply(CHUNK, n.d_state, padded, {maps.c.data(), n.padded_state(), 1}, state, y.data());
                 scale_rows(d.from_start, padded, y.data());
                 multiply(CHUNK, CHUNK, padded, {mixing.data(), CHUNK, 1}, x.data(), y.data(), {1.0f, y.data()}, LOWER);
                 chunk.write(y.data(), padded, out + head * n.width, n.heads * n.width, n.width);
-                scale_rows(d.added, padded, x.data());
-                Left b{maps.b.data(), 1, n.padded_states()};
-                multiply(n.states, CHUNK, padded, b, x.data(), state + size, {d.whole, state});
+                scale_rows(d.weight, padded, x.data());
+                Left b{maps.b.data(), 1, n.padded_state()};
+                multiply(n.d_state, CHUNK, padded, b, x.data(), state + size, {d.chunk_decay, state});
             }
         }
     });
@@ -242,36 +246,36 @@ void forward(const Sizes& n, const Inputs& in, float* states, float* out) {
 
 struct Gradients {
     float* packed;  // of x only
-    float* maps;    // (rows, tokens, parts, 2, groups, states): of B and C, by the heads of each part
+    float* maps;    // (rows, tokens, parts, 2, groups, d_state): of B and C, by the heads of each part
     float *dt, *rates, *skips;  // those of rates and skips: (rows, heads)
-    float* state;               // (rows, heads, states, padded): by the last state when it comes, by the first when it returns
+    float* state;               // (rows, heads, d_state, padded): by the last state when it comes, by the first when it returns
 };
 
-// Gradients of B and C of a chunk, transposed, (states, CHUNK), and of their products, added up over the heads of a task.
+// Gradients of B and C of a chunk, transposed, (d_state, CHUNK), and of their products, added up over the heads of a task.
 struct MapGradients {
     Buffer b, c, scores;
 
     explicit MapGradients(const Sizes& n)
-        : b(n.padded_states() * CHUNK), c(b.size()), scores(CHUNK * CHUNK), turned(std::max(b.size(), scores.size())) {}
+        : b(n.padded_state() * CHUNK), c(b.size()), scores(CHUNK * CHUNK), transposed(std::max(b.size(), scores.size())) {}
 
     void clear() {
         for (Buffer* part : {&b, &c, &scores}) std::fill(part->begin(), part->end(), 0.0f);
     }
 
     void write(const Sizes& n, const Maps& maps, const Task& task, const Chunk& chunk, float* to) {
-        int64_t padded = n.padded_states(), stride = n.parts() * 2 * n.groups * n.states;
-        to += (task.part * 2 * n.groups + task.group) * n.states;
-        multiply(n.states, CHUNK, CHUNK, {maps.c.data(), 1, padded}, scores.data(), b.data(), {1.0f, b.data()});
-        transpose(b.data(), padded, CHUNK, turned.data());
-        chunk.write(turned.data(), padded, to, stride, n.states);
-        transpose(scores.data(), CHUNK, CHUNK, turned.data());
-        multiply(n.states, CHUNK, CHUNK, {maps.b.data(), 1, padded}, turned.data(), c.data(), {1.0f, c.data()});
-        transpose(c.data(), padded, CHUNK, turned.data());
-        chunk.write(turned.data(), padded, to + n.groups * n.states, stride, n.states);
+        int64_t padded = n.padded_state(), stride = n.parts() * 2 * n.groups * n.d_state;
+        to += (task.part * 2 * n.groups + task.group) * n.d_state;
+        multiply(n.d_state, CHUNK, CHUNK, {maps.c.data(), 1, padded}, scores.data(), b.data(), {1.0f, b.data()});
+        transpose(b.data(), padded, CHUNK, transposed.data());
+        chunk.write(transposed.data(), padded, to, stride, n.d_state);
+        transpose(scores.data(), CHUNK, CHUNK, transposed.data());
+        multiply(n.d_state, CHUNK, CHUNK, {maps.b.data(), 1, padded}, transposed.data(), c.data(), {1.0f, c.data()});
+        transpose(c.data(), padded, CHUNK, transposed.data());
+        chunk.write(transposed.data(), padded, to + n.groups * n.d_state, stride, n.d_state);
     }
 
 private:
-    Buffer turned;
+    Buffer transposed;
 };
 
 // Gradients of the sums of log decays G and of dt of a head and a chunk.
@@ -306,13 +310,13 @@ void mixing_backward(const Decays& d, const float* scores, const float* dmixing,
 
 void backward(const Sizes& n, const Inputs& in, const float* states, const float* dout, const Gradients& to) {
     for_each_task(n, [&](const Task& task) {
-        int64_t padded = n.padded(), size = n.states * padded, chunks = n.chunks();
+        int64_t padded = n.padded(), size = n.d_state * padded, chunks = n.chunks();
         Maps maps(n);
         MapGradients dmaps(n);
         Decays d;
         StepGradients dsteps;
-        Buffer mixing(CHUNK * CHUNK), dmixing(CHUNK * CHUNK), dread(n.states * CHUNK);
-        Buffer x(CHUNK * padded), dx(CHUNK * padded), dy(CHUNK * padded), x_turned(padded * CHUNK), dy_turned(padded * CHUNK);
+        Buffer mixing(CHUNK * CHUNK), dmixing(CHUNK * CHUNK), dc_of_state(n.d_state * CHUNK);
+        Buffer x(CHUNK * padded), x_transposed(x.size()), dx(x.size()), dy(x.size()), dy_transposed(x.size());
         for (int64_t head = task.first_head; head < task.last_head; ++head)
             to.rates[task.row * n.heads + head] = to.skips[task.row * n.heads + head] = 0.0f;
         for (int64_t index = chunks - 1; index >= 0; --index) {
@@ -326,10 +330,10 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                 d.read(n, in, head, chunk);
                 chunk.read(in.packed + head * n.width, n.channels(), n.width, padded, x.data());
                 chunk.read(dout + head * n.width, n.heads * n.width, n.width, padded, dy.data());
-                transpose(x.data(), CHUNK, padded, x_turned.data());
-                transpose(dy.data(), CHUNK, padded, dy_turned.data());
+                transpose(x.data(), CHUNK, padded, x_transposed.data());
+                transpose(dy.data(), CHUNK, padded, dy_transposed.data());
                 // Inside of the chunk.
-                multiply(CHUNK, n.width, CHUNK, {dy.data(), padded, 1}, x_turned.data(), dmixing.data());
+                multiply(CHUNK, n.width, CHUNK, {dy.data(), padded, 1}, x_transposed.data(), dmixing.data());
                 mixing_backward(d, maps.scores.data(), dmixing.data(), mixing.data(), dmaps.scores.data(), dsteps);
                 float skip = 0.0f;
                 for (int64_t i = 0; i < CHUNK; ++i) {
@@ -338,34 +342,35 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                 }
                 to.skips[of_row] += skip;
                 // What the chunk adds to the state, and what decays of it.
-                multiply(CHUNK, n.states, padded, {maps.b.data(), n.padded_states(), 1}, dstate, dx.data());
-                float at_end = d.whole * dot(state, dstate, size);
+                multiply(CHUNK, n.d_state, padded, {maps.b.data(), n.padded_state(), 1}, dstate, dx.data());
+                float at_end = d.chunk_decay * dot(state, dstate, size);
                 for (int64_t i = 0; i < CHUNK; ++i) {
                     float along = dot(&x[i * padded], &dx[i * padded], padded);
-                    at_end += d.added[i] * along;
-                    dsteps.total[i] -= d.added[i] * along;
+                    at_end += d.weight[i] * along;
+                    dsteps.total[i] -= d.weight[i] * along;
                     dsteps.dt[i] += d.to_end[i] * along;
                 }
-                scale_rows(d.added, padded, dx.data());
+                scale_rows(d.weight, padded, dx.data());
                 multiply(CHUNK, CHUNK, padded, {mixing.data(), 1, CHUNK}, dy.data(), dx.data(), {1.0f, dx.data()}, UPPER);
                 chunk.write(dx.data(), padded, to.packed + head * n.width, n.channels(), n.width);
-                scale_columns(d.added, n.width, x_turned.data());
+                scale_columns(d.weight, n.width, x_transposed.data());
                 float* db = dmaps.b.data();
-                multiply(n.states, n.width, CHUNK, {dstate, padded, 1}, x_turned.data(), db, {1.0f, db});
+                multiply(n.d_state, n.width, CHUNK, {dstate, padded, 1}, x_transposed.data(), db, {1.0f, db});
                 // What tokens read from the state before the chunk.
-                scale_columns(d.from_start, n.width, dy_turned.data());
-                multiply(n.states, n.width, CHUNK, {state, padded, 1}, dy_turned.data(), dread.data());
+                scale_columns(d.from_start, n.width, dy_transposed.data());
+                multiply(n.d_state, n.width, CHUNK, {state, padded, 1}, dy_transposed.data(), dc_of_state.data());
                 for (int64_t j = 0; j < CHUNK; j += LANES) {
                     Vec along = load(dsteps.total + j);
-                    for (int64_t i = j; i < n.states * CHUNK; i += CHUNK) {
-                        Vec of_c = load(&dread[i]);
-                        along += of_c * load(&maps.c_turned[i]);
+                    for (int64_t i = j; i < n.d_state * CHUNK; i += CHUNK) {
+                        Vec of_c = load(&dc_of_state[i]);
+                        along += of_c * load(&maps.c_transposed[i]);
                         store(&dmaps.c[i], load(&dmaps.c[i]) + of_c);
                     }
                     store(dsteps.total + j, along);
                 }
                 scale_rows(d.from_start, padded, dy.data());
-                multiply(n.states, CHUNK, padded, {maps.c.data(), 1, n.padded_states()}, dy.data(), dstate, {d.whole, dstate});
+                Left c{maps.c.data(), 1, n.padded_state()};
+                multiply(n.d_state, CHUNK, padded, c, dy.data(), dstate, {d.chunk_decay, dstate});
                 // From the sums of log decays to the log decays dt A.
                 float rate = 0.0f;
                 for (int64_t i = CHUNK - 1; i >= 0; --i) {
@@ -386,20 +391,20 @@ extern "C" {
 int lmu_ssd_chunk() { return CHUNK; }
 int lmu_ssd_most_heads() { return MOST_HEADS; }
 
-int lmu_ssd_forward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t n_states,
+int lmu_ssd_forward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t d_state,
                             const float* packed, const float* dt, const float* rates, const float* skips, float* states,
                             float* out) {
     return error_code([&] {
-        forward(Sizes{rows, tokens, heads, width, groups, n_states}, Inputs{packed, dt, rates, skips}, states, out);
+        forward(Sizes{rows, tokens, heads, width, groups, d_state}, Inputs{packed, dt, rates, skips}, states, out);
     });
 }
 
-int lmu_ssd_backward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t n_states,
+int lmu_ssd_backward_float32(int64_t rows, int64_t tokens, int64_t heads, int64_t width, int64_t groups, int64_t d_state,
                              const float* packed, const float* dt, const float* rates, const float* skips, const float* states,
                              const float* dout, float* dpacked, float* dmaps, float* ddt, float* drates, float* dskips,
                              float* dstate) {
     return error_code([&] {
-        backward(Sizes{rows, tokens, heads, width, groups, n_states}, Inputs{packed, dt, rates, skips}, states, dout,
+        backward(Sizes{rows, tokens, heads, width, groups, d_state}, Inputs{packed, dt, rates, skips}, states, dout,
                  Gradients{dpacked, dmaps, ddt, drates, dskips, dstate});
     });
 }

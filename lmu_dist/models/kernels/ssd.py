@@ -1,8 +1,8 @@
 """State space duality in C++, on a CPU: an autograd function around ssd.cpp.
 
-It computes what mixers/ssd.chunked does, in half the time: the states of a few heads stay in the processor's cache. Called by
-mixers/mamba2. Legend: B batch, T time, H heads of P channels, G groups of h heads that share maps B and C of N channels,
-C = H P + 2 G N, n chunks, L channels of a head in whole cache lines.
+It computes what mixers/ssd.chunked does, in half the time (LOG.md): the states of a few heads stay in the processor's cache.
+Called by mixers/mamba2. Legend: B batch, T time, H heads of P channels, G groups of h heads that share maps of N channels,
+C = H P + 2 G N channels of x and both maps, Q the channels P in whole cache lines.
 """
 
 from typing import Any
@@ -24,8 +24,8 @@ def is_available(dtype: torch.dtype, device: torch.device) -> bool:
         return False
     loaded = compiled.library()
     assert loaded is not None
-    there = loaded.lmu_ssd_chunk(), loaded.lmu_ssd_most_heads()
-    assert there == (CHUNK_TOKENS, MOST_HEADS), "constants differ between ssd.cpp and ssd.py"
+    in_cpp = loaded.lmu_ssd_chunk(), loaded.lmu_ssd_most_heads()
+    assert in_cpp == (CHUNK_TOKENS, MOST_HEADS), "constants differ between ssd.cpp and ssd.py"
     return True
 
 
@@ -37,9 +37,9 @@ def state_space(
     sizes: tuple[int, int],
     state: Float[Tensor, "B G N h P"] | None = None,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B G N h P"]]:
-    """Outputs and the state after the last token. `packed` has x of all heads, then B of all groups, then C; `sizes` are G and N.
+    """Outputs and the state after the last token. `packed` has x of all heads, then B of all groups, then C.
 
-    The state is that of mixers/ssd; without one the sequence starts from zeros.
+    `sizes` are G and N. The state is that of mixers/ssd; without one the sequence starts from zeros.
     """
     (rows, _, channels), n_heads, (n_groups, d_state) = packed.shape, len(rates), sizes
     if state is None:
@@ -54,16 +54,16 @@ class _StateSpace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, dt: Tensor, rates: Tensor, skip: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        (rows, groups, d_state, per_group, width), tokens, heads = state.shape, packed.shape[1], len(rates)
+        (rows, groups, d_state, *_), tokens, heads = state.shape, packed.shape[1], len(rates)
         first = _by_head(state)
         states = packed.new_empty(rows, heads, -(-tokens // CHUNK_TOKENS) + 1, *first.shape[2:])
         states[:, :, 0] = first
-        out = packed.new_empty(rows, tokens, heads, width)
+        out = packed.new_empty(rows, tokens, heads, state.shape[4])
         sizes = (*out.shape, groups, d_state)
         compiled.call("lmu_ssd_forward", packed.dtype, sizes, (packed, dt, rates, skip, states, out))
         ctx.save_for_backward(packed, dt, rates, skip, states)
         ctx.sizes = sizes
-        return out, _by_group(states[:, :, -1], state.shape)
+        return out, _from_heads(states[:, :, -1], state.shape)
 
     @staticmethod
     @once_differentiable
@@ -78,10 +78,10 @@ class _StateSpace(torch.autograd.Function):
         to = (dpacked, dmaps, ddt, drates, dskip, dstate)
         compiled.call("lmu_ssd_backward", packed.dtype, ctx.sizes, (*saved, dout.contiguous(), *to))
         torch.sum(dmaps, 2, out=dpacked[..., heads * width :])
-        return dpacked, ddt, drates.sum(0), dskip.sum(0), _by_group(dstate, dend.shape)
+        return dpacked, ddt, drates.sum(0), dskip.sum(0), _from_heads(dstate, dend.shape)
 
 
-def _by_head(state: Float[Tensor, "B G N h P"]) -> Float[Tensor, "B H N L"]:
+def _by_head(state: Float[Tensor, "B G N h P"]) -> Float[Tensor, "B H N Q"]:
     """The states of heads one after the other, with rows of whole cache lines, filled up with zeros. A copy."""
     rows, groups, d_state, per_group, width = state.shape
     by_head = state.new_zeros(rows, groups, per_group, d_state, _padded(width))
@@ -89,9 +89,10 @@ def _by_head(state: Float[Tensor, "B G N h P"]) -> Float[Tensor, "B H N L"]:
     return by_head.flatten(1, 2)
 
 
-def _by_group(states: Float[Tensor, "B H N L"], shape: torch.Size) -> Float[Tensor, "B G N h P"]:
-    """The inverse of `_by_head`."""
-    return states[..., : shape[4]].unflatten(1, (shape[1], shape[3])).transpose(2, 3).contiguous()
+def _from_heads(states: Float[Tensor, "B H N Q"], shape: torch.Size) -> Float[Tensor, "B G N h P"]:
+    """The inverse of `_by_head`. A copy: a state that is kept must not keep those of all chunks."""
+    by_group = states[..., : shape[4]].unflatten(1, (shape[1], shape[3])).transpose(2, 3)
+    return by_group.clone(memory_format=torch.contiguous_format)
 
 
 def saved_elements(length: int, n_heads: int, head_width: int, d_state: int, n_groups: int) -> float:

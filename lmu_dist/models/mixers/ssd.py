@@ -166,7 +166,7 @@ def flops(length: int, n_heads: int, head_width: int, d_state: int, n_groups: in
 
 
 def saved_elements(length: int, n_heads: int, head_width: int, d_state: int, n_groups: int) -> float:
-    """Elements per token that `chunked` saves for the backward pass, padding included: inputs, sums, states before the chunks."""
+    """Elements per token that `chunked` saves for the backward pass, padding included: inputs, sums, states of chunks."""
     chunk, inner = chunk_tokens(length), n_heads * head_width
     padding = -(-length // chunk) * chunk / length
     inputs, states = inner + 2 * n_groups * d_state, inner * d_state / chunk
