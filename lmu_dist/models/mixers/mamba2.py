@@ -67,7 +67,9 @@ class Mamba2(nn.Module):
         dt = F.softplus(self.step(u).to(dtype) + self.dt_bias.to(dtype))
         return mixed.to(dtype), dt, -self.A_log.to(dtype).exp(), self.D.to(dtype)
 
-    def _by_group(self, packed: Tensor, dt: Tensor, rates: Tensor, skip: Tensor) -> tuple[Tensor, ...]:
+    def _by_group(
+        self, packed: Tensor, dt: Tensor, rates: Tensor, skip: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The arguments of mixers/ssd."""
         of_groups, groups = self.n_groups * self.d_state, (self.n_groups, -1)
         x, b, c = packed.split([self.n_heads * self.head_width, of_groups, of_groups], -1)
