@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from lmu_dist import __version__
@@ -17,7 +18,6 @@ from lmu_dist.config import ConfigError
 from lmu_dist.report.figures import draw_figures
 from lmu_dist.report.forecasts import ForecastScores, score_forecasts
 from lmu_dist.report.inputs import (
-    RUNS,
     TABLES,
     ReportInputs,
     check_folder,
@@ -103,11 +103,12 @@ def _write_files(
     """Writes all files of a report and returns their names, too."""
     study = inputs.study
     pair = default_pair(study, baseline, family, inputs.stored.baseline)
-    _prepare_folder(folder)
+    _create(folder)
     show("fitting", 0.5, 1)
     results = analyse(study, inputs.curves, n_resamples, pair)
     forecasts = score_forecasts(study, inputs.forecasts)
     show("drawing", 0.75, 1)
+    _delete_earlier_report(folder)
     figures = draw_figures(study, results, forecasts, folder)
     tables = write_tables(inputs, folder)
     facts = {"experiment": study.experiment, "digest": study.digest, "any_code": inputs.any_code, "lmu_dist": __version__}
@@ -123,13 +124,17 @@ def _write_files(
     return ReportFiles(folder, "", study, results, forecasts, results_json, ()), names
 
 
-def _prepare_folder(folder: Path) -> None:
-    """Creates the folder and deletes figures and tables of an earlier report. Raises ConfigError if it is not writable."""
+def _create(folder: Path) -> None:
+    """Creates the folder. Raises ConfigError if it is not writable, before anything is computed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RUNS).touch()
+        TemporaryFile(dir=folder).close()
     except OSError as e:
         raise ConfigError(f"a report cannot be written to {folder}: {e.strerror}; choose another folder with -o") from e
+
+
+def _delete_earlier_report(folder: Path) -> None:
+    """Deletes its figures and tables: the new report may not have them all."""
     if (folder / "report.html").exists():
         for old in [*folder.glob("*.png"), *folder.glob("*.svg"), *(folder / name for name in TABLES)]:
             old.unlink(missing_ok=True)

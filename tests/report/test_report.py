@@ -316,3 +316,16 @@ def test_the_page_in_a_browser(written: ReportFiles, browser, colour_scheme: str
     assert all("LSTM" in text for text in shown)
     assert messages == []
     context.close()
+
+
+def test_a_report_that_fails_leaves_the_folder_as_it_was(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object) -> None:
+        raise MemoryError
+
+    earlier = {"report.html": "earlier", "loss_by_tokens.png": "figure", "runs.csv": "table"}
+    for name, text in earlier.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr("lmu_dist.report.write.analyse", fails)
+    with pytest.raises(MemoryError):
+        write_report(store, "quickstart", tmp_path, False, ignore_progress)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == earlier
