@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ N_SIZES, N_BUDGETS = 25, 10
 ROW_TOKENS, BATCH_TOKENS = 32, 256
 TICKS = 20
 SERVER_SECONDS = 120.0  # how long MLflow's server may take to start
+FIRST_QUERIES = 20  # enough for each of the server's processes to get one
 
 
 def job(folder: Path, n_cells: int) -> dict[str, Any]:
@@ -193,7 +195,7 @@ def measure(folder: Path, uri: str, n_cells: int, running: int) -> dict[str, Any
 
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
-    """The URL of an MLflow server of the folder's SQLite file."""
+    """The URL of an MLflow server of the folder's SQLite file, with as many processes as MLflow starts by default."""
     import socket
     import urllib.request
 
@@ -201,7 +203,11 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url, mlflow = f"http://127.0.0.1:{port}", Path(sys.executable).parent / "mlflow"
-    command = [str(mlflow), "server", "--backend-store-uri", database(folder), "--port", str(port), "--workers", "1"]
+
+    def ask(_: int) -> None:
+        urllib.request.urlopen(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", timeout=60).close()
+
+    command = [str(mlflow), "server", "--backend-store-uri", database(folder), "--port", str(port)]
     with (folder / "server.log").open("w") as log:
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it would start processes for jobs
         server = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
@@ -209,13 +215,15 @@ def mlflow_server(folder: Path) -> Iterator[str]:
             deadline = time.monotonic() + SERVER_SECONDS
             while True:
                 try:
-                    # The first query imports what the server needs, which is not to be measured.
-                    urllib.request.urlopen(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", timeout=60).close()
+                    ask(0)
                     break
                 except OSError:
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.5)
+            # The first query of each process imports what it needs, which is not to be measured.
+            with ThreadPoolExecutor(FIRST_QUERIES) as pool:
+                list(pool.map(ask, range(FIRST_QUERIES)))
             yield url
         finally:
             os.killpg(server.pid, 15)
