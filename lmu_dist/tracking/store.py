@@ -30,6 +30,7 @@ from lmu_dist.tracking.tags import KEY
 MIN_OUTAGE_SECONDS, MAX_OUTAGE_SECONDS = 3.0, 60.0
 CELLS = f"tags.`{KEY}` LIKE '%'"  # the query for runs of cells
 SERVER_REQUESTS = 4  # at a time, as many as an MLflow server has processes by default
+FIRST_PAGE_RUNS = 200  # of a server, for which nothing else can be asked at the same time
 PROBE_SECONDS = 30.0  # a server that has answered less than this ago is not probed first
 
 logging.getLogger("mlflow").setLevel(logging.WARNING)
@@ -144,11 +145,11 @@ class Store:
         """
         condition = f" AND {query}" if query else ""
         with _paused_garbage_collection():
-            page = self.client.search_runs(experiment_ids, CELLS + condition)
+            if not self.is_server:
+                return self._search_from(experiment_ids, CELLS + condition, ViewType.ACTIVE_ONLY, None)
+            page = self.client.search_runs(experiment_ids, CELLS + condition, max_results=FIRST_PAGE_RUNS)
             if not page.token:
                 return list(page)
-            if not self.is_server:
-                return [*page, *self._search_from(experiment_ids, CELLS + condition, ViewType.ACTIVE_ONLY, page.token)]
             condition += f" AND attributes.start_time <= {page[-1].info.start_time}"  # the last started come first
             queries = [f"tags.`{KEY}` LIKE '{digit}%'{condition}" for digit in "0123456789abcdef"]
             with ThreadPoolExecutor(SERVER_REQUESTS) as pool:

@@ -307,7 +307,9 @@ def test_all_pages_of_cells_are_read_and_each_once(store: Store, monkeypatch: py
     search = MlflowClient.search_runs
     queries = list[str]()
 
-    def small_pages(client: MlflowClient, ids: list[str], query: str, *args: int, page_token: str | None = None) -> PagedList:
+    def small_pages(
+        client: MlflowClient, ids: list[str], query: str, *args: int, page_token: str | None = None, **_: int
+    ) -> PagedList:
         queries.append(query)
         return search(client, ids, query, *args, max_results=5, page_token=page_token)
 
