@@ -150,12 +150,12 @@ struct Chunk {
     }
 };
 
-// B and C of a group and a chunk, (CHUNK, padded d_state) and transposed, and their products.
+// B and C of a group and a chunk, (CHUNK, padded d_state), B transposed, and their products.
 struct Maps {
-    Buffer b, c, b_transposed, c_transposed, scores;
+    Buffer b, c, b_transposed, scores;
 
     explicit Maps(const Sizes& n)
-        : b(CHUNK * n.padded_state()), c(b.size()), b_transposed(b.size()), c_transposed(b.size()), scores(CHUNK * CHUNK) {}
+        : b(CHUNK * n.padded_state()), c(b.size()), b_transposed(b.size()), scores(CHUNK * CHUNK) {}
 
     void read(const Sizes& n, const Inputs& in, int64_t group, const Chunk& chunk) {
         const float* from = in.packed + n.heads * n.width + group * n.d_state;
@@ -163,7 +163,6 @@ struct Maps {
         chunk.read(from, n.channels(), n.d_state, padded, b.data());
         chunk.read(from + n.groups * n.d_state, n.channels(), n.d_state, padded, c.data());
         transpose(b.data(), CHUNK, padded, b_transposed.data());
-        transpose(c.data(), CHUNK, padded, c_transposed.data());
         multiply(CHUNK, n.d_state, CHUNK, {c.data(), padded, 1}, b_transposed.data(), scores.data());
     }
 };
@@ -315,13 +314,14 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
         MapGradients dmaps(n);
         Decays d;
         StepGradients dsteps;
-        Buffer mixing(CHUNK * CHUNK), dmixing(CHUNK * CHUNK), dc_of_state(n.d_state * CHUNK);
+        Buffer mixing(CHUNK * CHUNK), dmixing(CHUNK * CHUNK), dc_of_state(n.d_state * CHUNK), c_transposed(maps.c.size());
         Buffer x(CHUNK * padded), x_transposed(x.size()), dx(x.size()), dy(x.size()), dy_transposed(x.size());
         for (int64_t head = task.first_head; head < task.last_head; ++head)
             to.rates[task.row * n.heads + head] = to.skips[task.row * n.heads + head] = 0.0f;
         for (int64_t index = chunks - 1; index >= 0; --index) {
             Chunk chunk(n, task.row, index);
             maps.read(n, in, task.group, chunk);
+            transpose(maps.c.data(), CHUNK, n.padded_state(), c_transposed.data());
             dmaps.clear();
             for (int64_t head = task.first_head; head < task.last_head; ++head) {
                 int64_t of_row = task.row * n.heads + head;
@@ -363,7 +363,7 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                     Vec along = load(dsteps.total + j);
                     for (int64_t i = j; i < n.d_state * CHUNK; i += CHUNK) {
                         Vec of_c = load(&dc_of_state[i]);
-                        along += of_c * load(&maps.c_transposed[i]);
+                        along += of_c * load(&c_transposed[i]);
                         store(&dmaps.c[i], load(&dmaps.c[i]) + of_c);
                     }
                     store(dsteps.total + j, along);
