@@ -65,6 +65,8 @@ def log_start(cell: Cell, logger: RunLogger) -> None:
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
     for key in configuration.PASSIVE_TRAIN_KEYS:  # MLflow refuses a param that changes, and these may when a run resumes
         del constants[f"train.{key}"]
+    # What is not set has no param, since each makes every reading of the run slower. An option of a family may be set to None.
+    constants = {key: value for key, value in constants.items() if value is not None or key.startswith("model.")}
     logger.start_run()
     logger.log_params(constants | record_of_cell(cell, None).columns("params"))
     logger.set_tags({"lmu.status": records.WAITING, "lmu.git_commit": git_commit(), "lmu.folder": str(cell.folder)})

@@ -37,7 +37,7 @@ from lmu_dist.launch.metrics_logger import MetricsLogger, RemoteRunLogger
 from lmu_dist.launch.record import Outcome, log_result, record_of_cell, record_path, write_record
 from lmu_dist.launch.start_point import StartPoint, find_start_point, state_for_cell
 from lmu_dist.launch.work_queue import RunGroup, WorkQueue
-from lmu_dist.models import accounting, registry
+from lmu_dist.models import registry
 from lmu_dist.records import EvalMetrics
 from lmu_dist.train import checkpoint
 from lmu_dist.train.divergence import divergence_reason, running_mean
@@ -174,7 +174,7 @@ class _CellRun:
         train, cluster = config.train, config.cluster
         self.log_attempt()
         engine.reset_peak()
-        flops = accounting.flops(self.cell.shape).training
+        flops = self.cell.flops.training
         stream = train_rows(
             engine, self.rows, train, config.seed, state.step, lambda: state.val_losses, self.rank, self.world_size
         )

@@ -78,7 +78,8 @@ def style_axes(axes: Axes) -> Axes:
 
 def save_figure(figure: Figure, folder: Path, name: str, description: str | None = None) -> None:
     """Writes a figure as PNG and SVG, and fixes its layout. `description` is kept in the SVG's metadata."""
-    figure.draw_without_rendering()
+    if (layout := figure.get_layout_engine()) is not None:
+        layout.execute(figure)
     figure.set_layout_engine(None)  # otherwise every file lays it out again, twice, which takes as long as drawing it
     figure.savefig(folder / f"{name}.png", dpi=160)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": description})

@@ -79,7 +79,7 @@ class Objective:
 
     def slopes(self, residuals: Floats) -> Floats:
         """Returns the derivative of `row_values`."""
-        return residuals if self.form.LEAST_SQUARES else np.clip(residuals, -DELTA, DELTA)
+        return residuals if self.form.LEAST_SQUARES else np.minimum(np.maximum(residuals, -DELTA), DELTA)
 
     def curvatures(self, residuals: Floats) -> Floats:
         """Returns slope over residual: the weights of iteratively reweighted least squares, at most 1."""

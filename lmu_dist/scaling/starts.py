@@ -82,9 +82,11 @@ def _repeated_starts(form: type[ScalingLaw], rows: Rows) -> Iterator[ScalingLaw]
 def _projected_starts(form: type[ScalingLaw], rows: Rows) -> list[ScalingLaw]:
     """Returns the best grid points that are not neighbours, and the published exponents."""
     units = form.units(rows.n_params, rows.tokens)
-    n, d = rows.n_params / units[0], rows.tokens / units[1]
+    scaled = Rows(rows.n_params / units[0], rows.tokens / units[1], rows.loss)
     pairs = [(a, b) for a in EXPONENT_GRID for b in EXPONENT_GRID if form is not Gadre or a == b]
-    ranked = sorted((_best_prefactors(form, a, b, n, d, rows.loss) for a, b in pairs), key=lambda candidate: candidate[0])
+    # Otherwise a single absurdly low loss would dominate the relative fit.
+    target = np.maximum(rows.loss, np.median(rows.loss) / 3)
+    ranked = sorted((_best_prefactors(form, a, b, scaled, target) for a, b in pairs), key=lambda candidate: candidate[0])
     chosen = list[tuple[float, tuple[float, float], ScalingLaw]]()
     for candidate in ranked:
         is_distinct = all(max(abs(np.subtract(candidate[1], other))) > 0.16 for _, other, _ in chosen)
@@ -92,19 +94,22 @@ def _projected_starts(form: type[ScalingLaw], rows: Rows) -> list[ScalingLaw]:
             chosen.append(candidate)
         if len(chosen) == N_STARTS - 1:
             break
-    chosen.append(_best_prefactors(form, *PUBLISHED_EXPONENTS[form], n, d, rows.loss))
+    chosen.append(_best_prefactors(form, *PUBLISHED_EXPONENTS[form], scaled, target))
     return [law.rescaled(*units) for _, _, law in chosen]
 
 
 def _best_prefactors(
-    form: type[ScalingLaw], first: float, second: float, n: Floats, d: Floats, loss: Floats
+    form: type[ScalingLaw], first: float, second: float, rows: Rows, target: Floats
 ) -> tuple[float, tuple[float, float], ScalingLaw]:
-    """Finds the non-negative prefactors for given exponents by relative least squares; returns (objective, exponents, law)."""
-    clipped = np.maximum(loss, np.median(loss) / 3)  # otherwise a single absurdly low loss would dominate the relative fit
+    """Finds the non-negative prefactors for given exponents by least squares relative to the target losses.
+
+    Returns (objective, exponents, law).
+    """
+    n, d = rows.n_params, rows.tokens
     if form is Kaplan:
-        columns, target = np.stack([n**-second, 1 / d]), clipped ** (1 / first)
+        columns, target = np.stack([n**-second, 1 / d]), target ** (1 / first)
     else:
-        columns, target = np.stack([np.ones_like(n), n**-first, d**-second]), clipped
+        columns = np.stack([np.ones_like(n), n**-first, d**-second])
     prefactors, _ = nnls((columns / target).T, np.ones_like(target))
     prefactors = [float(v) for v in np.maximum(prefactors, 1e-3 * target.min())]
     if form is Kaplan:
@@ -114,5 +119,5 @@ def _best_prefactors(
     else:
         law = Chinchilla(prefactors[0], prefactors[1], prefactors[2], float(first), float(second))
     with np.errstate(all="ignore"):  # a start that overflows is the worst one
-        objective = float(huber(log_residuals(law, Rows(n, d, loss))).sum())
+        objective = float(huber(log_residuals(law, rows)).sum())
     return objective, (first, second), law

@@ -1,6 +1,6 @@
 """Keys of cells: which settings and versions change them, and which do not."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -147,9 +147,11 @@ def test_key_of_a_users_family_depends_on_its_text_and_not_on_its_path(tmp_path:
 
 
 def test_a_setting_that_may_change_when_a_run_goes_on_is_no_param(tmp_path: Path, corpus: Corpus):
-    """MLflow refuses all params of a request if one of them changes."""
+    """MLflow refuses all params of a request if one of them changes. What is not set has no param either."""
     log = MetricsLog(tmp_path / "log", "run")
     log_start(make_cell(make_config(tmp_path), corpus), log)
     [params] = [entry["values"] for _, entry in log.pending() if entry["kind"] == "params"]
     in_train = {key.removeprefix("train.") for key in params if key.startswith("train.")}
-    assert in_train == TrainConfig.__dataclass_fields__.keys() - {"log_every_steps"}
+    assert in_train == {key for key, value in asdict(TrainConfig()).items() if value is not None} - {"log_every_steps"}
+    assert "data.dataset" not in params
+    assert params["model.base_n_params"] == "None"  # an option of a family may be None although its default is not

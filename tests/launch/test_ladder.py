@@ -30,7 +30,7 @@ from lmu_dist.tracking.store import Store, default_uri
 
 # Ray and DeepSpeed raise warnings, and keep sockets open until the process ends.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(600)]
-SHORT, LONG = 25_600, 51_200
+SHORT, LONG = 12_800, 25_600
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "schedule": "wsd",
             "warmup_tokens": 2560,
             "plateau_patience": 1,
-            "eval_every_tokens": 6_400,
+            "eval_every_tokens": 3_200,
             "eval_tokens": 512,
         },
         "ladder": {
@@ -54,7 +54,7 @@ def job(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokens": [SHORT, LONG],
             "workers": [{"n_params": 0, "n_workers": 1}, {"n_params": 3000, "n_workers": 2, "zero_stage": 2}],
         },
-        "cluster": {"checkpoint_every_steps": 25},
+        "cluster": {"checkpoint_every_steps": 15},
     }
     path.write_text(json.dumps(tree))
     return path

@@ -90,6 +90,7 @@ def test_run_is_trained_and_recorded(undisturbed: FinishedRun):
     assert run.data.tags["lmu.worker_group"].startswith("train-")
     assert run.data.tags["lmu.operator"] == "fused: transforms, c++"
     assert run.data.params["train.learning_rate"] == "0.01"
+    assert "None" not in {value for key, value in run.data.params.items() if not key.startswith("model.")}
     assert run.inputs.dataset_inputs[0].dataset.digest == record.data_digest[:36]
     parent = store.client.get_run(run.data.tags["mlflow.parentRunId"])
     assert (parent.data.tags["lmu.study"], parent.info.status) == ("train", "FINISHED")
