@@ -65,7 +65,7 @@ def log_start(cell: Cell, logger: RunLogger) -> None:
     constants = configuration.flatten({k: config[k] for k in ("data", "model", "train")})
     for key in configuration.PASSIVE_TRAIN_KEYS:  # MLflow refuses a param that changes, and these may when a run resumes
         del constants[f"train.{key}"]
-    # What is not set has no param, since each makes every reading of the run slower. An option of a family may be set to None.
+    # What is not set has no param: each makes every reading of the run slower. But a family's option may be set to None.
     constants = {key: value for key, value in constants.items() if value is not None or key.startswith("model.")}
     logger.start_run()
     logger.log_params(constants | record_of_cell(cell, None).columns("params"))

@@ -79,7 +79,9 @@ class Objective:
 
     def slopes(self, residuals: Floats) -> Floats:
         """Returns the derivative of `row_values`."""
-        return residuals if self.form.LEAST_SQUARES else np.minimum(np.maximum(residuals, -DELTA), DELTA)
+        if self.form.LEAST_SQUARES:
+            return residuals
+        return np.minimum(np.maximum(residuals, -DELTA), DELTA)  # in two thirds of np.clip's time
 
     def curvatures(self, residuals: Floats) -> Floats:
         """Returns slope over residual: the weights of iteratively reweighted least squares, at most 1."""
