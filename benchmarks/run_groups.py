@@ -1,9 +1,10 @@
 """What a ladder costs beside its steps: `python benchmarks/run_groups.py [CONFIG] [key=value ...]`, by default the quickstart.
 
 Runs the ladder in a temporary folder and prints one JSON object: wall seconds of the command and of the same command again; the
-sum of the seconds of all training steps, each once; the seconds from the last step of a trunk to the first step of the next one
-of the same group of workers, and between two cells of a trunk; and the private memory (USS) of the processes that a live trial
-has on the head. Run it on an idle machine.
+sum of the seconds of all training steps, each once; the seconds from the end of the last step of a trunk to the start of the
+first step of the next one of the same group of workers, and between two cells of a trunk; the seconds of the first steps of
+trunks, which take longer than others, since memory is new; and the private memory (USS) of the processes that a live trial has
+on the head. Run it on an idle machine.
 """
 
 import json
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ TRIAL_PROCESSES = ("ImplicitFunc", "TrainController", "SynchronizationActor", "P
 
 
 class CellTimes(NamedTuple):
-    """When a cell took its first and its last step, in seconds since 1970, and the seconds of the steps that it took itself.
+    """When a cell began its first and ended its last step, in seconds since 1970, and the seconds of the steps it took itself.
 
     `workers` is the name of the group of workers that took them.
     """
@@ -36,6 +38,7 @@ class CellTimes(NamedTuple):
     workers: str
     first: float
     last: float
+    first_step_seconds: float
     step_seconds: float
 
 
@@ -45,23 +48,33 @@ def cell_times(storage: Path) -> list[CellTimes]:
     for path in storage.glob("*/*/record.json"):
         record = json.loads(path.read_text())
         entries = [json.loads(line) for line in (path.parent / "metrics_log.jsonl").read_text().splitlines()]
-        times = [e["time_ms"] / 1000 for e in entries if e["kind"] == "metrics" and records.TRAIN_LOSS in e["values"]]
+        steps = [e for e in entries if e["kind"] == "metrics" and records.TRAIN_LOSS in e["values"]]
         tags = {name: value for e in entries if e["kind"] == "tags" for name, value in e["values"].items()}
         # The seconds of a record include those of the steps before the branch point.
         own_share = (record["steps"] - record["fork_step"]) / record["steps"]
         seconds = record["training_seconds"] * own_share
-        found.append(CellTimes(path.parent.parent.name, tags["lmu.worker_group"], times[0], times[-1], seconds))
+        first_seconds = record["batch_tokens"] / steps[0]["values"][records.TOKENS_PER_SECOND]  # a step is logged at its end
+        first, last = steps[0]["time_ms"] / 1000 - first_seconds, steps[-1]["time_ms"] / 1000
+        trunk, workers = path.parent.parent.name, tags["lmu.worker_group"]
+        found.append(CellTimes(trunk, workers, first, last, first_seconds, seconds))
     return sorted(found, key=lambda cell: cell.first)
 
 
-def gaps(cells: list[CellTimes]) -> tuple[list[float], list[float]]:
-    """Seconds between trunks of a group of workers, and between cells of a trunk. Trunks of a group do not overlap."""
-    between_cells, between_trunks, of_group = list[float](), list[float](), dict[str, CellTimes]()
+def gaps(cells: list[CellTimes]) -> dict[str, list[float]]:
+    """Seconds between trunks of a group of workers, of the first steps after these, and between cells of a trunk.
+
+    Trunks of a group do not overlap.
+    """
+    found, of_group = defaultdict[str, list[float]](list), dict[str, CellTimes]()
     for cell in cells:
         if (before := of_group.get(cell.workers)) is not None:
-            (between_cells if before.trunk == cell.trunk else between_trunks).append(cell.first - before.last)
+            if before.trunk == cell.trunk:
+                found["between_cells_seconds"].append(cell.first - before.last)
+            else:
+                found["between_trunks_seconds"].append(cell.first - before.last)
+                found["first_step_seconds"].append(cell.first_step_seconds)
         of_group[cell.workers] = cell
-    return between_trunks, between_cells
+    return found
 
 
 def private_memory(pid: int) -> dict[str, int]:
@@ -96,7 +109,6 @@ def main() -> None:
             if ladder.returncode:
                 sys.exit((folder / "output").read_text())
         cells = cell_times(folder / "runs")
-        between_trunks, between_cells = gaps(cells)
         step_seconds = sum(cell.step_seconds for cell in cells)
         result: dict[str, Any] = {
             "n_cells": len(cells),
@@ -104,8 +116,7 @@ def main() -> None:
             "again_seconds": seconds[1],
             "step_seconds": step_seconds,
             "wall_over_steps": seconds[0] / step_seconds,
-            "between_trunks_seconds": {"median": statistics.median(between_trunks), "max": max(between_trunks)},
-            "between_cells_seconds": {"median": statistics.median(between_cells), "max": max(between_cells)},
+            **{name: {"median": statistics.median(times), "max": max(times)} for name, times in gaps(cells).items()},
             "trial_private_bytes": memory | {"sum": sum(memory.values())},
         }
     print(json.dumps(result, indent=1))
