@@ -61,12 +61,13 @@ def is_storage_client_error(error: BaseException) -> bool:
 
 
 def error_text(error: BaseException | str) -> str:
-    """The message of an error, in one line. A full disk, or a used-up quota, is named as such."""
+    """The message of an error, in one line. A full disk, or a used-up quota, is named as such, with the file to be written."""
     text = " ".join(str(error).split())
     full = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # the last one is of SQLite
     match = re.search(rf"({'|'.join(full)})[^:]*(: .*)?", text)
     if match is not None:
-        return f"the disk is full{match[2] or ''}; free some space"
+        file = re.sub(r"'[^']*' -> ", "", match[2] or "")  # where a file was copied, the error names its source too
+        return f"the disk is full{file}; free some space"
     return text or type(error).__name__
 
 

@@ -200,6 +200,7 @@ def raise_in_a_command(error: BaseException, monkeypatch: pytest.MonkeyPatch) ->
         (MemoryError(), 1, "not enough memory (MemoryError); use fewer workers (cluster.n_workers) or a smaller "),
         (PermissionError(13, "Permission denied", "/var/x"), 1, "Permission denied: /var/x; correct this and run the same "),
         (OSError(28, "No space left on device"), 1, "the disk is full; free some space and run the same command again"),
+        (OSError(28, "No space left on device", "/tmp/x", None, "/data/x"), 1, "the disk is full: /data/x; free some space"),
         (sqlite3.OperationalError("database is locked"), 1, "an SQLite database failed: database is locked; run the same"),
         (GetTimeoutError("Get timed out"), 1, "Ray failed: Get timed out; run the same command again to continue"),
         (BrokenProcessPool("a child\nwas killed"), 1, "a process of this command was killed, perhaps because memory ran out"),

@@ -202,6 +202,8 @@ def test_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/runs/x.bin")
     assert storage.error_text(full) == "the disk is full: '/data/runs/x.bin'; free some space"
     assert storage.error_text(f"OSError: {full}") == "the disk is full: '/data/runs/x.bin'; free some space"
+    copied = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/x.bin", None, "/data/runs/x.bin")
+    assert storage.error_text(copied) == "the disk is full: '/data/runs/x.bin'; free some space"
     assert storage.error_text(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))) == "the disk is full; free some space"
     assert storage.error_text("(sqlite3.OperationalError) database or disk is full") == "the disk is full; free some space"
     assert storage.error_text(ValueError("two\n lines")) == "two lines"

@@ -113,8 +113,10 @@ def outside_failure(error: BaseException) -> str | None:
 
 def system_failure(error: OSError) -> str:
     """What the operating system refused, where, and what to do, as the beginning of a line."""
-    where = f": {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    file = (is_full and error.filename2) or error.filename  # where a file is copied, the second one was to be written
+    where = f": {file}" if file else ""
+    if is_full:
         folder = next((f for f in (tempfile.gettempdir(), os.getcwd()) if shutil.disk_usage(f).free < FULL_BYTES), "")
         return f"the disk is full{where or (folder and f': {folder}')}; free some space"
     return f"{error.strerror or ' '.join(str(error).split())[:300] or type(error).__name__}{where}; correct this"
