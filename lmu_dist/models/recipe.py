@@ -33,7 +33,7 @@ KAPLAN = Recipe(
     {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0},
 )
 LLAMA = Recipe(
-    "Touvron et al. 2023, section 2.2 (arXiv 2302.13971)",
+    "Touvron et al. 2023, section 2.3 (arXiv 2302.13971)",
     {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "clip_norm": 1.0},
 )
 GATED_DELTANET = Recipe(

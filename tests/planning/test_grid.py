@@ -133,10 +133,30 @@ def test_recipe_of_a_single_run_and_of_a_search():
 def test_a_recipe_sets_the_optimizer_only():
     with pytest.raises(ConfigError, match="a recipe cannot set learning_rate; it may set beta1"):
         Recipe("a paper", {"learning_rate": 1.0})
-    for name in registry.names():
-        recipe = registry.find(name).recipe
-        assert "arXiv" in recipe.source
-        assert recipe.settings
+
+
+# Where the paper of each recipe states the optimizer, and what it states.
+KAPLAN = ("Kaplan et al. 2020, section 2.2 (arXiv 2001.08361)", (0.9, 0.999, 0.0, None, 1e-8))
+LLAMA = ("Touvron et al. 2023, section 2.3 (arXiv 2302.13971)", (0.9, 0.95, 0.1, 1.0, None))
+RECIPES = {
+    **dict.fromkeys(("lmu", "lmu_attention", "transformer", "lstm"), KAPLAN),
+    **dict.fromkeys(("llama", "lmu_modern", "hybrid"), LLAMA),
+    "gated_deltanet": ("Yang et al. 2024, section 4 (arXiv 2412.06464)", LLAMA[1]),
+    "mamba2": ("Gu and Dao 2023, appendix E.2.1 (arXiv 2312.00752)", LLAMA[1]),
+}
+
+
+def test_recipes_are_those_of_their_sources():
+    keys = ("beta1", "beta2", "weight_decay", "clip_norm", "eps")
+    found = {name: family.recipe for name, family in registry.built_in().items()}
+    assert found.keys() == RECIPES.keys()
+    table = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    for name, (source, values) in RECIPES.items():
+        assert found[name].source.startswith(source), name
+        assert tuple(map(found[name].settings.get, keys)) == values, name
+        place = source.split(", ")[1].split(" (")[0]  # the section or appendix
+        [row] = [line for line in table.splitlines() if line.startswith("|") and source.partition(",")[0] in line]
+        assert place in row, name
 
 
 def test_cells_above_max_cell_flops_are_left_out():
