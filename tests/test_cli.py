@@ -37,6 +37,10 @@ def test_help_imports_nothing_heavy():
         (["train", JOB, "train.lerning_rate=1"], "did you mean train.learning_rate?"),
         (["train", JOB, "storage=../../x"], "../../x leads out of"),
         (["plan", JOB, "storage=s3:/bucket/x"], "a URI has two slashes, as in s3://bucket/runs"),
+        (
+            ["plan", JOB, "model.family=lmu_modern", "model.form=fused", "model.qk_norm=true"],
+            "model.qk_norm: form=fused has no QK-norm; set qk_norm to false, or form to chunked or null",
+        ),
         (["train", "lmu-56K-2.5M-s0-0123456789ab"], "neither a YAML file such as jobs/train.yaml nor a run: there is"),
         (["train", JOB, "train.tokens=x"], "train.tokens"),
         (["train", "missing.yaml"], "cannot read missing.yaml"),

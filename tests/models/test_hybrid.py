@@ -59,8 +59,14 @@ def test_a_text_continues(mixer: str):
 def test_keys_of_the_mixers_family():
     shape = shape_of(2, mixer="lmu_modern", mixer_options={"order": 7, "reduced_order": 2})
     assert (shape.widths["lmu_modern.order"], shape.widths["lmu_modern.reduced_order"]) == (7, 2)
-    with pytest.raises(ConfigError, match=r"model.mixer_options: model.oder: .* did you mean model.order\?"):
-        shape_of(2, mixer="lmu_modern", mixer_options={"oder": 7})
+    for options, message in (
+        ({"oder": 7}, r"oder: unknown key of family lmu_modern; did you mean model\.mixer_options\.order\?"),
+        ({"n_block": 7}, r"n_block: unknown key of family lmu_modern; did you mean model\.n_blocks\?"),
+        ({"order": 0}, r"order: must be more than 0, not 0"),
+        ({"qk_norm": True, "form": "fused"}, r"qk_norm: form=fused has no QK-norm; set qk_norm to false, or form to chunked"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^model\.mixer_options\.{message}"):
+            shape_of(2, mixer="lmu_modern", mixer_options=options)
 
 
 def test_the_version_has_those_of_the_parts(monkeypatch: pytest.MonkeyPatch):

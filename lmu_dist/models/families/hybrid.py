@@ -122,10 +122,7 @@ def _mixer_options(family: ModernFamily, options: HybridOptions) -> Any:
 
     A model that is built from only its shape has the mixer that the shape names, and default options.
     """
-    try:
-        return options_of(family, options.mixer_options if options.mixer == family.name else {})
-    except ConfigError as e:
-        raise ConfigError(f"model.mixer_options: {e}") from e
+    return options_of(family, options.mixer_options if options.mixer == family.name else {}, "model.mixer_options")
 
 
 def _part(shape: Shape, family: ModernFamily) -> tuple[ModernFamily, Shape]:

@@ -5,11 +5,14 @@ same kernels, and the biases of L1, L2 and L3. The paper's block has a second fe
 GELU and biases; this one has not. Legend: D width, Q order q, R reduced order q'.
 """
 
+from typing import Any
+
 import torch
+from pydantic import field_validator
 from pydantic.dataclasses import dataclass
 from torch import nn
 
-from lmu_dist.config.types import STRICT, ConfigError
+from lmu_dist.config.types import STRICT
 from lmu_dist.models import counting
 from lmu_dist.models.families import lmu
 from lmu_dist.models.families.lmu import LMUOptions
@@ -30,6 +33,13 @@ class LMUModernOptions(LMUOptions):
     short_convolution: bool = True  # a causal convolution over 4 tokens per channel, with SiLU, before the memory
     output_gate: bool = False  # after the memory RMSNorm, a gate by the mixer's input, and a projection
     qk_norm: bool = False  # RMSNorm on Q and K of the implicit attention, scores by 1/sqrt(d_model); not in the fused form
+
+    @field_validator("qk_norm")
+    @classmethod
+    def _has_form(cls, qk_norm: bool, earlier: Any) -> bool:
+        if qk_norm and earlier.data.get("form") == "fused":
+            raise ValueError("form=fused has no QK-norm; set qk_norm to false, or form to chunked or null")
+        return qk_norm
 
 
 class LMUModern(ModernFamily):
@@ -117,7 +127,6 @@ class LMUModern(ModernFamily):
 
 
 def _form(shape: Shape, options: LMUModernOptions) -> mixer.Form | None:
-    """The form that runs. Raises ConfigError for a form that has no QK-norm."""
-    if shape.qk_norm and options.form == "fused":
-        raise ConfigError("model.form=fused has no QK-norm; set model.qk_norm to false, or model.form to chunked or null")
+    """The form that runs."""
+    assert not (shape.qk_norm and options.form == "fused"), "the options refuse this"
     return "chunked" if shape.qk_norm and options.form is None else options.form
