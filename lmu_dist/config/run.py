@@ -112,7 +112,7 @@ class TrainConfig:
     plateau_factor: Annotated[float, Field(gt=0, lt=1)] = 0.5  # factor of each such reduction
     divergence_factor: Annotated[float, Field(gt=1)] = 2.0  # a run stops if its running mean loss is this many times its best
     recipe: Family | None = (
-        None  # family: the optimizer settings of each family's paper; or a family whose recipe all take; None: the keys below
+        None  # family: settings of each one's paper, or the nearest; or a family whose recipe all take; None: the keys below
     )
     recipe_except: Texts | None = None  # keys of `train` that the recipe does not set; None: those that the configuration sets
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9  # Adam: decay of the mean of gradients

@@ -1,4 +1,4 @@
-"""Recipe: the optimizer settings with which a family's paper trained. Every Family has one; planning/recipes applies it.
+"""Recipe: the optimizer settings of a family's paper, or of the nearest one. Every Family has one; planning/recipes applies it.
 
 A recipe has neither learning rate, warm-up, batch nor schedule: these depend on size and budget, and a study tunes or rules
 them for all families alike.

@@ -1,4 +1,4 @@
-"""Applies train.recipe: a configuration in, the optimizer settings of a family's paper out. The cells of a grid have no recipe
+"""Applies train.recipe: a configuration in, the optimizer settings of a family's recipe out. The cells of a grid have no recipe
 any more, only its settings, so that their keys do not depend on how these were chosen.
 
 Called by grid, plan_notes, launch/tune and launch/trainer.

@@ -112,8 +112,8 @@ class Hybrid(ModernBlock):
         if name not in self.mixer_families:
             raise ConfigError(
                 f"model.mixer={name!r}: the blocks without attention cannot have this mixer; take one of "
-                f"{', '.join(self.mixer_families)}; for another one derive a class from Hybrid in a file of your own, and add it "
-                "to mixer_families (docs/families.md)"
+                f"{', '.join(self.mixer_families)}; for another one derive a class from Hybrid in a file of your own, and "
+                "add it to mixer_families (docs/families.md)"
             )
         return self.mixer_families[name]
 
