@@ -15,8 +15,9 @@ def learning_rate(train: TrainConfig, step: int, val_losses: Sequence[float] = (
     cosine: 1/2 (1 + cos(pi x)), where x is the share of the steps after warm-up that are done.
     wsd (warmup-stable-decay): constant, then linear to zero over the last `decay_share` of all steps (Hu et al. 2024,
     arXiv 2404.06395). With `earlier_tokens` the peak is stepped: that of the smallest budget until the decay of that budget
-    starts, then that of the next one, and so on. So all budgets still share a trunk, and each decays from a peak of its own
-    (the stepped schedule of OLMo-core's WSDSChinchillaRunConfigurator, with any exponent).
+    starts, then that of the next one, and so on. So all budgets still share a trunk, and each decays from a peak of its own. In
+    OLMo-core's WSDSChinchillaRunConfigurator the option stepped_schedule steps the peak as 1/sqrt(max(c, 1)) for budgets of c
+    times 20 N tokens; its only run decays at the end of each budget and goes on from there (WSD-S).
     """
     total, warmup, peak = train.n_steps, train.warmup_steps, train.peak_rate
     if train.earlier_tokens:
