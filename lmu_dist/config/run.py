@@ -103,8 +103,8 @@ class TrainConfig:
         tuple[Count, ...], Listed
     ] = ()  # wsd: smaller budgets of the ladder; the peak is that of the next budget after each one's branch point
     embedding_rate: Positive = 1.0  # factor of the learning rate of embeddings; the output head is tied to that of the tokens
-    matrix_rate: Positive = 1.0  # factor of the learning rate of all other matrices
-    vector_rate: Positive = 1.0  # factor of the learning rate of vectors: biases, norms, and p of the LMU
+    matrix_rate: Positive = 1.0  # factor of the learning rate of all other matrices, also of kernels of short convolutions
+    vector_rate: Positive = 1.0  # factor of the learning rate of vectors: biases, norms, p of the LMU, A_log, dt_bias and D
     schedule: Literal["cosine", "wsd"] = "cosine"  # after warm-up: cosine to zero, or constant and then linear to zero (wsd)
     warmup_tokens: Natural = 125_000  # tokens of linear warm-up
     decay_share: Share = 0.2  # wsd: share of the run, at its end, in which the learning rate decays to zero

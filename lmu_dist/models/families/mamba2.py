@@ -48,10 +48,10 @@ class Mamba2(ModernFamily):
         """Builds the state space and the projections around it."""
         return Mixer(shape.d_model, *_sizes(shape))
 
-    def mixer_widths(self, d_model: int, sequence_tokens: int, options: Mamba2Options) -> dict[str, int] | None:
+    def mixer_widths(self, d_model: int, sequence_tokens: int, options: Mamba2Options) -> dict[str, int]:
         """From d_model = 256 on N = 128, P = 64 and one group, as in the paper's models; about 8 heads in narrower models.
 
-        The heads have `expand` d_model channels in all, rounded to whole heads and groups. None if there are too few heads.
+        The heads have `expand` d_model channels in all, rounded to whole heads and groups, and each group has one head or more.
         """
         least, most = HEAD_WIDTHS
         head_width = options.head_width or min(max(power_of_two(d_model // 4), least), most)
