@@ -13,6 +13,7 @@ from lmu_dist.config import ClusterConfig, TrainConfig
 from lmu_dist.data.batches import Batch, TokenDataset, row_indices
 from lmu_dist.models import head
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.registry import built_in, find, options_of
 from lmu_dist.models.sizing import shape_for
 from lmu_dist.train.engine import Engine
 from lmu_dist.train.evaluate import evaluate
@@ -30,11 +31,19 @@ TRAIN = TrainConfig(
 )
 
 
-def model(family: str = "lmu", base_n_params: int | None = None) -> LanguageModel:
-    shape = shape_for(family, 3000, vocab_tokens=VOCAB, sequence_tokens=LENGTH)
+# Names of models, and the family and keys of each: all built-in families, and the modern LMU with all of its parts.
+MODELS = {name: (name, {}) for name in built_in()}
+MODELS["lmu_modern, all parts"] = ("lmu_modern", {"output_gate": True, "qk_norm": True})
+
+
+def model(name: str = "lmu", base_n_params: int | None = None) -> LanguageModel:
+    family, keys = MODELS[name]
+    options = options_of(find(family), keys)
+    sizes = {"vocab_tokens": VOCAB, "sequence_tokens": LENGTH, "options": options}
+    shape = shape_for(family, 3000, **sizes)
     if base_n_params is not None:
-        shape = replace(shape, base=shape_for(family, base_n_params, vocab_tokens=VOCAB, sequence_tokens=LENGTH))
-    return LanguageModel(shape, seed=3)
+        shape = replace(shape, base=shape_for(family, base_n_params, **sizes))
+    return LanguageModel(shape, 3, options)
 
 
 def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
@@ -45,7 +54,7 @@ def batch(step: int, rank: int = 0, world_size: int = 1) -> Batch:
 
 
 def plain_adam(
-    family: str = "lmu",
+    name: str = "lmu",
     n_steps: int = 20,
     rates: tuple[float, float, float] = (1.0, 1.0, 1.0),
     base_n_params: int | None = None,
@@ -55,12 +64,12 @@ def plain_adam(
     `rates`: factors of the learning rate for embeddings, matrices and vectors.
     """
     torch.set_num_threads(1)
-    net = model(family, base_n_params)
+    net = model(name, base_n_params)
     base = dict(LanguageModel(net.shape.base or net.shape).named_parameters())
     factors = list[float]()
-    for name, p in net.named_parameters():
-        has_fan_in = role_of(name, p) == 1 or name.endswith(".p")
-        factors.append(rates[role_of(name, p)] * (base[name].shape[-1] / p.shape[-1] if has_fan_in else 1.0))
+    for key, p in net.named_parameters():
+        has_fan_in = role_of(key, p) == 1 or key.endswith(".p")
+        factors.append(rates[role_of(key, p)] * (base[key].shape[-1] / p.shape[-1] if has_fan_in else 1.0))
     adam = torch.optim.Adam([{"params": p} for p in net.parameters()], betas=(TRAIN.beta1, TRAIN.beta2), eps=TRAIN.eps)
     losses = []
     for step in range(n_steps):
@@ -101,11 +110,11 @@ def _engine(
     stage: int,
     micro_rows: int | None = None,
     train: TrainConfig = TRAIN,
-    family: str = "lmu",
+    name: str = "lmu",
     base_n_params: int | None = None,
 ) -> Engine:
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    net, cluster = model(family, base_n_params).to(dtype), ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows)
+    net, cluster = model(name, base_n_params).to(dtype), ClusterConfig(zero_stage=stage, micro_batch_rows=micro_rows)
     return Engine(net, train, cluster, torch.device("cpu"))
 
 
@@ -126,14 +135,13 @@ def train_stages(stages: list[int], micro_rows: int | None = None) -> dict[int, 
     return results
 
 
-def train_families(families: list[str], cases: list[tuple[int, str]]) -> dict[tuple[str, int, str], list[float]]:
-    """Losses of 4 steps, by family, ZeRO stage and precision."""
+def train_models(cases: list[tuple[str, int, str]]) -> dict[tuple[str, int, str], list[float]]:
+    """Losses of 2 steps, by name of the model, ZeRO stage and precision."""
     results = {}
-    for family in families:
-        for stage, precision in cases:
-            engine = _engine(stage, train=replace(TRAIN, precision=precision), family=family)
-            results[family, stage, precision] = [m.loss_nats for m in _train(engine, 0, 4)]
-            engine.close()
+    for name, stage, precision in cases:
+        engine = _engine(stage, train=replace(TRAIN, precision=precision), name=name)
+        results[name, stage, precision] = [m.loss_nats for m in _train(engine, 0, 2)]
+        engine.close()
     return results
 
 
