@@ -17,7 +17,7 @@ from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.ladder_state import LadderResult, LadderState
 from lmu_dist.launch.locks import exclusive_lock
-from lmu_dist.launch.new_cell import at_half_rate, make_cell
+from lmu_dist.launch.new_cell import at_half_rate, log_repeats, make_cell
 from lmu_dist.launch.waves import Waves, plan_of
 from lmu_dist.models import registry
 from lmu_dist.planning.cost import vocab_tokens
@@ -62,6 +62,7 @@ def ladder(config: Config, tracking_uri: str, progress: Progress = lambda *_: No
             _write_plan(store, cells, baseline, state.not_needed())
         claim.end_study(store, config, LADDER_STUDY, known=state.runs_for_study())
         return state.result(())
+    log_repeats(cells)
     try:
         notes = _train(state, config, cells_to_rerun, progress)
     except BaseException as e:

@@ -6,7 +6,8 @@ Imports the families, and so torch. The processes that only carry cells out impo
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from lmu_dist.launch.cell import Cell, validation_rows_of
 from lmu_dist.models import accounting, registry
 from lmu_dist.models.family import Family
 from lmu_dist.models.shape import Shape
-from lmu_dist.planning.grid import shape_of, trunk_settings
+from lmu_dist.planning.grid import GridCell, shape_of, trunk_settings
+from lmu_dist.planning.plan_notes import repeat_notes
 from lmu_dist.train import VERSION
 
 CODE = (".py", ".cpp", ".h")
+logger = logging.getLogger(__name__)
 
 
 def make_cell(config: Config, corpus: Corpus) -> Cell:
@@ -82,6 +85,12 @@ def key_of(
         **({"validation_rows": validation_rows} if validation_rows else {}),
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def log_repeats(cells: Sequence[Cell]) -> None:
+    """Logs which budgets of the cells exceed their corpus, as `plan` prints it once the corpus is prepared."""
+    for note in repeat_notes([GridCell(cell.config, cell.shape) for cell in cells], cells[0].corpus.manifest):
+        logger.warning("%s", note)
 
 
 def at_half_rate(cell: Cell) -> Cell:

@@ -19,7 +19,7 @@ from lmu_dist.launch.cluster import check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.dispatcher import MetricsListener, Services
 from lmu_dist.launch.metrics_logger import start_metrics_logger
-from lmu_dist.launch.new_cell import make_cell
+from lmu_dist.launch.new_cell import log_repeats, make_cell
 from lmu_dist.launch.record import FinishedRun
 from lmu_dist.launch.run_group import skipped_checkpoints
 from lmu_dist.launch.work_queue import start_work_queue
@@ -59,6 +59,7 @@ def train(
     if (finished := claim.find_finished(cell, store, STUDY)) is not None:
         claim.end_study(store, config, STUDY, _study_status(finished))
         return finished
+    log_repeats([cell])
     with _ends_study(store, config):
         _check_resumable(cell, store)
     deadline = time.monotonic() + HEARTBEAT_TIMEOUT_SECONDS + POLL_SECONDS

@@ -1,6 +1,6 @@
 """What a plan says besides its numbers: recipes, steps of the learning rate, repeated data. Cells in, lines for people out.
 
-Called by cost.plan, before anything is trained.
+Called by cost.plan, before anything is trained; `repeat_notes` also by launch/new_cell, once the corpus is prepared.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def epochs_of(cell: GridCell, corpus: Manifest) -> float:
 
 def plan_notes(config: Config, cells: Sequence[GridCell], corpus: Manifest | None) -> tuple[str, ...]:
     """Lines about the cells that are planned."""
-    return (*_recipes(config), *_rates(cells), *_transfers(cells), *_repeats(cells, corpus))
+    return (*_recipes(config), *_rates(cells), *_transfers(cells), *repeat_notes(cells, corpus))
 
 
 def _recipes(config: Config) -> Iterator[str]:
@@ -69,8 +69,8 @@ def _transfers(cells: Sequence[GridCell]) -> Iterator[str]:
         )
 
 
-def _repeats(cells: Sequence[GridCell], corpus: Manifest | None) -> Iterator[str]:
-    """Which budgets exceed the corpus."""
+def repeat_notes(cells: Sequence[GridCell], corpus: Manifest | None) -> Iterator[str]:
+    """Which budgets exceed the corpus; None: it is not prepared yet."""
     if corpus is None:
         yield "epochs: unknown until the corpus is prepared; a run with more tokens than the corpus has repeats its rows"
         return

@@ -58,6 +58,18 @@ def test_key_is_unchanged(tmp_path: Path, corpus: Corpus):
     assert key.startswith("593837d756de"), f"the key is {key}"
 
 
+def test_budgets_that_repeat_the_corpus_are_logged(tmp_path: Path, corpus: Corpus, caplog: pytest.LogCaptureFixture):
+    n_unique = corpus.manifest.unique_tokens("train", 32)
+    enough, more = (with_settings(make_config(tmp_path), {"train.tokens": n}) for n in (n_unique // 256 * 256, 100 * 25_600))
+    made = [make_cell(config, corpus) for config in (enough, more)]
+    cells.log_repeats(made[:1])
+    assert not caplog.messages
+    cells.log_repeats(made)
+    [line] = caplog.messages
+    assert line.startswith(f"epochs: the corpus has {n_unique:,} training tokens; budgets above it repeat its rows")
+    assert line.endswith(f"their runs: 2,560,000 ({2_560_000 / n_unique:.3g} epochs)")
+
+
 def test_key_does_not_depend_on_workers_storage_and_form(tmp_path: Path, corpus: Corpus):
     base = make_config(tmp_path)
     same = {"cluster.n_workers": 1, "cluster.zero_stage": 3, "storage": str(tmp_path / "elsewhere"), "model.form": "fft"}

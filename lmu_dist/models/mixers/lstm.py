@@ -45,5 +45,5 @@ class LSTM(nn.Module):
 
     def advance(self, x: Float[Tensor, "B T D"], state: State | None) -> tuple[Float[Tensor, "B T D"], State]:
         """Outputs of the next chunk of tokens and the new state."""
-        y, state = self.lstm(x, state)
-        return self.out(y), state
+        y, new_state = self.lstm(x, state)
+        return self.out(y), new_state
