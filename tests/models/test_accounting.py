@@ -1,5 +1,7 @@
 """Counts of every family against numel(), torch's flop counter and the tensors that autograd saves."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,14 +12,34 @@ from lmu_dist.models.family import Family
 from lmu_dist.models.kernels import gated_delta_rule, ssd
 from lmu_dist.models.lm import LanguageModel
 from lmu_dist.models.mixers.lmu import chunked, fourier
-from lmu_dist.models.registry import built_in, family_of
+from lmu_dist.models.registry import built_in, family_of, find, options_of
 from lmu_dist.models.sizing import shape_for
 
+# Models whose counts depend on keys of their families, besides those with default keys.
+WITH_KEYS = (
+    ("hybrid", 60_000, {"mixer": "mamba2"}),
+    ("hybrid", 60_000, {"mixer": "lmu_modern"}),
+    ("lmu_modern", 60_000, {"short_convolution": False, "output_gate": True}),
+    ("lmu_modern", 60_000, {"output_gate": True, "qk_norm": True}),
+)
 
-@pytest.fixture(params=[(f, n) for f in built_in() for n in (3_000, 60_000)], ids=str)
+
+@pytest.fixture(params=[*((f, n, {}) for f in built_in() for n in (3_000, 60_000)), *WITH_KEYS], ids=str)
 def shape(request: pytest.FixtureRequest):
-    family, n = request.param
-    return shape_for(family, n, vocab_tokens=97, sequence_tokens=40)
+    family, n, keys = request.param
+    return shape_for(family, n, vocab_tokens=97, sequence_tokens=40, options=options_of(find(family), keys))
+
+
+def has_lmu(shape) -> bool:
+    return any(width.split(".")[-1] == "order" for width in shape.widths)
+
+
+def fused_options(shape):
+    """Options with the fused form of the LMU, where there is one: on every device it saves what is counted."""
+    options = family_of(shape).options_for_counting(shape)
+    if shape.family == "hybrid" and has_lmu(shape):
+        return replace(options, mixer_options=options.mixer_options | {"form": "fused"})
+    return replace(options, form=None if shape.widths.get("qk_norm") else "fused") if has_lmu(shape) else None
 
 
 def test_parameters_equal_numel(shape):
@@ -66,7 +88,7 @@ def test_training_flops_are_three_times_forward_flops(shape):
     counted = accounting.flops(shape)
     assert counted.training == 3 * (counted.matmul + counted.fft + counted.head)
     assert counted.training_kaplan == 6 * accounting.parameters(shape).non_embedding
-    assert (counted.fft > 0) == ("order" in shape.widths)
+    assert (counted.fft > 0) == has_lmu(shape)
 
 
 def test_fft_flops_are_close_to_the_papers_table():
@@ -104,7 +126,7 @@ def test_peak_is_the_larger_of_backward_and_update():
 
 def saved_bytes(shape, n_rows: int) -> int:
     """Bytes that autograd saves for the backward pass, without weights. Each storage counts once."""
-    model = LanguageModel(shape, options=family_of(shape).Options(form="fused") if "order" in shape.widths else None)
+    model = LanguageModel(shape, options=fused_options(shape))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -170,7 +192,7 @@ def test_executed_flops_add_what_the_backward_pass_computes_again(shape):
         assert plain == pytest.approx(forward + backward + 3 * head)
         assert accounting.executed_flops(shape, n_rows, on_gpu, activation_checkpointing=True) == pytest.approx(plain + forward)
     counted = accounting.flops(shape)
-    if "order" not in shape.widths:
+    if not has_lmu(shape):
         assert 0.8 * counted.training < plain < 1.1 * counted.training  # chunked forms compute scores twice
     # A transform for every channel and kernel is most of the work in both counts.
     assert accounting.executed_flops(shape, n_rows, False) == pytest.approx(counted.training, rel=0.5)

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 from lmu_dist.models import registry
 from lmu_dist.models.generate import Sampling, generate, sample_tokens
 from lmu_dist.models.lm import LanguageModel
+from lmu_dist.models.mixers.attention import Attention, KVCache
+from lmu_dist.models.mixers.rotary_attention import RotaryAttention
 from lmu_dist.models.registry import built_in
 from lmu_dist.models.sizing import shape_for
 
@@ -76,6 +78,23 @@ def test_chunks_with_state_equal_the_whole_sequence(model, tokens, chunks):
         logits, state = model.advance(part, state)
         parts.append(logits)
     assert (torch.cat(parts, 1) - model.logits(tokens)).abs().max() < 1e-11
+
+
+@torch.no_grad()
+def test_the_state_does_not_grow_with_the_text_but_for_keys_and_values(model):
+    """Its bytes after 10 tokens are those after 200, except for the caches of attention."""
+    has_attention = any(isinstance(module, Attention | RotaryAttention) for module in model.modules())
+    text = torch.zeros(1, LENGTH if has_attention else 200, dtype=torch.long)  # learned positions end at LENGTH
+    state, n_bytes = None, []
+    for part in text.split([9, 1, text.shape[1] - 11, 1], 1):
+        _, state = model.advance(part, state)
+        leaves = tree_leaves(state[1])
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        assert has_attention == any(isinstance(leaf, KVCache) for leaf in leaves)
+        assert {type(leaf) for leaf in leaves} <= {torch.Tensor, KVCache, type(None)}
+        n_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    assert n_bytes[1] == n_bytes[3]
+    assert has_attention or n_bytes[1] > 0
 
 
 def test_same_seed_same_weights(model):
