@@ -24,9 +24,11 @@ from lmu_dist.models.generate import Sampling, generate
 HERE = Path(__file__).parent
 OWN = f"{HERE.parents[1]}/examples/gated_linear_attention.py:GatedLinearAttention"
 # The first one is examined closely: it has all parts that others have, but no learned positions.
+# The hybrid has the mixer of lmu_modern with default keys, which so needs no folder of its own.
 FAMILIES = {
     "lmu_modern": {"output_gate": True, "qk_norm": True},
-    **{name: {} for name in registry.names() if name != "lmu_modern"},
+    "hybrid": {"mixer": "lmu_modern"},
+    **{name: {} for name in registry.names() if name not in ("lmu_modern", "hybrid")},
     OWN: {},
 }
 pytestmark = pytest.mark.filterwarnings("ignore")
