@@ -82,7 +82,7 @@ def test_chunks_with_state_equal_the_whole_sequence(model, tokens, chunks):
 
 @torch.no_grad()
 def test_the_state_does_not_grow_with_the_text_but_for_keys_and_values(model):
-    """Its bytes after 10 tokens are those after 200, except for the caches of attention."""
+    """Its bytes after 9 tokens are those after 200 and after single ones, except for the caches of attention."""
     has_attention = any(isinstance(module, Attention | RotaryAttention) for module in model.modules())
     text = torch.zeros(1, LENGTH if has_attention else 200, dtype=torch.long)  # learned positions end at LENGTH
     state, n_bytes = None, []
@@ -93,8 +93,8 @@ def test_the_state_does_not_grow_with_the_text_but_for_keys_and_values(model):
         assert has_attention == any(isinstance(leaf, KVCache) for leaf in leaves)
         assert {type(leaf) for leaf in leaves} <= {torch.Tensor, KVCache, type(None)}
         n_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
-    assert n_bytes[1] == n_bytes[3]
-    assert has_attention or n_bytes[1] > 0
+    assert len(set(n_bytes)) == 1
+    assert has_attention or n_bytes[0] > 0
 
 
 def test_same_seed_same_weights(model):

@@ -39,7 +39,8 @@ class ShortConvolution(nn.Module):
         if state is None:
             state = x.new_zeros(x.shape[0], before, x.shape[2])
         inputs = torch.cat([state, x], 1)
-        return self(inputs)[:, before:], inputs[:, inputs.shape[1] - before :]
+        last = inputs[:, inputs.shape[1] - before :].clone()  # a view would keep all inputs of a long prompt
+        return self(inputs)[:, before:], last
 
 
 class _Convolution(torch.autograd.Function):
