@@ -7,9 +7,10 @@ tokens. Called by section.py.
 """
 
 import importlib
+import inspect
 import math
 import statistics
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ def step(device: torch.device, quick: bool) -> list[Row]:
     return rows
 
 
+def torch_path(model: str) -> ModuleType:
+    """The module of a model in transformers, with its functions of plain torch.
+
+    They are wrapped by kernels of packages that are installed, on any device: those of fla-core fail without a GPU
+    (findings/transformers-takes-gpu-kernels-on-a-cpu.sh).
+    """
+    module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
+    for name, function in inspect.getmembers(module, inspect.isfunction):
+        setattr(module, name, inspect.unwrap(function))
+    return module
+
+
 def qwen3_next(shape: Shape) -> nn.Module:
     """The mixer of Qwen3-Next in transformers with the widths of a gated_deltanet."""
     config = SimpleNamespace(
@@ -55,7 +68,7 @@ def qwen3_next(shape: Shape) -> nn.Module:
         rms_norm_eps=1e-6,
         layer_types=["linear_attention"],
     )
-    return importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next").Qwen3NextGatedDeltaNet(config, 0)
+    return torch_path("qwen3_next").Qwen3NextGatedDeltaNet(config, 0)
 
 
 def mamba2(shape: Shape, chunk_tokens: int) -> nn.Module:
@@ -80,7 +93,7 @@ def mamba2(shape: Shape, chunk_tokens: int) -> nn.Module:
         layer_norm_epsilon=1e-6,
         layer_types=["linear_attention"],
     )
-    return importlib.import_module("transformers.models.mamba2.modeling_mamba2").Mamba2Mixer(config, 0)
+    return torch_path("mamba2").Mamba2Mixer(config, 0)
 
 
 def mixers(device: torch.device, quick: bool) -> list[Row]:

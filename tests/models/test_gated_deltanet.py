@@ -124,7 +124,7 @@ def test_mixer_equals_that_of_qwen3_next(length: int, monkeypatch: pytest.Monkey
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # fla warns that there is no GPU
 def test_rule_equals_flas_reference(monkeypatch: pytest.MonkeyPatch):
-    module = in_float64("fla.ops.gated_delta_rule.naive", "gpu", monkeypatch)
+    module = in_float64("fla.ops.gated_delta_rule.naive", "dev", monkeypatch)
     q, k, v, g, beta, state = rule_inputs(70)
     unit = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
     expected, end = module.naive_recurrent_gated_delta_rule(*unit, v, beta, g, initial_state=state, output_final_state=True)

@@ -147,7 +147,7 @@ def test_mixer_equals_that_of_transformers(length: int, n_groups: int, monkeypat
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore")  # fla warns that there is no GPU
 def test_states_equal_flas_reference(monkeypatch: pytest.MonkeyPatch):
-    module = in_float64("fla.ops.simple_gla.naive", "gpu", monkeypatch)
+    module = in_float64("fla.ops.simple_gla.naive", "dev", monkeypatch)
     x, dt, rates, b, c, _, state = ssd_inputs(70, 1)
     q, k, v = c.expand(-1, -1, HEADS, -1), b.expand(-1, -1, HEADS, -1), x * dt[..., None]
     expected, end = module.naive_recurrent_simple_gla(q, k, v, dt * rates, 1.0, state[:, 0].transpose(1, 2))
