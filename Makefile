@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml requirements.lock
 run: setup ## run a small scaling study on this machine (24 cells on Ray, ZeRO 1, MLflow) and write its report
 	$(BIN)/lmu-dist ladder jobs/quickstart.yaml --report report
 
-test: setup ## run the fast tests in three processes, some ten minutes on two cores
+test: setup ## run the fast tests in three processes, 10 to 17 minutes on two cores
 	$(BIN)/pytest -m 'not slow' -n 3
 
 test-all: setup ## run all tests, also the slow ones
