@@ -196,12 +196,11 @@ def measure(folder: Path, uri: str, n_cells: int, running: int) -> dict[str, Any
 @contextmanager
 def mlflow_server(folder: Path) -> Iterator[str]:
     """The URL of an MLflow server of the folder's SQLite file, with as many processes as MLflow starts by default."""
-    import socket
     import urllib.request
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from lmu_dist.launch.local_commands import free_port
+
+    port = free_port()
     url, mlflow = f"http://127.0.0.1:{port}", Path(sys.executable).parent / "mlflow"
 
     def ask(_: int) -> None:

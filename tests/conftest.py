@@ -185,9 +185,9 @@ def corpus_glob(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URI of a bucket on an S3 server on loopback. The clients' settings are in the environment, also of new processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from lmu_dist.launch.local_commands import free_port
+
+    port = free_port()
     log = (tmp_path_factory.mktemp("moto") / "log").open("w")
     command = [str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=log, stderr=log)

@@ -2,12 +2,13 @@
 
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+
+from lmu_dist.launch.local_commands import free_port
 
 
 def tools() -> Path | None:
@@ -19,13 +20,6 @@ def tools() -> Path | None:
 def missing() -> str:
     """How to install PostgreSQL; "" if it is installed."""
     return "" if tools() else "PostgreSQL is not installed; apt-get install postgresql"
-
-
-def free_port() -> int:
-    """A free port on loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @contextmanager

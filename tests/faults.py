@@ -34,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import write_corpus  # noqa: E402
 
 from lmu_dist import records  # noqa: E402
+from lmu_dist.launch.local_commands import free_port  # noqa: E402
 from lmu_dist.records import RunRecord  # noqa: E402
 from lmu_dist.tracking.runs import records_of  # noqa: E402
 from lmu_dist.tracking.store import Store, default_uri  # noqa: E402
@@ -475,13 +476,6 @@ class Server:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-
-def free_port() -> int:
-    """A free port of loopback."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @scenario("mlflow-server-absent-at-start")

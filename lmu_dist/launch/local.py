@@ -61,8 +61,9 @@ def up(folder: Path, settings: LocalClusterSettings, progress: Callable[[str], N
                 progress(f"starting {name}")
                 _start(folder, settings, name, environment)
                 # One after the other: Ray gives a node 30 seconds to start, even on a busy machine.
-                _wait_until_alive(folder, [name] if name != MLFLOW else [])
-            _wait_until_alive(folder, settings.process_names)
+                started = settings.process_names[: 1 + settings.process_names.index(name)]
+                _wait_until_alive(folder, started, [name] if name != MLFLOW else [])
+            _wait_until_alive(folder, settings.process_names, settings.process_names)
         except BaseException:
             _stop(folder, missing)
             raise
@@ -177,15 +178,23 @@ def _start(folder: Path, settings: LocalClusterSettings, name: str, mlflow_envir
     processes.start(folder, name, command, local_commands.ray_environment(os.environ, folder / "token", settings.mlflow))
 
 
-def _wait_until_alive(folder: Path, names: Sequence[str]) -> None:
-    """Waits until the processes answer. Raises FailedError with the last log line of one that does not."""
+def _wait_until_alive(folder: Path, started: Sequence[str], names: Sequence[str]) -> None:
+    """Waits until the processes `names` answer. Raises FailedError with the cause in its log if one does not.
+
+    Also if another of the `started` ones has exited: after the head is gone, no node ever answers.
+    """
     deadline = time.monotonic() + UP_SECONDS
-    while waiting := [process for process in status(folder) if process.name in names and process.state != "alive"]:
-        for process in waiting:
-            if process.pid is None or time.monotonic() > deadline:
-                failure = "exited at once" if process.pid is None else f"did not answer in {UP_SECONDS:.0f} s"
-                log_line = processes.last_log_line(folder, process.name)[:200]
-                raise FailedError(f"{process.name} {failure}: {log_line} (the full log is {folder / process.name}.log)")
+    while True:
+        states = [process for process in status(folder) if process.name in started]
+        failed = [(process.name, "exited") for process in states if process.pid is None]
+        waiting = [process.name for process in states if process.name in names and process.state != "alive"]
+        if time.monotonic() > deadline:
+            failed += [(name, f"did not answer in {UP_SECONDS:.0f} s") for name in waiting]
+        for name, failure in failed:
+            cause = processes.log_cause(folder, name)[:200]
+            raise FailedError(f"{name} {failure}: {cause} (the full log is {folder / name}.log)")
+        if not waiting:
+            return
         time.sleep(0.5)
 
 

@@ -6,13 +6,15 @@ Each Ray node has its own loopback address, from 127.0.0.2 on, as if it were a m
 import importlib.util
 import ipaddress
 import os
+import random
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmu_dist.config import ConfigError
+from lmu_dist.config import ConfigError, FailedError
 
 HEAD, MLFLOW = "head", "mlflow"
 MLFLOW_FILE = "mlflow.db"  # the database of the MLflow server, in the folder of the cluster
@@ -22,6 +24,9 @@ LOGIN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")  # with which j
 # After half a minute without a network, TCP waits as long again before it retransmits. With Ray's default of five checks, ten
 # seconds apart, a node may be declared dead in that time.
 HEALTH_CHECK_SETTINGS = {"RAY_health_check_failure_threshold": "10"}
+# Ports that are probably still free half a minute later, when a slow process binds one. Ray's workers use 10002 to 19999, and
+# Linux gives 32768 to 60999 to connections.
+FREE_PORTS = range(20_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def ray_command(settings: LocalClusterSettings, name: str, scratch: Path) -> lis
         "--port": settings.port,
         "--dashboard-host": settings.host,
         "--dashboard-port": settings.dashboard_port,
-        "--ray-client-server-port": _listen("127.0.0.1", 0),
+        "--ray-client-server-port": free_port(),  # cannot be left out; where its port is taken, Ray ends the whole node
     }
     return [*ray_start(ip_of(name), 0, options), "--head"]
 
@@ -178,9 +183,17 @@ def check_ports(settings: LocalClusterSettings, missing: Sequence[str]) -> None:
             raise ConfigError(f"cannot listen on {host}:{port} ({e.strerror}); give another port with {option}") from e
 
 
-def _listen(host: str, port: int) -> int:
-    """Binds a port and releases it again; 0 means any free port. Returns the port. Raises OSError if it is in use."""
+def free_port() -> int:
+    """A port that is free on all addresses of this machine, for a server that binds it later. Raises FailedError."""
+    for port in random.SystemRandom().sample(FREE_PORTS, len(FREE_PORTS)):
+        with suppress(OSError):
+            _listen("0.0.0.0", port)
+            return port
+    raise FailedError(f"the ports from {FREE_PORTS.start} to {FREE_PORTS.stop - 1} are in use; stop what listens on them")
+
+
+def _listen(host: str, port: int) -> None:
+    """Binds a port and releases it again. Raises OSError if it is in use."""
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like servers do, so that a port in TIME_WAIT counts as free
         s.bind((host, port))
-        return s.getsockname()[1]

@@ -5,6 +5,7 @@ children inherit, and only processes with the marker and their descendants are e
 """
 
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -67,10 +68,11 @@ def stop(folder: Path, name: str, grace_seconds: float = GRACE_SECONDS) -> None:
     (folder / f"{name}.pid").unlink(missing_ok=True)
 
 
-def last_log_line(folder: Path, name: str) -> str:
-    """The last line of a process's log that is not empty."""
+def log_cause(folder: Path, name: str) -> str:
+    """The line of a process's log that says why it failed: the last one with a Python error, else the last."""
     lines = [line.strip() for line in (folder / f"{name}.log").read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "the log is empty"
+    errors = [line for line in lines if re.match(r"[\w.]+Error: ", line)]
+    return (errors or lines or ["the log is empty"])[-1]
 
 
 def _marker(folder: Path, name: str) -> str:

@@ -14,6 +14,8 @@ from types import ModuleType
 import databases
 import pytest
 
+from lmu_dist.launch.local_commands import free_port
+
 SERVER = Path(__file__).parents[2] / "cluster" / "mlflow" / "server.py"
 GIVEN = {"MLFLOW_AUTH_ADMIN_PASSWORD": "correct horse", "MLFLOW_FLASK_SERVER_SECRET_KEY": "key", "PGPASSWORD": "staple"}
 
@@ -84,7 +86,7 @@ def test_server_works_on_postgresql_and_rejects_wrong_passwords(
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    port = databases.free_port()
+    port = free_port()
     key = tmp_path / "key"
     key.write_text(secrets.token_hex(16))
     environment = os.environ | database | GIVEN | {"MLFLOW_FLASK_SERVER_SECRET_KEY_FILE": str(key)}

@@ -39,13 +39,9 @@ print(*sorted(ray.get([here.options(scheduling_strategy=s).remote() for s in at]
 
 
 def settings(**changed: object) -> LocalClusterSettings:
-    ports = (_free_port() for _ in range(3))
+    ports = (local_commands.free_port() for _ in range(3))
     tree = {"nodes": 2, "cpus": 1, "host": "127.0.0.1", "port": next(ports), "dashboard_port": next(ports)}
     return LocalClusterSettings(**(tree | {"mlflow_port": next(ports)} | changed))
-
-
-def _free_port() -> int:
-    return local_commands._listen("127.0.0.1", 0)
 
 
 def start_sleeper(folder: Path, name: str) -> psutil.Process:
@@ -141,8 +137,34 @@ def fail_to_start(folder: Path, cluster_settings: LocalClusterSettings) -> None:
         patch.setattr(local_commands, "mlflow_command", lambda *_: SLEEP)
         patch.setattr(local_commands, "ray_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no such thing')"])
         patch.setattr(local, "UP_SECONDS", 10.0)
-        with pytest.raises(FailedError, match="head exited at once: no such thing"):
+        with pytest.raises(FailedError, match="head exited: no such thing"):
             local.up(folder, cluster_settings)
+
+
+def test_up_ends_as_soon_as_the_head_has_exited_under_its_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As Ray's head does if one of its servers finds its port taken, some seconds after the head has answered."""
+
+    def ray_command(settings: LocalClusterSettings, name: str, scratch: Path) -> list[str]:
+        head = f"until test -e {tmp_path}/node; do sleep 0.1; done; echo RuntimeError: port taken; echo The rest is killed."
+        return ["sh", "-c", head if name == "head" else f"touch {tmp_path}/node; sleep 600"]
+
+    monkeypatch.setattr(local_commands, "mlflow_command", lambda *_: SLEEP)
+    monkeypatch.setattr(local_commands, "ray_command", ray_command)
+    monkeypatch.setattr(local, "_living_nodes", lambda *_: {local_commands.ip_of("head")})
+    with pytest.raises(FailedError, match=r"^head exited: RuntimeError: port taken \(the full log is .*/head\.log\)$"):
+        local.up(tmp_path, settings())
+    assert [process.state for process in local.status(tmp_path)] == ["dead"] * 4
+
+
+def test_free_ports_are_free_and_not_those_that_linux_gives_to_connections(monkeypatch: pytest.MonkeyPatch):
+    ports = [local_commands.free_port() for _ in range(20)]
+    assert all(20_000 <= port < 30_000 for port in ports)  # connections have 32,768 to 60,999
+    assert len(set(ports)) > 1
+    monkeypatch.setattr(local_commands, "FREE_PORTS", range(ports[0], ports[0] + 1))
+    in_use = rf"the ports from {ports[0]} to {ports[0]} are in use"
+    with local_commands.socket.create_server(("127.0.0.1", ports[0])), pytest.raises(FailedError, match=in_use):
+        local_commands.free_port()
+    assert local_commands.free_port() == ports[0]
 
 
 def test_down_after_a_failed_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,7 +1,6 @@
 """An MLflow server that stops in the middle of a run: training does not wait, and the metrics are complete afterwards."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import pytest
 
 from lmu_dist import records
 from lmu_dist.config import load
+from lmu_dist.launch.local_commands import free_port
 from lmu_dist.launch.trainer import train
 from lmu_dist.tracking.store import Store
 
@@ -24,9 +24,7 @@ class Server:
     """An `mlflow server` on loopback with an SQLite file, which can be stopped and started again."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
+        self.port = free_port()
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
