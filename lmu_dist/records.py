@@ -178,8 +178,9 @@ class RunRecord:
         return self.family_version or self.code_digest[:12], str(self.train_version or self.code_digest[:12])
 
     def columns(self, kind: str) -> dict[str, Any]:
-        """Fields of one kind (`params`, `metrics` or `tags`) by MLflow name."""
-        return {_name(f): getattr(self, f.name) for f in fields(self) if f.metadata["kind"] == kind}
+        """Fields of one kind (`params`, `metrics` or `tags`) by MLflow name. Metrics include epochs, for queries."""
+        columns = {_name(f): getattr(self, f.name) for f in fields(self) if f.metadata["kind"] == kind}
+        return columns | ({"final/epochs": self.epochs} if kind == "metrics" and self.unique_tokens else {})
 
     @classmethod
     def from_columns(cls, params: dict[str, str], metrics: dict[str, float], tags: dict[str, str]) -> "RunRecord":

@@ -56,6 +56,14 @@ def test_unknown_field_of_a_later_schema_is_kept_and_ignored():
     assert repr(replace(read, unknown={}, schema_version=SCHEMA_VERSION)) == repr(record)
 
 
+def test_epochs_are_a_metric_that_queries_can_compare():
+    record = RunRecord(family="lmu", n_params=5, tokens=3000, unique_tokens=2000)
+    assert record.columns("metrics")["final/epochs"] == 1.5
+    assert record.repeats_data
+    assert "epochs" not in record.to_json()  # it follows from the others
+    assert "final/epochs" not in replace(record, unique_tokens=0).columns("metrics")  # an older record
+
+
 def test_run_without_results_has_no_record():
     record = RunRecord(family="lmu", n_params=5, tokens=7, val_loss_nats=4.0, key="k", status="complete", phase="decayed")
     params = {name: str(value) for name, value in record.columns("params").items()}

@@ -27,7 +27,7 @@ from lmu_dist.launch.cluster import capacity, check_before_start, cluster
 from lmu_dist.launch.corpus import prepare_corpus
 from lmu_dist.launch.dispatcher import Services
 from lmu_dist.launch.metrics_logger import release_log, start_metrics_logger
-from lmu_dist.launch.new_cell import make_cell
+from lmu_dist.launch.new_cell import log_repeats, make_cell
 from lmu_dist.launch.record import FINAL_STATUSES, Outcome, read_record, record_path
 from lmu_dist.launch.trials import (
     TrialCallback,
@@ -91,12 +91,12 @@ def tune(config: Config, tracking_uri: str, progress: Progress = lambda *_: None
     corpus = prepare_corpus(config, progress)
     corpus.tokenizer()
     drivers = [_Driver(config, f, n, corpus, store, progress) for f in config.tune.families for n in config.tune.n_params]
-    for driver in drivers:
-        driver.check()
+    ends = [cell for driver in drivers for cell in driver.cells_at_the_ends()]
     missing = [driver for driver in drivers if not driver.has_ended()]
     if not missing:
         claim.end_study(store, config, STUDY)
         return [driver.result(()) for driver in drivers], ()
+    log_repeats(ends)
     try:
         with cluster([config]):
             head = head_node_id()
@@ -151,14 +151,16 @@ class _Driver:
         self.journal = self.base.storage_folder / "tune" / f"{self.family_name}-{n_params}-{digest}.json"
         self.samples = self._read_journal()
 
-    def check(self) -> None:
-        """Raises ConfigError if the low ends or the high ends of all ranges together give an invalid configuration."""
+    def cells_at_the_ends(self) -> list[Cell]:
+        """The cells at the low ends and at the high ends of all ranges. Raises ConfigError if one is invalid."""
+        cells = list[Cell]()
         for end in (0, -1):
             settings = {key: space.values(search_range)[end] for key, search_range in self.tune.space.items()}
             try:
-                make_cell(with_settings(self.base, settings), self.corpus)
+                cells.append(_cell(self.base, settings, self.corpus))
             except ConfigError as e:
                 raise ConfigError(f"tune.space: {settings} is an invalid configuration: {e}") from e
+        return cells
 
     def has_ended(self) -> bool:
         """Whether every trial has ended, which is known of a sweep only: other searches sample their trials as they run."""

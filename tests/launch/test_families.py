@@ -9,6 +9,7 @@ from commands import run_commands
 
 from lmu_dist.cli import main
 from lmu_dist.models.family_source import FAMILY_CODE
+from lmu_dist.models.registry import built_in
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = "examples/gated_linear_attention.py:GatedLinearAttention"
@@ -48,7 +49,7 @@ def folder(corpus_glob: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "experiment": "own-family",
         "data": {"source": "files", "files": [corpus_glob], "tokenizer": {"vocab_tokens": 400}},
         "train": {"batch_tokens": 256, "sequence_tokens": 32, "schedule": "wsd", "warmup_tokens": 256, "eval_tokens": 512},
-        "ladder": {"families": [EXAMPLE, "no_positions", "lmu"], "n_params": [1000], "tokens": [5120]},
+        "ladder": {"families": [EXAMPLE, "no_positions", *built_in()], "n_params": [3000], "tokens": [5120]},
         "cluster": {"n_workers": 1},
     }
     (folder / "job.json").write_text(json.dumps(tree))
@@ -60,7 +61,7 @@ def test_new_families_in_plan_ladder_report_and_figures(folder: Path, capsys: py
     environment = {"PYTHONPATH": str(folder)}
     outputs = run_commands(folder, environment, "plan job.json --json", "ladder job.json --json")
     planned, cells = (json.loads(output)["cells"] for output in outputs)
-    assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", "lmu"}
+    assert {cell["family"] for cell in planned} == {"gated_linear_attention", "no_positions", *built_in()}
     assert {(cell["family"], cell["status"]) for cell in cells} == {(c["family"], "complete") for c in planned}
     versions = {cell["family"]: cell["family_version"] for cell in cells}
     assert (versions["no_positions"], versions["lmu"], len(versions["gated_linear_attention"])) == ("1", "1", 12)

@@ -113,10 +113,19 @@ def test_a_sweep_with_an_invalid_combination_has_not_ended(corpus_glob: str, tmp
     config = configured(corpus_glob, tmp_path, space={"train.warmup_tokens": {"choice": [1000, 1_000_000, 2000]}})
     corpus = prepare(config.data, config.storage_folder)
     driver = launch_tune._Driver(config, "lmu", 1000, corpus, Store(default_uri(tmp_path)), lambda *_: None)
-    driver.check()  # the ends are valid
+    assert len(driver.cells_at_the_ends()) == 2  # the ends are valid
     monkeypatch.setattr(launch_tune.claim, "find_finished", lambda cell, *_, **__: Mock(record=cell.key))
     monkeypatch.setattr(launch_tune, "TrialResult", Mock())
     assert not driver.has_ended()
+
+
+def test_a_budget_that_repeats_the_corpus_is_logged_once(corpus_glob: str, tmp_path: Path, monkeypatch, caplog):
+    config = with_settings(configured(corpus_glob, tmp_path, n_params=[1000, 3000]), {"train.tokens": 2_560_000})
+    monkeypatch.setattr(launch_tune, "cluster", Mock(side_effect=FailedError("no cluster")))
+    with pytest.raises(FailedError, match="no cluster"):
+        tune(config, default_uri(tmp_path))
+    [line] = [message for message in caplog.messages if message.startswith("epochs: ")]
+    assert "their runs: 2,560,000 (" in line
 
 
 def test_a_trial_whose_cell_cannot_be_looked_up_ends_with_the_error(corpus_glob: str, tmp_path: Path, monkeypatch):
