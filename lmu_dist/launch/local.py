@@ -60,9 +60,19 @@ def up(folder: Path, settings: LocalClusterSettings, progress: Callable[[str], N
             for name in missing:
                 progress(f"starting {name}")
                 _start(folder, settings, name, environment)
-                # One after the other: Ray gives a node 30 seconds to start, even on a busy machine.
+                if name == MLFLOW:
+                    continue  # it starts while Ray does
+                # One after the other: Ray gives a node 30 seconds to start. On a busy machine that may be too few, once.
                 started = settings.process_names[: 1 + settings.process_names.index(name)]
-                _wait_until_alive(folder, started, [name] if name != MLFLOW else [])
+                try:
+                    _wait_until_alive(folder, started, [name])
+                except FailedError as e:
+                    if processes.pid_of(folder, name) is not None:
+                        raise
+                    progress(f"starting {name} again: {e}")
+                    _stop(folder, [name])
+                    _start(folder, settings, name, environment)
+                    _wait_until_alive(folder, started, [name])
             _wait_until_alive(folder, settings.process_names, settings.process_names)
         except BaseException:
             _stop(folder, missing)

@@ -156,6 +156,26 @@ def test_up_ends_as_soon_as_the_head_has_exited_under_its_nodes(tmp_path: Path, 
     assert [process.state for process in local.status(tmp_path)] == ["dead"] * 4
 
 
+def test_a_node_that_did_not_start_is_started_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As on a busy machine, on which Ray's 30 seconds were too few."""
+
+    def ray_command(settings: LocalClusterSettings, name: str, scratch: Path) -> list[str]:
+        first, second = (tmp_path / f"{name}.{start}" for start in ("first", "second"))
+        return ["sh", "-c", f"if test -e {first}; then touch {second}; sleep 60; else touch {first}; exit 1; fi"]
+
+    monkeypatch.setattr(local_commands, "mlflow_command", lambda *_: SLEEP)
+    monkeypatch.setattr(local_commands, "ray_command", ray_command)
+    monkeypatch.setattr(local, "_get", lambda *_: b"")  # MLflow answers
+    monkeypatch.setattr(local, "_living_nodes", lambda *_: {local_commands.ip_of(p.stem) for p in tmp_path.glob("*.second")})
+    said = []
+    try:
+        assert [process.state for process in local.up(tmp_path, settings(), said.append)] == ["alive"] * 4
+    finally:
+        local.down(tmp_path)
+    again = [line.partition(":")[0] for line in said if "again" in line]
+    assert again == [f"starting {name} again" for name in ("head", "node-1", "node-2")]
+
+
 def test_free_ports_are_free_and_not_those_that_linux_gives_to_connections(monkeypatch: pytest.MonkeyPatch):
     ports = [local_commands.free_port() for _ in range(20)]
     assert all(20_000 <= port < 30_000 for port in ports)  # connections have 32,768 to 60,999
