@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -100,6 +101,14 @@ def test_cpp_propagates_nan(dtype):
 
 
 @pytest.mark.usefixtures("cpp")
+@pytest.mark.parametrize("scale", [1e3, 1e5])
+def test_cpp_dead_units_have_no_gradient(scale):
+    """GELU and its slope are 0 far below 0: an error of 1e-8 there would be multiplied by keys, and again by values."""
+    pre, p, dout = problem(5, 17, torch.float32)
+    check(implicit_attention, pre * scale, p, dout, 1e-5)
+
+
+@pytest.mark.usefixtures("cpp")
 def test_cpp_restores_denormals_afterwards():
     check(implicit_attention, *problem(3, 17, torch.float32), 2e-6)
     assert (torch.tensor([1e-30]) * torch.tensor([1e-10])).item() > 0
@@ -190,6 +199,29 @@ def test_convolution_on_aarch64(on_aarch64, points):
         compiled.call(function, torch.float32, (*sizes, points), tensors)
         for got, expected in zip(found, tensors, strict=True):
             assert float((got - expected).norm()) <= 2e-6 * float(expected.norm())
+
+
+def test_precisions_of_tensors_are_those_of_the_sources():
+    """C++ gets addresses: `compiled.call` checks what the declarations say."""
+    found = {}
+    for path in compiled.SOURCES:
+        for name, arguments in re.findall(r"int (lmu_\w+_(?:forward|backward))_\w*#*\w*\(([^)]*)\)", path.read_text()):
+            types = re.findall(r"(\w+)\* *(\w+)", arguments)
+            kinds = {"float": "F", "Scalar": "C", "T": "T"}
+            found[name] = "".join("C" if "spectra" in argument else kinds[kind] for kind, argument in types)
+    assert found == compiled.TENSORS
+
+
+@pytest.mark.usefixtures("cpp")
+def test_cpp_refuses_tensors_that_are_elsewhere_or_of_another_kind():
+    pre, p, dout = problem(3, 17, torch.float32)
+    with pytest.raises(ValueError, match=r"a tensor is on meta and another on the CPU; move the module with \.to\(x\.device\)"):
+        implicit_attention.forward(pre, p.to("meta"), torch.empty_like(dout))
+    with pytest.raises(ValueError, match="is on meta"):
+        LMU(8, 2, 16.0).to("meta")(torch.randn(1, 4, 2))
+    for wrong in (p.double(), p.bfloat16()):
+        with pytest.raises(AssertionError, match=r"takes torch\.float32, not"):
+            compiled.forward(pre, wrong, torch.empty_like(dout))
 
 
 def test_missing_compiler_logs_one_line(monkeypatch, caplog, tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from oracle import lmu_block
 
-from lmu_dist.models.mixers.lmu import chunked, fourier
+from lmu_dist.models.mixers.lmu import chunked, fourier, mixer
 from lmu_dist.models.mixers.lmu.legendre import row_scale
 from lmu_dist.models.mixers.lmu.mixer import FORMS, LMU, Form, lmu_mixer, projected_memory
 
@@ -171,9 +171,68 @@ def test_training_can_use_tensors_cached_in_inference_mode():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # by Fourier transforms and in chunks
-def test_second_backward_of_fused_raises(dtype):
+def test_a_kept_graph_of_fused_has_more_backward_passes(dtype):
+    """Though the kernels overwrite what was saved; without `retain_graph` torch refuses a second one itself."""
     given, _ = problem(12, 20.0, 25, 4, 3, dtype=dtype)
-    out = lmu_mixer(given["x"].requires_grad_(), given["projection"], given["bias"], given["p"], 20.0, "fused").sum()
-    out.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.backward()
+    leaves = [given[name].requires_grad_() for name in ("x", "projection", "bias", "p")]
+    loss = lmu_mixer(*leaves, 20.0, "fused").square().sum()
+    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    last = torch.autograd.grad(loss, leaves)
+    for gradients in zip(first, second, last, strict=True):
+        assert torch.equal(gradients[0], gradients[1])
+        assert torch.equal(gradients[0], gradients[2])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outputs_may_be_changed_in_place(form, dtype):
+    """As a residual connection does: y += x."""
+    given, _ = problem(12, 20.0, 25, 16, 3, dtype=dtype)
+    x = given["x"].requires_grad_()
+    y = lmu_mixer(x, given["projection"], given["bias"], given["p"], 20.0, form)
+    [expected] = torch.autograd.grad((y + x).square().sum(), x)
+    y = lmu_mixer(x, given["projection"], given["bias"], given["p"], 20.0, form)
+    y += x
+    [got] = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_does_not_depend_on_torchs_default_dtype(default, dtype):
+    given, _ = problem(12, 20.0, 25, 4, 3, dtype=dtype)
+    expected = gradients(given, 20.0, "fused")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(default)
+        got = gradients(given, 20.0, "fused")
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_matrices_are_kept_for_few_of_all_lengths():
+    """Each length of a sequence would keep its own impulse response, and each remainder of a chunk its own powers."""
+    lmu = LMU(7, 2, 23.0)
+    mixer._impulse_response.cache_clear()
+    chunked.chunk_transition.cache_clear()
+    with torch.no_grad():
+        for length in range(2, 200):
+            lmu(torch.ones(1, length, 3))
+            lmu.advance(torch.ones(1, length, 3))
+    assert mixer._impulse_response.cache_info().currsize <= 8  # 2, 4, .. 256
+    assert chunked.chunk_transition.cache_info().currsize <= 6  # 1, 2, .. 32
+
+
+@pytest.mark.parametrize(("late", "unchanged"), [(1e8, 250), (torch.inf, 224), (torch.nan, 224)])
+def test_in_chunks_an_outlier_changes_no_output_before_it(late, unchanged):
+    """Fourier transforms mix all tokens: docs/library.md has the numbers. Infinities reach the tokens of their chunk of 32."""
+    torch.manual_seed(0)
+    lmu, x = LMU(12, 3, 40.0, "chunked"), torch.randn(1, 300, 4)
+    other = x.clone()
+    other[0, 250, 2] = late
+    with torch.no_grad():
+        assert torch.equal(lmu(other)[:, :unchanged], lmu(x)[:, :unchanged])
+        assert torch.equal(lmu.advance(other)[0][:, :unchanged], lmu.advance(x)[0][:, :unchanged])

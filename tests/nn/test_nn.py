@@ -98,11 +98,27 @@ def test_outputs_have_the_precision_of_the_input(dtype: torch.dtype, form: Form 
 
 
 @pytest.mark.parametrize("shape", [(0, 40, 5), (2, 40, 0)])
-def test_nothing_in_is_nothing_out(shape: tuple[int, int, int]):
-    lmu, memory = modules()
-    x = torch.zeros(shape)
-    assert lmu(x).shape == lmu.advance(x)[0].shape == shape
+@pytest.mark.parametrize("form", [None, *FORMS])
+def test_nothing_in_is_nothing_out(shape: tuple[int, int, int], form: Form | None):
+    lmu, memory = LMU(12, 3, 20.5, form), modules()[1]
+    x = torch.zeros(shape, requires_grad=True)
+    y = lmu(x)
+    assert y.shape == lmu.advance(x)[0].shape == shape
     assert memory(x).shape == (*shape, 6)
+    y.sum().backward()
+    assert lmu.reading.grad is not None
+    assert not lmu.reading.grad.any()
+
+
+def test_the_chunked_form_is_made_of_torchs_own_operations():
+    """So that torch can differentiate its gradients, batch it and export it."""
+    lmu, x = LMU(12, 3, 20.5, "chunked"), torch.randn(2, 40, 5)
+    assert torch.autograd.gradgradcheck(lmu.double(), x[:1, :6, :2].double().requires_grad_())
+    lmu.float()
+    whole, single = torch.func.vmap(lmu)(x[:, None]), torch.stack([lmu(row[None]) for row in x])
+    assert torch.allclose(whole, single, atol=1e-6)
+    exported = torch.export.export(lmu, (x,), strict=False).module()
+    assert torch.equal(exported(x), lmu(x))
 
 
 def test_modules_are_saved_copied_and_cast_as_others():

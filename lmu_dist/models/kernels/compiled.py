@@ -44,6 +44,22 @@ FLAGS = (
 # (aarch64: NEON) gets the compiler's default.
 ARCHITECTURE_FLAGS = {"AVX512": ("-march=x86-64-v4", "-mprefer-vector-width=512"), "AVX2": ("-march=x86-64-v3",)}
 DTYPES = (torch.float32, torch.bfloat16)
+# The tensors that each function takes, in order, as in the C++ sources: T of the precision of the activations, F float32,
+# C complex64.
+TENSORS = {
+    "lmu_attention_forward": "TFT",
+    "lmu_attention_backward": "TFTF",
+    "lmu_convolve_forward": "FCFT",
+    "lmu_convolve_backward": "FCTFCF",
+    "lmu_short_convolution_forward": "TFT",
+    "lmu_short_convolution_backward": "TFTTF",
+    "lmu_gated_delta_rule_forward": "FFFFF",
+    "lmu_gated_delta_rule_backward": "FFFFFFFFFF",
+    "lmu_ssd_forward": "FFFFFF",
+    "lmu_ssd_backward": "FFFFFFFFFFFF",
+    "lmu_gated_norm_forward": "TFFTF",
+    "lmu_gated_norm_backward": "TFFFTTFF",
+}
 
 
 @cache
@@ -91,15 +107,19 @@ def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.
 
 
 def call(name: str, dtype: torch.dtype, sizes: Sequence[int], tensors: Sequence[Tensor], *factors: float) -> None:
-    """Calls the C++ function `name` for tensors of `dtype`: all sizes, then the addresses, then float32 factors.
+    """Calls the C++ function `name` for activations of `dtype`: all sizes, then the addresses, then float32 factors.
 
-    Raises MemoryError.
+    C++ gets addresses only, so all it relies on is checked here. Raises ValueError if a tensor is on another device, as that of
+    an input is where a module was not moved, and MemoryError.
     """
     loaded = library()
     assert loaded is not None
-    assert all(tensor.is_contiguous() for tensor in tensors), "C++ gets addresses without strides: tensors must be contiguous"
-    allowed = (dtype, torch.float32, torch.complex64)  # sums and weights are float32, spectra pairs of it
-    assert all(tensor.dtype in allowed for tensor in tensors), f"{name} takes {dtype}, float32 and complex64"
+    dtypes = {"T": dtype, "F": torch.float32, "C": torch.complex64}
+    for tensor, kind in zip(tensors, TENSORS[name], strict=True):
+        if tensor.device.type != "cpu":
+            raise ValueError(f"a tensor is on {tensor.device} and another on the CPU; move the module with .to(x.device)")
+        assert tensor.is_contiguous(), f"{name} takes contiguous tensors"
+        assert tensor.dtype == dtypes[kind], f"{name} takes {dtypes[kind]}, not {tensor.dtype}"
     function = getattr(loaded, f"{name}_{str(dtype).removeprefix('torch.')}")
     addresses = (ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
     if function(*map(ctypes.c_int64, sizes), *addresses, *map(ctypes.c_float, factors)):

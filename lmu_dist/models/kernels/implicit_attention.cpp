@@ -33,18 +33,18 @@ inline Vec polynomial(const float (&coefficients)[N], Vec u) {
     return y;
 }
 
-// gelu(x) = x Phi(x), and its slope. NaN stays NaN. x is cut from below in the product too, lest an error of Phi count a
-// thousandfold at x = -1000.
+// gelu(x) = x Phi(x), and its slope. NaN stays NaN. Both are 0 below -CUT: an error there would count a thousandfold at
+// x = -1000, and again where keys and values are as large.
 struct Gelu {
-    Vec low, u, scale;
+    Vec x, low, u, scale;
 
-    explicit Gelu(Vec x) : low(x < -CUT ? splat(-CUT) : x) {
+    explicit Gelu(Vec x) : x(x), low(x < -CUT ? splat(0.0f) : x) {
         Vec cut = low > CUT ? splat(CUT) : low;
         u = cut * cut;
         scale = cut * reciprocal(polynomial(DENOMINATOR, u));
     }
     Vec value() const { return low * (polynomial(PHI, u) * scale + 0.5f); }
-    Vec slope() const { return polynomial(SLOPE, u) * scale + 0.5f; }
+    Vec slope() const { return x < -CUT ? splat(0.0f) : polynomial(SLOPE, u) * scale + 0.5f; }
 };
 
 // Calls work.template operator()<n>() for 1 <= n <= MOST, so that its loops over n vectors stay in registers.

@@ -59,7 +59,7 @@ class _GatedNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, gate, weight, scale = ctx.saved_tensors
         if _is_in_cpp(x, gate):
-            dx, dgate, dweight = torch.empty_like(x), torch.empty_like(gate), torch.empty(weight.shape, dtype=torch.float32)
+            dx, dgate, dweight = torch.empty_like(x), torch.empty_like(gate), torch.empty_like(weight, dtype=torch.float32)
             _call("backward", ctx.gate_first, gate, x, weight, scale, (scale, gradients[0].contiguous(), dgate, dx, dweight))
             return dx, dgate, dweight.to(weight.dtype), None, None
         dy, gate_in_float = gradients[0].to(x.dtype), gate.to(x.dtype)

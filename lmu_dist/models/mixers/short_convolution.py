@@ -68,7 +68,7 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dz = gradients[0].contiguous()
         if compiled.is_available(x.dtype, x.device):
-            dx, dweight = torch.empty_like(x), torch.empty(weight.shape, dtype=torch.float32)
+            dx, dweight = torch.empty_like(x), torch.empty_like(weight, dtype=torch.float32)
             _call("backward", x, weight, ctx.silu, dz, dx, dweight)
             return dx, dweight.to(weight.dtype), None
         if ctx.silu:

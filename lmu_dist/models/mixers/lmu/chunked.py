@@ -225,6 +225,8 @@ def _chunk_features_backward(dz: Float[Tensor, "F B N D"], transition: ChunkTran
 
 
 class _FusedLMU(torch.autograd.Function):
+    """The output is (B N, C, D): `fused_lmu` makes its view, since autograd refuses changes in place of one made here."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, projection: Tensor, bias: Tensor, p: Tensor, config: ChunkedConfig) -> Tensor:
         d, transition, block_chunks = x.shape[2], config.transition, config.block_chunks
@@ -241,7 +243,7 @@ class _FusedLMU(torch.autograd.Function):
                 saved.append(pre)
         ctx.save_for_backward(z, w, p, *saved)
         ctx.config, ctx.length, ctx.dtypes = config, x.shape[1], (x.dtype, projection.dtype, bias.dtype)
-        return out.view(len(x), -1, d)[:, : x.shape[1]].to(x.dtype)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -249,14 +251,11 @@ class _FusedLMU(torch.autograd.Function):
         z, w, p, *saved = ctx.saved_tensors
         transition, block_chunks = ctx.config.transition, ctx.config.block_chunks
         d, dtype = z.shape[3], transition.response.dtype
-        padding = z.shape[2] * transition.chunk - ctx.length
-        dout = F.pad(dout.to(ctx.config.dtype), (0, 0, 0, padding)).reshape(-1, transition.chunk, d).contiguous()
+        dout = dout.contiguous()
         columns, width = z.flatten(1), block_chunks * d
         dz, dw, dp = torch.empty_like(columns), w.new_zeros(w.shape, dtype=dtype), p.new_zeros(p.shape, dtype=dtype)
         for i, block in enumerate(columns.split(width, 1)):
-            pre = saved[i] if saved else w @ block
-            # The kernel overwrites `pre` with its gradient, which autograd cannot see: a second backward pass must raise.
-            torch.autograd.graph.increment_version(pre)
+            pre = implicit_attention.overwritable(saved[i]) if saved else w @ block  # with its gradient
             block_dout = dout[i * block_chunks : (i + 1) * block_chunks]
             implicit_attention.backward(pre, p, block_dout, dp, ctx.config.score_scale)
             torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])
@@ -282,4 +281,5 @@ def fused_lmu(
     On a GPU no operation waits for a value, so that a CUDA graph can capture it after a first call has computed the transition
     and compiled the attention kernel.
     """
-    return _FusedLMU.apply(x, projection, bias, p, config)
+    out = _FusedLMU.apply(x, projection, bias, p, config)
+    return out.view(len(x), -1, x.shape[2])[:, : x.shape[1]].to(x.dtype)

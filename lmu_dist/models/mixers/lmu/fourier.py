@@ -70,7 +70,7 @@ def is_supported(dtype: torch.dtype, device: torch.device) -> bool:
 def frequency_order(n: int) -> Int[Tensor, "n"]:
     """Frequency at each position of a spectrum after decimation in frequency, radix 4 with a last radix-2 stage if needed."""
     if n <= 2:
-        return torch.arange(n)
+        return torch.arange(n, device="cpu")
     quarter = 4 * frequency_order(n // 4)
     return torch.cat([quarter + k for k in range(4)])
 
@@ -93,6 +93,8 @@ def _kernel_spectra_backward(dspectra: Complex64[Tensor, "P n"], length: int, n_
 
 
 class _FusedLMU(torch.autograd.Function):
+    """The output is (B T, 1, W): `fused_lmu` makes its view, since autograd refuses changes in place of one made here."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, kernels: Tensor, bias: Tensor, p: Tensor, n: int, score_scale: float) -> Tensor:
         (b, t, d), k = x.shape, len(kernels)
@@ -105,7 +107,7 @@ class _FusedLMU(torch.autograd.Function):
         ctx.save_for_backward(inputs, spectra, pre, p)
         ctx.sizes, ctx.kernel_tokens, ctx.score_scale = sizes, kernels.shape[1], score_scale
         ctx.dtypes = (x.dtype, kernels.dtype, bias.dtype)
-        return out.view(b, t, width)[..., :d]
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -113,12 +115,10 @@ class _FusedLMU(torch.autograd.Function):
         inputs, spectra, pre, p = ctx.saved_tensors
         _, _, d, k, _ = ctx.sizes
         x_dtype, kernels_dtype, bias_dtype = ctx.dtypes
-        # The kernel overwrites `pre` with its gradient, which autograd cannot see: a second backward pass must raise.
-        torch.autograd.graph.increment_version(pre)
-        dp, dbias = torch.zeros_like(p, dtype=torch.float32), torch.zeros(k)
+        pre = implicit_attention.overwritable(pre)  # with its gradient
+        dp, dbias = torch.zeros_like(p, dtype=torch.float32), inputs.new_zeros(k)
         dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
-        padded = _pad_to_lanes(dout.to(pre.dtype)).flatten(0, 1).unsqueeze(1)
-        implicit_attention.backward(pre, p, padded, dp, ctx.score_scale)
+        implicit_attention.backward(pre, p, dout.to(pre.dtype).contiguous(), dp, ctx.score_scale)
         compiled.call("lmu_convolve_backward", pre.dtype, ctx.sizes, (inputs, spectra, pre, dx, dspectra, dbias))
         dkernels = _kernel_spectra_backward(dspectra, ctx.kernel_tokens, k)
         return dx[..., :d].to(x_dtype), dkernels.to(kernels_dtype), dbias.to(bias_dtype), dp.to(p.dtype), None, None
@@ -136,4 +136,5 @@ def fused_lmu(
     """The LMU of whole sequences, with `projection` and the memory's impulse response in the same basis."""
     n = transform_points(x.shape[1], projection.shape[1], theta_tokens)
     # The memory forgets inputs older than n / 2 tokens.
-    return _FusedLMU.apply(x, projection @ response[:, : n // 2], bias, p, n, score_scale)
+    out = _FusedLMU.apply(x, projection @ response[:, : n // 2], bias, p, n, score_scale)
+    return out.view(*x.shape[:2], out.shape[-1])[..., : x.shape[2]]

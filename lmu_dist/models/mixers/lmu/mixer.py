@@ -27,24 +27,34 @@ CHUNK_TOKENS = 32
 
 @dataclass(frozen=True)
 class MemoryMatrices:
-    """Constants of the frozen memory on a device: a_bar (Q, Q), b_bar (Q,), impulse response h (Q, T), row scale (Q,)."""
+    """Constants of the frozen memory on a device: a_bar (Q, Q), b_bar (Q,), row scale (Q,)."""
 
     a_bar: Tensor
     b_bar: Tensor
-    h: Tensor
     row_scale: Tensor
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # training uses cached tensors too, and autograd refuses tensors made in inference mode
-def memory_matrices(order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device) -> MemoryMatrices:
+def memory_matrices(order: int, theta_tokens: float, dtype: torch.dtype, device: torch.device) -> MemoryMatrices:
     """Constants of one memory, computed in float64 and cast last. Not buffers: no precision setting may cast them again."""
-    arrays = (
-        *legendre.discrete_matrices(order, theta_tokens),
-        legendre.impulse_response(order, theta_tokens, length),
-        legendre.row_scale(order, theta_tokens),
-    )
+    arrays = (*legendre.discrete_matrices(order, theta_tokens), legendre.row_scale(order, theta_tokens))
     return MemoryMatrices(*(torch.from_numpy(a).to(device, dtype) for a in arrays))
+
+
+def impulse_response(
+    order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "Q T"]:
+    """The memory's first `length` outputs after an input of 1, cast last. Kept by powers of two: sequences differ in length."""
+    return _impulse_response(order, theta_tokens, 2 ** math.ceil(math.log2(length)), dtype, device)[:, :length]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _impulse_response(
+    order: int, theta_tokens: float, length: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "Q T"]:
+    return torch.from_numpy(legendre.impulse_response(order, theta_tokens, length)).to(device, dtype)
 
 
 def memory_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,6 +65,8 @@ def memory_dtype(dtype: torch.dtype) -> torch.dtype:
 def convolve(x: Float[Tensor, "B T D"], kernels: Float[Tensor, "K T"]) -> Float[Tensor, "B T K D"]:
     """Causal convolution of every channel with every kernel, y_t = sum_{j<=t} k_{t-j} x_j, by FFT padded to 2T (eq. 7)."""
     length = x.shape[1]
+    if not x.numel():  # which transforms refuse
+        return torch.einsum("btd,kt->btkd", x, kernels)
     n_fft = 2 * length
     spectrum = torch.fft.rfft(x.transpose(1, 2), n_fft)  # (B, D, F)
     response = torch.fft.rfft(kernels, n_fft)  # (K, F)
@@ -83,7 +95,7 @@ def projected_memory(
     dtype = memory_dtype(x.dtype)
     x, projection = x.to(dtype), projection.to(dtype)
     if form == "recurrent":
-        exact = memory_matrices(order, theta_tokens, 1, torch.float64, x.device)
+        exact = memory_matrices(order, theta_tokens, torch.float64, x.device)
         m = x.new_zeros(x.shape[0], order, x.shape[2], dtype=torch.float64) if state is None else state
         projected = []
         for t in range(length):
@@ -92,29 +104,32 @@ def projected_memory(
         return torch.stack(projected, dim=1), None if state is None else m
     if form == "chunked":
         return _projected_memory_chunked(x, projection, theta_tokens, state)
-    y = convolve(x, projection @ memory_matrices(order, theta_tokens, length, dtype, x.device).h)
+    y = convolve(x, projection @ impulse_response(order, theta_tokens, length, dtype, x.device))
     if state is None:
         return y, None
-    exact = memory_matrices(order, theta_tokens, length, torch.float64, x.device)
+    a_bar = memory_matrices(order, theta_tokens, torch.float64, x.device).a_bar
+    response = impulse_response(order, theta_tokens, length, torch.float64, x.device)
     powers, power = [], projection.double()
     for _ in range(length):
-        power = power @ exact.a_bar
+        power = power @ a_bar
         powers.append(power)
     y = y + torch.einsum("tkq,bqd->btkd", torch.stack(powers), state).to(dtype)
-    return y, torch.linalg.matrix_power(exact.a_bar, length) @ state + exact.h.flip(1) @ x.double()
+    return y, torch.linalg.matrix_power(a_bar, length) @ state + response.flip(1) @ x.double()
 
 
 def _projected_memory_chunked(
     x: Float[Tensor, "B T D"], projection: Float[Tensor, "K Q"], theta_tokens: float, state: Float[Tensor, "B Q D"] | None
 ) -> tuple[Float[Tensor, "B T K D"], Float[Tensor, "B Q D"] | None]:
     (b, t, d), (k, q) = x.shape, projection.shape
-    scale = memory_matrices(q, theta_tokens, 1, torch.float64, x.device).row_scale
-    # Whole chunks first, then the remaining tokens as a shorter chunk: the state must end at the last token.
-    chunk = min(t, CHUNK_TOKENS)
+    scale = memory_matrices(q, theta_tokens, torch.float64, x.device).row_scale
     m = None if state is None else (state / scale[:, None]).transpose(0, 1).flatten(1)
     parts = list[Tensor]()
-    for piece in x.split([t - t % chunk, t % chunk] if t % chunk else [t], dim=1):
-        transition = chunked.chunk_transition(q, theta_tokens, min(chunk, piece.shape[1]), x.dtype, x.device)
+    # Whole chunks first. The state must end at the last token, so the rest are shorter chunks: their lengths are powers of two,
+    # lest matrices of every length are kept.
+    rest = t % CHUNK_TOKENS
+    lengths = [t - rest, *(2**i for i in reversed(range(rest.bit_length())) if rest & 2**i)]
+    for piece in x.split([length for length in lengths if length], dim=1):
+        transition = chunked.chunk_transition(q, theta_tokens, min(CHUNK_TOKENS, piece.shape[1]), x.dtype, x.device)
         z, m = chunked.chunk_features(piece, transition, m)
         w = chunked.chunk_weights(projection * scale.to(x.dtype), x.new_zeros(k), transition)
         y = (w @ z.flatten(1)).view(transition.chunk, k, b, z.shape[2], d)
@@ -165,13 +180,15 @@ def lmu_mixer(
     since sums run in float32 (tests/models/test_lmu.py).
     """
     form = form or default_form(x.dtype, x.device)
+    if not x.numel():
+        form = "fft"  # the only one that takes an empty batch everywhere
     if form == "fused" and not fourier.is_supported(x.dtype, x.device):
         k, q = projection.shape
         return chunked.fused_lmu(x, projection, bias, p, chunked.chunked_config(x, k, q, theta_tokens, score_scale))
     paper_projection = to_paper_basis(projection, theta_tokens)
     if form == "fused":
-        h = memory_matrices(projection.shape[1], theta_tokens, x.shape[1], paper_projection.dtype, x.device).h
-        return fourier.fused_lmu(x, paper_projection, bias, p, theta_tokens, h, score_scale)
+        response = impulse_response(projection.shape[1], theta_tokens, x.shape[1], paper_projection.dtype, x.device)
+        return fourier.fused_lmu(x, paper_projection, bias, p, theta_tokens, response, score_scale)
     projected, _ = projected_memory(x, paper_projection, theta_tokens, form=form)
     return attend_to_memory(projected.to(x.dtype), bias, p, score_scale)
 
@@ -179,7 +196,7 @@ def lmu_mixer(
 def to_paper_basis(projection: Float[Tensor, "K Q"], theta_tokens: float) -> Float[Tensor, "K Q"]:
     """L1, L2, L3 of eq. 8, stacked, from a projection in units of the memory's row scale."""
     dtype = memory_dtype(projection.dtype)
-    return projection.to(dtype) / memory_matrices(projection.shape[1], theta_tokens, 1, dtype, projection.device).row_scale
+    return projection.to(dtype) / memory_matrices(projection.shape[1], theta_tokens, dtype, projection.device).row_scale
 
 
 def operator(form: Form | None, dtype: torch.dtype, device: torch.device, reduced_order: int) -> str:
