@@ -82,7 +82,8 @@ def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.
 
 def overwritable(pre: Tensor) -> Tensor:
     """Saved pre-activations that `backward` may overwrite: a copy if the graph is kept, for another backward pass."""
-    return pre.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else pre
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+    return pre.clone() if kept else pre
 
 
 def _check_layout(pre: Tensor, p: Tensor, out: Tensor) -> None:
