@@ -17,19 +17,19 @@ def reference(x: torch.Tensor, weight: torch.Tensor, silu: bool) -> torch.Tensor
     return F.silu(y) if silu else y
 
 
-@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("silu", "scale"), [(False, 1), (True, 1), (True, 1e4)])  # inputs at which SiLU's slope is 0 or 1
 @pytest.mark.parametrize("width", [1, 3, 4])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float64, 1e-13), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["f64", "f32", "bf16"]
 )
-def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu, dtype, bound):
+def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu, scale, dtype, bound):
     if dtype in compiled.DTYPES and compiled.library() is None:
         pytest.skip("there is no C++ compiler")
     rng = torch.Generator().manual_seed(width)
     x, dy = (torch.randn(size, generator=rng).to(dtype) for _ in range(2))
     module = ShortConvolution(size[2], width, silu).to(dtype)
-    x.requires_grad_()
+    x = (x * scale).requires_grad_()
     y = module(x)
     found = y, *torch.autograd.grad(y, (x, module.weight), dy)
     exact = x.detach().double().requires_grad_(), module.weight.detach().double().requires_grad_()

@@ -38,7 +38,7 @@ inline Vec normalised(const Sizes& n, const float* x, const T* gate, int64_t c) 
     Vec value = load(x + c, n.channels - c);
     if (!n.gate_first) return value;
     Vec z = load(gate + c, n.channels - c);
-    return value * z * sigmoid(z);
+    return value * silu(z);
 }
 
 template <typename T>
@@ -58,7 +58,7 @@ void forward(const Sizes& n, const T* gate, const float* x, const float* weight,
                 Vec value = load(&values[c]) * scale[group] * load(weight + at_weight + c, n.channels - c);
                 if (!n.gate_first) {
                     Vec z = load(gate + at + c, n.channels - c);
-                    value *= z * sigmoid(z);
+                    value *= silu(z);
                 }
                 store(y + at + c, n.channels - c, value);
             }
@@ -81,7 +81,7 @@ void backward(const Sizes& n, const T* gate, const float* x, const float* weight
                 Vec value = normalised(n, x + at, gate + at, c) * scale[group], d = load(dy + at + c, n.channels - c);
                 if (!n.gate_first) {
                     Vec z = load(gate + at + c, n.channels - c);
-                    d *= z * sigmoid(z);
+                    d *= silu(z);
                 }
                 store(sum + c, load(sum + c) + d * value);
                 d *= load(weight + at_weight + c, n.channels - c);
@@ -91,11 +91,12 @@ void backward(const Sizes& n, const T* gate, const float* x, const float* weight
             }
             float along = horizontal_sum(along_channels) / static_cast<float>(n.channels);
             for (int64_t c = 0; c < n.channels; c += LANES) {
-                Vec value = load(&normed[c]), z = load(gate + at + c, n.channels - c), s = sigmoid(z), dsilu;
+                Vec value = load(&normed[c]), z = load(gate + at + c, n.channels - c), dsilu;
+                Sigmoid s(z);
                 Vec d = (load(&dnormed[c]) - along * value) * scale[group];
                 if (n.gate_first) {
                     dsilu = d * load(x + at + c, n.channels - c);
-                    d *= z * s;
+                    d *= z * s.value;
                 } else {
                     dsilu = load(dy + at + c, n.channels - c) * value * load(weight + at_weight + c, n.channels - c);
                 }

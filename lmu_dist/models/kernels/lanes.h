@@ -209,14 +209,21 @@ inline Vec exp_negative(Vec x) {
     return (Vec)((IVec)y + (n << 23));
 }
 
-inline Vec sigmoid(Vec z) {
-    Vec e = exp_negative(z < 0.0f ? z : -z);
-    Vec s = reciprocal(1.0f + e);
-    return z < 0.0f ? e * s : s;
-}
+// sigmoid(z), and 1 - sigmoid(z) without cancellation: what rounding leaves of it would count z-fold in a slope.
+struct Sigmoid {
+    Vec value, complement;
 
-// The derivative of z sigmoid(z), for s = sigmoid(z).
-inline Vec silu_slope(Vec z, Vec s) { return s * (1.0f + z * (1.0f - s)); }
+    explicit Sigmoid(Vec z) {
+        Vec e = exp_negative(z < 0.0f ? z : -z);
+        Vec larger = reciprocal(1.0f + e), smaller = e * larger;
+        value = z < 0.0f ? smaller : larger;
+        complement = z < 0.0f ? larger : smaller;
+    }
+};
+
+// z sigmoid(z), and its slope.
+inline Vec silu(Vec z) { return z * Sigmoid(z).value; }
+inline Vec silu_slope(Vec z, Sigmoid s) { return s.value * (1.0f + z * s.complement); }
 
 // Flushes denormals, numbers below 1.2e-38, to 0 while in scope. The tails of softmax and gelu, and the gradients computed from
 // them, are full of denormals, and a processor takes up to a hundred times as long for each.

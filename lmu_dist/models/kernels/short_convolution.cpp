@@ -70,7 +70,7 @@ void forward(const Sizes& n, const T* x, const float* weight, T* y) {
                     Vec z[TOKENS];
                     convolve<TOKENS, TAPS>(n, row, taps.data(), t, c, z);
                     for (int i = 0; i < TOKENS; ++i)
-                        store(out + (t + i) * n.channels + c, n.channels - c, n.silu ? z[i] * sigmoid(z[i]) : z[i]);
+                        store(out + (t + i) * n.channels + c, n.channels - c, n.silu ? silu(z[i]) : z[i]);
                 }
             };
             for_tokens(first, last, [&](int64_t t) { return t >= n.taps - 1; }, outputs);
@@ -98,10 +98,7 @@ void backward(const Sizes& n, const T* x, const float* weight, const T* dy, T* d
                     for (int i = 0; i < TOKENS; ++i) d[i] = load(dy + row + (t + i) * n.channels + c, n.channels - c);
                     if (n.silu) {
                         convolve<TOKENS, TAPS>(n, x + row, taps.data(), t, c, z);
-                        for (int i = 0; i < TOKENS; ++i) {
-                            Vec s = sigmoid(z[i]);
-                            d[i] *= silu_slope(z[i], s);
-                        }
+                        for (int i = 0; i < TOKENS; ++i) d[i] *= silu_slope(z[i], Sigmoid(z[i]));
                     }
                     for (int i = 0; i < TOKENS; ++i) store(&dz[(t + i - first) * n.padded() + c], d[i]);
                     for (int64_t j = TOKENS > 1 ? 0 : std::max<int64_t>(0, n_taps - 1 - t); t < last && j < n_taps; ++j) {
