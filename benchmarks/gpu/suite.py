@@ -1,4 +1,4 @@
-"""Part `suite`: the tests of tests/models that need a GPU, by pytest if it is installed. Called by part.py."""
+"""Part `suite`: the tests of the models and of the engine that need a GPU, by pytest if it is installed. Called by part.py."""
 
 import importlib.util
 import os
@@ -12,6 +12,7 @@ from gpu.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
 SELECTED, TOY_SELECTED = "triton or cuda or gpu", "lmu_on_a_cpu or parallel_scan"
+TESTS = ("tests/models", "tests/train/test_engine.py")
 # The project's own options need packages that a GPU machine may not have: beartype, pytest-timeout.
 OPTIONS = ["-q", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=importlib", "-p", "no:cacheprovider"]
 
@@ -19,12 +20,12 @@ OPTIONS = ["-q", "-o", "addopts=", "-o", "filterwarnings=", "--import-mode=impor
 def run(recorder: Recorder) -> None:
     """Runs the tests, in several processes with pytest-xdist, and counts the results."""
     if importlib.util.find_spec("pytest") is None:
-        recorder.note("pytest is not installed: tests/models did not run")
+        recorder.note("pytest is not installed: the tests did not run")
         return
     selected = TOY_SELECTED if recorder.device.type == "cpu" else SELECTED
     with tempfile.TemporaryDirectory() as folder:
         xml = Path(folder) / "results.xml"
-        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={xml}", "-k", selected, "tests/models"]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={xml}", "-k", selected, *TESTS]
         if importlib.util.find_spec("xdist") is not None and recorder.device.type == "cuda":
             command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]  # a process compiles kernels one after the other
         done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)

@@ -18,6 +18,8 @@ from lmu_dist.models.registry import family_of
 from lmu_dist.models.shape import Shape
 from lmu_dist.models.sizing import non_embedding_params
 
+OVERLAP_PARAMETERS = 100_000_000  # from which passes take longer than their launches; an estimate, not measured
+
 
 @dataclass(frozen=True)
 class ZeroMemory:
@@ -131,7 +133,7 @@ def _worker_memory(shape: Shape, stage: int, train: TrainConfig, cluster: Cluste
         cluster.n_workers,
         train.precision,
         train.float32_gradients,
-        overlaps_communication(on_gpu, cluster.n_workers),
+        overlaps_communication(on_gpu, cluster.n_workers, parameters(shape).total),
         cluster.offload == "optimizer" and on_gpu,
     )
 
@@ -154,9 +156,13 @@ def executed_stage(zero_stage: int, float32_gradients: bool) -> int:
     return 2 if zero_stage == 1 and float32_gradients else zero_stage
 
 
-def overlaps_communication(on_gpu: bool, n_workers: int) -> bool:
-    """Whether gradients are reduced during the backward pass at ZeRO stages 1 and 2, which takes a second bucket."""
-    return on_gpu and n_workers > 1
+def overlaps_communication(on_gpu: bool, n_workers: int, n_parameters: int) -> bool:
+    """Whether gradients are reduced during the backward pass at ZeRO stages 1 and 2, which takes a second bucket.
+
+    DeepSpeed then waits for the whole GPU after every micro-batch. In small models, whose passes are bound by the launches of
+    kernels, the queue would run dry each time.
+    """
+    return on_gpu and n_workers > 1 and n_parameters >= OVERLAP_PARAMETERS
 
 
 def largest_parameter(shape: Shape) -> int:

@@ -74,6 +74,9 @@ class Engine:
             # DeepSpeed creates Adam's state by a step with gradients of zero. It must not count in Adam's bias correction.
             for state in self._ds.basic_optimizer.state.values():
                 state["step"].zero_()
+            # DeepSpeed would read the gradients of each parameter, and a GPU would be waited for each time. The norm, which it
+            # computes next, shows an overflow too.
+            self._optimizer.overflow_checker.check = lambda *_: False
             if train.float32_gradients:  # the other stages have buffers of their own
                 for parameter in self.model.parameters():
                     parameter.grad_dtype = torch.float32
@@ -250,7 +253,7 @@ def _zero_settings(model: LanguageModel, train: TrainConfig, cluster: ClusterCon
     }
     on_gpu = device.type == "cuda"
     if cluster.zero_stage in (1, 2):  # at stage 3 DeepSpeed does so by default
-        settings["overlap_comm"] = overlaps_communication(on_gpu, dist.get_world_size())
+        settings["overlap_comm"] = overlaps_communication(on_gpu, dist.get_world_size(), n_parameters)
     if cluster.offload == "optimizer":
         settings["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     return settings

@@ -277,6 +277,7 @@ def test_kernels_of_fla_get_what_they_document(monkeypatch: pytest.MonkeyPatch):
         return gated_delta_rule.recurrent(q.float(), k.float(), v.float(), g, beta, zeros)[0].to(q.dtype), None
 
     monkeypatch.setattr(gpu_kernels, "_fla", {"gated_delta_rule": chunk_gated_delta_rule}.get)
+    monkeypatch.setattr(gpu_kernels, "_compiles_on", lambda _: True)
     mixer, x = build(torch.bfloat16), text(40).bfloat16()
     expected = mixer(x)
     assert gpu_kernels.operator_name("gated_delta_rule", x.dtype, x.device, KEYS) == "chunked"
@@ -286,6 +287,22 @@ def test_kernels_of_fla_get_what_they_document(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(gpu_kernels, "is_supported", lambda *_: True)
     found = mixer(x)
     assert (found - expected).norm() < 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("capability", "triton", "taken"), [((9, 0), "3.6.0", False), ((9, 0), "3.7.1", True), ((8, 9), "3.6.0", True)]
+)
+def test_fla_is_not_used_where_triton_compiles_it_wrongly(capability, triton, taken, monkeypatch, caplog):
+    """On Hopper fla-core raises below Triton 3.7.1, in the backward pass only: after the record has named its kernels."""
+    monkeypatch.setattr(gpu_kernels, "_fla", lambda _: print)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(gpu_kernels.importlib.metadata, "version", lambda _: triton)
+    gpu_kernels._compiles_on.cache_clear()
+    for _ in range(2):
+        assert gpu_kernels.is_supported("gated_delta_rule", torch.bfloat16, torch.device("cuda", 0), KEYS) == taken
+    gpu_kernels._compiles_on.cache_clear()
+    said = [message for message in caplog.messages if "fla-core refuses Triton 3.6.0 on this GPU" in message]
+    assert len(said) == (not taken)
 
 
 def test_without_fla_a_gpu_computes_in_chunks():

@@ -352,8 +352,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lmu_dist.models.kernels import triton_kernels
 
+triton_kernels._is_hopper = lambda _: True
 for name, dtype, rows, width in json.loads(sys.argv[1]):
-    kernel, config = getattr(triton_kernels, name), triton_kernels.launch_config(rows, width, getattr(torch, dtype))
+    config = triton_kernels.launch_config(rows, width, getattr(torch, dtype), torch.device("cuda"))
+    kernel = getattr(triton_kernels, name)
     warps = config.pop("num_warps")
     element = {"float32": "*fp32", "bfloat16": "*bf16"}[dtype]
     types = {"p": "*fp32", "dp": "*fp32", "scale": "fp32", "n_chunks": "i32", "n_tokens": "i32"}
@@ -361,21 +363,25 @@ for name, dtype, rows, width in json.loads(sys.argv[1]):
     signature = {n: types.get(n, element) for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in config.items()})
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
-    print(name, dtype, "mma" in compiled.asm["ptx"], compiled.metadata.shared)
+    ptx = compiled.asm["ptx"]
+    print(name, dtype, rows, "mma.sync" in ptx, "wgmma" in ptx, compiled.metadata.shared)
 """
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 def test_triton_compiles_without_a_gpu(tmp_path):
-    """The compiler accepts the kernels; bfloat16 uses tensor cores, float32 does not; shared memory suffices."""
+    """For Hopper. bfloat16 uses tensor cores up to 32 rows, float32 does not; shared memory suffices. No instruction of warp
+    groups, of which Triton compiles some wrongly.
+    """
     pytest.importorskip("triton", reason="Triton is not installed: it is in the dev extra, on Linux")
     cases = [(name, dtype, 25, 204) for name in ("_forward", "_backward") for dtype in ("float32", "bfloat16")]
+    cases.append(("_backward", "bfloat16", 40, 64))
     command = [sys.executable, "-c", COMPILE, json.dumps(cases)]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path)})
     assert result.returncode == 0, result.stderr
     compiled_kernels = [line.split() for line in result.stdout.splitlines()]
-    assert [(name, dtype) for name, dtype, *_ in compiled_kernels] == [(name, dtype) for name, dtype, *_ in cases]
-    assert all((tensor_cores == "True") == (dtype == "bfloat16") for _, dtype, tensor_cores, _ in compiled_kernels)
+    found = [(name, dtype, int(rows), mma, wgmma) for name, dtype, rows, mma, wgmma, _ in compiled_kernels]
+    assert found == [(*case[:3], str(case[1] == "bfloat16" and case[2] <= 32), "False") for case in cases]
     assert all(int(shared) < 48 * 1024 for *_, shared in compiled_kernels)
 
 

@@ -319,6 +319,7 @@ def test_kernels_of_fla_get_what_they_document(n_groups: int, monkeypatch: pytes
         return torch.stack(outputs, 1).to(q.dtype), None
 
     monkeypatch.setattr(gpu_kernels, "_fla", {"simple_gla": chunk_simple_gla}.get)
+    monkeypatch.setattr(gpu_kernels, "_compiles_on", lambda _: True)
     mixer, u = build(n_groups, torch.bfloat16), text(40).bfloat16()
     expected = mixer(u)
     assert gpu_kernels.operator_name("simple_gla", u.dtype, torch.device("cuda"), STATE) == "fla-core: simple_gla"

@@ -7,7 +7,7 @@ and columns count as 0. No function synchronizes with the device. Legend as in i
 
 import inspect
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # the first NVIDIA devices with products of bfloat16 and of TF32
 MAX_ROWS = 128  # above that, R x R weights do not fit in registers
+HOPPER = 9  # major compute capability of H100 and H200
 MAX_COLUMNS = 32  # of a block: the backward kernel spills registers above that
 
 
@@ -127,21 +128,31 @@ def _backward(
         tl.store(v + offsets, dvalues, mask=mask)
 
 
-def launch_config(rows: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+def launch_config(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Compile-time constants and number of warps of both kernels.
 
     tl.dot needs at least 16 rows and columns. A thread holds about 8 elements of a block. Products of bfloat16 inputs run in
     TF32, whose rounding error is an eighth of bfloat16's, and those of float32 inputs in float32.
+
+    On Hopper products of 64 rows and more run in float32 too. In TF32 they become instructions of warp groups, and Triton up to
+    3.7.0 is known to compile a transposed product as their operand, as in the backward kernel, to code with wrong results
+    (github.com/fla-org/flash-linear-attention, issue 640).
     """
     padded, columns = max(16, triton.next_power_of_2(rows)), min(MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
+    tf32 = dtype == torch.bfloat16 and torch.version.hip is None and not (padded >= 64 and _is_hopper(device))
     return {
         "R": rows,
         "D": width,
         "ROWS": padded,
         "COLUMNS": columns,
-        "PRECISION": "tf32" if dtype == torch.bfloat16 and torch.version.hip is None else "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": min(8, padded * columns // 256),
     }
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def is_supported(dtype: torch.dtype, device: torch.device, rows: int) -> bool:
@@ -154,7 +165,7 @@ def forward(pre: Tensor, p: Tensor, out: Tensor, scale: float = 1.0) -> None:
     """See implicit_attention.forward."""
     n, chunk, width = out.shape
     with torch.cuda.device_of(pre):
-        _forward[(n * chunk,)](pre, p, out, n, chunk, scale, **launch_config(len(p), width, pre.dtype))
+        _forward[(n * chunk,)](pre, p, out, n, chunk, scale, **launch_config(len(p), width, pre.dtype, pre.device))
 
 
 def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.0) -> None:
@@ -162,5 +173,5 @@ def backward(pre: Tensor, p: Tensor, dout: Tensor, dp: Tensor, scale: float = 1.
     n, chunk, width = dout.shape
     dp_tokens = torch.empty(n * chunk, len(p), dtype=torch.float32, device=pre.device)
     with torch.cuda.device_of(pre):
-        _backward[(n * chunk,)](pre, p, dout, dp_tokens, n, chunk, scale, **launch_config(len(p), width, pre.dtype))
+        _backward[(n * chunk,)](pre, p, dout, dp_tokens, n, chunk, scale, **launch_config(len(p), width, pre.dtype, pre.device))
     dp += dp_tokens.sum(0)

@@ -1,21 +1,25 @@
 """Adapters to the Triton kernels of fla-core (extra `gpu`) for Gated DeltaNet and Mamba-2 on a GPU.
 
 Called by mixers/gated_deltanet and mixers/mamba2, and by their families for the name in the record. Tests call them with plain
-torch in place of the kernels, with the layouts and arguments that fla-core 0.5.0 to 0.6.0 document. We have not run them on a
-GPU yet: compare a run with the plain form first (uninstall fla-core) if results matter.
+torch in place of the kernels, with the layouts and arguments that fla-core 0.6.0 documents. We have not run them on a GPU yet:
+compare a run with the plain form first (uninstall fla-core) if results matter.
 """
 
 import importlib
+import importlib.metadata
 import logging
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from lmu_dist.array_types import Float
 
 LARGEST_KEY_WIDTH = 256  # fla/ops/common/chunk_delta_h.py refuses wider keys
+HOPPER = 9  # major compute capability of H100 and H200
+HOPPER_TRITON = "3.7.1"  # below it Triton compiles the backward kernels wrongly there, and fla/ops/common/chunk_o.py raises
 
 
 @cache
@@ -23,13 +27,25 @@ def _fla(operator: str) -> Any:
     """The function `chunk_OPERATOR` of fla-core; None if it is not installed or cannot be imported, which is logged once."""
     try:
         return getattr(importlib.import_module(f"fla.ops.{operator}"), f"chunk_{operator}")
-    except ModuleNotFoundError as e:
-        if e.name != "fla":
-            logging.getLogger(__name__).warning("cannot import fla-core, using plain torch instead: %s", e)
-        return None
     except (ImportError, AttributeError, RuntimeError) as e:
-        logging.getLogger(__name__).warning("cannot import fla-core, using plain torch instead: %s", e)
+        fix = "; pip install 'lmu-dist[gpu]'" if isinstance(e, ModuleNotFoundError) and e.name == "fla" else ""
+        logging.getLogger(__name__).warning("cannot import fla-core, using plain torch instead, which is slower: %s%s", e, fix)
         return None
+
+
+@cache
+def _compiles_on(device: torch.device) -> bool:
+    """Whether Triton compiles the kernels rightly for this GPU. If not, it is logged once."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return True
+    if (triton := TorchVersion(importlib.metadata.version("triton"))) >= HOPPER_TRITON:
+        return True
+    logging.getLogger(__name__).warning(
+        "fla-core refuses Triton %s on this GPU, using plain torch instead, which is slower; Triton %s comes with torch 2.13",
+        triton,
+        HOPPER_TRITON,
+    )
+    return False
 
 
 def is_supported(operator: str, dtype: torch.dtype, device: torch.device, key_width: int) -> bool:
@@ -37,8 +53,9 @@ def is_supported(operator: str, dtype: torch.dtype, device: torch.device, key_wi
 
     Only in half precision: of float32 inputs they multiply 10 bits (TF32), which nobody expects of float32.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
-    return half and device.type == "cuda" and key_width <= LARGEST_KEY_WIDTH and _fla(operator) is not None
+    if dtype not in (torch.bfloat16, torch.float16) or device.type != "cuda" or key_width > LARGEST_KEY_WIDTH:
+        return False
+    return _fla(operator) is not None and _compiles_on(device)
 
 
 def operator_name(operator: str, dtype: torch.dtype, device: torch.device, key_width: int) -> str:
