@@ -78,6 +78,10 @@ def main(folders: list[str]) -> dict:
         tokens = (torch.arange(model.config.max_position_embeddings) * 7919 % model.config.vocab_size)[None]
         with torch.no_grad():
             logits = model(tokens).logits
+            half = tokens.shape[1] // 2
+            state = model(tokens[:, : half - 2], use_cache=True).text_state
+            state = model(tokens[:, half - 2 : half], text_state=state, use_cache=True).text_state
+            branches = [model(tokens[:, half:], text_state=state, use_cache=True).logits for _ in range(3)]
         generated = [
             model.generate(ids, max_new_tokens=12, eos_token_id=-1, use_cache=cache).tolist() for cache in (True, False)
         ]
@@ -85,6 +89,7 @@ def main(folders: list[str]) -> dict:
             "logits": logits.tolist(),
             "prompt": ids.tolist(),
             "generated": generated,
+            "branches": [float((branch - logits[:, half:]).abs().max()) for branch in branches],
             "parameters": model.num_parameters(),
             "end": model.generation_config.eos_token_id,
         }

@@ -75,6 +75,7 @@ def test_logits_and_generated_tokens_are_those_of_the_run(reference: str, export
     assert (torch.tensor(found["logits"]) - expected).abs().max() < 1e-5
     assert found["prompt"] == [trained.tokenizer.encode("def f(x):", add_special_tokens=False).ids]
     greedy = [int(token) for token in islice(generate(trained.model, found["prompt"], Sampling(temperature=0)), 12)]
+    assert max(found["branches"]) < 1e-5  # several calls go on from one state
     assert found["generated"] == [[found["prompt"][0] + greedy]] * 2
     assert found["parameters"] == sum(p.numel() for p in trained.model.parameters())
     assert found["end"] == trained.end_of_text_id

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lmu_dist.models import registry
 from lmu_dist.models.generate import Sampling, generate, sample_tokens
 from lmu_dist.models.lm import LanguageModel
-from lmu_dist.models.mixers.attention import Attention, KVCache
+from lmu_dist.models.mixers.attention import Attention, KVBuffer, KVCache
 from lmu_dist.models.mixers.rotary_attention import RotaryAttention
 from lmu_dist.models.registry import built_in
 from lmu_dist.models.sizing import shape_for
@@ -78,6 +78,38 @@ def test_chunks_with_state_equal_the_whole_sequence(model, tokens, chunks):
         logits, state = model.advance(part, state)
         parts.append(logits)
     assert (torch.cat(parts, 1) - model.logits(tokens)).abs().max() < 1e-11
+
+
+@torch.no_grad()
+def test_several_texts_go_on_from_one_state(model, tokens):
+    """Whatever was computed from a state before, a later call finds it as it was."""
+    exact, other_tokens = model.logits(tokens), (tokens + 1) % VOCAB
+    _, prompt = model.advance(tokens[:, :8])
+    _, kept = model.advance(tokens[:, 8:9], prompt)  # attention has room for more tokens now, which its caches may share
+    first, branch = model.advance(tokens[:, 9:12], kept)
+    other, other_branch = model.advance(other_tokens[:, 9:12], kept)
+    for state in (other_branch, branch, branch, kept, kept):  # branches are continued, and some twice
+        start = state[0]
+        text = other_tokens if state is other_branch else tokens
+        logits, after = model.advance(text[:, start : start + 4], state)
+        later, _ = model.advance(text[:, start + 4 : start + 6], after)
+        if state is not other_branch:
+            assert (torch.cat([logits, later], 1) - exact[:, start : start + 6]).abs().max() < 1e-11
+    for text, expected in ((tokens, first), (other_tokens, other)):
+        assert torch.equal(model.advance(text[:, 9:12], kept)[0], expected)
+    assert (model.advance(tokens[:, 8:20], prompt)[0] - exact[:, 8:20]).abs().max() < 1e-11
+
+
+def test_appending_token_by_token_copies_each_about_once():
+    key = torch.zeros(1, 1, 1, 1)
+    start, _, _ = KVCache(KVBuffer(key[:, :, :0], key[:, :, :0])).extend(key, key)
+    for _ in range(2):  # the second text goes on from the same cache
+        cache, n_copied = start, 0
+        for _ in range(1000):
+            before = cache.buffer
+            cache, keys, _ = cache.extend(key, key)
+            n_copied += 0 if cache.buffer is before else keys.shape[2] - 1
+        assert n_copied < 1024
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ class LMUDistForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask  (B, T), 0 at padding, which may only follow a text: it is no target. Raises ValueError for others
         labels          (B, T), the ids themselves; they are shifted here. -100 is no target. While the model is trained, the
                         loss comes without logits: blocks of them exist, one at a time
-        text_state      of the text before these ids, from an earlier call with `use_cache`, which it may change
+        text_state      of the text before these ids, from an earlier call with `use_cache`; it stays as it is
         use_cache       whether to return the state
         num_items_in_batch  the loss is divided by it, in place of the number of targets
 

@@ -14,24 +14,40 @@ from lmu_dist.models.products import Linear, scaled_dot_product_attention
 
 
 @dataclass
-class KVCache:
-    """Keys and values (B, H, capacity, E) of the `length` tokens so far. `extend` mutates it: do not reuse an old cache."""
+class KVBuffer:
+    """Keys and values (B, H, capacity, E), of which the first `n_filled` tokens are in use by some cache."""
 
     keys: Tensor
     values: Tensor
+    n_filled: int = 0
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of the `length` tokens so far. It never changes, so several texts may go on from one cache.
+
+    Caches of one text share a buffer. The one that has all of its filled tokens may append to it without a copy.
+    """
+
+    buffer: KVBuffer
     length: int = 0
 
-    def extend(self, keys: Float[Tensor, "B H T E"], values: Float[Tensor, "B H T E"]) -> tuple[Tensor, Tensor]:
-        """Appends keys and values and returns all of them. The capacity doubles when it is exceeded, so that appending one
-        token does not copy the cache."""
-        end = self.length + keys.shape[2]
-        if end > self.keys.shape[2]:
-            padding = (0, 0, 0, max(end, 2 * self.length) - self.keys.shape[2])
-            self.keys, self.values = F.pad(self.keys, padding), F.pad(self.values, padding)
-        self.keys[:, :, self.length : end] = keys
-        self.values[:, :, self.length : end] = values
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    def extend(
+        self, keys: Float[Tensor, "B H T E"], values: Float[Tensor, "B H T E"]
+    ) -> tuple["KVCache", Float[Tensor, "B H S E"], Float[Tensor, "B H S E"]]:
+        """The cache with T more tokens, and the keys and values of all its S = length + T tokens.
+
+        A full buffer is copied to one of twice the tokens, so that appending token by token copies each token O(1) times. It is
+        also copied if another cache has appended to it: those tokens stay.
+        """
+        buffer, end = self.buffer, self.length + keys.shape[2]
+        if end > buffer.keys.shape[2] or self.length < buffer.n_filled:
+            padding = (0, 0, 0, max(end, 2 * self.length) - self.length)
+            buffer = KVBuffer(*(F.pad(t[:, :, : self.length], padding) for t in (buffer.keys, buffer.values)))
+        buffer.keys[:, :, self.length : end] = keys
+        buffer.values[:, :, self.length : end] = values
+        buffer.n_filled = end
+        return KVCache(buffer, end), buffer.keys[:, :, :end], buffer.values[:, :, :end]
 
 
 def attend_to_cache(
@@ -41,9 +57,8 @@ def attend_to_cache(
     cache: KVCache | None,
     scale: float | None = None,
 ) -> tuple[Float[Tensor, "B H T E"], KVCache]:
-    """Attention of the next chunk and the updated cache. Tokens attend to all earlier ones, cached or in the chunk."""
-    cache = cache or KVCache(k[:, :, :0], v[:, :, :0])
-    k, v = cache.extend(k, v)
+    """Attention of the next chunk, and the cache after it. Tokens attend to all earlier ones, cached or in the chunk."""
+    cache, k, v = (cache or KVCache(KVBuffer(k[:, :, :0], v[:, :, :0]))).extend(k, v)
     n_keys, n_queries = k.shape[2], q.shape[2]
     # A single query attends to every key, which needs no mask.
     mask = None if n_queries == 1 else q.new_ones(n_queries, n_keys).tril(diagonal=n_keys - n_queries).bool()
@@ -72,6 +87,6 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        """Outputs of the next chunk and the updated cache."""
+        """Outputs of the next chunk, and the cache after it."""
         y, state = attend_to_cache(*self._heads(x), state, self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2)), state

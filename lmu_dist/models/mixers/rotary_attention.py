@@ -43,7 +43,7 @@ class RotaryAttention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
     def advance(self, x: Float[Tensor, "B T D"], state: KVCache | None) -> tuple[Float[Tensor, "B T D"], KVCache]:
-        """Outputs of the next chunk and the updated cache, which holds rotated keys."""
+        """Outputs of the next chunk, and the cache after it, which holds rotated keys."""
         y, state = attend_to_cache(*self._heads(x, state.length if state else 0), state, self.score_scale)
         return self.out(y.transpose(1, 2).flatten(2)), state
 
