@@ -1,10 +1,10 @@
-"""Makes modules of transformers and fla the oracles of tests: in float64, and by their torch functions.
+"""What tests compare with float64: gradients, rounding, and modules of transformers and fla as oracles.
 
-They compute decays, norms and recurrences in float32 at any precision, and take kernels for GPUs where those are installed.
+Those modules compute decays, norms and recurrences in float32 at any precision, and take kernels for GPUs where they can.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -30,6 +30,33 @@ def check_gradients(found: Tensor, expected: Tensor, pairs: Sequence[tuple[Tenso
         strict=True,
     ):
         assert (a - b).norm() <= 1e-10 * max(b.norm(), expected.norm())
+
+
+def check_rounding(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    exact_form: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    left_out: Sequence[int],
+    bound: float,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Compares outputs, last state and gradients of float32 inputs with those of float64, by the error of their norms.
+
+    Outputs (B, T, ..) of the tokens in `left_out` are not compared. Returns both gradients.
+    """
+    low = [x.detach().float().requires_grad_() for x in inputs]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    results = []
+    for run, given in ((form, low), (exact_form, exact)):
+        y, state = run(*given)
+        results.append((y.index_fill(1, torch.tensor(left_out, dtype=torch.long), 0.0), state))
+    weights = [torch.randn_like(x) for x in results[1]]
+    gradients = [
+        torch.autograd.grad(sum((x * w.to(x.dtype)).sum() for x, w in zip(result, weights, strict=True)), given)
+        for result, given in zip(results, (low, exact), strict=True)
+    ]
+    for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):
+        assert (a - b).norm() <= bound * b.norm()
+    return gradients[0], gradients[1]
 
 
 def in_float64(name: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64 import check_gradients, in_float64
+from float64 import check_gradients, check_rounding, in_float64
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -226,6 +226,19 @@ def test_extreme_decays_and_repeated_keys(g: float, form: Callable[..., tuple[to
     for a, b in zip(in_float32, gradients, strict=True):
         assert a.isfinite().all()
         assert (a - b).norm() < 1e-5 * max(b.norm(), weights.norm())
+
+
+@pytest.mark.parametrize("form", [gated_delta_rule.chunked, in_cpp, gated_delta_rule.recurrent])
+@pytest.mark.parametrize("strong", [-0.01, -5.0, -1e3, -1e5])
+def test_tokens_after_a_strong_decay_are_as_exact_as_others(
+    strong: float, form: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+):
+    """Also the gradient by the rate of a head, of which every log decay is a multiple."""
+    g = torch.full((2, 70, HEADS), -0.01, dtype=torch.float64)
+    g[:, [3, 50]] = strong
+    gradients = check_rounding(form, gated_delta_rule.recurrent, rule_inputs(70, g=g), [], 1e-6)
+    found, expected = ((of_inputs[3] * g).sum((0, 1)) for of_inputs in gradients)
+    assert (found - expected).norm() < 2e-6 * expected.norm()
 
 
 @pytest.mark.parametrize("compiles", [True, False], ids=["cpp", "torch"])

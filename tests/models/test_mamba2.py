@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from float64 import check_gradients, in_float64
+from float64 import check_gradients, check_rounding, in_float64
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -266,6 +266,16 @@ def test_extreme_steps(dt: float, form: Callable[..., tuple[torch.Tensor, torch.
     for a, b in zip(in_float32, gradients, strict=True):
         assert a.isfinite().all()
         assert (a - b).norm() <= 2e-5 * b.norm() + 1e-6 * weights.norm() * max(dt, 1)
+
+
+@pytest.mark.parametrize("form", [ssd.chunked, in_cpp, ssd.recurrent])
+@pytest.mark.parametrize("large", [0.01, 5.0, 1e3, 1e5])
+def test_tokens_after_a_large_step_are_as_exact_as_others(large: float, form: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
+    """Two tokens have a large step, which forgets all before; their own outputs are as much larger, and are left out."""
+    dt = torch.full((2, 100, HEADS), 0.01, dtype=torch.float64)
+    dt[:, [3, 50]] = large
+    rates = -torch.tensor([1, 4, 10, 16], dtype=torch.float64)
+    check_rounding(form, ssd.recurrent, ssd_inputs(100, 2, dt=dt, rates=rates), [3, 50], 2e-6)
 
 
 @pytest.mark.parametrize("compiles", [True, False], ids=["cpp", "torch"])

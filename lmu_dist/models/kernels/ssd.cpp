@@ -167,21 +167,34 @@ struct Maps {
     }
 };
 
+// first, first + 1, ..
+IVec counted_from(int64_t first) {
+    IVec numbers{};
+    for (int lane = 0; lane < LANES; ++lane) numbers[lane] = static_cast<int32_t>(first) + lane;
+    return numbers;
+}
+
 // dt, G, e^G, e^(G_L - G), dt e^(G_L - G) and e^(G_L) of a head and a chunk. Tokens beyond the last one have dt = 0 and leave
-// the state as it is.
+// the state as it is. G is the sum of `total` and of `rest`, what float32 leaves out of it: after a token with a large step G
+// is much larger than its differences.
 struct Decays {
-    alignas(64) float dt[CHUNK], total[CHUNK], from_start[CHUNK], to_end[CHUNK], weight[CHUNK];
+    alignas(64) float dt[CHUNK], total[CHUNK], rest[CHUNK], from_start[CHUNK], to_end[CHUNK], weight[CHUNK];
     float chunk_decay;
 
     void read(const Sizes& n, const Inputs& in, int64_t head, const Chunk& chunk) {
-        float sum = 0.0f;
+        double sums[CHUNK], sum = 0.0;
         for (int64_t t = 0; t < CHUNK; ++t) {
             dt[t] = t < chunk.tokens ? in.dt[(chunk.token + t) * n.heads + head] : 0.0f;
-            total[t] = sum += dt[t] * in.rates[head];
+            sums[t] = sum += static_cast<double>(dt[t]) * in.rates[head];
+        }
+        for (int64_t t = 0; t < CHUNK; ++t) {
+            total[t] = static_cast<float>(sums[t]);
+            rest[t] = static_cast<float>(sums[t] - total[t]);
+            to_end[t] = static_cast<float>(sum - sums[t]);
         }
         for (int64_t t = 0; t < CHUNK; t += LANES) {
             store(from_start + t, exp_negative(load(total + t)));
-            store(to_end + t, exp_negative(sum - load(total + t)));
+            store(to_end + t, exp_negative(load(to_end + t)));
             store(weight + t, load(dt + t) * load(to_end + t));
         }
         chunk_decay = from_start[CHUNK - 1];
@@ -189,9 +202,8 @@ struct Decays {
 
     // e^(G_i - G_j) for the tokens j from `first` on, a vector of them; 0 for those after i.
     Vec between(int64_t i, int64_t first) const {
-        IVec j{};
-        for (int lane = 0; lane < LANES; ++lane) j[lane] = static_cast<int32_t>(first) + lane;
-        return j <= static_cast<int32_t>(i) ? exp_negative(total[i] - load(total + first)) : Vec{};
+        Vec difference = (total[i] - load(total + first)) + (rest[i] - load(rest + first));
+        return counted_from(first) <= static_cast<int32_t>(i) ? exp_negative(difference) : Vec{};
     }
 };
 
@@ -277,17 +289,20 @@ private:
     Buffer transposed;
 };
 
-// Gradients of the sums of log decays G and of dt of a head and a chunk.
+// Gradients of log decays and of dt of a head and a chunk; `read` is by the log of e^G, of what tokens read from the state.
 struct StepGradients {
-    alignas(64) float total[CHUNK], dt[CHUNK];
+    alignas(64) float log[CHUNK], dt[CHUNK], read[CHUNK];
 };
 
-// Writes the matrix of a chunk, decays * scores diag(dt), and takes its gradient back to scores, decays and dt. What a token
-// adds to its own output has no decay: it is left out of the sums of a row and a column, which would cancel.
+// Writes the matrix of a chunk, decays * scores diag(dt), and takes its gradient back to scores, decays and dt.
+//
+// The decay from token j to token i has the log decays of the tokens t with j < t <= i. The rows i come from the last to the
+// first: `later` has the gradients of the rows so far, of which token t = i takes those of the tokens before it. Differences of
+// sums over rows and columns are the same, but what they leave of rounding would count as often as a large step of t.
 void mixing_backward(const Decays& d, const float* scores, const float* dmixing, float* mixing, float* dscores,
                      StepGradients& to) {
     alignas(64) float later[CHUNK] = {};  // by dt_j, of the tokens after j
-    for (int64_t i = 0; i < CHUNK; ++i) {
+    for (int64_t i = CHUNK - 1; i >= 0; --i) {
         Vec moved{};
         for (int64_t j = 0; j <= i; j += LANES) {
             int64_t at = i * CHUNK + j;
@@ -295,16 +310,14 @@ void mixing_backward(const Decays& d, const float* scores, const float* dmixing,
             Vec by_score = decays * load(dmixing + at), by_step = by_score * load(scores + at);
             store(mixing + at, decays * load(scores + at) * step);
             store(dscores + at, load(dscores + at) + by_score * step);
-            if (i < j + LANES) to.dt[i] = by_step[i - j], by_step[i - j] = 0.0f;
-            moved += by_step * step;
-            store(later + j, load(later + j) + by_step);
+            if (i < j + LANES) to.dt[i] = by_step[i - j], by_step[i - j] = 0.0f;  // its own input, without a decay
+            Vec by_later = load(later + j) + by_step;
+            store(later + j, by_later);
+            moved += counted_from(j) < static_cast<int32_t>(i) ? by_later * step : Vec{};
         }
-        to.total[i] = horizontal_sum(moved);
+        to.log[i] = horizontal_sum(moved);
     }
-    for (int64_t j = 0; j < CHUNK; ++j) {
-        to.total[j] -= later[j] * d.dt[j];
-        to.dt[j] += later[j];
-    }
+    for (int64_t j = 0; j < CHUNK; ++j) to.dt[j] += later[j];
 }
 
 void backward(const Sizes& n, const Inputs& in, const float* states, const float* dout, const Gradients& to) {
@@ -343,11 +356,11 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                 to.skips[of_row] += skip;
                 // What the chunk adds to the state, and what decays of it.
                 multiply(CHUNK, n.d_state, padded, {maps.b.data(), n.padded_state(), 1}, dstate, dx.data());
-                float at_end = d.chunk_decay * dot(state, dstate, size);
+                float after = d.chunk_decay * dot(state, dstate, size);  // by the decays that token i takes part in
                 for (int64_t i = 0; i < CHUNK; ++i) {
                     float along = dot(&x[i * padded], &dx[i * padded], padded);
-                    at_end += d.weight[i] * along;
-                    dsteps.total[i] -= d.weight[i] * along;
+                    dsteps.log[i] += after;
+                    after += d.weight[i] * along;
                     dsteps.dt[i] += d.to_end[i] * along;
                 }
                 scale_rows(d.weight, padded, dx.data());
@@ -360,23 +373,24 @@ void backward(const Sizes& n, const Inputs& in, const float* states, const float
                 scale_columns(d.from_start, n.width, dy_transposed.data());
                 multiply(n.d_state, n.width, CHUNK, {state, padded, 1}, dy_transposed.data(), dc_of_state.data());
                 for (int64_t j = 0; j < CHUNK; j += LANES) {
-                    Vec along = load(dsteps.total + j);
+                    Vec along{};
                     for (int64_t i = j; i < n.d_state * CHUNK; i += CHUNK) {
                         Vec of_c = load(&dc_of_state[i]);
                         along += of_c * load(&c_transposed[i]);
                         store(&dmaps.c[i], load(&dmaps.c[i]) + of_c);
                     }
-                    store(dsteps.total + j, along);
+                    store(dsteps.read + j, along);
                 }
                 scale_rows(d.from_start, padded, dy.data());
                 Left c{maps.c.data(), 1, n.padded_state()};
                 multiply(n.d_state, CHUNK, padded, c, dy.data(), dstate, {d.chunk_decay, dstate});
-                // From the sums of log decays to the log decays dt A.
-                float rate = 0.0f;
+                // From the log decays to steps and rates.
+                float rate = 0.0f, read = 0.0f;
                 for (int64_t i = CHUNK - 1; i >= 0; --i) {
-                    at_end += dsteps.total[i];
-                    rate += at_end * d.dt[i];
-                    if (i < chunk.tokens) to.dt[(chunk.token + i) * n.heads + head] = dsteps.dt[i] + at_end * in.rates[head];
+                    read += dsteps.read[i];
+                    float log = dsteps.log[i] + read;
+                    rate += log * d.dt[i];
+                    if (i < chunk.tokens) to.dt[(chunk.token + i) * n.heads + head] = dsteps.dt[i] + log * in.rates[head];
                 }
                 to.rates[of_row] += rate;
             }

@@ -69,14 +69,15 @@ def chunked(
     """The rule in chunks, for any T. Without a state the sequence starts from zeros.
 
     Decays stay logarithms until differences of sums are taken, which are never positive: no decay overflows, and one that
-    underflows is 0. Relative errors of the norm are below 1e-6 in float32 (tests/models/test_gated_deltanet.py).
+    underflows is 0. The sums are float64: after a strong decay they are much larger than their differences. Relative errors of
+    the norm are below 1e-6 in float32 (tests/models/test_gated_deltanet.py).
     """
     (b, t, h, n_keys), n_values = q.shape, v.shape[-1]
     chunk = chunk_tokens(t, n_keys)
     # Tokens that fill up the last chunk have beta = 0 and g = 0, and leave the state as it is.
     q, k, v, g, beta = (_by_chunk(x, chunk) for x in (q, k, v, g.unsqueeze(-1), beta.unsqueeze(-1)))
     vectors, values = torch.cat([q, k], 3).flatten(0, 2), v.flatten(0, 2)
-    total, beta = g.flatten(0, 2).squeeze(-1).cumsum(-1), beta.flatten(0, 2).squeeze(-1)
+    total, beta = g.flatten(0, 2).squeeze(-1).double().cumsum(-1), beta.flatten(0, 2).squeeze(-1)
     initial = q.new_zeros(b * h, n_keys, n_values) if state is None else state.flatten(0, 1)
     out, end = _GatedDeltaRule.apply(vectors, values, total, beta, initial)  # pyright: ignore[reportGeneralTypeIssues]
     out = out.view(-1, b, h, chunk, n_values).permute(1, 0, 3, 2, 4).reshape(b, -1, h, n_values)
@@ -101,21 +102,24 @@ class _Chunks(NamedTuple):
 
 
 def _matrices(query_keys: Tensor, total: Tensor) -> _Chunks:
+    """From queries and below them keys (Z, 2C, K), and sums of log decays (Z, C) in float64."""
     chunk = total.shape[1]
     keys = query_keys[:, chunk:]
     later = torch.ones(chunk, chunk, dtype=torch.bool, device=total.device).triu(1)
-    decays = (total[:, :, None] - total[:, None]).masked_fill_(later, -torch.inf).exp_()
     scores = query_keys @ keys.mT
-    to_end = (total[:, -1:] - total).exp_()[..., None]
+    decays = scores.new_empty(len(scores), chunk, chunk)
+    torch.sub(total[:, :, None], total[:, None], out=decays)  # faster than a tensor of them in float64
+    decays.masked_fill_(later, -torch.inf).exp_()
+    to_end = (total[:, -1:] - total).to(scores.dtype).exp_()[..., None]
     weights = scores.new_empty(len(scores), chunk + keys.shape[2], chunk)
     torch.mul(scores[:, :chunk], decays, out=weights[:, :chunk])
     torch.mul(keys.mT, to_end.mT, out=weights[:, chunk:])
-    return _Chunks(decays, scores, weights, total.exp()[..., None], to_end)
+    return _Chunks(decays, scores, weights, total.to(scores.dtype).exp()[..., None], to_end)
 
 
 class _GatedDeltaRule(torch.autograd.Function):
-    """Vectors of queries and below them keys (Z, 2C, K), values (Z, C, V), sums of log decays and beta (Z, C), the first state
-    (B H, K, V) -> outputs (Z, C, V), the last state.
+    """Vectors of queries and below them keys (Z, 2C, K), values (Z, C, V), sums of log decays (float64) and beta (Z, C), the
+    first state (B H, K, V) -> outputs (Z, C, V), the last state.
 
     With R = beta [v | e^G k], A_ij = beta_i (k_i . k_j) e^(G_i - G_j) below the diagonal and [U | W] = (I + A)^-1 R, the
     updates of a chunk are U - W S. With `weights` @ [U | W] = [o_U, o_W; P, M_W] follow o = o_U + (e^G q - o_W) S and
@@ -133,7 +137,7 @@ class _GatedDeltaRule(torch.autograd.Function):
         keys = query_keys[:, chunk:]
         m = _matrices(query_keys, total)
         system = (m.scores[:, chunk:] * m.decays).mul_(beta[..., None])
-        identity = torch.eye(chunk, dtype=total.dtype, device=total.device).expand(z, -1, -1)
+        identity = torch.eye(chunk, dtype=values.dtype, device=values.device).expand(z, -1, -1)
         inverse = torch.linalg.solve_triangular(system, identity, upper=False, unitriangular=True)
         rhs = values.new_empty(z, chunk, n_values + keys.shape[2])
         torch.mul(values, beta[..., None], out=rhs[..., :n_values])
@@ -180,12 +184,15 @@ class _GatedDeltaRule(torch.autograd.Function):
         torch.mul(dsystem, beta[..., None], out=dscores[:, chunk:])
         moved.mul_(beta[..., None]).addcmul_(dscores[:, :chunk], m.scores[:, :chunk])
         moved.diagonal(0, 1, 2).zero_()  # a token reads its own update without a decay, and both sums would cancel
+        # Shares of decays between later tokens cancel too: sums in float64 leave no rounding to be multiplied by strong decays.
         drhs_keys, dreaders = drhs[..., n_values:], dreaders.mul_(m.from_start)
         dkept = dweights[:, chunk:].mT * m.to_end
         from_end = (dkept * keys).sum(2)
-        dtotal = moved.sum(2) - moved.sum(1) + (drhs_keys * rhs_keys).sum(2) + (dreaders * queries).sum(2) - from_end
+        dtotal = moved.sum(2, dtype=torch.float64) - moved.sum(1, dtype=torch.float64)
+        dtotal += (drhs_keys * rhs_keys).sum(2) + (dreaders * queries).sum(2)
+        dtotal -= from_end
         trace = dtransition.diagonal(0, 1, 2).sum(1) * m.from_start[:, -1, 0]
-        dtotal[:, -1] += from_end.sum(1) + trace
+        dtotal[:, -1] += from_end.sum(1, dtype=torch.float64) + trace
         dquery_keys = dscores @ keys
         dquery_keys[:, chunk:] += dscores.mT @ query_keys
         dquery_keys[:, :chunk] += dreaders
@@ -228,6 +235,6 @@ def recomputed_flops(length: int, n_keys: int) -> float:
 def saved_elements(length: int, n_keys: int, n_values: int) -> float:
     """Elements per token of one head that `chunked` saves for the backward pass, padding included."""
     chunk = chunk_tokens(length, n_keys)
-    per_token = 4 * n_keys + 2 * n_values + chunk + 4  # vectors, readers, values, solution, inverse, scalars
+    per_token = 4 * n_keys + 2 * n_values + chunk + 5  # vectors, readers, values, solution, inverse, scalars
     per_chunk = n_keys * (n_keys + n_values)  # transition, state
     return (per_token + per_chunk / chunk) * (-(-length // chunk) * chunk / length)
