@@ -7,11 +7,13 @@ saves. Legend: V vocabulary, n sequence length.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from lmu_dist.config import ClusterConfig, TrainConfig
+from lmu_dist.config import ClusterConfig, ConfigError, TrainConfig
 from lmu_dist.models import norms
 from lmu_dist.models.counting import bytes_of
 from lmu_dist.models.counts import Flops, Parameters
+from lmu_dist.models.family import n_params_with
 from lmu_dist.models.head import MAX_LOGITS, block_logits
 from lmu_dist.models.network import n_checkpoints
 from lmu_dist.models.registry import family_of
@@ -50,6 +52,26 @@ def parameters(shape: Shape) -> Parameters:
         head=shape.vocab_tokens * shape.d_model,
         position=shape.sequence_tokens * shape.d_model if family.learned_positions else 0,
     )
+
+
+def check_parameters(shape: Shape, n_built: int) -> None:
+    """Raises ConfigError unless a model of a Shape has as many parameters as were counted."""
+    if n_built != (counted := parameters(shape).total):
+        raise ConfigError(
+            f"family {shape.family}: the model has {n_built:,} parameters and {counted:,} were counted; options that change "
+            "its size must be among its `widths` (docs/families.md)"
+        )
+
+
+def check_options(shape: Shape, options: Any) -> None:
+    """Raises ConfigError if a family builds another number of parameters under its options than were counted for a Shape.
+
+    The default counts know only the widths. Called when a run is planned; its worker counts the model itself.
+    """
+    family = family_of(shape)
+    counted, built = family.n_params(shape), n_params_with(family, shape, options)
+    if built != counted:
+        check_parameters(shape, parameters(shape).total - counted + built)
 
 
 def flops(shape: Shape) -> Flops:

@@ -164,10 +164,10 @@ class Family(ABC):
         """Name of the implementation of the mixer that runs on a device, for the record; "" if there is only one."""
         return ""
 
-    def meta_sublayers(self, shape: Shape) -> list[nn.Module]:
-        """The sublayers on the meta device, without memory, for counting."""
+    def meta_sublayers(self, shape: Shape, options: Any = None) -> list[nn.Module]:
+        """The sublayers on the meta device, without memory, for counting. None stands for `options_for_counting`."""
         with torch.device(counting.META):
-            return list(self.sublayers(shape, self.options_for_counting(shape)))
+            return list(self.sublayers(shape, self.options_for_counting(shape) if options is None else options))
 
     def options_for_counting(self, shape: Shape) -> Any:
         """The options that the default counts build with: those that are widths of the shape, defaults for the others."""
@@ -202,6 +202,17 @@ def _counting_errors(family: Family, quantity: str, method: str) -> Iterator[Non
             f"family {family.name}: {quantity} could not be counted on torch's meta device: {reason}; fix the mixer, or define "
             f"{method} in the class (docs/families.md)"
         ) from e
+
+
+def n_params_with(family: Family, shape: Shape, options: Any) -> int:
+    """Number of trainable parameters of all sublayers that a family builds under its options.
+
+    It should be `family.n_params(shape)`. A family that counts by a formula of its own is not built: it gives that number.
+    """
+    if type(family).n_params is not Family.n_params or options == family.options_for_counting(shape):
+        return family.n_params(shape)
+    with _counting_errors(family, "its parameters", "n_params()"):
+        return counting.n_params(family.meta_sublayers(shape, options))
 
 
 # The search for widths counts the same shapes many times, and every count builds the sublayers.

@@ -41,7 +41,7 @@ def shape_of(config: Config, vocab_tokens: int) -> Shape:
     """The widths of a run.
 
     Raises ConfigError if no widths give model.n_params or model.base_n_params, if the family does not have one of the keys
-    under `model`, or if its rates do not transfer between widths.
+    under `model`, if one that is no width changes its number of parameters, or if its rates do not transfer between widths.
     """
     model, family = config.model, registry.find(config.model.family)
     options = json.dumps(dict(model.options), sort_keys=True)
@@ -67,19 +67,22 @@ def _shape(
     family: FamilyOfModels, n_params: int, vocab_tokens: int, sequence_tokens: int, n_blocks: int, options: str
 ) -> Shape:
     """The widths of a size, which the cells of all its seeds and budgets share. `options`: the family's keys, as JSON."""
+    given = registry.options_of(family, json.loads(options))
     try:
-        return shape_for(
+        shape = shape_for(
             family,
             n_params,
             vocab_tokens=vocab_tokens,
             sequence_tokens=sequence_tokens,
             n_blocks=n_blocks,
-            options=registry.options_of(family, json.loads(options)),
+            options=given,
         )
     except ConfigError:
         raise
     except ValueError as e:
         raise ConfigError(f"model: {e}") from e
+    accounting.check_options(shape, given)
+    return shape
 
 
 def families_of(config: Config) -> list[Family]:

@@ -6,8 +6,10 @@ import pytest
 
 from lmu_dist.config import Config, ConfigError, parse, to_dict, with_settings
 from lmu_dist.models import accounting, registry
+from lmu_dist.models.family import Family as FamilyOfModels
 from lmu_dist.models.recipe import Recipe
-from lmu_dist.planning.grid import grid, trunk_settings
+from lmu_dist.planning.cost import plan
+from lmu_dist.planning.grid import grid, shape_of, trunk_settings
 
 FAMILIES = list(registry.built_in())
 
@@ -235,3 +237,72 @@ def test_grid_without_ladder_is_the_search_or_the_single_run():
 def test_invalid_ladder_raises_an_error_with_the_key(ladder: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         make_config(**ladder)
+
+
+OWN_FAMILY = """
+from pydantic.dataclasses import dataclass
+from torch import nn
+from lmu_dist.models.family import Family
+
+@dataclass(frozen=True)
+class Options:
+    expand: float = 2.0
+    bias: bool = False
+    speed: str = "fast"
+
+class Mixer(nn.Module):
+    def __init__(self, width, inner, bias):
+        super().__init__()
+        self.into, self.out = nn.Linear(width, inner, bias), nn.Linear(inner, width, bias)
+
+    def forward(self, x):
+        return self.out(self.into(x))
+
+class {name}(Family):
+    Options = Options
+
+    def mixer(self, shape, options):
+        return Mixer(shape.d_model, round(options.expand * shape.d_model), options.bias)
+{more}
+"""
+WITH_A_WIDTH = """
+    def widths(self, d_model, sequence_tokens, options):
+        return super().widths(d_model, sequence_tokens, options) | {"inner": round(options.expand * d_model)}
+
+    def mixer(self, shape, options):
+        return Mixer(shape.d_model, shape.inner, shape.bias)
+"""
+
+
+def test_an_option_that_changes_the_size_and_is_no_width_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "expanded.py"
+    file.write_text(OWN_FAMILY.format(name="Expanded", more=""))
+    config = with_settings(
+        make_config(families=[f"{file}:Expanded"], n_params=[30_000, 60_000], seeds=[0, 1]),
+        {"model.family": f"{file}:Expanded"},
+    )
+    built = list[object]()
+    family, of_class = registry.find(f"{file}:Expanded"), FamilyOfModels.meta_sublayers
+    monkeypatch.setattr(type(family), "meta_sublayers", lambda *args: built.append(args[2:]) or of_class(*args))
+    refused = r"family expanded: the model has [\d,]+ parameters and [\d,]+ were counted; options that change its size"
+    for n_params in ([30_000, 60_000], 30_000):
+        with pytest.raises(ConfigError, match=rf"N = 30,000, .*{refused}"):
+            grid(with_settings(config, {"model.expand": 4.0, "ladder.n_params": n_params}), 400)
+    for allowed in ({}, {"model.bias": True}, {"model.expand": 2.0, "model.speed": "slow"}):
+        built.clear()
+        assert len(grid(with_settings(config, allowed), 400)[0]) == 8
+        # Built once under its options for each size, if the counts have others.
+        assert len([given for given in built if given]) == (2 if "model.speed" in allowed else 0)
+    with pytest.raises(ConfigError, match=refused):
+        plan(with_settings(config, {"model.expand": 4.0}))
+    with pytest.raises(ConfigError, match=f"^{refused}"):
+        shape_of(with_settings(config, {"ladder": None, "model.expand": 2.5, "model.n_params": 30_000}), 400)
+
+
+def test_an_option_among_the_widths_may_change_the_size(tmp_path: Path):
+    file = tmp_path / "with_a_width.py"
+    file.write_text(OWN_FAMILY.format(name="WithAWidth", more=WITH_A_WIDTH))
+    config = with_settings(make_config(families=[f"{file}:WithAWidth"]), {"model.family": f"{file}:WithAWidth"})
+    for expand in (2.0, 4.0):
+        cells, _ = grid(with_settings(config, {"model.expand": expand}), 400)
+        assert all(cell.shape.inner == round(expand * cell.shape.d_model) for cell in cells)
