@@ -45,13 +45,13 @@ def check_rounding(
     """
     low = [x.detach().float().requires_grad_() for x in inputs]
     exact = [x.detach().double().requires_grad_() for x in low]
-    results = []
+    results = list[tuple[Tensor, Tensor]]()
     for run, given in ((form, low), (exact_form, exact)):
         y, state = run(*given)
         results.append((y.index_fill(1, torch.tensor(left_out, dtype=torch.long), 0.0), state))
     weights = [torch.randn_like(x) for x in results[1]]
     gradients = [
-        torch.autograd.grad(sum((x * w.to(x.dtype)).sum() for x, w in zip(result, weights, strict=True)), given)
+        torch.autograd.grad(result, given, [weight.to(given[0].dtype) for weight in weights])
         for result, given in zip(results, (low, exact), strict=True)
     ]
     for a, b in zip((*results[0], *gradients[0]), (*results[1], *gradients[1]), strict=True):

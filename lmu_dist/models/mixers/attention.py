@@ -43,7 +43,8 @@ class KVCache:
         buffer, end = self.buffer, self.length + keys.shape[2]
         if end > buffer.keys.shape[2] or self.length < buffer.n_filled:
             padding = (0, 0, 0, max(end, 2 * self.length) - self.length)
-            buffer = KVBuffer(*(F.pad(t[:, :, : self.length], padding) for t in (buffer.keys, buffer.values)))
+            kept = buffer.keys[:, :, : self.length], buffer.values[:, :, : self.length]
+            buffer = KVBuffer(F.pad(kept[0], padding), F.pad(kept[1], padding))
         buffer.keys[:, :, self.length : end] = keys
         buffer.values[:, :, self.length : end] = values
         buffer.n_filled = end
