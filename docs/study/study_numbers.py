@@ -174,7 +174,7 @@ def loss_order(study: Study, noise: TrunkNoise) -> list[dict[str, Any]]:
     """
     cells = defaultdict[tuple[int, int], dict[str, list[Run]]](lambda: defaultdict(list))
     for run in study.runs:
-        cells[run.size_bin, run.record.planned_tokens][run.record.family].append(run)
+        cells[run.size_bin, run.budget_bin][run.record.family].append(run)
     return [
         {"n_params": n, "tokens": tokens, "families": _ordered(found, noise.at(tokens, n))}
         for (n, tokens), found in sorted(cells.items())
@@ -188,10 +188,10 @@ def largest_differences(study: Study, noise: TrunkNoise) -> dict[str, Any]:
     `value` is 1 - L(new) / L(base), with the interval of the noise between seeds at these tokens; negative: the new family is
     worse.
     """
-    n_params, tokens = max((run.size_bin, run.record.planned_tokens) for run in study.runs)
+    n_params, tokens = max((run.size_bin, run.budget_bin) for run in study.runs)
     found = defaultdict[str, list[float]](list)
     for run in study.runs:
-        if (run.size_bin, run.record.planned_tokens) == (n_params, tokens):
+        if (run.size_bin, run.budget_bin) == (n_params, tokens):
             found[run.record.family].append(float(np.log(run.record.val_loss_nats)))
     below = dict[str, Any]()
     for pair in study_pairs(sorted(found)):

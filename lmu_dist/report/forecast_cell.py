@@ -15,6 +15,7 @@ from lmu_dist.models import registry
 from lmu_dist.models.sizing import non_embedding_params, shape_for
 from lmu_dist.records import COMPLETE, DIVERGED, STOPPED_EARLY
 from lmu_dist.scaling.collect import Run, Study
+from lmu_dist.scaling.table import is_budget
 from lmu_dist.tracking.runs import retired_runs_of, runs_of
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.tags import RUN_NAME, STATUS
@@ -91,11 +92,6 @@ def runs_of_cell(runs: Iterable[Run], family: str, requested_n_params: int, n_pa
         and (run.requested_n_params == requested_n_params or run.record.n_params == n_params)
         and is_budget(tokens, run.record.planned_tokens, run.record.batch_tokens)
     ]
-
-
-def is_budget(tokens: int, planned_tokens: int, batch_tokens: int) -> bool:
-    """Returns whether a run of so many tokens has the budget `tokens`, which is rounded up to whole batches."""
-    return 0 <= planned_tokens - tokens < max(batch_tokens, 1)
 
 
 def _of_size(runs: "Iterable[MLflowRun]", family: str, n_params: int) -> "list[MLflowRun]":

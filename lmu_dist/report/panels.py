@@ -25,10 +25,10 @@ def loss_vs_n(axes: Axes, study: Study) -> None:
     for family in study.families:
         look = study.appearances[family]
         colour, marker, line = look.colour, look.marker, look.line
-        budget = max(run.record.planned_tokens for run in study.runs_of(family))
+        budget = max(run.budget_bin for run in study.runs_of(family))
         losses = dict[int, list[float]]()
         for run in study.runs_of(family):
-            if run.record.planned_tokens == budget:
+            if run.budget_bin == budget:
                 losses.setdefault(run.size_bin, []).append(np.log(run.record.val_loss_nats))
         points = sorted((n, float(np.exp(np.mean(logs)))) for n, logs in losses.items())
         label = f"{study.title(family)}, {si(budget)} tokens"

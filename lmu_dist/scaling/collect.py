@@ -17,7 +17,7 @@ from lmu_dist.config import ConfigError
 from lmu_dist.records import COMPLETE, Appearance, RunRecord
 from lmu_dist.scaling.appearance import family_order, fill_in_colours_and_markers, stored_appearance, title
 from lmu_dist.scaling.settings import Settings, difference, settings_of, with_widths
-from lmu_dist.scaling.table import Rows, rows_from_columns, size_bins
+from lmu_dist.scaling.table import Rows, budget_bins, rows_from_columns, size_bins
 from lmu_dist.tracking.store import Store
 from lmu_dist.tracking.stored_runs import SOURCE, StoredRuns, read_runs
 
@@ -28,6 +28,7 @@ class Run:
 
     `size_bin` is the size at which it is compared: the smallest N of the runs within 5 %. `requested_n_params` is the N that
     was asked for (0: unknown), of which models with other widths, for example of another order, differ by up to 2 %.
+    `budget_bin` is the budget at which it is compared: the fewest planned tokens of the runs that `budget_bins` puts together.
     """
 
     run_id: str
@@ -37,6 +38,7 @@ class Run:
     settings: Settings = ()
     requested_n_params: int = 0
     ended_ms: int = 0  # since 1970
+    budget_bin: int = 0
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def select_runs(stored: StoredRuns, any_code: bool = False) -> Study:
         reasons = "; ".join(sorted({o.reason for o in out})[:4]) or "it has no runs"
         raise ConfigError(f"experiment {stored.experiment!r} has no finished run to report on: {reasons}")
     sizes = size_bins(np.array([run.record.n_params for run in used], np.float64))
-    used = [replace(run, size_bin=int(size)) for run, size in zip(used, sizes, strict=True)]
+    budgets = _budget_bins(used)
+    used = [replace(run, size_bin=int(n), budget_bin=d) for run, n, d in zip(used, sizes, budgets, strict=True)]
     used.sort(key=lambda r: (family_order(r.record.family), r.record.n_params, r.record.tokens, r.record.seed, r.run_id))
     left_out = sorted([*out, *incomparable, *beaten], key=lambda o: (o.reason, o.name, o.run_id))
     found = {family: appearances[family] for family in sorted({run.record.family for run in used}, key=family_order)}
@@ -223,7 +226,9 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
     kept, out, n_settings_tried = dict[tuple[Any, ...], Run](), list[LeftOutRun](), Counter[str]()
     for (family, n_params), tried in sizes.items():
         n_settings_tried[family] = max(n_settings_tried[family], len(tried))
-        best = min(tried, key=lambda settings: _largest_budget_then_loss(tried[settings]))
+        of_size = [run for found in tried.values() for run in found]
+        budgets = {run.run_id: budget for run, budget in zip(of_size, _budget_bins(of_size), strict=True)}
+        best = min(tried, key=lambda settings: _largest_budget_then_loss(tried[settings], budgets))
         for settings, found in tried.items():
             for run in found:
                 r = run.record
@@ -237,7 +242,14 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
     return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=family_order)}
 
 
-def _largest_budget_then_loss(runs: Sequence[Run]) -> tuple[int, float]:
-    """Returns a sort key: the largest budget first, then the lowest loss at that budget."""
-    most = max(run.record.planned_tokens for run in runs)
-    return -most, min(run.record.val_loss_nats for run in runs if run.record.planned_tokens == most)
+def _largest_budget_then_loss(runs: Sequence[Run], budgets: Mapping[str, int]) -> tuple[int, float]:
+    """Returns a sort key: the largest budget first, then the lowest loss at that budget. `budgets` is by run id, in tokens."""
+    most = max(budgets[run.run_id] for run in runs)
+    return -most, min(run.record.val_loss_nats for run in runs if budgets[run.run_id] == most)
+
+
+def _budget_bins(runs: Sequence[Run]) -> list[int]:
+    """Returns the budget of every run in tokens: settings or families with other batches have the same one."""
+    planned = np.array([run.record.planned_tokens for run in runs], np.float64)
+    batch = np.array([run.record.batch_tokens for run in runs], np.float64)
+    return [int(budget) for budget in budget_bins(planned, batch)]

@@ -114,8 +114,8 @@ def runs_at_largest_budget(study: Study) -> list[Run]:
     for family in study.families:
         for size_bin in study.size_bins:
             runs = study.runs_of(family, size_bin)
-            most = max((run.record.planned_tokens for run in runs), default=0)
-            largest += [run for run in runs if run.record.planned_tokens == most]
+            most = max((run.budget_bin for run in runs), default=0)
+            largest += [run for run in runs if run.budget_bin == most]
     return largest
 
 
@@ -174,7 +174,7 @@ def _other_laws(fits: Sequence[FamilyFit]) -> dict[str, list[str]]:
 def _improvement(study: Study, n_resamples: int) -> Improvement:
     losses = defaultdict[tuple[int, int, int], dict[str, Run]](dict)
     for run in study.runs:
-        losses[run.size_bin, run.record.planned_tokens, run.record.seed][run.record.family] = run
+        losses[run.size_bin, run.budget_bin, run.record.seed][run.record.family] = run
     common = [cell for cell in losses.values() if all(name in cell for name in PAPER_ORDER)]
     table = [[cell[name].record.val_loss_nats for name in PAPER_ORDER] for cell in common]
     weights = bootstrap_weights(resampling_groups([cell[PAPER.new] for cell in common]), n_resamples) if common else None
@@ -183,10 +183,10 @@ def _improvement(study: Study, n_resamples: int) -> Improvement:
 
 def _size_law(study: Study, family: str) -> SizeLaw:
     runs = [run for run in runs_at_largest_budget(study) if run.record.family == family]
-    most = max(run.record.planned_tokens for run in runs)
+    most = max(run.budget_bin for run in runs)
     losses = defaultdict[int, list[float]](list)
     for run in runs:
-        if run.record.planned_tokens == most:
+        if run.budget_bin == most:
             losses[run.record.n_params].append(np.log(run.record.val_loss_nats))
     sizes = sorted(losses)
     means = np.exp([np.mean(losses[n]) for n in sizes])
@@ -198,8 +198,7 @@ def curves_at_largest_budget(study: Study, curves: Curves) -> dict[Group, Positi
     groups = defaultdict[Group, list[Run]](list)
     for run in runs_at_largest_budget(study):
         if run.run_id in curves:
-            budget = run.record.planned_tokens
-            groups[Group(run.record.family, run.size_bin, len(curves[run.run_id]), budget)].append(run)
+            groups[Group(run.record.family, run.size_bin, len(curves[run.run_id]), run.budget_bin)].append(run)
     return {
         group: PositionCurves(
             np.array([curves[run.run_id] for run in runs]),

@@ -80,12 +80,28 @@ def size_bins(values: Floats) -> Floats:
 
     A bin starts at the smallest value that is not yet in a bin and includes all values within SIZE_BIN_RATIO of it.
     """
-    bins, start = np.empty_like(values), 0.0
-    for i in np.argsort(values):
-        if not start or values[i] > start * SIZE_BIN_RATIO:
-            start = values[i]
+    return budget_bins(values, np.zeros_like(values))
+
+
+def budget_bins(planned_tokens: Floats, batch_tokens: Floats) -> Floats:
+    """Returns, for the tokens of each run, the smallest number of tokens of its bin: runs of one bin have one budget.
+
+    A budget is rounded up to whole batches, so runs with other batches have other tokens at one budget. The bins are those of
+    `size_bins`, and also include what the rounding to the run's own batch explains, as `is_budget` says. Of runs with equal
+    batches the second rule joins none.
+    """
+    bins, start = np.empty_like(planned_tokens), 0.0
+    for i in np.lexsort((batch_tokens, planned_tokens)):
+        tokens = float(planned_tokens[i])
+        if not start or (tokens > start * SIZE_BIN_RATIO and not is_budget(start, tokens, float(batch_tokens[i]))):
+            start = tokens
         bins[i] = start
     return bins
+
+
+def is_budget(tokens: float, planned_tokens: float, batch_tokens: float) -> bool:
+    """Returns whether a run of so many tokens has the budget `tokens`, which is rounded up to whole batches."""
+    return 0 <= planned_tokens - tokens < max(batch_tokens, 1)
 
 
 def rows_are_copies(rows: Rows, labels: Sequence[str]) -> bool:
