@@ -215,8 +215,8 @@ def _most_common(runs: list[Run], what: str, value: Callable[[RunRecord], str]) 
 def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun], dict[str, int]]:
     """Returns the runs with the best settings per family and size, the runs left out, and per family the most settings tried.
 
-    The best settings have the lowest loss at the largest budget. They hold for all budgets and seeds of a size: choosing the
-    best run of every cell would select for luck.
+    The best settings have the lowest mean loss at the largest budget, as `_best_at` says. They hold for all budgets and seeds
+    of a size: choosing the best run of every cell would select for luck.
     """
     sizes = defaultdict[tuple[str, int], dict[Settings, list[Run]]](lambda: defaultdict(list))
     # Runs whose widths are recorded come first, so that an older run of the same settings joins them.
@@ -228,12 +228,16 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
         n_settings_tried[family] = max(n_settings_tried[family], len(tried))
         of_size = [run for found in tried.values() for run in found]
         budgets = {run.run_id: budget for run, budget in zip(of_size, _budget_bins(of_size), strict=True)}
-        best = min(tried, key=lambda settings: _largest_budget_then_loss(tried[settings], budgets))
+        most = max(budgets.values())
+        best = _best_at(most, tried, budgets)
         for settings, found in tried.items():
+            remark = ""
+            if all(budgets[run.run_id] < most for run in found):
+                remark = f"; only settings with the largest budget, {most:,} tokens, are compared"
             for run in found:
                 r = run.record
                 if settings != best:
-                    reason = f"not the best settings: {difference(settings, best)}"
+                    reason = f"not the best settings: {difference(settings, best)}{remark}"
                     out.append(LeftOutRun(run.run_id, run.name, reason, r))
                 elif (cell := (family, n_params, r.planned_tokens, r.seed)) in kept:
                     out.append(LeftOutRun(run.run_id, run.name, f"duplicate: run {kept[cell].run_id} is the same cell", r))
@@ -242,10 +246,29 @@ def _keep_best_settings(runs: Iterable[Run]) -> tuple[list[Run], list[LeftOutRun
     return list(kept.values()), out, {family: n_settings_tried[family] for family in sorted(n_settings_tried, key=family_order)}
 
 
-def _largest_budget_then_loss(runs: Sequence[Run], budgets: Mapping[str, int]) -> tuple[int, float]:
-    """Returns a sort key: the largest budget first, then the lowest loss at that budget. `budgets` is by run id, in tokens."""
-    most = max(budgets[run.run_id] for run in runs)
-    return -most, min(run.record.val_loss_nats for run in runs if budgets[run.run_id] == most)
+def _best_at(budget: int, tried: Mapping[Settings, Sequence[Run]], budgets: Mapping[str, int]) -> Settings:
+    """Returns the settings with the lowest mean ln L at a budget (tokens; `budgets` has that of every run, by run id).
+
+    Two settings are compared over the seeds that both have, or over all if they share none: the lowest of several seeds would
+    favour the settings with more of them. The best ones lose fewest of these comparisons; of equals the mean over all decides.
+    """
+    by_seed = dict[Settings, dict[int, float]]()
+    for settings, runs in tried.items():
+        losses = defaultdict[int, list[float]](list)
+        for run in runs:
+            if budgets[run.run_id] == budget:
+                losses[run.record.seed].append(float(np.log(run.record.val_loss_nats)))
+        if losses:
+            by_seed[settings] = {seed: float(np.mean(of_seed)) for seed, of_seed in losses.items()}
+
+    def mean(settings: Settings, seeds: Iterable[int]) -> float:
+        return float(np.mean([by_seed[settings][seed] for seed in sorted(seeds)]))
+
+    def is_beaten(settings: Settings, other: Settings) -> bool:
+        shared = by_seed[settings].keys() & by_seed[other].keys()
+        return mean(settings, shared or by_seed[settings]) > mean(other, shared or by_seed[other])
+
+    return min(by_seed, key=lambda s: (sum(is_beaten(s, other) for other in by_seed), mean(s, by_seed[s])))
 
 
 def _budget_bins(runs: Sequence[Run]) -> list[int]:

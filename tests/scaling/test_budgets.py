@@ -77,3 +77,25 @@ def test_settings_do_not_win_by_rounding_their_budget_up_further():
     small = [make_record("lmu", 10_000, d, 0, loss, batch_tokens=2048) for d, loss in ((301_056, 4.5), (1_001_472, 4.0))]
     large = [make_record("lmu", 10_000, d, 0, loss, batch_tokens=3072) for d, loss in ((301_056, 4.6), (1_004_544, 4.1))]
     assert [run.record.batch_tokens for run in study_of([*small, *large]).runs] == [2048, 2048]
+
+
+def rate_chosen(*tried: tuple[float, dict[int, float]]) -> float:
+    """The learning rate that is used, of several with the losses of their seeds."""
+    records = [make_record("lmu", 10_000, 10**6, s, y, learning_rate=rate) for rate, of in tried for s, y in of.items()]
+    rates = {run.record.learning_rate for run in study_of(records).runs}
+    assert len(rates) == 1
+    return rates.pop()
+
+
+def test_more_seeds_are_no_advantage_of_settings():
+    assert rate_chosen((0.01, {0: 4.05, 1: 4.06, 2: 3.99}), (0.02, {0: 4.00, 1: 4.01})) == 0.02  # better at both common seeds
+    assert rate_chosen((0.01, {0: 4.2, 1: 3.9}), (0.02, {0: 4.1})) == 0.02  # at seed 0, although the other mean is lower
+    assert rate_chosen((0.01, {0: 4.05, 1: 4.06}), (0.02, {2: 4.07, 3: 4.01})) == 0.02  # no common seed: means of all
+
+
+def test_settings_without_the_largest_budget_are_left_out_with_that_reason():
+    cells = ((0.01, 10**6, 4.0), (0.01, 10**7, 3.9), (0.02, 10**6, 3.95), (0.03, 10**7, 3.95))
+    study = study_of([make_record("lmu", 10_000, d, 0, y, learning_rate=rate) for rate, d, y in cells])
+    short, beaten = (out.reason for out in study.left_out)
+    assert short.startswith("not the best settings: learning rate 0.02 (best 0.01); only settings with the largest budget")
+    assert beaten == "not the best settings: learning rate 0.03 (best 0.01)"
