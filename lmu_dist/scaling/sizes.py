@@ -6,6 +6,7 @@ import numpy as np
 
 from lmu_dist.scaling.intervals import CONFIDENCE, Interval
 from lmu_dist.scaling.laws import Floats
+from lmu_dist.scaling.misfit import SIGNIFICANCE
 from lmu_dist.scaling.published import PowerLaw
 from lmu_dist.scaling.quantiles import t_quantile
 
@@ -17,7 +18,7 @@ class SizeLaw:
     """The power law L = (scale/N)^exponent of a family at one budget, fitted by least squares of ln L.
 
     With fewer than four sizes there is no law, and `remark` says so. `bends`: a parabola in ln N fits better than the line; its
-    quadratic coefficient differs from zero at the 90 % level.
+    quadratic coefficient differs from zero with p below 0.01, which happens to one exact power law in a hundred.
     """
 
     family: str
@@ -40,7 +41,7 @@ def fit_power_law(family: str, tokens: int, n_params: Floats, loss: Floats) -> S
     exponent = -slope
     reach = t_quantile((1 + CONFIDENCE) / 2, count - 2) * slope_error
     (bend, *_), _, bend_error = _regress(np.stack([x**2, x, np.ones(count)], axis=1), y)
-    bends = abs(bend) > t_quantile((1 + CONFIDENCE) / 2, count - 3) * bend_error
+    bends = abs(bend) > t_quantile(1 - SIGNIFICANCE / 2, count - 3) * bend_error
     scale = float(np.exp(np.log(n_params).mean() + offset / exponent)) if exponent else float("inf")
     law = PowerLaw(scale, float(exponent))
     interval = (float(exponent - reach), float(exponent + reach))
