@@ -30,6 +30,7 @@ SUMMARIES = {
     "50%",
     "75%",
 }
+RUN_COLUMNS = {"run", "run_name", "name", "id", "run_id", "model", "label"}  # that may have the word, beside the first column
 
 
 class RowsLeftOut:
@@ -55,13 +56,40 @@ class RowsLeftOut:
 
 
 def leave_out_lines(raw: RawTable, needed: Sequence[tuple[Sequence[Any], str]], left_out: RowsLeftOut) -> None:
-    """Leaves out rows that are no runs: a header that is repeated, and totals or means below the table."""
+    """Leaves out rows that are no runs: a header that is repeated, and totals or means below the table.
+
+    `needed` has the columns that are asked for, with their names.
+    """
     n_rows = len(left_out.used)
     left_out.add("repeats the header", [i for i in range(n_rows) if all(values[i] == name for values, name in needed)])
+    labels = [c for i, (name, c) in enumerate(zip(raw.names, raw.columns, strict=True)) if i == 0 or _names_runs(name)]
+    summaries = _summary_rows([*(values for values, _ in needed), *labels], n_rows)
+    left_out.add("a total or mean below the table", summaries)
+
+
+def _names_runs(name: str) -> bool:
+    return name.lower().rpartition(".")[2] in RUN_COLUMNS
+
+
+def _summary_rows(columns: Sequence[Sequence[Any]], n_rows: int) -> list[int]:
+    """Returns the rows at the end of which each has a word such as total in one of the columns.
+
+    "max" may also be a setting of runs. So words that occur further above are none of a summary, and neither is a word of
+    several rows.
+    """
+    rows, words = list[int](), set[str]()
     for i in reversed(range(n_rows)):
-        if not any(isinstance(c[i], str) and c[i].strip().strip(":").lower() in SUMMARIES for c in raw.columns):
+        found = {_word(column[i]) for column in columns} & SUMMARIES
+        if not found:
             break
-        left_out.add("a total or mean below the table", [i])
+        rows.append(i)
+        words |= found
+    above = {_word(column[i]) for column in columns for i in range(n_rows - len(rows))} if rows else set[str]()
+    return [] if words & above or len(rows) > len(words) else rows
+
+
+def _word(cell: Any) -> str:
+    return cell.strip().strip(":").lower() if isinstance(cell, str) else ""
 
 
 def leave_out_incomplete(columns: Mapping[str, NumberColumn], left_out: RowsLeftOut) -> None:

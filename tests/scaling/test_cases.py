@@ -136,6 +136,28 @@ TEXTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "settings", [("max", "max", "max"), ("last", "max", "max"), ("last", "last", "max"), ("std", "last", "max")]
+)
+def test_a_setting_that_is_a_word_of_summaries_drops_no_run(tmp_path: Path, settings: tuple[str, ...]):
+    lines = [f"{n},{d},{y},{word}\n" for (n, d, y), word in zip(RUNS, settings, strict=True)]
+    assert len(read(tmp_path, "N,D,loss,pooling\n" + "".join(lines)).rows) == 3
+    first = [f"{word},{n},{d},{y}\n" for (n, d, y), word in zip(RUNS, settings, strict=True)]
+    lost = 1 if settings[0] != "max" and settings[1] == "last" else 0  # in the first column a single max may be a summary
+    assert len(read(tmp_path, "pooling,N,D,loss\n" + "".join(first)).rows) == 3 - lost
+
+
+def test_a_summary_has_a_row_for_each_word(tmp_path: Path):
+    words = ("count", "mean", "std", "min", "25%", "50%", "75%", "max")
+    table = read(
+        tmp_path,
+        "run,N,D,loss\n"
+        + "".join(f"{i},{n},{d},{y}\n" for i, (n, d, y) in enumerate(RUNS))
+        + "".join(f"{w},1e8,1e9,3\n" for w in words),
+    )
+    assert left_out(table) == {"a total or mean below the table": tuple(range(4, 12))}
+
+
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
 def test_every_way_of_writing_a_table_gives_the_same_rows(tmp_path: Path, text: str):
     table = read(tmp_path, text)
