@@ -3,15 +3,21 @@
 Decides the decimal mark of each column and the unit in which it is written. Called by scaling/read_table.
 """
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lmu_dist.config import ConfigError
 from lmu_dist.scaling.numbers import MARKS, Cell, Mark, MarkEvidence, is_state, mark_evidence, parse_cell, unit_scale
 
-MAX_SCALED = 1e6  # a size that is written in millions is smaller than this; larger ones are written in full
+MAX_SCALED = 1e6  # a number that is written in the unit of its column is smaller; a larger one may be written in full
+MOST = {"--n": 1e12, "--d": 1e14}  # more parameters or tokens than a run has
+USUAL_RATIO = 100.0  # tokens per parameter; of two readings of a column the one that is nearer to it is right
+RENAME = "if that is wrong, rename the column"
 
 
 @dataclass(frozen=True)
@@ -44,22 +50,80 @@ def number_columns(
         option: unit_scale(column[0].text) if column and column[0].kind == "word" else None for option, column in cells.items()
     }
     has_units = any(units.values()) and all(units[o] or c[0].kind in ("missing", "word") for o, c in cells.items())
-    return {
-        option: _number_column(names[option], option, column, marks[option], units[option] if has_units else None, has_units)
-        for option, column in cells.items()
-    }
+    below = {option: units[option] if has_units else None for option in cells}
+    written = {option: _scale(names[option], below[option]) for option in cells}
+    values = {option: [cell.by_mark.get(marks[option]) for cell in column] for option, column in cells.items()}
+    suffixed = {option for option, column in cells.items() if any(_has_suffix(cell) for cell in column)}
+    scales = _scales_that_apply(written, values, suffixed)
+    found = dict[str, NumberColumn]()
+    for option, column in cells.items():
+        where = "the line below the header" if below[option] else "its name"
+        note = ""
+        if scales[option] > 1:
+            note = f"in units of {scales[option]:,.0f}, as {where} says" + ("" if below[option] else f"; {RENAME}")
+        elif written[option] > 1:
+            why = "numbers have suffixes" if option in suffixed else "D/N is more plausible so"
+            note = f"as written, not in units of {written[option]:,.0f} as {where} says, because {why}; {RENAME}"
+        found[option] = _number_column(names[option], option, column, marks[option], scales[option], has_units, note)
+    return found
 
 
-def _number_column(name: str, option: str, cells: list[Cell], mark: Mark, unit: float | None, units_row: bool) -> NumberColumn:
-    values = [cell.by_mark.get(mark) for cell in cells]
+def _scale(name: str, unit: float | None) -> float:
+    """Returns by what a column's numbers are to be multiplied, as the line below the header or the column's name says."""
     in_name = re.search(r"[(\[]([^()\[\]]+)[)\]]\s*$", name)
-    scale = unit or (unit_scale(in_name[1]) if in_name else None) or 1.0
-    if scale > 1 and max((abs(v) for v in values if v is not None), default=0) < MAX_SCALED:
+    return unit or (unit_scale(in_name[1]) if in_name else None) or 1.0
+
+
+def _scales_that_apply(
+    written: Mapping[str, float], values: Mapping[str, Sequence[float | None]], suffixed: Collection[str]
+) -> dict[str, float]:
+    """Returns the scale of every column, which is 1 if its numbers are written in full although it names a unit.
+
+    Numbers below MAX_SCALED are in the unit. Larger ones are, unless no run has as many parameters or tokens, or D/N of the
+    medians is nearer to the usual without the unit. Columns whose numbers have suffixes, as 18.9M has, are not in the unit.
+    """
+    median = {option: _median(column) for option, column in values.items()}
+    most = {option: max((abs(v) for v in column if v is not None), default=0.0) for option, column in values.items()}
+    choices = dict[str, tuple[float, ...]]()
+    for option, scale in written.items():
+        if most[option] < MAX_SCALED and option not in suffixed:
+            choices[option] = (scale,)
+        else:
+            choices[option] = (1.0,) if option in suffixed or option == "--loss" else (scale, 1.0)
+    n, d = "--n", "--d"
+    if n not in choices or d not in choices:
+        return {option: choice[0] for option, choice in choices.items()}
+
+    def distance(pair: tuple[float, float]) -> tuple[bool, float]:
+        too_large = pair[0] * most[n] > MOST[n] or pair[1] * most[d] > MOST[d]
+        return too_large, abs(math.log(max(pair[1] * median[d], 1e-300) / max(pair[0] * median[n], 1e-300) / USUAL_RATIO))
+
+    best = min(itertools.product(choices[n], choices[d]), key=distance)  # of equals the first: in the units
+    scales = {option: choice[0] for option, choice in choices.items()} | {n: best[0], d: best[1]}
+    if len(choices.get("--unique", ())) > 1:  # about as many as the tokens of a run
+        unique, tokens = median["--unique"], scales[d] * median[d]
+        scales["--unique"] = min(
+            choices["--unique"], key=lambda s: abs(math.log(max(s * unique, 1e-300) / max(tokens, 1e-300)))
+        )
+    return scales
+
+
+def _has_suffix(cell: Cell) -> bool:
+    found = re.search(r"[^\W\d_]+$", cell.text) if cell.kind == "number" else None
+    return found is not None and (unit_scale(found[0]) or 1.0) > 1
+
+
+def _median(values: Sequence[float | None]) -> float:
+    return statistics.median([abs(v) for v in values if v is not None] or [1.0])
+
+
+def _number_column(
+    name: str, option: str, cells: list[Cell], mark: Mark, scale: float, units_row: bool, note: str
+) -> NumberColumn:
+    values = [cell.by_mark.get(mark) for cell in cells]
+    if scale > 1:
         values = [v if v is None else float(f"{v * scale:.12g}") for v in values]
-    else:
-        scale = 1.0
-    where = "the line below the header" if unit else "its name"
-    notes = [f"in units of {scale:,.0f}, as {where} says"] if scale > 1 else []
+    notes = [note] if note else []
     unusual = next(((c.text, v) for c, v in zip(cells, values, strict=True) if v is not None and _is_unusual(c, mark)), None)
     if unusual:
         notes.append(f"{unusual[0]!r} is read as {unusual[1]:,.12g}")

@@ -347,6 +347,27 @@ def test_scales_in_names_of_columns(tmp_path: Path):
     assert table.notes[0].startswith("column 'N (B)': in units of 1,000,000,000, as its name says")
     full = read(tmp_path, CSV.replace("N,D", "N (M),D"), columns=("N (M)", "D", "loss"))  # written in full all the same
     assert triples(full) == [tuple(map(float, run)) for run in RUNS]
+    assert full.notes[0].startswith("column 'N (M)': as written, not in units of 1,000,000 as its name says")
+    assert full.notes[0].endswith("rename the column")
+
+
+@pytest.mark.parametrize(
+    ("names", "n", "d", "read_n", "read_d"),
+    [
+        (("N (M)", "tokens (K)"), "10", "20000000", 1e7, 2e10),  # D/N is 2,000, and 2 as written
+        (("N", "tokens (K)"), "1000000", "20000000", 1e6, 2e7),  # written in full: D/N is 20, and 20,000 in thousands
+        (("N", "tokens (M)"), "7e9", "15000000", 7e9, 1.5e13),
+        (("N (M)", "tokens (M)"), "100000000", "2000000000", 1e8, 2e9),  # no model has 1e14 parameters
+        (("N", "tokens (K)"), "1e9", "20000000K", 1e9, 2e10),  # a suffix counts, and the unit not once more
+        (("N (B)", "tokens"), "1.5", "3e10", 1.5e9, 3e10),
+    ],
+)
+def test_large_numbers_are_in_the_unit_of_their_column_if_that_is_plausible(
+    tmp_path: Path, names: tuple[str, str], n: str, d: str, read_n: float, read_d: float
+):
+    table = read(tmp_path, f"{','.join(names)},loss\n{n},{d},3.5\n{n},{d},3.4\n", columns=(*names, "loss"))
+    assert (table.rows.n_params[0], table.rows.tokens[0]) == (read_n, read_d)
+    assert sum("units of" in note and "rename the column" in note for note in table.notes) == sum("(" in name for name in names)
 
 
 def test_only_the_last_row_of_a_run_is_used(tmp_path: Path):
