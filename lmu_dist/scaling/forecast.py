@@ -107,7 +107,7 @@ def predict_from(
         law=comparison.chosen.name,
         laws=tuple(c.name for c in comparison.supported),
         weights=tuple(c.weight for c in comparison.supported),
-        warnings=(*misfit_warning(comparison), *_far_points(comparison.rows, n, d)),
+        warnings=(*misfit_warning(comparison), *far_points(comparison.rows, n, d)),
     )
 
 
@@ -163,7 +163,8 @@ def _weighted_quantile(samples: Floats, weights: Floats, quantile: float) -> Flo
     return np.take_along_axis(ordered, index[None], axis=0)[0]
 
 
-def _far_points(rows: Rows, n: Floats, d: Floats) -> tuple[str, ...]:
+def far_points(rows: Rows, n: Floats, d: Floats) -> tuple[str, ...]:
+    """Returns warnings of points (N, D) beyond the table's range by a factor of more than FAR, at either end."""
     warnings = list[str]()
     for name, values, known in (("N", n, rows.n_params), ("D", d, rows.tokens)):
         above, below = float(np.max(values / known.max())), float(np.max(known.min() / values))

@@ -13,8 +13,9 @@ import numpy as np
 
 from lmu_dist.scaling.compare_laws import LawComparison
 from lmu_dist.scaling.fit import Fit
+from lmu_dist.scaling.forecast import FAR, SO_FAR, far_points
 from lmu_dist.scaling.intervals import CONFIDENCE, resample
-from lmu_dist.scaling.isoflop import fit_parabolas, optimal_size_power_law
+from lmu_dist.scaling.isoflop import SAME_COMPUTE, fit_parabolas, optimal_size_power_law
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals, losses
 from lmu_dist.scaling.table import Rows, size_bins
@@ -26,9 +27,8 @@ MIN_CURVES, MIN_POINTS = 4, 3
 EXPONENT_STEP = 1.05
 N_RESAMPLES = 1000
 APPROACHES = ("envelope", "parabola", "parametric")
-FAR = 10.0  # a budget beyond the table's by a larger factor is said to be far
 
-PowerLawFit = tuple[float, float]  # k and a of N_opt = k C^a
+PowerLawFit = tuple[float, float, tuple[float, float]]  # k and a of N_opt = k C^a, and the range of C it was fitted to
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Optimum:
     """N and D of lowest loss at `flops` by one approach, with 90 % intervals, and a of N_opt ~ C^a near it.
 
     `bias` is the factor by which N of the approach is too large without noise, and was divided by. All numbers are None if
-    there is no result; `reason` says why.
+    there is no result; `reason` says why. `warnings` says how far C, N or D are beyond those of the table.
     """
 
     approach: str
@@ -49,14 +49,32 @@ class Optimum:
     exponent_interval: tuple[float, float] | None = None
     bias: float | None = None
     reason: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def optimum_of(comparison: LawComparison, flops: float, n_resamples: int = N_RESAMPLES) -> list[Optimum]:
     """Returns the optimum by all three approaches; each says why if it has no result.
 
     A law that does not fit the table has none: its minimum may be far from that of the losses, and its interval would be narrow
-    all the same.
+    all the same. Envelope and parabola have none outside the computes that they were fitted to.
     """
+    return [_with_warnings(optimum, comparison.rows) for optimum in _optima(comparison, flops, n_resamples)]
+
+
+def _with_warnings(optimum: Optimum, rows: Rows) -> Optimum:
+    if optimum.n_params is None or optimum.tokens is None:
+        return optimum
+    known, warnings = _flops(rows), list[str]()
+    above, below = optimum.flops / float(known.max()), float(known.min()) / optimum.flops
+    if above > FAR:
+        warnings.append(f"C is {above:,.4g} times the largest of the table: {SO_FAR}")
+    if below > FAR:
+        warnings.append(f"C is 1/{below:,.4g} of the smallest of the table: {SO_FAR}")
+    warnings += far_points(rows, np.array([optimum.n_params]), np.array([optimum.tokens]))
+    return replace(optimum, warnings=tuple(warnings))
+
+
+def _optima(comparison: LawComparison, flops: float, n_resamples: int) -> list[Optimum]:
     if comparison.chosen is not None and not comparison.fits:
         tried = "no law fits" if len(comparison.candidates) > 1 else f"{comparison.chosen.name} does not fit"
         reason = f"{tried} the table" + ("" if len(comparison.candidates) > 1 else "; compare others by --law all")
@@ -132,6 +150,10 @@ def _corrected(
     measured, expected = procedure(rows), procedure(replace(rows, loss=losses(law, rows)))
     if isinstance(measured, str) or isinstance(expected, str):
         return Optimum(approach, flops, reason=measured if isinstance(measured, str) else str(expected))
+    lowest, highest = measured[2]
+    if not lowest / SAME_COMPUTE <= flops <= highest * SAME_COMPUTE:
+        reason = f"its minima are at {lowest:.3g} to {highest:.3g} FLOPs, and it says nothing beyond these"
+        return Optimum(approach, flops, reason=reason)
     true_n, true_exponent = _optimum_and_exponent(law, flops)
     bias = _size_at(expected, flops) / true_n
     if not 1 / MAX_BIAS < bias < MAX_BIAS:
@@ -174,8 +196,11 @@ def _flops(rows: Rows) -> Floats:
 
 
 def _parabola_power_law(rows: Rows) -> PowerLawFit | str:
-    found = optimal_size_power_law(fit_parabolas(rows, _flops(rows)))
-    return found or "fewer than three budgets have runs of four sizes or more around the lowest loss"
+    parabolas = fit_parabolas(rows, _flops(rows))
+    found, at = optimal_size_power_law(parabolas), [p.flops for p in parabolas if p.n_params is not None]
+    if found is None:
+        return "fewer than three budgets have runs of four sizes or more around the lowest loss"
+    return (*found, (min(at), max(at)))
 
 
 def _envelope_power_law(rows: Rows) -> PowerLawFit | str:
@@ -193,7 +218,7 @@ def _envelope_power_law(rows: Rows) -> PowerLawFit | str:
         return "too few budgets at which a size in the middle has the lowest loss"
     log_c, log_n = np.array(points).T
     exponent, offset = np.polyfit(log_c, log_n, 1)
-    return float(np.exp(offset)), float(exponent)
+    return float(np.exp(offset)), float(exponent), (float(np.exp(log_c.min())), float(np.exp(log_c.max())))
 
 
 def _shared_budgets(curves: Sequence[tuple[float, Floats, Floats]]) -> Floats:

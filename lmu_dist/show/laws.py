@@ -124,4 +124,6 @@ def print_optimum(optima: "Sequence[Optimum]") -> None:
     for o in optima:
         if o.reason:
             print(f"{o.approach:<12} none: {o.reason}")
+        for warning in o.warnings:
+            print(f"warning      {o.approach}: {warning}")
     print(f"optimum      of C = 6ND = {optima[0].flops:.4g} FLOPs")

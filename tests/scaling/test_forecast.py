@@ -7,7 +7,7 @@ import pytest
 
 from lmu_dist.scaling.compare_laws import compare_laws, held_out_masks, law_intervals
 from lmu_dist.scaling.flexible_laws import EXAMPLE_FARSEER, EXAMPLE_GAMMA
-from lmu_dist.scaling.forecast import predict, predict_from
+from lmu_dist.scaling.forecast import SO_FAR, predict, predict_from
 from lmu_dist.scaling.forms import FORMS
 from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
 from lmu_dist.scaling.optimum import _resampled, optimum_of
@@ -113,10 +113,22 @@ def test_compute_optimal_sizes_hold_the_truth_and_biases_are_taken_off():
         assert found.exponent_interval[0] < true_exponent < found.exponent_interval[1]  # pyright: ignore[reportOptionalSubscript]
         assert found.tokens == pytest.approx(1e21 / 6 / found.n_params)
     assert abs(optima["parabola"].bias - 1) > 0.01  # pyright: ignore[reportOptionalOperand]
-    few = optimum_of(compare_laws(grid(HOFFMANN), [Chinchilla], holdouts=False), 1e21, 100)
+    few = optimum_of(compare_laws(grid(HOFFMANN), [Chinchilla], holdouts=False), 5e20, 100)
     assert few[0].approach == "envelope"
-    assert few[0].n_params == pytest.approx(true_n, rel=0.3)
+    assert few[0].n_params == pytest.approx(float(HOFFMANN.optimum(5e20)[0]), rel=0.3)
     assert "fewer than three budgets" in few[1].reason
+    assert [o.warnings for o in optima.values()] == [()] * 3
+
+
+def test_an_optimum_far_beyond_the_table_has_warnings_and_comes_from_the_law_only():
+    rows = grid(HOFFMANN)
+    largest = float(6 * (rows.n_params * rows.tokens).max())
+    envelope, _, parametric = optimum_of(compare_laws(rows, [Chinchilla], holdouts=False), 1e6 * largest, 60)
+    assert envelope.n_params is None
+    assert "says nothing beyond" in envelope.reason
+    assert parametric.n_params is not None
+    assert parametric.warnings[0] == f"C is 1e+06 times the largest of the table: {SO_FAR}"
+    assert any(warning.startswith("D is up to") for warning in parametric.warnings)
 
 
 def test_the_figure_is_drawn_with_and_without_a_law(tmp_path: Path):
