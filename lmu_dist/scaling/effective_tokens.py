@@ -18,12 +18,19 @@ class EffectiveTokens:
     """As many new tokens give the same loss as `tokens` tokens of which `unique_tokens` are different.
 
     By the law of Muennighoff et al. 2023 (arXiv 2305.16264). `interval`, 90 %, is None if the runs give R_star none.
+
+    If the runs do not determine R_star, the fit held it at the published `held_r_star`: `effective_tokens` is then None, and
+    `with_held_r_star` has what that value gives. `tied` are the laws without an effect of repetition that describe the runs as
+    well: then no loss of worth was found.
     """
 
     tokens: int
     unique_tokens: int
-    effective_tokens: float
+    effective_tokens: float | None
     interval: Interval | None
+    held_r_star: float | None = None
+    with_held_r_star: float | None = None
+    tied: tuple[str, ...] = ()
 
 
 def effective_tokens(comparison: LawComparison, n_resamples: int = N_RESAMPLES) -> EffectiveTokens | None:
@@ -39,9 +46,12 @@ def effective_tokens(comparison: LawComparison, n_resamples: int = N_RESAMPLES) 
     assert isinstance(law, Repeated)
     most = int(np.argmax(rows.tokens / unique))
     tokens, once = float(rows.tokens[most]), float(unique[most])
+    value = float(law.effective_tokens(tokens, once))
+    tied = tuple(c.name for c in comparison.supported if not c.form.NEEDS_UNIQUE)
+    if "R_star" in found[0].constraints.names():
+        return EffectiveTokens(round(tokens), round(once), None, None, law.R_star, value, tied)
     of_r_star = (
         law_intervals(replace(comparison, candidates=(found[0],)), n_resamples).get(law_name(Repeated), {}).get("R_star")
     )
     ends = [float(replace(law, R_star=end).effective_tokens(tokens, once)) for end in of_r_star or ()]
-    value = float(law.effective_tokens(tokens, once))
-    return EffectiveTokens(round(tokens), round(once), value, (ends[0], ends[1]) if ends else None)
+    return EffectiveTokens(round(tokens), round(once), value, (ends[0], ends[1]) if ends else None, tied=tied)

@@ -15,6 +15,7 @@ from lmu_dist.report.page import render
 from lmu_dist.report.write import ReportFiles, stale_reports, write_report
 from lmu_dist.scaling.answer import answer
 from lmu_dist.scaling.compare import Comparison, SizeComparison
+from lmu_dist.scaling.effective_tokens import EffectiveTokens
 from lmu_dist.scaling.efficiency import Factor
 from lmu_dist.scaling.results import analyse
 from lmu_dist.scaling.trunk_noise import TrunkNoise
@@ -257,6 +258,21 @@ def test_runs_that_repeat_their_data_are_marked(written: ReportFiles):
     assert page.count('<b title="repeats its data">') == len(repeating)
     assert "Epochs in bold" in page
     assert "Epochs in bold" not in render(written.study, written.results, written.forecasts, [], [])
+
+
+def test_what_repeated_tokens_are_worth_is_said_only_if_it_is_determined(written: ReportFiles):
+    def page(effective: EffectiveTokens) -> str:
+        fits = (replace(written.results.fits[0], effective=effective), *written.results.fits[1:])
+        return render(written.study, replace(written.results, fits=fits), written.forecasts, [], [])
+
+    held = page(EffectiveTokens(16_000_000, 8_000_000, None, None, 15.387756, 15_745_594.0, ("chinchilla",)))
+    assert "is not determined by these runs" in held
+    assert "With the published R* = 15.4 it would be 15,745,594 new ones." in held
+    assert "are worth 15" not in held
+    assert "no loss of worth was found" in held
+    known = page(EffectiveTokens(16_000_000, 8_000_000, 12e6, (11e6, 13e6)))
+    assert "most often are worth 12,000,000 new ones (90 %: 11,000,000 to 13,000,000)." in known
+    assert "no loss of worth" not in known
 
 
 def test_one_common_loss_gives_no_interval(tmp_path: Path):

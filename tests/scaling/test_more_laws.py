@@ -18,7 +18,7 @@ from lmu_dist.scaling.misfit import find_misfit
 from lmu_dist.scaling.objective import log_residuals, losses
 from lmu_dist.scaling.published import HOFFMANN
 from lmu_dist.scaling.repeated import Overfitted, Repeated
-from lmu_dist.scaling.table import Rows
+from lmu_dist.scaling.table import Rows, rows_from_columns
 from lmu_dist.scaling.validate import fit_and_validate
 
 N = np.array([1e8, 1e9, 5e9, 2e9])
@@ -188,4 +188,16 @@ def test_effective_tokens_are_those_of_the_true_law_and_only_of_repeated_data():
     assert (found.tokens, found.unique_tokens) == (10**11, 4 * 10**8)  # 250 readings
     assert found.effective_tokens == pytest.approx(4e8 * (1 + 15), rel=0.05)  # as many as repetition can ever be worth
     assert found.interval[0] < 4e8 * (1 + 15) < found.interval[1]
+    assert found.tied == ()
     assert effective_tokens(compare_laws(replace(rows, unique_tokens=None), [Chinchilla], holdouts=False), 60) is None
+
+
+def test_a_published_r_star_is_not_what_the_tokens_of_a_study_are_worth():
+    """Two readings of the data show little: the fit holds R*, and the law without an effect of repetition fits as well."""
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e4, 3e5, 4), 1e6 * 2.0 ** np.arange(5)))
+    noise = np.exp(np.random.default_rng(4).normal(0, 0.005, len(n)))
+    rows = rows_from_columns(n, d, Repeated(2.0, 60.0, 400.0, 0.35, 0.37, 50.0).loss(n, d, 8e6) * noise, np.full(len(n), 8e6))
+    found = effective_tokens(compare_laws(rows, [Chinchilla, Repeated], holdouts=False), 60)
+    assert found is not None
+    assert (found.effective_tokens, found.interval, found.held_r_star, found.tied) == (None, None, 15.387756, ("chinchilla",))
+    assert found.with_held_r_star == pytest.approx(15_745_594, rel=1e-6)
