@@ -37,7 +37,7 @@ def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu
     expected = y, *torch.autograd.grad(y, exact, dy.double())
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
-        assert (a - b).norm() < bound * b.norm()
+        assert (a - b).norm() <= bound * max(b.norm(), 1e-20)  # far below 0 SiLU is 0 in float64
 
 
 @torch.no_grad()
