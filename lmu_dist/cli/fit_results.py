@@ -59,10 +59,10 @@ class Outcome:
 
     @property
     def determined(self) -> bool:
-        """Whether there is a law, of one that was asked for or of all."""
+        """Whether there is a law whose parameters may be shown: the one that was asked for, or the chosen one of all."""
         if self.result is not None:
             return self.result.law is not None
-        return self.comparison is not None and self.comparison.chosen is not None and self.comparison.fits
+        return self.comparison is not None and self.comparison.determined
 
     def show(self) -> None:
         """Prints everything for people."""
@@ -127,7 +127,7 @@ def fit_several(table: RunTable, request: Request) -> Outcome:
         raise ConfigError("--fix and --tie are for a single law; choose it by --law")
     forms: Sequence[type[ScalingLaw]] = forms_for(table.rows)
     names = [str(number) for number in table.numbers]
-    comparison = compare_laws(table.rows, forms, names=names)
+    comparison = compare_laws(table.rows, forms, names=names, n_resamples=request.resamples)
     result = None
     if request.law is None and request.unique_tokens is not None:  # the better law, as a fit of its own
         chosen = comparison.chosen

@@ -12,7 +12,10 @@ from lmu_dist.scaling.misfit import SIGNIFICANCE, Misfit
 
 @dataclass(frozen=True)
 class LawRow:
-    """What the page says of one law. Misses and errors are relative; errors are medians of absolute values on held-out runs."""
+    """What the page says of one law. Misses and errors are relative; errors are medians of absolute values on held-out runs.
+
+    `supported` also means that its parameters are determined.
+    """
 
     name: str
     formula: str
@@ -43,9 +46,11 @@ def law_sentence(comparison: LawComparison) -> str:
         return "The runs determine no law."
     if not comparison.fits:
         return f"No law that was fitted fits these runs. The least wrong one is {_listed(names)}."
+    imprecise = [candidate.name for candidate in comparison.supported if candidate.imprecise]
+    only = f" Of {_listed(imprecise)} the predictions hold, but the parameters are not determined." if imprecise else ""
     if len(names) == 1:
-        return f"The runs support one law: {names[0]}."
-    return f"The runs cannot tell {len(names)} laws apart: {_listed(names)}. A forecast averages them."
+        return f"The runs support one law: {names[0]}.{only}"
+    return f"The runs cannot tell {len(names)} laws apart: {_listed(names)}. A forecast averages them.{only}"
 
 
 def misfit_sentence(misfit: Misfit, names: Sequence[str]) -> str:
@@ -75,7 +80,7 @@ def _row(candidate: Candidate, comparison: LawComparison) -> LawRow:
         name=candidate.name,
         formula=candidate.form.FORMULA,
         verdict=_verdict(candidate, comparison),
-        supported=candidate.supported and comparison.fits,
+        supported=candidate.supported and candidate.determined and comparison.fits,
         fitted=misfit is not None and candidate.diagnostics.passed,
         typical_miss=misfit.typical_miss if misfit else None,
         worst_miss=misfit.worst_miss if misfit else None,
@@ -99,7 +104,9 @@ def _verdict(candidate: Candidate, comparison: LawComparison) -> str:
         return f"not determined: {'; '.join(candidate.diagnostics.reasons)}"
     others = [other.name for other in comparison.supported if other.name != candidate.name]
     if candidate.supported and comparison.fits:
-        return f"tied with {_listed(others)}" if others else "supported"
+        support = f"tied with {_listed(others)}" if others else "supported"
+        imprecise = f"; predicts, but its parameters are not determined: {'; '.join(candidate.imprecise)}"
+        return support + imprecise if candidate.imprecise else support
     if candidate.supported:
         compared = sum(bool(other.held_out) for other in comparison.candidates if other.diagnostics.passed)
         return "does not fit, but predicts held-out runs best" if compared > 1 else "does not fit"

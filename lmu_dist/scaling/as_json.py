@@ -73,19 +73,19 @@ def fit_to_json(result: FitResult, row_names: Sequence[str]) -> dict[str, Any]:
 
 
 def comparison_to_json(comparison: LawComparison) -> dict[str, Any]:
-    """Returns all laws on a table as JSON types; laws that fail a check, or do not fit, have no parameters."""
+    """Returns all laws on a table as JSON types; laws that are not determined have no parameters."""
     laws = [
         {
             "law": c.name,
             "formula": c.form.FORMULA,
-            "parameters": parameters(c.fit.law) if c.fit and c.fits else {},
+            "parameters": parameters(c.fit.law) if c.fit and c.determined else {},
             "held": dict(c.constraints.held),
             "supported": c in comparison.supported,
             "weight": c.weight if c in comparison.supported else 0.0,
             "criterion": c.criterion,
             "held_out_error": c.held_out_error,
             "held_out": [asdict(held) for held in c.held_out],
-            "reasons": [*c.diagnostics.reasons, *(c.misfit.reasons if c.misfit else ())],
+            "reasons": list(c.reasons),
             "typical_miss": c.misfit.typical_miss if c.misfit else None,
             "worst_miss": c.misfit.worst_miss if c.misfit else None,
         }
@@ -96,9 +96,9 @@ def comparison_to_json(comparison: LawComparison) -> dict[str, Any]:
         "chosen": comparison.chosen.name if comparison.chosen else None,
         "supported": [c.name for c in comparison.supported],
         "form_fits": comparison.fits,
-        "determined": comparison.chosen is not None and comparison.fits,
+        "determined": comparison.determined,
         "level": CONFIDENCE,
-        "reasons": list(comparison.reasons),
+        "reasons": list(comparison.reasons or (comparison.chosen.imprecise if comparison.chosen else ())),
         "warnings": list(comparison.warnings),
     }
     return to_json(facts)

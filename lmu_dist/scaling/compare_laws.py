@@ -1,7 +1,8 @@
 """Compares laws on one table: rows in, every law with its diagnostics, misfit, criterion and errors on held-out runs out.
 
 A law is supported if its optimum is certified, its form fits, and no other law describes the table better by more than chance.
-Laws that are supported together are tied: the table cannot tell them apart.
+Laws that are supported together are tied: the table cannot tell them apart. A supported law predicts; its parameters may be
+known too imprecisely all the same, and then they are not determined, as in a fit of this law alone.
 """
 
 from collections.abc import Collection, Sequence
@@ -12,21 +13,14 @@ from numpy.typing import NDArray
 
 from lmu_dist.records import REPEATED
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, fit_and_diagnose
-from lmu_dist.scaling.fit import Fit, refit
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, fit_and_diagnose
+from lmu_dist.scaling.fit import Fit, fit_parts, refit
 from lmu_dist.scaling.forms import FORMS, law_name
-from lmu_dist.scaling.intervals import (
-    N_RESAMPLES,
-    Interval,
-    parameter_intervals,
-    resample,
-    resampled_units,
-    residual_scale,
-    small_sample_correction,
-)
-from lmu_dist.scaling.laws import Chinchilla, ScalingLaw
+from lmu_dist.scaling.intervals import N_RESAMPLES, Interval, huber_scale, small_sample_correction
+from lmu_dist.scaling.laws import Chinchilla, Floats, ScalingLaw
 from lmu_dist.scaling.misfit import Misfit, find_misfit
 from lmu_dist.scaling.objective import huber, log_residuals
+from lmu_dist.scaling.precision import find_precision, why_imprecise
 from lmu_dist.scaling.table import Rows
 from lmu_dist.scaling.table_checks import check_rows
 
@@ -34,7 +28,7 @@ TIE = 6.0  # laws whose criterion is higher than the lowest by less are tied; as
 HELD_OUT_FACTORS = (1.5, 2.5, 4.0)  # runs above the largest N (or C = 6ND) divided by these are held out
 HELD_OUT_SHARE = (0.02, 0.4)  # of the runs, at least and at most
 ROUNDING_SCALE = 1e-14  # squared residuals below it are rounding errors
-HELD_OUT_TOLERANCE, HELD_OUT_STEPS = 1e-2, 200  # of the refits, which start at the law of all runs
+HELD_OUT_TOLERANCE, HELD_OUT_STEPS = 1e-2, 60  # of the fits without held-out runs, whose predictions need not be exact
 HELD_OUT_TIE = 1.3  # laws that all misfit are tied if their held-out errors are within this ratio
 
 
@@ -62,6 +56,7 @@ class Candidate:
     held_out: tuple[HeldOut, ...] = ()
     supported: bool = False
     weight: float = 0.0  # in forecasts; sums to 1 over the supported laws
+    imprecise: tuple[str, ...] = ()  # of a supported law that fits: the parameters that are known too imprecisely, as sentences
 
     @property
     def name(self) -> str:
@@ -77,6 +72,16 @@ class Candidate:
     def fits(self) -> bool:
         """Whether the optimum is certified and the form is that of the table."""
         return self.diagnostics.passed and self.misfit is not None and not self.misfit.reasons
+
+    @property
+    def determined(self) -> bool:
+        """Whether the law fits and, if it is supported, its parameters are known precisely enough to be shown."""
+        return self.fits and not self.imprecise
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the law is not determined: failed checks, a misfit, and parameters that are known too imprecisely."""
+        return (*self.diagnostics.reasons, *(self.misfit.reasons if self.misfit else ()), *self.imprecise)
 
     @property
     def held_out_error(self) -> float | None:
@@ -102,14 +107,24 @@ class LawComparison:
         return any(c.fits for c in self.supported)
 
     @property
+    def determined(self) -> bool:
+        """Whether the parameters of the chosen law may be shown; otherwise it only predicts, or there is none."""
+        return self.chosen is not None and self.chosen.determined
+
+    @property
     def supported(self) -> list[Candidate]:
         """The laws that the table cannot tell apart, the simplest first."""
         return [c for c in self.candidates if c.supported] if self.chosen is not None else []
 
 
+def repeats_data(rows: Rows) -> bool:
+    """Returns whether a run of a table is known to train on more tokens than its data have."""
+    return rows.unique_tokens is not None and bool(np.any(rows.tokens > REPEATED * rows.unique_tokens))
+
+
 def forms_for(rows: Rows) -> list[type[ScalingLaw]]:
     """Returns the laws that can be fitted to a table: those of repeated data only if it has unique tokens, and only those."""
-    repeats = rows.unique_tokens is not None and bool(np.any(rows.tokens > REPEATED * rows.unique_tokens))
+    repeats = repeats_data(rows)
     return [form for form in FORMS.values() if repeats == form.NEEDS_UNIQUE or (repeats and form is Chinchilla)]
 
 
@@ -120,14 +135,21 @@ def compare_laws(
     names: Sequence[str] | None = None,
     holdouts: bool = True,
     constraints: Constraints = NONE,
+    n_resamples: int = N_RESAMPLES,
 ) -> LawComparison:
-    """Fits every law and says which ones the table supports. `labels`, `names` and `constraints`: see `fit_and_validate`."""
+    """Fits every law and says which ones the table supports. `labels`, `names` and `constraints`: see `fit_and_validate`.
+
+    `n_resamples` is the most resamples from which it is found whether the parameters of a supported law are determined.
+    """
     checks = check_rows(rows, names or [str(i + 1) for i in range(len(rows))], labels)
     candidates = [_candidate(form, rows, checks.labels, constraints) for form in forms or forms_for(rows)]
     candidates = _with_criteria(candidates, rows)
     if holdouts:
         candidates = _with_held_out(candidates, rows)
-    candidates = sorted(_with_support(candidates), key=lambda c: (not c.supported, c.n_free))
+    candidates = [
+        replace(c, imprecise=why_imprecise(c.fit, rows, checks.labels, n_resamples)) if c.fit and c.supported and c.fits else c
+        for c in sorted(_with_support(candidates), key=lambda c: (not c.supported, c.n_free))
+    ]
     chosen = candidates[0] if candidates and candidates[0].supported and not checks.reasons else None
     reasons = list(checks.reasons)
     if not reasons and chosen is None:
@@ -146,23 +168,38 @@ def _candidate(form: type[ScalingLaw], rows: Rows, labels: Sequence[str], constr
 
 
 def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidate]:
-    """Adds the criterion: twice the objective in units of E[psi^2]/E[psi'] of the best law's residuals, plus two per parameter.
+    """Adds the criterion: twice the Huber sum in units of E[psi^2]/E[psi'] of one law's residuals, plus two per parameter.
 
     Parameters are those that were fitted. For normal residuals and least squares it is Akaike's criterion with a known variance
     (Ronchetti 1985 has the robust one).
     """
-    sums = {c.name: float(huber(log_residuals(c.fit.law, rows)).sum()) for c in candidates if c.fit is not None}
-    sums = {name: value for name, value in sums.items() if np.isfinite(value)}
-    if not sums:
+    residuals = {c.name: _huber_residuals(c, rows) for c in candidates if c.fit is not None}
+    sums = {name: float(huber(found).sum()) for name, found in residuals.items()}
+    known = [c for c in candidates if np.isfinite(sums.get(c.name, np.inf))]
+    if not known:
         return list(candidates)
-    best = next(c for c in candidates if c.name == min(sums, key=sums.__getitem__))
-    assert best.fit is not None
-    dof = max(len(rows) - best.fit.n_free, 1)
-    scale = residual_scale(best.fit.law, rows) * len(rows) / dof + ROUNDING_SCALE
-    criteria = {c.name: 2 * sums[c.name] / scale + 2 * c.n_free for c in candidates if c.name in sums}
-    eligible = [criteria[c.name] for c in candidates if c.name in criteria and c.diagnostics.passed]
-    lowest = min(eligible or criteria.values())
+    # The scale is that of the simplest law that fits. Noise beyond DELTA makes a fit one of least absolute deviations, which
+    # meets about as many runs exactly as it has parameters: of few runs the residuals of a law with many parameters then say
+    # too little of the noise, by a factor of two to five, and a law that fits would exclude the true one by chance.
+    of_scale = min(known, key=lambda c: (not c.fits, not c.diagnostics.passed, c.n_free if c.fits else 0, sums[c.name]))
+    dof = max(len(rows) - of_scale.n_free, 1)
+    scale = huber_scale(residuals[of_scale.name]) * len(rows) / dof + ROUNDING_SCALE
+    criteria = {c.name: 2 * sums[c.name] / scale + 2 * c.n_free for c in known}
+    lowest = min([criteria[c.name] for c in known if c.diagnostics.passed] or criteria.values())
     return [replace(c, criterion=criteria[c.name] - lowest) if c.name in criteria else c for c in candidates]
+
+
+def _huber_residuals(candidate: Candidate, rows: Rows) -> Floats:
+    """Returns the residuals of ln L where a law's own Huber sum is lowest, also of a law that is fitted by least squares.
+
+    At the optimum of another objective the sum would be higher, so that a single outlier could exclude the law.
+    """
+    assert candidate.fit is not None
+    law = candidate.fit.law
+    with np.errstate(all="ignore"):  # a law at its bounds may have infinite losses
+        if law.LEAST_SQUARES:
+            law = refit(law, rows, constraints=candidate.constraints, always_huber=True).law
+        return log_residuals(law, rows)
 
 
 def _with_support(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -199,22 +236,27 @@ def held_out_masks(rows: Rows) -> list[tuple[str, float, NDArray[np.bool_]]]:
 
 
 def _with_held_out(candidates: Sequence[Candidate], rows: Rows) -> list[Candidate]:
-    found: dict[str, list[HeldOut]] = {c.name: [] for c in candidates}
-    for what, above, held in held_out_masks(rows):
-        kept, rest = rows.where(~held), rows.where(held)
-        for candidate in candidates:
-            if candidate.fit is None or check_table(candidate.form, kept, candidate.constraints):
-                continue
-            start = candidate.fit.law
-            with np.errstate(all="ignore"):
-                errors = np.expm1(
-                    log_residuals(refit(start, kept, None, HELD_OUT_TOLERANCE, candidate.constraints, HELD_OUT_STEPS).law, rest)
-                )
-            errors = np.where(np.isfinite(errors), errors, 1.0)
-            found[candidate.name].append(
-                HeldOut(what, above, len(rest), float(np.median(np.abs(errors))), float(errors.mean()))
-            )
-    return [replace(c, held_out=tuple(found[c.name])) for c in candidates]
+    """Adds the errors on held-out runs of every law, fitted to the others from their own starts.
+
+    A descent from the law of all runs would end in a valley that the held-out runs have chosen.
+    """
+    masks = held_out_masks(rows)
+    found = list[Candidate]()
+    for c in candidates:
+        possible = [m for m in masks if c.fit is not None and not check_table(c.form, rows.where(~m[2]), c.constraints)]
+        kept = [~held for _, _, held in possible]
+        laws = fit_parts(c.form, rows, kept, c.constraints, HELD_OUT_TOLERANCE, HELD_OUT_STEPS) if kept else []
+        found.append(
+            replace(c, held_out=tuple(_held_out(law, rows, *holdout) for law, holdout in zip(laws, possible, strict=True)))
+        )
+    return found
+
+
+def _held_out(law: ScalingLaw, rows: Rows, what: str, above: float, held: NDArray[np.bool_]) -> HeldOut:
+    with np.errstate(all="ignore"):
+        errors = np.expm1(log_residuals(law, rows.where(held)))
+    errors = np.where(np.isfinite(errors), errors, 1.0)
+    return HeldOut(what, above, len(errors), float(np.median(np.abs(errors))), float(errors.mean()))
 
 
 def law_intervals(comparison: LawComparison, n_resamples: int = N_RESAMPLES) -> dict[str, dict[str, Interval]]:
@@ -223,14 +265,11 @@ def law_intervals(comparison: LawComparison, n_resamples: int = N_RESAMPLES) -> 
     Laws that do not fit have none, nor have those with too few runs, with parameters that no run determines by itself
     (farseer), or with an interval that is too wide to mean anything.
     """
-    found, rows, labels = dict[str, dict[str, Interval]](), comparison.rows, comparison.labels
-    n_units = len(set(resampled_units(rows, labels)))
+    found = dict[str, dict[str, Interval]]()
     for candidate in comparison.supported if comparison.fits else []:
-        fit, held = candidate.fit, candidate.constraints.names() | {candidate.form.KINK}
-        if fit is None or candidate.form.FLEXIBLE or n_units < 2 * fit.n_free:
+        if candidate.fit is None or candidate.form.FLEXIBLE or candidate.imprecise:
             continue
-        laws, correction = resample(fit, rows, labels, n_resamples), small_sample_correction(fit, rows, labels)
-        intervals = {k: v for k, v in parameter_intervals(fit.law, laws, correction).items() if k not in held}
-        if not check_intervals(intervals, candidate.form, held):
-            found[candidate.name] = intervals
+        precision = find_precision(candidate.fit, comparison.rows, comparison.labels, n_resamples)
+        if precision.laws and not precision.reasons:
+            found[candidate.name] = precision.intervals
     return found

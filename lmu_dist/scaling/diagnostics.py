@@ -104,14 +104,19 @@ def _check_optimum(fitted: Fit, agreeing: int, rounding: float) -> list[str]:
     return reasons
 
 
-def check_intervals(intervals: dict[str, tuple[float, float]], form: type[ScalingLaw], held: Collection[str] = ()) -> list[str]:
+def check_intervals(
+    intervals: dict[str, tuple[float, float]],
+    form: type[ScalingLaw],
+    held: Collection[str] = (),
+    max_ratio: float = MAX_INTERVAL_RATIO,
+) -> list[str]:
     """Returns a reason for every exponent, and E, whose interval is too wide. Prefactors follow these and are not checked."""
     return [
         f"{name} is known too imprecisely: its 90 % interval is {low:.2g} to {high:.2g}"
         for name, (low, high) in intervals.items()
         if name in (*form.EXPONENTS, "E")
         and name not in held
-        and max(abs(low), abs(high)) > MAX_INTERVAL_RATIO * min(abs(low), abs(high))
+        and max(abs(low), abs(high)) > max_ratio * min(abs(low), abs(high))
     ]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lmu_dist.scaling.constraints import NONE, Constraints
 from lmu_dist.scaling.laws import Floats, ScalingLaw, parameter_names, unitless_names
@@ -115,14 +116,43 @@ def refit(
     tolerance: float = 1e-8,
     constraints: Constraints = NONE,
     max_steps: int = 3000,
+    always_huber: bool = False,
 ) -> Fit:
-    """Minimises the (weighted) objective from one start, until the gradient in units of DELTA^2 is below `tolerance`."""
-    objective, basis = Objective(type(start), rows), constraints.basis(type(start))
+    """Minimises the (weighted) objective from one start, until the gradient in units of DELTA^2 is below `tolerance`.
+
+    With `always_huber` Huber losses of ln L are minimised, also for a law with LEAST_SQUARES.
+    """
+    objective, basis = Objective(type(start), rows, always_huber), constraints.basis(type(start))
     many = None if weights is None else np.asarray(weights)[None]
     with np.errstate(all="ignore"):
         vectors = objective.vector(constraints.apply(start))[None]
         found = minimise(objective, vectors, many, basis, tolerance, far=0, max_steps=max_steps)
     return _judged(objective, rows, found.vectors[0], float(found.values[0]), weights, constraints)
+
+
+def fit_parts(
+    form: type[ScalingLaw],
+    rows: Rows,
+    parts: Sequence[NDArray[np.bool_]],
+    constraints: Constraints,
+    tolerance: float,
+    max_steps: int,
+) -> list[ScalingLaw]:
+    """Returns the laws fitted to parts of a table, given as masks, each from the starts of its own rows.
+
+    The fits take their steps together, so that a few parts take little longer than one. Nothing is checked.
+    """
+    if form.KINK and form.KINK not in constraints.names():
+        return [fit(form, rows.where(part), constraints).law for part in parts]
+    objective, basis = Objective(form, rows), constraints.basis(form)
+    starts = [[constraints.apply(start) for start in start_laws(form, rows.where(part))] for part in parts]
+    part_of = np.repeat(np.arange(len(parts)), [len(laws) for laws in starts])
+    with np.errstate(all="ignore"):
+        vectors = np.array([objective.vector(law) for laws in starts for law in laws])
+        weights = np.array(parts, np.float64)[part_of]
+        found = minimise(objective, vectors, weights, basis, tolerance, max_steps=max_steps)
+        best = [int(np.argmin(np.where(part_of == i, found.values, np.inf))) for i in range(len(parts))]
+        return [objective.law(found.vectors[i]) for i in best]
 
 
 def refit_simulated(start: ScalingLaw, rows: Rows, losses: Floats, max_steps: int = 3000) -> list[ScalingLaw]:

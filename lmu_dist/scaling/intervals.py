@@ -185,12 +185,19 @@ def _profile_end(distance: Callable[[float], float], best: float, direction: int
 
 
 def residual_scale(law: ScalingLaw, rows: Rows) -> float:
-    """Returns E[psi^2] / E[psi'] of the residuals; psi' by a finite difference as wide as their spread, since Huber's jumps."""
+    """Returns E[psi^2] / E[psi'] of the residuals that the law's fit minimised; see `huber_scale`."""
     loss = losses(law, rows)
     if law.LEAST_SQUARES:
         return float(np.mean(((loss - rows.loss) / unit_of_loss(rows)) ** 2))
-    residual = np.log(loss / rows.loss)
-    spread = 1.4826 * float(np.median(np.abs(residual))) + 1e-300
-    step = max(spread * len(residual) ** -0.2, DELTA / 10)
-    slope = np.mean(np.clip(residual + step, -DELTA, DELTA) - np.clip(residual - step, -DELTA, DELTA)) / (2 * step)
-    return float(np.mean(np.clip(residual, -DELTA, DELTA) ** 2) / max(slope, 1e-300))
+    return huber_scale(np.log(loss / rows.loss))
+
+
+def huber_scale(residuals: Floats) -> float:
+    """Returns E[psi^2] / E[psi'] of residuals of ln L: the unit in which twice a difference of Huber sums is chi-squared.
+
+    psi' is taken by a finite difference as wide as the spread of the residuals, since Huber's jumps.
+    """
+    spread = 1.4826 * float(np.median(np.abs(residuals))) + 1e-300
+    step = max(spread * len(residuals) ** -0.2, DELTA / 10)
+    slope = np.mean(np.clip(residuals + step, -DELTA, DELTA) - np.clip(residuals - step, -DELTA, DELTA)) / (2 * step)
+    return float(np.mean(np.clip(residuals, -DELTA, DELTA) ** 2) / max(slope, 1e-300))

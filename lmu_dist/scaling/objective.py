@@ -37,10 +37,11 @@ class Objective:
 
     With plain units, exponents and prefactors would be almost perfectly correlated. Vectors are (parameters) or
     (laws, parameters); results have the same leading axis. Values and gradients are in units of DELTA^2, so of order one.
+    With `always_huber` a law with LEAST_SQUARES has Huber losses of ln L too, so that it can be compared with the others.
     """
 
-    def __init__(self, form: type[ScalingLaw], rows: Rows) -> None:
-        self.form = form
+    def __init__(self, form: type[ScalingLaw], rows: Rows, always_huber: bool = False) -> None:
+        self.form, self.least_squares = form, form.LEAST_SQUARES and not always_huber
         self.units = form.units(rows.n_params, rows.tokens)
         self.unit_of_loss = unit_of_loss(rows)
         self.n, self.d, self.loss = rows.n_params / self.units[0], rows.tokens / self.units[1], rows.loss
@@ -58,7 +59,7 @@ class Objective:
     def residuals(self, vector: Floats) -> Floats:
         """Returns the residual of every row: of ln L, or of L in units of its geometric mean."""
         loss = self.form.from_coordinates(vector).loss(self.n, self.d, self.unique)
-        return (loss - self.loss) / self.unit_of_loss if self.form.LEAST_SQUARES else np.log(loss / self.loss)
+        return (loss - self.loss) / self.unit_of_loss if self.least_squares else np.log(loss / self.loss)
 
     def residuals_and_jacobian(self, vector: Floats, measured: Floats | None = None) -> tuple[Floats, Floats]:
         """Returns the residuals (.., rows) and their Jacobian (.., rows, parameters).
@@ -69,20 +70,20 @@ class Objective:
         law = self.form.from_coordinates(vector)
         loss = law.loss(self.n, self.d, self.unique)
         jacobian = law.coordinate_gradient(self.n, self.d, self.unique)
-        if self.form.LEAST_SQUARES:
+        if self.least_squares:
             return (loss - measured) / self.unit_of_loss, jacobian / self.unit_of_loss
         return np.log(loss / measured), jacobian / loss[..., None]
 
     def row_values(self, residuals: Floats) -> Floats:
         """Returns the objective of every residual, not divided by DELTA^2."""
-        return 0.5 * residuals**2 if self.form.LEAST_SQUARES else huber(residuals)
+        return 0.5 * residuals**2 if self.least_squares else huber(residuals)
 
     def slopes(self, residuals: Floats) -> Floats:
         """Returns the derivative of `row_values`."""
-        if self.form.LEAST_SQUARES:
+        if self.least_squares:
             return residuals
         return np.minimum(np.maximum(residuals, -DELTA), DELTA)  # in two thirds of np.clip's time
 
     def curvatures(self, residuals: Floats) -> Floats:
         """Returns slope over residual: the weights of iteratively reweighted least squares, at most 1."""
-        return np.ones_like(residuals) if self.form.LEAST_SQUARES else DELTA / np.maximum(np.abs(residuals), DELTA)
+        return np.ones_like(residuals) if self.least_squares else DELTA / np.maximum(np.abs(residuals), DELTA)

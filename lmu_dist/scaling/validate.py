@@ -9,28 +9,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lmu_dist.scaling.constraints import NONE, Constraints
-from lmu_dist.scaling.diagnostics import FitDiagnostics, check_intervals, check_table, diagnose, fit_and_diagnose
+from lmu_dist.scaling.diagnostics import FitDiagnostics, check_table, diagnose, fit_and_diagnose
 from lmu_dist.scaling.fit import Fit, fit
-from lmu_dist.scaling.intervals import (
-    N_RESAMPLES,
-    Interval,
-    parameter_intervals,
-    profile_interval,
-    resample,
-    resampled_units,
-    small_sample_correction,
-)
+from lmu_dist.scaling.intervals import N_RESAMPLES, Interval, profile_interval
 from lmu_dist.scaling.laws import ScalingLaw, parameters, unitless_names
 from lmu_dist.scaling.minimise import minimise
 from lmu_dist.scaling.misfit import Misfit, find_misfit, outlier_warnings
 from lmu_dist.scaling.objective import Objective, log_residuals, losses
+from lmu_dist.scaling.precision import find_precision
 from lmu_dist.scaling.table import Rows, size_bins
 from lmu_dist.scaling.table_checks import check_rows
 
 MAX_LEAVE_ONE_OUT = 400  # most refits for finding influential runs
-FIRST_RESAMPLES = 100  # resamples after which a law with too wide intervals is given up
 MAX_RESTARTS = 5  # fits that start again from a law that a profile found
-MAX_WEIGHTS = 2_000_000  # runs times resamples; a long table needs fewer resamples
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,6 @@ def fit_and_validate(
     if reasons := check_table(form, rows, constraints):
         return FitResult(form, len(rows), None, None, FitDiagnostics((*reasons, *checks.reasons)), warnings=checks.warnings)
     fitted, diagnostics, profiles, constraints, notes = fit_and_profile(form, rows, constraints)
-    held = constraints.names() | {form.KINK}
     misfit = find_misfit(fitted, rows, checks.labels)
     diagnostics = replace(diagnostics, reasons=(*diagnostics.reasons, *misfit.reasons, *checks.reasons))
     result = FitResult(
@@ -108,33 +98,21 @@ def fit_and_validate(
     )
     if not diagnostics.passed:
         return result
-    n_groups = len(set(resampled_units(rows, checks.labels)))
-    correction = small_sample_correction(fitted, rows, checks.labels)
-    laws = list[ScalingLaw]()
-    if n_groups >= 2 * fitted.n_free:  # the law meets fewer exactly for any weights, and intervals would be too narrow
-        n_resamples = min(n_resamples, max(200, MAX_WEIGHTS // len(rows)))
-        laws = resample(fitted, rows, checks.labels, min(FIRST_RESAMPLES, n_resamples), seed)
-        if not check_intervals(parameter_intervals(fitted.law, laws, correction), form, held):
-            laws += resample(fitted, rows, checks.labels, n_resamples, seed, FIRST_RESAMPLES)
-    intervals = parameter_intervals(fitted.law, laws, correction) if laws else {}
-    intervals = {name: interval for name, interval in intervals.items() if name not in held}
-    needed = [] if form.FLEXIBLE else [name for name in parameters(fitted.law) if name not in held]
-    missing = [f"too few resamples determine {name}" for name in needed if laws and name not in intervals]
-    known = intervals if laws else {name: profiles.get(name) or (0.0, np.inf) for name in form.EXPONENTS if name not in held}
-    diagnostics = replace(diagnostics, reasons=tuple(missing + check_intervals(known, form, held)))
+    precision = find_precision(fitted, rows, checks.labels, n_resamples, seed, profiles)
+    diagnostics = replace(diagnostics, reasons=precision.reasons)
     return replace(
         result,
         law=fitted.law if diagnostics.passed else None,
         diagnostics=diagnostics,
-        intervals=intervals,
+        intervals=precision.intervals,
         # A profile keeps the kink where the fit has it, so it would be too narrow.
         profiles=profiles if diagnostics.passed and (not form.KINK or form.KINK in constraints.names()) else {},
         holdout=holdout(form, rows, constraints),
         influence=influence(fitted, rows) if diagnostics.passed else {},
-        n_resamples=len(laws),
-        laws=tuple(laws),
-        correction=correction,
-        n_groups=n_groups,
+        n_resamples=len(precision.laws),
+        laws=precision.laws,
+        correction=precision.correction,
+        n_groups=precision.n_groups,
     )
 
 

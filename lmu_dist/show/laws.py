@@ -34,7 +34,7 @@ def print_comparison(comparison: "LawComparison", intervals: Mapping[str, "Mappi
         )
     print_table(shown)
     for candidate in comparison.candidates:
-        for reason in (*candidate.diagnostics.reasons, *(candidate.misfit.reasons if candidate.misfit else ())):
+        for reason in candidate.reasons:
             print(f"{candidate.name:<12} {reason}")
     print("criterion    robust Akaike criterion above the lowest; laws within 6 of it cannot be told apart")
     if held := comparison.candidates[0].held_out if comparison.candidates else ():
@@ -43,7 +43,7 @@ def print_comparison(comparison: "LawComparison", intervals: Mapping[str, "Mappi
 
 
 def _print_supported(comparison: "LawComparison", intervals: Mapping[str, "Mapping[str, Interval]"]) -> None:
-    """Prints which laws the table supports, and their parameters; or why there is none."""
+    """Prints which laws the table supports, and the parameters of those that are determined; or why there is none."""
     if comparison.chosen is None:
         print("NOT DETERMINED")
         for reason in comparison.reasons:
@@ -56,8 +56,13 @@ def _print_supported(comparison: "LawComparison", intervals: Mapping[str, "Mappi
         print(f"supported    a tie of {', '.join(names)}: the table cannot tell them apart; the simplest is {names[0]}")
     else:
         print(f"supported    {names[0]}")
+    if comparison.fits and not comparison.determined:
+        print("NOT DETERMINED")
     for candidate in comparison.supported:
-        _print_parameters(candidate, intervals.get(candidate.name, {}))
+        if candidate.imprecise:
+            print(f"law          {candidate.name}: predicts; parameters not determined")
+        else:
+            _print_parameters(candidate, intervals.get(candidate.name, {}))
 
 
 def _print_parameters(candidate: "Candidate", intervals: "Mapping[str, Interval]") -> None:
@@ -80,7 +85,8 @@ def _status(candidate: "Candidate", comparison: "LawComparison") -> str:
     if candidate in comparison.supported:
         if not comparison.fits:
             return "misfit, predicts best"
-        return "supported" if len(comparison.supported) == 1 else f"tied, weight {candidate.weight:.2f}"
+        support = "supported" if len(comparison.supported) == 1 else f"tied, weight {candidate.weight:.2f}"
+        return f"{support}; predicts only" if candidate.imprecise else support
     if not candidate.diagnostics.passed:
         return "not determined"
     if candidate.misfit and candidate.misfit.reasons:

@@ -69,3 +69,16 @@ def test_fit_predicts_and_finds_the_optimum(tmp_path: Path, capfd: pytest.Captur
         assert message in " ".join(capfd.readouterr().err.split())
     assert main([*arguments, "--law", "chinchilla", "--fix", "A=3"]) == 2
     assert "--fix A: chinchilla has these parameters without units" in capfd.readouterr().err
+
+
+def test_a_chosen_law_whose_parameters_are_imprecise_is_not_determined(tmp_path: Path, capfd: pytest.CaptureFixture):
+    n, d = (v.ravel() for v in np.meshgrid(np.geomspace(1e7, 1e9, 4), np.geomspace(2e8, 2e10, 4)))
+    loss = HOFFMANN.loss(n, d) * np.exp(np.random.default_rng(5).normal(0, 0.03, 16))
+    path = tmp_path / "runs.csv"
+    path.write_text("N,D,loss\n" + "\n".join(f"{a:.0f},{b:.0f},{c:.6f}" for a, b, c in zip(n, d, loss, strict=True)))
+    arguments = ["fit", str(path), "--n", "N", "--d", "D", "--loss", "loss", "--resamples", "100", "--law", "all"]
+    assert main(arguments) == 3
+    printed = capfd.readouterr().out
+    assert "NOT DETERMINED" in printed
+    assert "predicts; parameters not determined" in printed
+    assert "E is known too imprecisely" in printed
