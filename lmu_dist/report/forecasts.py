@@ -14,7 +14,7 @@ from lmu_dist import __version__
 from lmu_dist.config import ConfigError
 from lmu_dist.report.forecast_cell import STARTED, ForecastCell, find_cell, is_budget, runs_of_cell
 from lmu_dist.scaling.collect import Study, collect
-from lmu_dist.scaling.family_laws import compare_family_laws, missing_runs
+from lmu_dist.scaling.family_laws import compare_family_laws, missing_runs, most_unique_tokens
 from lmu_dist.scaling.forecast import N_RESAMPLES, predict_from
 from lmu_dist.scaling.intervals import CONFIDENCE
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
@@ -119,8 +119,8 @@ def make_forecast(
     if reasons := missing_runs(runs):
         return NewForecast(cell, None, tuple(reasons), len(earlier))
     comparison = compare_family_laws(runs)
-    unique = None if comparison.rows.unique_tokens is None else float(comparison.rows.unique_tokens.max())
-    predicted = predict_from(comparison, float(cell.n_params), float(cell.trained_tokens), unique, n_resamples)
+    tokens_of_cell, unique = float(cell.trained_tokens), most_unique_tokens(runs)
+    predicted = predict_from(comparison, float(cell.n_params), tokens_of_cell, unique, n_resamples)
     if predicted.reasons:
         return NewForecast(cell, None, predicted.reasons, len(earlier))
     forecast = StoredForecast(

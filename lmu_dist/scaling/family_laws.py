@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmu_dist.records import REPEATED
 from lmu_dist.scaling.collect import Run, resampling_groups, rows_from_runs
-from lmu_dist.scaling.compare_laws import LawComparison, compare_laws
+from lmu_dist.scaling.compare_laws import LawComparison, compare_laws, repeats_data
 from lmu_dist.scaling.diagnostics import check_table
 from lmu_dist.scaling.laws import Chinchilla
 from lmu_dist.scaling.table import Rows
@@ -16,8 +15,14 @@ from lmu_dist.scaling.table import Rows
 def rows_with_unique_tokens(runs: Sequence[Run]) -> Rows:
     """Returns the runs as a table; with the unique tokens of each if all are known and some runs repeat their data."""
     rows, unique = rows_from_runs(runs), np.array([run.record.unique_tokens for run in runs], np.float64)
-    repeats = len(runs) > 0 and bool(np.all(unique > 0) and np.any(rows.tokens > REPEATED * unique))
-    return replace(rows, unique_tokens=unique) if repeats else rows
+    with_unique = replace(rows, unique_tokens=unique)
+    return with_unique if most_unique_tokens(runs) is not None and repeats_data(with_unique) else rows
+
+
+def most_unique_tokens(runs: Sequence[Run]) -> float | None:
+    """Returns the unique tokens of the runs' data, the most of any run; None if a record, of an older version, has none."""
+    unique = [run.record.unique_tokens for run in runs]
+    return float(max(unique)) if unique and all(unique) else None
 
 
 def compare_family_laws(runs: Sequence[Run]) -> LawComparison:

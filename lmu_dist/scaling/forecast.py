@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lmu_dist.scaling.compare_laws import Candidate, LawComparison, compare_laws
+from lmu_dist.records import REPEATED
+from lmu_dist.scaling.compare_laws import Candidate, LawComparison, compare_laws, repeats_data
 from lmu_dist.scaling.intervals import CONFIDENCE, MIN_SHARE, resample
 from lmu_dist.scaling.laws import Floats, ScalingLaw
 from lmu_dist.scaling.objective import log_residuals
@@ -70,7 +71,11 @@ def predict_from(
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> Forecast:
-    """Predicts the loss at points (N, D) by the laws that a comparison supports."""
+    """Predicts the loss at points (N, D) by the laws that a comparison supports.
+
+    `unique_tokens` are those of each point's data. Only runs that repeat their data say what repeated tokens are worth; without
+    any, a warning names the points where they are taken for new ones.
+    """
     n, d = np.broadcast_arrays(np.atleast_1d(np.asarray(n_params, np.float64)), np.asarray(tokens, np.float64))
     if comparison.chosen is None:
         nothing = np.full(n.shape, np.nan)
@@ -107,7 +112,11 @@ def predict_from(
         law=comparison.chosen.name,
         laws=tuple(c.name for c in comparison.supported),
         weights=tuple(c.weight for c in comparison.supported),
-        warnings=(*misfit_warning(comparison), *far_points(comparison.rows, n, d)),
+        warnings=(
+            *misfit_warning(comparison),
+            *_repeated_points(comparison.rows, d, unique),
+            *far_points(comparison.rows, n, d),
+        ),
     )
 
 
@@ -162,6 +171,17 @@ def _weighted_quantile(samples: Floats, weights: Floats, quantile: float) -> Flo
     cumulative = np.cumsum(weights[order], axis=0)
     index = np.minimum((cumulative < quantile).sum(axis=0), len(samples) - 1)
     return np.take_along_axis(ordered, index[None], axis=0)[0]
+
+
+def _repeated_points(rows: Rows, d: Floats, unique: Floats | None) -> tuple[str, ...]:
+    if unique is None or repeats_data(rows) or not np.any(repeated := d > REPEATED * unique):
+        return ()
+    most, count = float(np.max(d / unique)), int(repeated.sum())
+    times = f"{most:,.0f} times" if most >= 100 else f"{most:.3g} times"
+    who = f"{count} of {d.size} points read their data more than once, up to {times}"
+    if d.size == 1:
+        who = f"the training reads its data {times}"
+    return (f"{who}; no run of the table does, so repeated tokens are counted as new, and the loss will be higher",)
 
 
 def far_points(rows: Rows, n: Floats, d: Floats) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from simulate import law_of, make_record, simulate_study, write_runs_to_mlflow
 
 from lmu_dist.cli import main
 from lmu_dist.report.forecast_cell import find_cell
-from lmu_dist.report.forecasts import NOT_SCORED, SCORED, WAITING, ForecastScore, score_forecasts
+from lmu_dist.report.forecasts import NOT_SCORED, SCORED, WAITING, ForecastScore, make_forecast, score_forecasts
 from lmu_dist.report.write import ReportFiles
 from lmu_dist.scaling.collect import LeftOutRun, Run, Study, collect
 from lmu_dist.scaling.compare_laws import forms_for
@@ -192,3 +192,12 @@ def test_unique_tokens_count_only_where_runs_repeat_their_data():
     unknown = [replace(runs[0], record=replace(runs[0].record, unique_tokens=0)), *runs[1:]]
     for others in (once, unknown):
         assert rows_with_unique_tokens(others).unique_tokens is None
+
+
+def test_a_forecast_beyond_the_text_says_that_repeated_tokens_are_counted_as_new(tmp_path: Path):
+    store = Store(default_uri(tmp_path))
+    grid = simulate_study(("lmu",), (10_000, 100_000, 1_000_000), (10**6, 5 * 10**6, 2 * 10**7, 10**8), noise=0.002)
+    write_runs_to_mlflow(store.client, "e", [replace(record, unique_tokens=10**8) for record in grid])
+    found = make_forecast(store, "e", "lmu", 1_000_000, 9 * 10**8, n_resamples=100)
+    assert found.stored is not None
+    assert [w for w in found.stored.warnings if w.startswith("the training reads its data 9 times; no run of the table does")]

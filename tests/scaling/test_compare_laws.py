@@ -103,6 +103,18 @@ def test_a_supported_law_whose_parameters_are_imprecise_predicts_and_shows_none(
     assert forecast.low[0] < HOFFMANN.loss(1e9, 2e10) < forecast.high[0]
 
 
+def test_repeated_tokens_that_are_counted_as_new_are_named():
+    rows = replace(table(HOFFMANN, 6, 6, 0.002, 0), unique_tokens=np.full(36, 2e10))
+    comparison = compare_laws(rows, [Chinchilla], holdouts=False)
+    as_new = "no run of the table does, so repeated tokens are counted as new, and the loss will be higher"
+    nine = predict_from(comparison, 1e9, 1.8e11, 2e10, n_resamples=100)
+    assert nine.warnings == (f"the training reads its data 9 times; {as_new}",)
+    two = predict_from(comparison, 1e9, [1.8e11, 1.8e11], [2e10, 1e12], n_resamples=100)
+    assert two.warnings == (f"1 of 2 points read their data more than once, up to 9 times; {as_new}",)
+    assert not predict_from(comparison, 1e9, 1.8e11, 1e12, n_resamples=100).warnings
+    assert not predict_from(comparison, 1e9, 1.8e11, n_resamples=100).warnings
+
+
 def test_starts_have_the_best_prefactors_that_are_not_negative():
     rng = np.random.default_rng(0)
     columns = rng.normal(0.5, 1, (50, 12, 3))
