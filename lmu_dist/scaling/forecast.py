@@ -160,8 +160,7 @@ def draw_predictions(
     residuals = log_residuals(candidate.fit.law, rows)
     inflation = np.sqrt(len(rows) / max(len(rows) - candidate.fit.n_free, 1))
     rng = np.random.default_rng(seed + 1)
-    # All points get the residuals of the same runs, so that a point that is given twice has one prediction.
-    return drawn + inflation * rng.choice(residuals, (len(drawn), 1))
+    return drawn + inflation * rng.choice(residuals, drawn.shape)
 
 
 def _weighted_quantile(samples: Floats, weights: Floats, quantile: float) -> Floats:

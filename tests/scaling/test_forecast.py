@@ -120,14 +120,6 @@ def test_compute_optimal_sizes_hold_the_truth_and_biases_are_taken_off():
     assert [o.warnings for o in optima.values()] == [()] * 3
 
 
-def test_a_point_that_is_given_twice_has_one_prediction():
-    comparison = compare_laws(grid(HOFFMANN), [Chinchilla], holdouts=False)
-    points = predict_from(comparison, [1e9, 3e9, 1e9], [1e11, 1e11, 1e11], n_resamples=200)
-    alone = predict_from(comparison, 1e9, 1e11, n_resamples=200)
-    for found, of_one in ((points.loss, alone.loss), (points.low, alone.low), (points.high, alone.high)):
-        assert found[0] == found[2] == of_one[0] != found[1]
-
-
 def test_an_optimum_far_beyond_the_table_has_warnings_and_comes_from_the_law_only():
     rows = grid(HOFFMANN)
     largest = float(6 * (rows.n_params * rows.tokens).max())
