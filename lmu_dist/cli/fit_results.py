@@ -116,7 +116,9 @@ def fit_one(table: RunTable, request: Request) -> Outcome:
     result = fit_and_validate(form, table.rows, n_resamples=request.resamples, names=names, constraints=constraints)
     if not (request.predict or request.at or request.optimum or request.plot):
         return Outcome(table, result, None, None, (), (), None)
-    comparison = compare_laws(table.rows, [form], names=names, holdouts=False, constraints=constraints)
+    comparison = compare_laws(
+        table.rows, [form], names=names, holdouts=False, constraints=constraints, n_resamples=request.resamples
+    )
     return _with_forecasts(table, request, questions, result, comparison)
 
 

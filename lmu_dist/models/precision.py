@@ -28,6 +28,13 @@ def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return dtype
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is an NVIDIA GPU of compute capability 9 (H100, H200), for which Triton compiles some kernels wrongly."""
+    on_nvidia = device.type == "cuda" and torch.version.hip is None
+    return on_nvidia and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def recurrence_dtype(dtype: torch.dtype) -> torch.dtype:
     """Precision of a recurrence under activations of `dtype`: float64 for float64, else float32, since rounding accumulates."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -47,7 +47,9 @@ def law_sentence(comparison: LawComparison) -> str:
     if not comparison.fits:
         return f"No law that was fitted fits these runs. The least wrong one is {_listed(names)}."
     imprecise = [candidate.name for candidate in comparison.supported if candidate.imprecise]
-    only = f" Of {_listed(imprecise)} the predictions hold, but the parameters are not determined." if imprecise else ""
+    only, they = "", "it" if len(imprecise) == 1 else "them"
+    if imprecise:
+        only = f" The parameters of {_listed(imprecise)} are not determined; forecasts use {they} all the same."
     if len(names) == 1:
         return f"The runs support one law: {names[0]}.{only}"
     return f"The runs cannot tell {len(names)} laws apart: {_listed(names)}. A forecast averages them.{only}"

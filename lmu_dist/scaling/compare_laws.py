@@ -180,7 +180,7 @@ def _with_criteria(candidates: Sequence[Candidate], rows: Rows) -> list[Candidat
         return list(candidates)
     # The scale is that of the simplest law that fits. Noise beyond DELTA makes a fit one of least absolute deviations, which
     # meets about as many runs exactly as it has parameters: of few runs the residuals of a law with many parameters then say
-    # too little of the noise, by a factor of two to five, and a law that fits would exclude the true one by chance.
+    # too little of the noise, by a factor of up to three (LOG.md), and a law that fits would exclude the true one by chance.
     of_scale = min(known, key=lambda c: (not c.fits, not c.diagnostics.passed, c.n_free if c.fits else 0, sums[c.name]))
     dof = max(len(rows) - of_scale.n_free, 1)
     scale = huber_scale(residuals[of_scale.name]) * len(rows) / dof + ROUNDING_SCALE

@@ -110,7 +110,10 @@ def check_intervals(
     held: Collection[str] = (),
     max_ratio: float = MAX_INTERVAL_RATIO,
 ) -> list[str]:
-    """Returns a reason for every exponent, and E, whose interval is too wide. Prefactors follow these and are not checked."""
+    """Returns a reason for every exponent, and E, whose interval is too wide: its ends have a ratio above `max_ratio`.
+
+    Prefactors follow these and are not checked.
+    """
     return [
         f"{name} is known too imprecisely: its 90 % interval is {low:.2g} to {high:.2g}"
         for name, (low, high) in intervals.items()

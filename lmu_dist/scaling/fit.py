@@ -138,9 +138,10 @@ def fit_parts(
     tolerance: float,
     max_steps: int,
 ) -> list[ScalingLaw]:
-    """Returns the laws fitted to parts of a table, given as masks, each from the starts of its own rows.
+    """Returns the laws fitted to parts of a table, given as masks (rows), each from the starts of its own rows.
 
-    The fits take their steps together, so that a few parts take little longer than one. Nothing is checked.
+    They end where gradients are below `tolerance` (as in `refit`), or after `max_steps`. The fits take their steps together, so
+    that a few parts take little longer than one. Nothing is checked.
     """
     if form.KINK and form.KINK not in constraints.names():
         return [fit(form, rows.where(part), constraints).law for part in parts]

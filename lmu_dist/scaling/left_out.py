@@ -30,7 +30,7 @@ SUMMARIES = {
     "50%",
     "75%",
 }
-RUN_COLUMNS = {"run", "run_name", "name", "id", "run_id", "model", "label"}  # that may have the word, beside the first column
+RUN_COLUMNS = {"run", "run_name", "name", "id", "run_id", "model", "label"}  # may have such a word, besides the first column
 
 
 class RowsLeftOut:
@@ -74,8 +74,7 @@ def _names_runs(name: str) -> bool:
 def _summary_rows(columns: Sequence[Sequence[Any]], n_rows: int) -> list[int]:
     """Returns the rows at the end of which each has a word such as total in one of the columns.
 
-    "max" may also be a setting of runs. So words that occur further above are none of a summary, and neither is a word of
-    several rows.
+    "max" may also be a setting of runs. So no row is one if its word occurs further above, or in several of these rows.
     """
     rows, words = list[int](), set[str]()
     for i in reversed(range(n_rows)):

@@ -16,7 +16,13 @@ from lmu_dist.scaling.numbers import MARKS, Cell, Mark, MarkEvidence, is_state, 
 
 MAX_SCALED = 1e6  # a number that is written in the unit of its column is smaller; a larger one may be written in full
 MOST = {"--n": 1e12, "--d": 1e14}  # more parameters or tokens than a run has
-USUAL_RATIO = 100.0  # tokens per parameter; of two readings of a column the one that is nearer to it is right
+USUAL_RATIO = 100.0  # tokens per parameter; of two readings of a column the one that is nearer to it is taken, which is a guess
+# Why a column's numbers are taken as written, although its name has a unit.
+PLAUSIBLE = {
+    "--n": "D/N is more plausible so",
+    "--d": "D/N is more plausible so",
+    "--unique": "they are nearer to the tokens so",
+}
 RENAME = "if that is wrong, rename the column"
 
 
@@ -62,7 +68,7 @@ def number_columns(
         if scales[option] > 1:
             note = f"in units of {scales[option]:,.0f}, as {where} says" + ("" if below[option] else f"; {RENAME}")
         elif written[option] > 1:
-            why = "numbers have suffixes" if option in suffixed else "D/N is more plausible so"
+            why = "numbers have suffixes" if option in suffixed else PLAUSIBLE.get(option, "they are large")
             note = f"as written, not in units of {written[option]:,.0f} as {where} says, because {why}; {RENAME}"
         found[option] = _number_column(names[option], option, column, marks[option], scales[option], has_units, note)
     return found

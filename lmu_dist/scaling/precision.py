@@ -75,7 +75,7 @@ def find_precision(
 
 
 def why_imprecise(fit: Fit, rows: Rows, labels: Sequence[str], n_resamples: int = N_RESAMPLES) -> tuple[str, ...]:
-    """Returns the `reasons` of `find_precision`, from a tenth of the resamples where these decide; none for a flexible law."""
+    """Returns the `reasons` of `find_precision`, from FIRST_RESAMPLES resamples where these decide; none for a flexible law."""
     if fit.law.FLEXIBLE:
         return ()
     first = find_precision(fit, rows, labels, min(n_resamples, FIRST_RESAMPLES))

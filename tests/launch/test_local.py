@@ -161,7 +161,7 @@ def test_a_node_that_did_not_start_is_started_once_more(tmp_path: Path, monkeypa
 
     def ray_command(settings: LocalClusterSettings, name: str, scratch: Path) -> list[str]:
         first, second = (tmp_path / f"{name}.{start}" for start in ("first", "second"))
-        return ["sh", "-c", f"if test -e {first}; then touch {second}; sleep 60; else touch {first}; exit 1; fi"]
+        return ["sh", "-c", f"if test -e {first}; then touch {second}; sleep 600; else touch {first}; exit 1; fi"]
 
     monkeypatch.setattr(local_commands, "mlflow_command", lambda *_: SLEEP)
     monkeypatch.setattr(local_commands, "ray_command", ray_command)

@@ -1,6 +1,7 @@
 """Gated DeltaNet against the paper's equations, Qwen3-Next of transformers and fla's reference, in float64."""
 
 import math
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ from float64 import check_gradients, check_rounding, in_float64
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmu_dist.models import precision
 from lmu_dist.models.kernels import compiled
 from lmu_dist.models.kernels import gated_delta_rule as kernel
 from lmu_dist.models.mixers import gated_delta_rule, gpu_kernels
@@ -309,11 +311,13 @@ def test_fla_is_not_used_where_triton_compiles_it_wrongly(capability, triton, ta
     """On Hopper fla-core raises below Triton 3.7.1, in the backward pass only: after the record has named its kernels."""
     monkeypatch.setattr(gpu_kernels, "_fla", lambda _: print)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    monkeypatch.setattr(gpu_kernels.importlib.metadata, "version", lambda _: triton)
-    gpu_kernels._compiles_on.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
+    for cached in (precision.is_hopper, gpu_kernels._compiles_on):
+        cached.cache_clear()
     for _ in range(2):
         assert gpu_kernels.is_supported("gated_delta_rule", torch.bfloat16, torch.device("cuda", 0), KEYS) == taken
-    gpu_kernels._compiles_on.cache_clear()
+    for cached in (precision.is_hopper, gpu_kernels._compiles_on):
+        cached.cache_clear()
     said = [message for message in caplog.messages if "fla-core refuses Triton 3.6.0 on this GPU" in message]
     assert len(said) == (not taken)
 

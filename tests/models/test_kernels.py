@@ -352,7 +352,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lmu_dist.models.kernels import triton_kernels
 
-triton_kernels._is_hopper = lambda _: True
+triton_kernels.is_hopper = lambda _: True
 for name, dtype, rows, width in json.loads(sys.argv[1]):
     config = triton_kernels.launch_config(rows, width, getattr(torch, dtype), torch.device("cuda"))
     kernel = getattr(triton_kernels, name)

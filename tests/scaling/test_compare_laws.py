@@ -1,4 +1,4 @@
-"""The comparison of laws: noise excludes no true law, held-out runs stay unseen, and imprecise laws only predict."""
+"""The comparison of laws: noise seldom excludes the true law, held-out runs stay unseen, and imprecise laws only predict."""
 
 from dataclasses import replace
 
@@ -98,7 +98,7 @@ def test_a_supported_law_whose_parameters_are_imprecise_predicts_and_shows_none(
     (row,) = law_rows(comparison)
     assert not row.supported
     assert row.verdict.startswith("supported; predicts, but its parameters are not determined: ")
-    assert "the predictions hold, but the parameters are not determined" in law_sentence(comparison)
+    assert "The parameters of chinchilla are not determined; forecasts use it" in law_sentence(comparison)
     forecast = predict_from(comparison, 1e9, 2e10, n_resamples=200)
     assert forecast.low[0] < HOFFMANN.loss(1e9, 2e10) < forecast.high[0]
 

@@ -7,7 +7,7 @@ and columns count as 0. No function synchronizes with the device. Legend as in i
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,10 +15,11 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from lmu_dist.models.precision import is_hopper
+
 DTYPES = (torch.float32, torch.bfloat16)
 MIN_CAPABILITY = (8, 0)  # the first NVIDIA devices with products of bfloat16 and of TF32
 MAX_ROWS = 128  # above that, R x R weights do not fit in registers
-HOPPER = 9  # major compute capability of H100 and H200
 MAX_COLUMNS = 32  # of a block: the backward kernel spills registers above that
 
 
@@ -139,7 +140,7 @@ def launch_config(rows: int, width: int, dtype: torch.dtype, device: torch.devic
     (github.com/fla-org/flash-linear-attention, issue 640).
     """
     padded, columns = max(16, triton.next_power_of_2(rows)), min(MAX_COLUMNS, max(16, triton.next_power_of_2(width)))
-    tf32 = dtype == torch.bfloat16 and torch.version.hip is None and not (padded >= 64 and _is_hopper(device))
+    tf32 = dtype == torch.bfloat16 and torch.version.hip is None and not (padded >= 64 and is_hopper(device))
     return {
         "R": rows,
         "D": width,
@@ -148,11 +149,6 @@ def launch_config(rows: int, width: int, dtype: torch.dtype, device: torch.devic
         "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": min(8, padded * columns // 256),
     }
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == HOPPER
 
 
 def is_supported(dtype: torch.dtype, device: torch.device, rows: int) -> bool:

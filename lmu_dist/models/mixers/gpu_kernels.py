@@ -6,7 +6,6 @@ compare a run with the plain form first (uninstall fla-core) if results matter.
 """
 
 import importlib
-import importlib.metadata
 import logging
 from functools import cache
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from lmu_dist.array_types import Float
+from lmu_dist.models.precision import is_hopper
 
 LARGEST_KEY_WIDTH = 256  # fla/ops/common/chunk_delta_h.py refuses wider keys
-HOPPER = 9  # major compute capability of H100 and H200
 HOPPER_TRITON = "3.7.1"  # below it Triton compiles the backward kernels wrongly there, and fla/ops/common/chunk_o.py raises
 
 
@@ -35,10 +34,8 @@ def _fla(operator: str) -> Any:
 
 @cache
 def _compiles_on(device: torch.device) -> bool:
-    """Whether Triton compiles the kernels rightly for this GPU. If not, it is logged once."""
-    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != HOPPER:
-        return True
-    if (triton := TorchVersion(importlib.metadata.version("triton"))) >= HOPPER_TRITON:
+    """Whether Triton compiles the kernels correctly for this GPU. If not, a warning is logged once."""
+    if not is_hopper(device) or (triton := TorchVersion(importlib.import_module("triton").__version__)) >= HOPPER_TRITON:
         return True
     logging.getLogger(__name__).warning(
         "fla-core refuses Triton %s on this GPU, using plain torch instead, which is slower; Triton %s comes with torch 2.13",

@@ -255,7 +255,7 @@ class _FusedLMU(torch.autograd.Function):
         columns, width = z.flatten(1), block_chunks * d
         dz, dw, dp = torch.empty_like(columns), w.new_zeros(w.shape, dtype=dtype), p.new_zeros(p.shape, dtype=dtype)
         for i, block in enumerate(columns.split(width, 1)):
-            pre = implicit_attention.overwritable(saved[i]) if saved else w @ block  # with its gradient
+            pre = implicit_attention.overwritable(saved[i]) if saved else w @ block  # `backward` writes its gradient there
             block_dout = dout[i * block_chunks : (i + 1) * block_chunks]
             implicit_attention.backward(pre, p, block_dout, dp, ctx.config.score_scale)
             torch.mm(w.T, pre, out=dz[:, i * width : (i + 1) * width])

@@ -115,7 +115,7 @@ class _FusedLMU(torch.autograd.Function):
         inputs, spectra, pre, p = ctx.saved_tensors
         _, _, d, k, _ = ctx.sizes
         x_dtype, kernels_dtype, bias_dtype = ctx.dtypes
-        pre = implicit_attention.overwritable(pre)  # with its gradient
+        pre = implicit_attention.overwritable(pre)  # the kernel overwrites it with its gradient
         dp, dbias = torch.zeros_like(p, dtype=torch.float32), inputs.new_zeros(k)
         dx, dspectra = torch.empty_like(inputs), torch.zeros_like(spectra)
         implicit_attention.backward(pre, p, dout.to(pre.dtype).contiguous(), dp, ctx.score_scale)
