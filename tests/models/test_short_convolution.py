@@ -35,6 +35,7 @@ def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu
     exact = x.detach().double().requires_grad_(), module.weight.detach().double().requires_grad_()
     y = reference(*exact, silu)
     expected = y, *torch.autograd.grad(y, exact, dy.double())
+    bound *= 10 if scale > 1 else 1  # a sum near 0 has the rounding of its large terms
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         assert (a - b).norm() <= bound * max(b.norm(), 1e-20)  # far below 0 SiLU is 0 in float64
