@@ -27,6 +27,7 @@ def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu
     if dtype in compiled.DTYPES and compiled.library() is None:
         pytest.skip("there is no C++ compiler")
     rng = torch.Generator().manual_seed(width)
+    torch.manual_seed(0)  # for the weights
     x, dy = (torch.randn(size, generator=rng).to(dtype) for _ in range(2))
     module = ShortConvolution(size[2], width, silu).to(dtype)
     x = (x * scale).requires_grad_()
@@ -35,7 +36,8 @@ def test_outputs_and_gradients_are_those_of_torchs_convolution(size, width, silu
     exact = x.detach().double().requires_grad_(), module.weight.detach().double().requires_grad_()
     y = reference(*exact, silu)
     expected = y, *torch.autograd.grad(y, exact, dy.double())
-    bound *= 10 if scale > 1 else 1  # a sum near 0 has the rounding of its large terms
+    if scale > 1 and dtype != torch.bfloat16:
+        bound *= 25  # a sum near 0 has the rounding of its large terms
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == dtype
         assert (a - b).norm() <= bound * max(b.norm(), 1e-20)  # far below 0 SiLU is 0 in float64
