@@ -12,11 +12,12 @@ from typing import Any
 
 from lmu_dist import __version__
 from lmu_dist.config import ConfigError
-from lmu_dist.report.forecast_cell import STARTED, ForecastCell, find_cell, is_budget, runs_of_cell
+from lmu_dist.report.forecast_cell import STARTED, ForecastCell, find_cell, runs_of_cell
 from lmu_dist.scaling.collect import Study, collect
 from lmu_dist.scaling.family_laws import compare_family_laws, missing_runs, most_unique_tokens
 from lmu_dist.scaling.forecast import N_RESAMPLES, predict_from
 from lmu_dist.scaling.intervals import CONFIDENCE
+from lmu_dist.scaling.table import is_budget
 from lmu_dist.tracking.forecasts import StoredForecast, forecasts_of, save_forecast
 from lmu_dist.tracking.store import Store
 

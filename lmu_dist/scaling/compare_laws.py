@@ -1,8 +1,8 @@
 """Compares laws on one table: rows in, every law with its diagnostics, misfit, criterion and errors on held-out runs out.
 
 A law is supported if its optimum is certified, its form fits, and no other law describes the table better by more than chance.
-Laws that are supported together are tied: the table cannot tell them apart. A supported law predicts; its parameters may be
-known too imprecisely all the same, and then they are not determined, as in a fit of this law alone.
+Laws that are supported together are tied: the table cannot distinguish them. A supported law predicts, but its parameters may
+have too wide intervals: then they are not determined, as in a fit of this law alone.
 """
 
 from collections.abc import Collection, Sequence

@@ -27,7 +27,7 @@ def _fla(operator: str) -> Any:
     try:
         return getattr(importlib.import_module(f"fla.ops.{operator}"), f"chunk_{operator}")
     except (ImportError, AttributeError, RuntimeError) as e:
-        fix = "; pip install 'lmu-dist[gpu]'" if isinstance(e, ModuleNotFoundError) and e.name == "fla" else ""
+        fix = "; install the extra gpu (docs/families.md)" if isinstance(e, ModuleNotFoundError) and e.name == "fla" else ""
         logging.getLogger(__name__).warning("cannot import fla-core, using plain torch instead, which is slower: %s%s", e, fix)
         return None
 
